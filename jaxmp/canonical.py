@@ -1,0 +1,221 @@
+"""Any value of a config as JSON that comes out the same in every process: what a run is named after.
+
+The default `repr` will not do: that of a function is an address, that of an array is cut short, and that of a Flax
+module depends on Flax's version.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import enum
+import functools
+import hashlib
+import inspect
+import linecache
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import InputError
+
+
+def canonical(value: Any, where: str) -> Any:
+    """`value` as JSON: equal values give equal JSON, in any process, and different values different JSON.
+
+    Numbers of equal value are equal (1 and 1.0), dtypes go by their name, arrays by dtype, shape and a digest of their
+    bytes, dataclasses and Flax modules by class and fields, functions by module and qualified name together with the
+    values of their closure and defaults, lambdas by their code. The body of a named function is not looked at.
+
+    Args:
+      value: a tree of dataclasses, Flax modules, named tuples, mappings, sequences, sets and leaves.
+      where: the path of `value` in the config, for the message.
+
+    Raises:
+      InputError: a value without an identity that outlives the process (an open file, an object of a plain class).
+    """
+    return _canonical(value, where, ())
+
+
+def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
+    """`canonical`, inside the functions `within`: one that refers to itself is not followed for ever."""
+
+    def part(name: str, of: Any) -> Any:
+        return _canonical(of, f"{where}{name}", within)
+
+    dtype = _as_dtype(value)
+    if dtype is not None:
+        return dtype
+    if isinstance(value, enum.Enum):
+        return f"{_name_of(type(value))}.{value.name}"
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, complex):
+        return {"complex": [_number(value.real), _number(value.imag)]}
+    if isinstance(value, bytes):
+        return {"bytes": _digest(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _array(value)
+    if isinstance(value, type):
+        return _name_of(value)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        if _is_linen(value):
+            del fields["parent"]  # the module that it is bound to, of which a config has none
+            if fields["name"] is None:
+                del fields["name"]
+        return {"class": _name_of(type(value))} | {name: part(f".{name}", of) for name, of in fields.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"class": _name_of(type(value))} | {
+            name: part(f".{name}", getattr(value, name)) for name in value._fields
+        }
+    if isinstance(value, (list, tuple)):
+        return [part(f"[{index}]", of) for index, of in enumerate(value)]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: part(f"[{key!r}]", value[key]) for key in sorted(value)}
+        return {"items": sorted(([part("", key), part(f"[{key!r}]", of)] for key, of in value.items()), key=repr)}
+    if isinstance(value, Set):
+        return {"set": sorted((part("", of) for of in value), key=repr)}
+    if callable(value):
+        return _function(value, where, within)
+    raise _no_identity(value, where)
+
+
+def _as_dtype(value: Any) -> str | None:
+    """`"float16"` for `np.float16`, `jnp.float16`, `np.dtype("float16")`; None for what is no dtype."""
+    if isinstance(value, np.dtype):
+        return value.name
+    # jnp.float16 is of a class of its own, which is no np.generic.
+    if isinstance(value, type(jnp.float16)) or (isinstance(value, type) and issubclass(value, np.generic)):
+        with contextlib.suppress(TypeError):  # an abstract one, such as np.floating: a class like any other
+            return jnp.dtype(value).name
+    return None
+
+
+def _number(value: float) -> Any:
+    """JSON of a float: 1.0 as 1, since a config may say either, and what JSON cannot say as a string."""
+    if not np.isfinite(value):
+        return {"float": repr(float(value))}
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else float(value)
+
+
+def _array(value: Any) -> Any:
+    dtype = value.dtype
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    value = np.asarray(value)
+    return {"array": dtype.name, "shape": list(value.shape), "sha256": _digest(np.ascontiguousarray(value).tobytes())}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _name_of(value: Any) -> str:
+    return f"{value.__module__}.{getattr(value, '__qualname__', None) or value.__name__}"
+
+
+def _is_linen(value: Any) -> bool:
+    linen = sys.modules.get("flax.linen")  # a Linen module cannot be here without it
+    return linen is not None and isinstance(value, linen.Module)
+
+
+def _function(value: Any, where: str, within: tuple[Any, ...]) -> Any:
+    if isinstance(value, functools.partial):
+        parts = {"partial": value.func, "arguments": value.args, "keywords": value.keywords}
+        return {name: _canonical(of, f"{where} ({name})", within) for name, of in parts.items()}
+    if isinstance(value, types.MethodType):
+        return {"method": value.__func__.__qualname__, "of": _canonical(value.__self__, f"{where} (self)", within)}
+    if not isinstance(value, types.FunctionType):
+        if hasattr(value, "__wrapped__"):  # jax.jit, jax.custom_jvp, functools.lru_cache: what they compute is inside
+            return _canonical(value.__wrapped__, where, within)
+        if not _is_reachable(value):
+            raise _no_identity(value, where)
+        return _name_of(value)
+    if value in within:
+        return {"recursive": value.__qualname__}
+    within = (*within, value)
+    # What a function of a library keeps in private (sentinels, decorators) is settled by the function's name.
+    opaque_is_fine = _is_reachable(value)
+
+    def held(name: str, of: Any) -> Any:
+        try:
+            return _canonical(of, f"{where} ({name})", within)
+        except InputError:
+            if opaque_is_fine:
+                return _name_of(type(of))
+            raise
+
+    code = value.__code__
+    identity: dict[str, Any] = {"function": _name_of(value)}
+    if value.__name__ == "<lambda>":
+        identity["code"] = _code_of_lambda(value, where)
+    if value.__closure__:
+        cells = zip(code.co_freevars, value.__closure__, strict=True)
+        identity["closure"] = {name: held(name, _contents(cell)) for name, cell in cells}
+    if value.__defaults__:
+        names = code.co_varnames[: code.co_argcount][-len(value.__defaults__) :]
+        identity["defaults"] = {name: held(name, of) for name, of in zip(names, value.__defaults__, strict=True)}
+    if value.__kwdefaults__:
+        identity.setdefault("defaults", {}).update({k: held(k, of) for k, of in sorted(value.__kwdefaults__.items())})
+    return identity if len(identity) > 1 else identity["function"]
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable of the enclosing function that has no value yet
+        return None
+
+
+def _is_reachable(value: Any) -> bool:
+    """Whether the function's module holds it under its name, so that the name alone says which function it is."""
+    module, name = (
+        getattr(value, "__module__", None),
+        getattr(value, "__qualname__", None) or getattr(value, "__name__", None),
+    )
+    try:
+        found = operator.attrgetter(name)(sys.modules[module])
+    except (AttributeError, KeyError, TypeError):  # TypeError: no name at all; KeyError: no such module
+        return False
+    return found is value or inspect.unwrap(found) is value
+
+
+def _code_of_lambda(function: Callable[..., Any], where: str) -> str:
+    """The expression of a lambda as its source says it, without layout and comments: stable between Python versions."""
+    code = function.__code__
+    source = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    try:
+        nodes = ast.walk(ast.parse(source))
+    except SyntaxError:  # not Python: the lines of a notebook's magic
+        nodes = iter(())
+    found = {ast.unparse(n) for n in nodes if isinstance(n, ast.Lambda) and n.lineno == code.co_firstlineno}
+    if len(found) != 1:
+        raise InputError(
+            f"{where}: a lambda {'without source' if not found else 'beside another on one line'} cannot be told from "
+            f"others (line {code.co_firstlineno} of {code.co_filename}); give it a name with `def`"
+        )
+    return found.pop()
+
+
+def _no_identity(value: Any, where: str) -> InputError:
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return InputError(
+        f"{where} = {text}: a {_name_of(type(value))} is not the same in the next process, so that a run cannot be "
+        "named after it or rebuilt; expected numbers, strings, tuples, dicts, arrays, functions, frozen dataclasses or "
+        "Flax modules"
+    )

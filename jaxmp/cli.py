@@ -1,0 +1,292 @@
+"""`jaxmp COMMAND ...`: the command line. Each command is a function that returns the exit code; tyro reads its
+signature and docstring.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input; 75 stopped by a signal after saving, to be run again.
+JAX and tyro are imported by the commands that need them, so that `jaxmp --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxmp import config_file
+from jaxmp.config_file import ConfigFile, override
+from jaxmp.errors import InputError, RunFailed, nearest
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+# What a disk says when it is not ours to write on: no space, quota, no permission, read-only, a file in the way.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code. The one place where exceptions become a message and a code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(arguments)
+    except SystemExit as stop:  # tyro, after --help (0) and after its own message about an argument (2)
+        return stop.code if isinstance(stop.code, int) else DONE
+    except BrokenPipeError:  # `jaxmp configs | head`
+        sys.stdout = None
+        return DONE
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _ending(error)
+        if ending is None:
+            raise  # a bug, of jaxmp or of the model: the traceback is what helps
+        code, message = ending
+        print(f"jaxmp: {message}", file=sys.stderr)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(COMMANDS))
+        return DONE if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        import jaxmp
+
+        print(f"jaxmp {jaxmp.__version__}")
+        return DONE
+    for words in (2, 1):
+        command, rest = " ".join(arguments[:words]), arguments[words:]
+        if command == "train":
+            return train(rest)
+        if command in COMMANDS:
+            import tyro
+
+            positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+            return tyro.cli(COMMANDS[command], args=rest, prog=f"jaxmp {command}", config=positional)
+    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(_usage(group))
+        return DONE if arguments[1:] else BAD_INPUT
+    given = " ".join(arguments[:2]) if group else arguments[0]
+    names = group or COMMANDS
+    raise InputError(f"unknown command {given!r}; expected one of {', '.join(names)}{nearest(given, names)}")
+
+
+def _usage(commands: Iterable[str]) -> str:
+    lines = [f"  {name:<14}{_first_line(COMMANDS[name])}" for name in commands]
+    return "\n".join(
+        [
+            "usage: jaxmp COMMAND ...",
+            "",
+            "Trains any experiment under any precision, and shows what it did.",
+            "",
+            *lines,
+            "",
+            "`jaxmp COMMAND --help` shows a command's options, `jaxmp train CONFIG --help` every field of that config.",
+        ]
+    )
+
+
+def _first_line(function: Callable[..., int]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the message of an expected end; None for a bug."""
+    if isinstance(error, InputError):
+        return BAD_INPUT, str(error)
+    if isinstance(error, RunFailed):
+        return FAILED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + 2, "interrupted"
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        where = f"{error.filename}: " if error.filename else ""
+        return BAD_INPUT, f"{where}{error.strerror}; choose another folder (--workdir), or make room there"
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return FAILED, (
+            f"out of memory ({str(error).partition(chr(10))[0] or 'host'}); try a smaller --data.batch-size or a "
+            "precision with half the bytes, and `jaxmp train CONFIG --dry-run` to see what a step needs"
+        )
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "jax" not in sys.modules:
+        return False
+    from jax.errors import JaxRuntimeError
+
+    return isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `jaxmp train` takes beside the fields of the experiment."""
+
+    workdir: str = "runs"
+    """Folder of the run folders: WORKDIR/CONFIG/HASH-sSEED."""
+    dry_run: bool = False
+    """Trace one step without running it: shapes, parameters, policy, memory, batches an epoch."""
+    overwrite: bool = False
+    """Start again where there is such a run already, instead of resuming it."""
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a config: a name or a Python file. A run that was stopped goes on where it was."""
+    config, arguments = _config_argument(arguments)
+    experiment = config.experiment()
+    prog = f"jaxmp train {config.name}"
+    # Parsed with the options, for one --help and for messages that know all names; then without them, since what is
+    # left is what the run folder records.
+    override(_with_options(experiment), arguments, prog=prog, description=config.docstring)
+    options, overrides = _split_off_options(arguments, prog)
+    experiment = override(experiment, overrides, prog=prog)
+
+    if options.dry_run:
+        from jaxmp.dry_run import dry_run
+
+        print(dry_run(experiment))
+        return DONE
+    from jaxmp.training.loop import fit
+
+    fitted = fit(
+        experiment,
+        workdir=options.workdir,
+        name=config.name,
+        source=config.source,
+        overrides=overrides,
+        overwrite=options.overwrite,
+    )
+    if fitted.stopped:
+        print(f"stopped and saved in {fitted.path}; the same command goes on from there")
+        return STOPPED
+    _print_metrics(fitted.summary)
+    print(f"run in {fitted.path}")
+    return DONE
+
+
+def _print_metrics(metrics: Mapping[str, Any]) -> None:
+    for name, value in metrics.items():
+        print(f"{name:<12} {value:.6g}" if isinstance(value, float) else f"{name:<12} {value}")
+
+
+def _config_argument(arguments: list[str]) -> tuple[ConfigFile, list[str]]:
+    help_asked = bool({"-h", "--help"} & set(arguments))
+    if not arguments or arguments[0].startswith("-"):
+        usage = (
+            "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]\n\n"
+            "CONFIG is a Python file with `get_config() -> jaxmp.Experiment`, or a name that `jaxmp configs` lists.\n"
+            "`jaxmp train CONFIG --help` shows every field of that config, with what it means and its value."
+        )
+        if help_asked:
+            print(usage)
+            raise SystemExit(DONE)
+        raise InputError(f"train: the first argument has to be CONFIG\n{usage}")
+    return ConfigFile.find(arguments[0]), arguments[1:]
+
+
+def _with_options(experiment: Any) -> Any:
+    """`experiment` as a value of a class that has the fields of `TrainOptions` too."""
+    both = dataclasses.make_dataclass("TrainArguments", [], bases=(TrainOptions, type(experiment)), frozen=True)
+    return both(**{field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)})
+
+
+def _split_off_options(arguments: list[str], prog: str) -> tuple[TrainOptions, list[str]]:
+    """The options among valid arguments of `train`, and the other arguments in their order."""
+    import tyro
+
+    return tyro.cli(TrainOptions, args=arguments, prog=prog, return_unknown_args=True)
+
+
+def evaluate(run: str, *, split: Literal["train", "validation", "test"] = "test") -> int:
+    """Prints the metrics of a run on a split of its data.
+
+    Args:
+      run: A run folder, or a folder with one run in it.
+      split: Which split; its rows are those that the run's config says.
+    """
+    from jaxmp.runs.run import Run
+
+    _print_metrics(Run(run).evaluate(split))
+    return DONE
+
+
+def configs() -> int:
+    """Lists the configs that can be trained by name: those in ./configs, then those that come with jaxmp."""
+    found = config_file.available()
+    if not found:
+        raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
+    width = max(map(len, found))
+    for name in sorted(found):
+        print(f"{name:<{width}}  {ConfigFile.find(name).docstring.partition(chr(10))[0]}")
+    return DONE
+
+
+def data_list() -> int:
+    """Lists the datasets that are prepared on this machine, and those that jaxmp prepares itself."""
+    from jaxmp.data.catalog import data_folder, list_datasets, own_folder
+
+    for dataset in list_datasets():
+        print(f"{dataset.name:<20} {dataset.version:<8} {_rows(dataset)}")
+    print(f"\nlooked in {data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {own_folder()}")
+    return DONE
+
+
+def data_prepare(name: str) -> int:
+    """Prepares a dataset, where it is not yet: jaxmp's own offline, others by TFDS's builder.
+
+    Args:
+      name: Name of the dataset, with its config where it has one: mnist, glue/sst2.
+    """
+    from jaxmp.data.catalog import prepare_dataset
+
+    dataset = prepare_dataset(name)
+    print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
+    return DONE
+
+
+def data_info(name: str) -> int:
+    """Says what is known of a prepared dataset: rows, features, licence, source.
+
+    Args:
+      name: Name of the dataset, with its config where it has one: mnist, glue/sst2.
+    """
+    from jaxmp.data.catalog import describe
+
+    description = describe(name)
+    dataset = description.dataset
+    features = ", ".join(f"{key} {feature}" for key, feature in description.features.items())
+    lines = {
+        "dataset": f"{dataset.name} {dataset.version}",
+        "folder": f"{dataset.folder} ({dataset.nbytes / 2**20:.1f} MiB)",
+        "rows": _rows(dataset),
+        "features": features,
+        "about": description.text,
+        "homepage": description.homepage,
+        "licence": description.licence,
+        "citation": description.citation,
+    }
+    for key, value in lines.items():
+        if value:
+            print(f"{key:<9} {value}")
+    return DONE
+
+
+def _rows(dataset: Any) -> str:
+    return ", ".join(f"{split} {rows}" for split, rows in dataset.splits.items()) or "prepared when first used"
+
+
+def doctor() -> int:
+    """Shows devices, versions, native dtypes and data folders of this machine, and how to get what is missing."""
+    from jaxmp.doctor import report
+
+    print(report())
+    return DONE
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "eval": evaluate,
+    "configs": configs,
+    "data list": data_list,
+    "data prepare": data_prepare,
+    "data info": data_info,
+    "doctor": doctor,
+}

@@ -1,0 +1,95 @@
+"""Augmentation of images: pure functions of (key, image), image float32 (height, width, channels).
+
+They see normalised images, so what comes in from outside, or is cut out, is 0: the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from jaxmp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image, in this order; what is 0 or False is not traced at all."""
+
+    rotation: float = 0.0
+    """Rotate by up to so many degrees, either way."""
+    scale: float = 0.0
+    """Zoom by a factor between 1 - scale and 1 + scale."""
+    crop_padding: int = 0
+    """Pad by so many pixels on each side, then crop to the old size at a random place."""
+    flip: bool = False
+    """Mirror left and right, every other time."""
+    cutout: int = 0
+    """Blank a square of so many pixels a side around a random pixel."""
+
+    def __post_init__(self):
+        for name in ("rotation", "crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise InputError(f"data.augment.{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.scale < 1:
+            raise InputError(f"data.augment.scale is {self.scale}; expected a fraction, 0 <= scale < 1")
+
+    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """`image` (height, width, channels) float32, changed as drawn from `key`. Same shape and dtype."""
+        # A key for each, whether it is used or not: switching one on leaves the draws of the others as they were.
+        to_warp, to_crop, to_flip, to_cut = jax.random.split(key, 4)
+        if self.rotation or self.scale:
+            image = random_warp(to_warp, image, self.rotation, self.scale)
+        if self.crop_padding:
+            image = random_crop(to_crop, image, self.crop_padding)
+        if self.flip:
+            image = random_flip(to_flip, image)
+        if self.cutout:
+            image = cutout(to_cut, image, self.cutout)
+        return image
+
+
+def random_warp(key: jax.Array, image: jax.Array, rotation: float, scale: float) -> jax.Array:
+    """Rotate by up to `rotation` degrees and zoom by up to a fraction `scale`, both uniform, interpolating once."""
+    to_rotate, to_scale = jax.random.split(key)
+    degrees = jax.random.uniform(to_rotate, minval=-rotation, maxval=rotation)
+    factor = jax.random.uniform(to_scale, minval=1 - scale, maxval=1 + scale)
+    return warp(image, degrees, factor)
+
+
+def warp(image: jax.Array, degrees: jax.Array | float, factor: jax.Array | float) -> jax.Array:
+    """`image` turned anticlockwise by `degrees` and enlarged by `factor` about its centre: bilinear, 0 outside."""
+    height, width, _ = image.shape
+    angle = jnp.deg2rad(jnp.float32(degrees))
+    cosine, sine = jnp.cos(angle) / factor, jnp.sin(angle) / factor
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    y, x = jnp.meshgrid(jnp.arange(height) - middle_y, jnp.arange(width) - middle_x, indexing="ij")
+    # Where each pixel comes from: the inverse map. y points down.
+    sources = [cosine * y + sine * x + middle_y, cosine * x - sine * y + middle_x]
+    by_channel = jax.vmap(lambda channel: map_coordinates(channel, sources, order=1), in_axes=2, out_axes=2)
+    return by_channel(image)
+
+
+def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
+    """Pad by `padding` on each side and crop to the old size, uniformly: a shift of up to `padding` pixels each way."""
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Mirror left and right with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
+    """Zero a square of side `size` around a uniformly drawn pixel, less what is outside (DeVries & Taylor 2017)."""
+    height, width, _ = image.shape
+    to_y, to_x = jax.random.split(key)
+    top = jax.random.randint(to_y, (), 0, height) - size // 2
+    left = jax.random.randint(to_x, (), 0, width) - size // 2
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+    inside = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)
+    return jnp.where(inside[..., None], 0.0, image)

@@ -1,0 +1,133 @@
+"""What jaxmp prepares for itself, under $XDG_CACHE_HOME/jaxmp or ~/.cache/jaxmp: datasets, and decoded splits.
+
+A decoded split is a folder of .npy files, memory-mapped when read, and `columns.json`, which says what they hold.
+Text is two arrays: all rows' bytes, and where each row ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+
+from jaxmp.data.source import Columns
+
+T = TypeVar("T")
+DESCRIPTION = "columns.json"
+UNREADABLE = (OSError, ValueError, EOFError, LookupError)  # what json and NumPy raise for missing and damaged files
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/jaxmp`, else `~/.cache/jaxmp`; need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmp"
+
+
+def prepare_once(folder: Path, build: Callable[[Path], Any], read: Callable[[Path], T]) -> T:
+    """`read(folder)`, after `build(draft)` where that folder is missing or damaged (`read` raises one of UNREADABLE).
+
+    One process builds and the others wait for it. The folder appears whole or not at all, whenever a process is killed.
+    What `build` raises is raised, and OSError where the folder cannot be written.
+    """
+    with contextlib.suppress(*UNREADABLE):
+        return read(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process loses it: a draft that is there now is nobody's
+        with contextlib.suppress(*UNREADABLE):
+            return read(folder)
+        draft = folder.with_name(folder.name + ".draft")
+        for left_over in (draft, folder):
+            shutil.rmtree(left_over, ignore_errors=True)
+        draft.mkdir()
+        try:
+            build(draft)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return read(folder)
+
+
+class Text:
+    """Byte strings of any length as one array of bytes: `text[indices]` is an object array of bytes."""
+
+    def __init__(self, content: np.ndarray, ends: np.ndarray):
+        self.content, self.ends = content, ends  # uint8 (bytes,), int64 (rows,)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        rows = np.arange(len(self))[indices]
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        found = np.empty(rows.shape, object)
+        found[:] = [bytes(self.content[start:end]) for start, end in zip(starts, self.ends[rows], strict=True)]
+        return found
+
+
+class CachedColumns(Columns):
+    """The memory-mapped columns of a folder. Sent to another process as the folder's name."""
+
+    def __init__(self, folder: Path):
+        """Raises one of UNREADABLE where a file is missing, short, or not what `columns.json` says."""
+        self.folder = folder
+        described = json.loads((folder / DESCRIPTION).read_text())
+        super().__init__({name: _load(folder, name, **column) for name, column in described.items()})
+
+    def __reduce__(self):
+        return CachedColumns, (self.folder,)
+
+
+def save_columns(folder: Path, rows: int, chunks: Iterable[dict[str, np.ndarray]]) -> None:
+    """Write `chunks` of together `rows` rows into `folder`, with a chunk (and all text) in memory at a time.
+
+    Written as plain files: where the disk is full that is an OSError, and through a memory map it would be a SIGBUS.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[bytes]] = {}
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for chunk in chunks:
+            for name, array in chunk.items():
+                if array.dtype == object:
+                    texts.setdefault(name, []).extend(array)
+                    continue
+                if name not in files:
+                    described[name] = {"dtype": array.dtype.str, "shape": [rows, *array.shape[1:]]}
+                    files[name] = stack.enter_context(open(_file(folder, name), "wb"))
+                    _write_header(files[name], **described[name])
+                files[name].write(np.ascontiguousarray(array).data)
+    for name, strings in texts.items():
+        np.save(_file(folder, name), np.frombuffer(b"".join(strings), np.uint8))
+        np.save(_file(folder, name + ".ends"), np.cumsum([len(string) for string in strings], dtype=np.int64))
+        described[name] = {"dtype": "bytes", "shape": [rows]}
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=1))
+
+
+def _write_header(file: Any, dtype: str, shape: list[int]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": tuple(shape)})
+
+
+def _load(folder: Path, name: str, dtype: str, shape: list[int]) -> np.ndarray | Text:
+    if dtype == "bytes":
+        ends = _load_array(folder, name + ".ends", "<i8", shape)
+        return Text(_load_array(folder, name, "|u1", [int(ends[-1])]), ends)
+    return _load_array(folder, name, dtype, shape)
+
+
+def _load_array(folder: Path, name: str, dtype: str, shape: list[int]) -> np.ndarray:
+    array = np.load(_file(folder, name), mmap_mode="r")
+    if (array.dtype.str, list(array.shape)) != (dtype, shape):
+        raise ValueError(f"{name} is {array.dtype.str} {array.shape}, not {dtype} {shape}")
+    return array
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{quote(name, safe='')}.npy"

@@ -1,0 +1,196 @@
+"""Which datasets are prepared, where, and how to prepare others: what `jaxmp data list|prepare|info` shows.
+
+Looked in: the data folder, $JAXMP_DATA, else $TFDS_DATA_DIR, else ~/tensorflow_datasets, which is only read; and
+jaxmp's own, `cache_folder()`/tfds, which `prepare_dataset` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxmp.data import builders
+from jaxmp.data.cache import cache_folder, prepare_once
+from jaxmp.data.records import flatten
+from jaxmp.errors import InputError, nearest
+
+FORMAT = "array_record"  # the one of TFDS's formats that is read at random and without TensorFlow
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset on this machine in one version, as TFDS wrote it."""
+
+    name: str
+    """As `TFDS(name)` takes it, with the config where there is one: "glue/sst2"."""
+    version: str
+    folder: Path
+    splits: dict[str, int]
+    """Rows of each split; none for one of jaxmp's own that is yet to be prepared, on first use."""
+    nbytes: int
+    """Of all splits, as they are stored."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the dataset does: a hash of its description and its files' names, sizes and times."""
+        files = sorted(self.folder.iterdir())
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr((self.name, self.version, stats)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a prepared dataset."""
+
+    dataset: Prepared
+    features: dict[str, str]
+    """Dtype and shape of each feature."""
+    text: str
+    homepage: str
+    licence: str
+    """"" where TFDS does not record it."""
+    citation: str
+
+
+def data_folder() -> Path:
+    """$JAXMP_DATA, else $TFDS_DATA_DIR, else TFDS's default; need not exist."""
+    folder = os.environ.get("JAXMP_DATA") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(folder).expanduser()
+
+
+def own_folder() -> Path:
+    """Where jaxmp prepares datasets."""
+    return cache_folder() / "tfds"
+
+
+def list_datasets() -> list[Prepared]:
+    """The prepared datasets, each in its versions, and jaxmp's own whether prepared or not; by name, newest first."""
+    found = {(entry.name, entry.version): entry for folder in (data_folder(), own_folder()) for entry in _scan(folder)}
+    for name, version in builders.VERSIONS.items():
+        found.setdefault((name, version), Prepared(name, version, own_folder() / name / version, {}, 0))
+    newest_first = sorted(found.values(), key=lambda entry: _order(entry.version), reverse=True)
+    return sorted(newest_first, key=lambda entry: entry.name)
+
+
+def find_dataset(name: str, version: str | None = None) -> Prepared:
+    """The newest version of `name`, or the one asked for; one of jaxmp's own is prepared where it is not yet.
+
+    Raises InputError where there is none, with the places looked at and the command that prepares it.
+    """
+    if name in builders.VERSIONS and version in (None, builders.VERSIONS[name]):
+        return _prepare_own(name)
+    entries = list_datasets()
+    versions = [entry for entry in entries if entry.name == name]
+    matching = [entry for entry in versions if version in (None, entry.version)]
+    if matching:
+        return matching[0]
+    looked = f"looked in {data_folder()}, which $JAXMP_DATA sets, and {own_folder()}"
+    if versions:
+        there = ", ".join(entry.version for entry in versions)
+        raise InputError(f"dataset {name!r} is not prepared in version {version!r}, only in {there} ({looked})")
+    configs = sorted({entry.name for entry in entries if entry.name.startswith(name + "/")})
+    if configs:
+        raise InputError(f"dataset {name!r} needs a config; prepared: {', '.join(configs)} ({looked})")
+    names = {entry.name for entry in entries}
+    raise InputError(
+        f"dataset {name!r} is not prepared ({looked}); to prepare it: `jaxmp data prepare {name}`; "
+        f"prepared: {', '.join(sorted(names))}{nearest(name, names)}"
+    )
+
+
+def prepare_dataset(name: str) -> Prepared:
+    """Prepare `name` in `own_folder()` if it is not prepared yet: jaxmp's own offline, any other by TFDS's builder.
+
+    Raises InputError for an unknown name, and where TensorFlow, which TFDS's builders import, or the source is missing.
+    """
+    if name in builders.VERSIONS:
+        return _prepare_own(name)
+    for entry in list_datasets():
+        if entry.name == name:
+            return entry
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    if name.split("/")[0] not in known:
+        raise InputError(f"TFDS has no dataset {name!r}{nearest(name, [*known, *builders.VERSIONS])}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise InputError(
+            f"preparing {name!r} runs TFDS's own builder, which imports TensorFlow, and that is not installed: "
+            "`uv sync --extra prepare`, or `pip install 'jaxmp[prepare]'` (reading what is prepared needs none)"
+        )
+    try:
+        tfds.builder(name, data_dir=own_folder(), file_format=FORMAT).download_and_prepare()
+    except Exception as error:  # a builder downloads and runs dataset authors' code: anything can go wrong in it
+        raise InputError(f"preparing {name!r} in {own_folder()} failed: {type(error).__name__}: {error}") from error
+    return find_dataset(name)
+
+
+def describe(name: str, version: str | None = None) -> Description:
+    """What is known of dataset `name`. Raises InputError where it is not prepared."""
+    import tensorflow_datasets as tfds
+
+    dataset = find_dataset(name, version)
+    info = _read_info(dataset.folder)
+    tensors = flatten(tfds.builder_from_directory(dataset.folder).info.features.get_tensor_info())
+    return Description(
+        dataset=dataset,
+        features={name: f"{np.dtype(tensor.np_dtype)} {tensor.shape}" for name, tensor in tensors.items()},
+        text=" ".join(f"{info.get('description', '')} {info.get('configDescription', '')}".split()),
+        homepage=", ".join(info.get("location", {}).get("urls", [])),
+        licence=info.get("redistributionInfo", {}).get("license", ""),
+        citation=info.get("citation", ""),
+    )
+
+
+def _prepare_own(name: str) -> Prepared:
+    version = builders.VERSIONS[name]
+    folder = own_folder() / name / version
+
+    def build(draft: Path) -> None:
+        builders.prepare(name, draft)
+        for file in (draft / name / version).iterdir():
+            file.rename(draft / file.name)
+        shutil.rmtree(draft / name)
+
+    try:
+        return prepare_once(folder, build, lambda folder: _entry(folder, name))
+    except OSError as error:
+        raise InputError(
+            f"cannot prepare {name!r} in {folder}: {error}; $XDG_CACHE_HOME names another place"
+        ) from error
+
+
+def _scan(folder: Path) -> Iterator[Prepared]:
+    """Every dataset below `folder`: name/version and name/config/version, each with its dataset_info.json."""
+    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
+        for path in folder.glob(pattern):
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name):  # and not a draft of TFDS's or ours
+                yield _entry(path.parent, path.parent.parent.relative_to(folder).as_posix())
+
+
+def _entry(folder: Path, name: str) -> Prepared:
+    info = _read_info(folder)
+    splits = info.get("splits", [])
+    rows = {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
+    return Prepared(name, folder.name, folder, rows, sum(int(split.get("numBytes", 0)) for split in splits))
+
+
+def _read_info(folder: Path) -> dict:
+    path = folder / "dataset_info.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}, the description of a dataset, cannot be read: {error}; remove {folder}") from error
+
+
+def _order(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]

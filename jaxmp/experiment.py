@@ -1,0 +1,123 @@
+"""`Experiment`: everything that a run is made from, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxmp.canonical import canonical
+from jaxmp.data.tfds import TFDS
+from jaxmp.errors import InputError
+from jaxmp.precision.policy import Policy, parse_policy
+from jaxmp.scaling.scalers import DynamicScaler, NoScaler, Scaler, StaticScaler
+from jaxmp.training.loop import Loop
+from jaxmp.training.optim import Adam
+from jaxmp.training.parallel import Parallel
+from jaxmp.training.tasks import Classification
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Which loss scaler a run uses, and its numbers; those of a dynamic one are `DynamicScaler`'s."""
+
+    kind: Literal["auto", "dynamic", "static", "none"] = "auto"
+    """How the loss is scaled; auto: dynamic where anything computes in float16, else none."""
+    init_scale: float = DynamicScaler.init_scale
+    """Loss scale of the first step (static: of every step), a power of two."""
+    growth_factor: float = DynamicScaler.growth_factor
+    """Factor after growth_interval finite steps in a row, a power of two."""
+    backoff_factor: float = DynamicScaler.backoff_factor
+    """Factor after an overflow, a power of two."""
+    growth_interval: int = DynamicScaler.growth_interval
+    """Finite steps in a row before the scale grows."""
+    hysteresis: int = DynamicScaler.hysteresis
+    """Overflows in a row before the scale is lowered."""
+    min_scale: float = DynamicScaler.min_scale
+    """Floor of the scale."""
+    max_scale: float = DynamicScaler.max_scale
+    """Cap of the scale."""
+
+    def __post_init__(self) -> None:
+        self._dynamic()
+
+    def make(self, policy: Policy) -> Scaler:
+        """The scaler for training under `policy`."""
+        kind = self.kind
+        if kind == "auto":
+            kind = "dynamic" if policy.computes_in_float16 else "none"
+        if kind == "dynamic":
+            return self._dynamic()
+        return StaticScaler(self.init_scale) if kind == "static" else NoScaler()
+
+    def _dynamic(self) -> DynamicScaler:
+        return DynamicScaler(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"}
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run before it runs: the model, its data, how it is trained, and in which precision.
+
+    It holds the objects themselves (a Flax module, frozen dataclasses), not their names. What can be known to be wrong
+    without data or devices is refused here, with an InputError.
+    """
+
+    model: Any
+    """The Flax Linen module that is trained."""
+    data: Any = TFDS()
+    """Where examples come from: TFDS or Arrays, with batch size, normalisation and augmentation."""
+    task: Any = Classification()
+    """How a batch feeds the model, and how its outputs become a loss and metrics."""
+    optimizer: Any = Adam()
+    """How gradients change the weights: SGD, Adam, AdamW, LAMB or Lion."""
+    precision: str = "mixed_float16"
+    """A preset (float32, mixed_bfloat16, mixed_float16, ...) or a policy such as p=f32,c=bf16,o=f32."""
+    scaler: Scaling = Scaling()
+    """How the loss is scaled, so that small gradients survive in float16."""
+    parallel: Parallel = Parallel()
+    """How a step is spread over devices; no part of the run's hash."""
+    loop: Loop = Loop()
+    """How long to train, and when to evaluate, save and stop."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and all noise; no part of the run's hash."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, type):
+                raise InputError(
+                    f"{field.name} = {value.__qualname__}: expected an instance, {value.__qualname__}(...)"
+                )
+        if not isinstance(self.precision, str):
+            raise InputError(f"precision = {self.precision!r}: expected a string; of a policy, str(policy)")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed = {self.seed!r}: expected a whole number, 0 or more and below 2**32")
+        _ = self.policy
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The policy that `precision` names."""
+        return parse_policy(self.precision)
+
+    def make_scaler(self) -> Scaler:
+        """The scaler that `scaler` says, for this precision."""
+        return self.scaler.make(self.policy)
+
+    def to_json(self) -> dict[str, Any]:
+        """The experiment as JSON, the same in every process; see `jaxmp.canonical`.
+
+        Raises: InputError for a value without an identity of its own, with its path.
+        """
+        return {field.name: canonical(getattr(self, field.name), field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits that name the run's folder: of everything but the seed and the devices."""
+        content = {name: value for name, value in self.to_json().items() if name not in ("seed", "parallel")}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,39 @@
+"""A small convolutional network for classifying images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+class CNN(nn.Module):
+    """Blocks of convolution, activation and 2x2 max-pooling, then Dense layers and one more to the logits."""
+
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of each block; each halves height and width (rounded down)."""
+    kernel: int = 3
+    """Height and width of the convolutions' kernels; the padding keeps the image's size."""
+    dense: tuple[int, ...] = ()
+    """Width of each hidden Dense layer."""
+    classes: int = 10
+    """Number of logits."""
+    dropout: float = 0.0
+    """Share of the activations of each hidden Dense layer that are dropped in training."""
+    activation: Callable[..., Any] = nn.relu
+    """What follows each convolution and hidden Dense layer."""
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+        """Images (batch, height, width, channels) to logits (batch, classes)."""
+        x = image
+        for channels in self.channels:
+            x = self.activation(nn.Conv(channels, (self.kernel, self.kernel))(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.dense:
+            x = self.activation(nn.Dense(width)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes)(x)

@@ -1,0 +1,31 @@
+"""A multi-layer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation after each, and a Dense layer to the logits."""
+
+    features: tuple[int, ...] = (128,)
+    """Width of each hidden layer."""
+    classes: int = 10
+    """Number of logits."""
+    dropout: float = 0.0
+    """Share of the activations of each hidden layer that are dropped in training."""
+    activation: Callable[..., Any] = nn.relu
+    """What follows each hidden layer."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+        """Inputs (batch, ...), flattened to (batch, features), to logits (batch, classes)."""
+        x = inputs.reshape(inputs.shape[0], -1)
+        for width in self.features:
+            x = self.activation(nn.Dense(width)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes)(x)

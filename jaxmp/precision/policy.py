@@ -1,0 +1,209 @@
+"""`Policy`: in which dtype parameters are kept, computations run, outputs come out and gradients add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+from jax.lax import DotAlgorithmPreset
+
+from jaxmp.errors import InputError, nearest
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def is_float(x: Any) -> bool:
+    """True for an array (or NumPy scalar) whose values may be cast: a real float of two bytes or more.
+
+    False for integers, bools, PRNG keys, float0, complex numbers, Python scalars, and for fp8 and narrower floats, which
+    carry scales or quantised values of their own.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return False
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """`tree` with its floats (see `is_float`) in `dtype`, everything else untouched. Idempotent; keeps the structure."""
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) and x.dtype != dtype else x, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy(jmp.Policy):
+    """A `jmp.Policy` that also says in which dtype gradients accumulate, and how matrix products round.
+
+    `str(policy)` is parsed back to the same policy by `parse_policy`.
+    """
+
+    param_dtype: Any
+    """dtype in which parameters are kept between steps (float32: master weights)"""
+    compute_dtype: Any
+    """dtype of the operands of every layer"""
+    output_dtype: Any
+    """dtype in which the model hands its outputs to the loss"""
+    grad: Any = FLOAT32
+    """dtype in which a layer adds up the gradient of a bias or an embedding row: float32, or the compute dtype to
+    study what plain half precision loses (traps T2 and T15)"""
+    reduce: Any = FLOAT32
+    """dtype of the sum of the gradients over replicas"""
+    matmul: DotAlgorithmPreset = DotAlgorithmPreset.DEFAULT
+    """algorithm of float32 dots and convolutions; DEFAULT leaves it to JAX, which on a GPU means TensorFloat-32"""
+
+    def __post_init__(self) -> None:
+        """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
+        for name in ("param_dtype", "compute_dtype", "output_dtype", "grad", "reduce"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+        if self.grad not in (FLOAT32, self.compute_dtype):
+            raise InputError(
+                f"grad={_name(self.grad)} in policy {self}: gradients accumulate in f32 or in the compute dtype "
+                f"({_name(self.compute_dtype)})"
+            )
+
+    def cast_to_param(self, x: Any) -> Any:
+        """The floats of a pytree in the parameter dtype."""
+        return cast_floats(x, self.param_dtype)
+
+    def cast_to_compute(self, x: Any) -> Any:
+        """The floats of a pytree in the compute dtype."""
+        return cast_floats(x, self.compute_dtype)
+
+    def cast_to_output(self, x: Any) -> Any:
+        """The floats of a pytree in the output dtype."""
+        return cast_floats(x, self.output_dtype)
+
+    @property
+    def computes_in_float16(self) -> bool:
+        """Whether gradients can underflow in float16, so that the loss wants a scale."""
+        return np.dtype(np.float16) in (self.param_dtype, self.compute_dtype, self.output_dtype)
+
+    @property
+    def matmul_precision(self) -> str | None:
+        """`matmul` as an argument of `jax.default_matmul_precision`."""
+        # The portable names, where there are any: CPUs refuse the TF32 algorithm as such.
+        return {
+            DotAlgorithmPreset.DEFAULT: None,
+            DotAlgorithmPreset.F32_F32_F32: "float32",
+            DotAlgorithmPreset.TF32_TF32_F32: "tensorfloat32",
+        }.get(self.matmul, self.matmul.name)
+
+    def __str__(self) -> str:
+        text = f"p={_name(self.param_dtype)},c={_name(self.compute_dtype)},o={_name(self.output_dtype)}"
+        if self.grad != FLOAT32:
+            text += f",grad={_name(self.grad)}"
+        if self.reduce != FLOAT32:
+            text += f",reduce={_name(self.reduce)}"
+        if self.matmul != DotAlgorithmPreset.DEFAULT:
+            text += f",matmul={self.matmul.name}"
+        return text
+
+
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+_DTYPES = {name: jnp.dtype(long) for long, short in _SHORT.items() for name in (short, long)} | {"full": FLOAT32}
+_KEYS = {
+    "p": "param_dtype",
+    "params": "param_dtype",
+    "c": "compute_dtype",
+    "compute": "compute_dtype",
+    "o": "output_dtype",
+    "output": "output_dtype",
+    "grad": "grad",
+    "reduce": "reduce",
+    "matmul": "matmul",
+}
+
+
+def _mixed(half: Any) -> Policy:
+    return Policy(jnp.float32, half, jnp.float32)
+
+
+def _pure(dtype: Any, **fields: Any) -> Policy:
+    return Policy(dtype, dtype, dtype, **fields)
+
+
+PRESETS = {
+    "float32": _pure(jnp.float32, matmul=DotAlgorithmPreset.F32_F32_F32),
+    "tensorfloat32": _pure(jnp.float32, matmul=DotAlgorithmPreset.TF32_TF32_F32),
+    "mixed_bfloat16": _mixed(jnp.bfloat16),
+    "mixed_float16": _mixed(jnp.float16),
+    "bfloat16": _pure(jnp.bfloat16),
+    "float16": _pure(jnp.float16),
+    "bf16-mixed": _mixed(jnp.bfloat16),
+    "16-mixed": _mixed(jnp.float16),
+}
+"""Named policies: Keras's names, and Lightning's for the mixed ones. `float32` is true float32 on every device."""
+
+
+def parse_policy(text: str) -> Policy:
+    """The policy that `text` names.
+
+    Either a preset (`mixed_float16`), a dtype for everything (`bf16`), or jmp's notation: `p=f32,c=bf16,o=f32`, where
+    parameters default to float32, compute to the parameters' dtype and output to the compute dtype. The fields `grad`,
+    `reduce` and `matmul` may follow any of them. Spaces are allowed.
+
+    >>> str(parse_policy("mixed_float16"))
+    'p=f32,c=f16,o=f32'
+    >>> str(parse_policy("p=f32, c=bf16, o=f32, reduce=bf16"))
+    'p=f32,c=bf16,o=f32,reduce=bf16'
+
+    Raises:
+      InputError: an unknown preset, key, dtype or algorithm, or a key given twice.
+    """
+    head, *parts = [part.strip() for part in text.split(",")]
+    if "=" in head:
+        base, parts = None, [head, *parts]
+    elif head in PRESETS:
+        base = PRESETS[head]
+    elif head in _DTYPES or head == "half":
+        base = _pure(_dtype(head, text))
+    else:
+        names = [*PRESETS, *_DTYPES, "half"]
+        raise InputError(
+            f"precision {text!r}: {head!r} is no preset, dtype or field; expected one of {', '.join(PRESETS)}, "
+            f"or a policy such as p=f32,c=bf16,o=f32{nearest(head, names)}"
+        )
+    fields: dict[str, Any] = {}
+    for part in parts:
+        key, sign, value = (word.strip() for word in part.partition("="))
+        if not sign or key not in _KEYS:
+            raise InputError(
+                f"precision {text!r}: {part!r} is not a field; expected KEY=VALUE with KEY one of p, c, o, grad, "
+                f"reduce, matmul{nearest(key, _KEYS)}"
+            )
+        if _KEYS[key] in fields:
+            raise InputError(f"precision {text!r}: {key!r} is given twice")
+        fields[_KEYS[key]] = _algorithm(value, text) if key == "matmul" else _dtype(value, text)
+    if base is not None:
+        return dataclasses.replace(base, **fields)
+    fields.setdefault("param_dtype", FLOAT32)
+    fields.setdefault("compute_dtype", fields["param_dtype"])
+    fields.setdefault("output_dtype", fields["compute_dtype"])
+    return Policy(**fields)
+
+
+def _name(dtype: Any) -> str:
+    return _SHORT.get(dtype.name, dtype.name)
+
+
+def _dtype(value: str, text: str) -> np.dtype:
+    if value == "half":  # jmp: bfloat16 on a TPU, else float16
+        return jnp.dtype(jmp.half_dtype())
+    if value not in _DTYPES:
+        raise InputError(
+            f"precision {text!r}: {value!r} is no dtype; expected one of {', '.join(_SHORT.values())} "
+            f"(or half, full){nearest(value, [*_DTYPES, 'half'])}"
+        )
+    return _DTYPES[value]
+
+
+def _algorithm(value: str, text: str) -> DotAlgorithmPreset:
+    names = [preset.name for preset in DotAlgorithmPreset]
+    if value.upper() not in names:
+        raise InputError(
+            f"precision {text!r}: {value!r} is no dot algorithm; expected a name of jax.lax.DotAlgorithmPreset, "
+            f"such as F32_F32_F32 or TF32_TF32_F32{nearest(value.upper(), names)}"
+        )
+    return DotAlgorithmPreset[value.upper()]

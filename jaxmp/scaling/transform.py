@@ -1,0 +1,187 @@
+"""`loss_scaling`: an optimizer as one transaction under a loss scale, and the readers of what it keeps.
+
+    tx = loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), DynamicScaler())
+    opt_state = tx.init(params)
+    grads = jax.grad(lambda p: scale_loss(loss_fn(p), opt_state))(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+
+On a step whose gradients or loss are not finite, nothing that `inner` keeps changes (moments, counts, schedules), and the
+updates change no parameter. All state is in `opt_state`, so it is checkpointed with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp.scaling.scalers import DynamicScaler, Scaler, ScalerState
+
+
+class LossScalingState(NamedTuple):
+    """The state of `loss_scaling`, a part of the optimizer state."""
+
+    inner_state: Any
+    """the state of the inner optimizer"""
+    scaler: ScalerState
+    """the state of the scaler; its `scale` is the one that the next loss is multiplied by"""
+    skipped: jax.Array
+    """steps skipped so far, int32"""
+    consecutive_skips: jax.Array
+    """steps skipped in a row up to now, int32; 0 after a step that was applied"""
+
+
+def loss_scaling(
+    inner: optax.GradientTransformation, scaler: Scaler | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` under a loss scale: takes scaled gradients, unscales, checks, and updates all or nothing.
+
+    `inner` sees unscaled gradients and parameters in float32 (or wider, where they are), whatever dtype they came in, so
+    that its state never changes dtype; put everything that changes gradients into it: clipping, weight decay,
+    accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8)
+    are hidden from it, and their updates are zero.
+
+    `update(scaled_grads, state, params=None, value=None, **extra)` returns float32 updates (on a skipped step: -0.0, the
+    number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be finite too,
+    and it goes on to `inner`, like every other extra argument.
+
+    Args:
+      inner: any optax transformation.
+      scaler: how the scale reacts; `DynamicScaler()` by default.
+
+    Source: the order of operations is Micikevicius et al. 2018, section 3.2.
+    """
+    scaler = DynamicScaler() if scaler is None else scaler
+    if not isinstance(inner, optax.GradientTransformation):  # optax.MultiSteps has init and update, and is none
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> LossScalingState:
+        return LossScalingState(
+            inner_state=_strongly_typed(inner.init(jax.tree.map(_inner_view, params))),
+            scaler=scaler.init(),
+            skipped=jnp.array(0, jnp.int32),
+            consecutive_skips=jnp.array(0, jnp.int32),
+        )
+
+    def update(
+        scaled_grads: Any, state: LossScalingState, params: Any = None, *, value: Any = None, **extra: Any
+    ) -> tuple[Any, LossScalingState]:
+        grads = jax.tree.map(_inner_view, scaled_grads)
+        grad_max = _largest_magnitude(grads)
+        # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler.
+        finite = jnp.isfinite(grad_max)
+        if value is not None:
+            finite &= jnp.all(jnp.isfinite(value))
+            extra["value"] = value
+        # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
+        unscale = 1 / state.scaler.scale
+        grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
+        params = None if params is None else jax.tree.map(_inner_view, params)
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+
+        updates = jax.tree.map(lambda u, g: _outer_update(u, g, finite), updates, scaled_grads)
+        skip = (~finite).astype(jnp.int32)
+        return updates, LossScalingState(
+            inner_state=keep_where(finite, inner_state, state.inner_state),
+            scaler=scaler.update(state.scaler, finite, grad_max.astype(jnp.float32)),
+            skipped=state.skipped + skip,
+            consecutive_skips=(state.consecutive_skips + skip) * skip,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
+    """float32 `loss * S`; the float32 loss itself where `opt_state` holds no scaler. Differentiate this."""
+    loss = jnp.asarray(loss, jnp.float32)
+    state = find_state(opt_state)
+    return loss if state is None else loss * state.scaler.scale
+
+
+def loss_scale(opt_state: Any) -> jax.Array:
+    """The scale of the next loss, float32 scalar; 1 where `opt_state` holds no scaler."""
+    state = find_state(opt_state)
+    return jnp.float32(1) if state is None else state.scaler.scale
+
+
+def last_step_finite(opt_state: Any) -> jax.Array:
+    """Whether the last step was applied, bool scalar; True where `opt_state` holds no scaler, or before any step."""
+    return consecutive_skips(opt_state) == 0
+
+
+def skipped_steps(opt_state: Any) -> jax.Array:
+    """Steps skipped so far, int32 scalar."""
+    state = find_state(opt_state)
+    return jnp.int32(0) if state is None else state.skipped
+
+
+def consecutive_skips(opt_state: Any) -> jax.Array:
+    """Steps skipped in a row up to now, int32 scalar."""
+    state = find_state(opt_state)
+    return jnp.int32(0) if state is None else state.consecutive_skips
+
+
+def find_state(opt_state: Any) -> LossScalingState | None:
+    """The `LossScalingState` wherever it is nested in `opt_state`, or None.
+
+    Raises: ValueError where there are several, since then no one scale belongs to the loss.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScalingState))
+    found = [leaf for leaf in leaves if isinstance(leaf, LossScalingState)]
+    if len(found) > 1:
+        raise ValueError(f"opt_state holds {len(found)} loss scalers; a loss has one scale: use one loss_scaling")
+    return found[0] if found else None
+
+
+def keep_where(finite: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where `finite`, else `old`, leaf by leaf and to the bit, in the dtypes of `old`.
+
+    By selection: `old + 0 * new` would let NaN through, and `old + 0.0` turns -0.0 into +0.0.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(finite, n if n.dtype == o.dtype else n.astype(o.dtype), o), new, old)
+
+
+def _has_gradient(x: Any) -> bool:
+    """Whether a leaf is a real or complex number of two bytes or more a part: fp8 leaves hold scales and histories."""
+    dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
+    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
+
+
+def _inner_view(x: Any) -> jax.Array:
+    """What the inner optimizer sees of a leaf: float32 or wider; a scalar 0 in the place of one without a gradient.
+
+    A scalar rather than a hole: masks and labels that the user made for the whole tree still fit it.
+    """
+    if not _has_gradient(x):
+        return jnp.zeros((), jnp.float32)
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _outer_update(update: jax.Array, grad: Any, finite: jax.Array) -> Any:
+    if _has_gradient(grad):
+        return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
+    if grad.dtype == jax.dtypes.float0 or jnp.issubdtype(grad.dtype, jax.dtypes.prng_key):
+        return grad
+    return jnp.zeros_like(grad)
+
+
+def _largest_magnitude(grads: Any) -> jax.Array:
+    """The largest |g| of all leaves, float32 or wider scalar; inf or NaN where any value is; 0 for an empty tree."""
+    largest = [jnp.max(jnp.abs(g), initial=0.0) for g in jax.tree.leaves(grads)]
+    return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
+
+
+def _strongly_typed(tree: Any) -> Any:
+    """`tree` with arrays for leaves, and none weakly typed: optax keeps some Python numbers, which would compile twice."""
+
+    def strong(x: Any) -> jax.Array:
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):
+            return x
+        return jnp.asarray(x, jnp.result_type(x))
+
+    return jax.tree.map(strong, tree)

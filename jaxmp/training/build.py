@@ -1,0 +1,183 @@
+"""`Training`: the pieces of an experiment put together, ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmp.data.dataset import Source, Split
+from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
+from jaxmp.errors import InputError
+from jaxmp.precision.flax import Row, explain
+from jaxmp.scaling.transform import loss_scale, loss_scaling
+from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
+from jaxmp.training.metrics import Mean, Metrics, merge, zeros_like
+from jaxmp.training.parallel import Devices
+from jaxmp.training.state import TrainState
+from jaxmp.training.step import TrainStep, make_eval_step, make_train_step
+from jaxmp.training.tasks import LossFn, init_model, make_loss, mode_argument
+
+if TYPE_CHECKING:
+    from jaxmp.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What an experiment trains with; every piece is made on first use, and each is usable alone."""
+
+    experiment: Experiment
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The training rows."""
+        return self.experiment.data.source("train")
+
+    @functools.cached_property
+    def batches(self) -> Batches:
+        """Which rows a step sees."""
+        return Batches(examples=len(self.source), batch_size=self.experiment.data.batch_size, seed=self.experiment.seed)
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        loop = self.experiment.loop
+        return loop.epochs * self.batches.per_epoch if loop.steps is None else loop.steps
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        """The local devices."""
+        return self.experiment.parallel.make(self.experiment.data.batch_size)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer under its loss scale."""
+        return loss_scaling(self.experiment.optimizer.make(self.steps), self.experiment.make_scaler())
+
+    @functools.cached_property
+    def loss_fn(self) -> LossFn:
+        """The training loss on one replica's share of a batch."""
+        experiment = self.experiment
+        axis_name = self.devices.replicas().axis_name
+        return make_loss(experiment.model, experiment.task, experiment.policy, axis_name=axis_name)
+
+    @functools.cached_property
+    def train_step(self) -> TrainStep:
+        """The pure train step."""
+        experiment = self.experiment
+        replicas = self.devices.replicas(experiment.policy.reduce)
+        return make_train_step(self.loss_fn, self.tx, ema_decay=experiment.loop.ema_decay, replicas=replicas)
+
+    @functools.cached_property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a prepared training batch of the whole batch size."""
+        size = self.batches.batch_size
+        row = {**self.source[np.arange(1)], "weight": np.ones(1, np.float32)}
+        raw = {
+            name: jax.ShapeDtypeStruct((size, *column.shape[1:]), column.dtype)
+            for name, column in row.items()
+            if column.dtype.kind not in "OSU"
+        }
+        for name in self.experiment.task.inputs:
+            if name not in raw:
+                raise InputError(f"task.inputs names {name!r}; the data has {', '.join(sorted(raw))}")
+        return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+
+    def init(self) -> TrainState:
+        """A fresh state, from the seed alone."""
+        experiment = self.experiment
+
+        def init(key: jax.Array) -> TrainState:
+            params_key, step_key = jax.random.split(key)
+            params, model_state = init_model(experiment.model, experiment.task, self.example, params_key)
+            params = experiment.policy.cast_to_param(params)
+            return TrainState.create(
+                params, self.tx, key=step_key, model_state=model_state, ema=experiment.loop.ema_decay is not None
+            )
+
+        return jax.jit(init)(jax.random.key(experiment.seed))
+
+    @functools.cached_property
+    def _forward(self) -> tuple[Any, Metrics]:
+        """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
+        state = jax.eval_shape(self.init)
+        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
+        trace = jax.make_jaxpr(loss_fn, return_shape=True)
+        jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.example, state.key)
+        return jaxpr, metrics
+
+    @property
+    def no_metrics(self) -> Metrics:
+        """Training metrics that have counted nothing."""
+        metrics = self._forward[1]
+        like = next(iter(metrics.values()), Mean(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2))
+        return zeros_like({"loss": like, NAN_LOSS: like, **metrics})
+
+    @property
+    def many_steps_pay(self) -> bool:
+        """Whether to run many steps in one dispatch: not where XLA:CPU would run a convolution's gradient in a loop.
+
+        It does so naively (5 -> 228, 66 -> 915 and 59 -> 1236 ms a step for three small CNNs on 2 cores, JAX 0.12).
+        """
+        return jax.default_backend() != "cpu" or "conv_general_dilated" not in str(self._forward[0])
+
+    def feed(self, *, many: bool) -> Feed:
+        """What brings the batches to the step: from the device, or streamed where the set is too large for it."""
+        data = self.experiment.data
+        if nbytes(self.source) > data.device_limit * 2**20:
+            return Streamed(self.train_step, data, self.source, self.batches, self.devices, self.steps)
+        return Resident(self.train_step, data, self.source, self.batches, self.devices, many=many)
+
+    def evaluate(self, state: TrainState, split: Split) -> Metrics:
+        """The metrics of a whole split, exact over its smaller last batch; of the averaged weights where they are kept.
+
+        Args:
+          state: as it came from the feed.
+          split: its rows are taken in order.
+        """
+        state = self.devices.get(state)
+        params = state.params if state.ema is None else state.ema
+        metrics = {name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS}
+        size = -(-self.experiment.data.eval_batch_size // self.devices.count) * self.devices.count
+        for batch in evaluation_batches(self.experiment.data.source(split), size):
+            metrics = self._evaluation(params, state.model_state, metrics, self.devices.spread_rows(batch))
+        return metrics
+
+    def first_non_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int) -> str | None:
+        """The first non-finite value of a step, repeated from `state` on its `batch`: the loss, or a gradient's path."""
+        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
+
+        def scaled(params: Any) -> Any:
+            total, (weight, _, _) = loss_fn(params, state.model_state, batch, jax.random.fold_in(state.key, step))
+            return total / weight * loss_scale(state.opt_state), total
+
+        grads, loss = jax.jit(jax.grad(scaled, has_aux=True, allow_int=True))(state.params)
+        at = f"of step {step + 1} at loss scale {float(loss_scale(state.opt_state)):g}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf)):
+                name = "/".join(str(getattr(key, "key", key)) for key in path)
+                return f"in the gradient of {name} {at} (loss {float(loss):g})"
+        return None if jnp.isfinite(loss) else f"the loss {at}: {float(loss):g}"
+
+    def explain(self) -> list[Row]:
+        """Which policy each module of the model runs under."""
+        experiment = self.experiment
+        inputs = [self.example[name] for name in experiment.task.inputs]
+        return explain(experiment.model, experiment.policy, *inputs, **mode_argument(experiment.model, False))
+
+    @functools.cached_property
+    def _evaluation(self) -> Any:
+        experiment = self.experiment
+        step = make_eval_step(make_loss(experiment.model, experiment.task, experiment.policy, train=False))
+        prepared = prepare(experiment.data, train=False)
+
+        @jax.jit
+        def evaluation(params: Any, model_state: Any, metrics: Metrics, batch: Any) -> Metrics:
+            return merge(metrics, step(params, model_state, prepared(batch, None)))
+
+        return evaluation

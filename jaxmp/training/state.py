@@ -1,0 +1,99 @@
+"""`TrainState`: everything that persists between two steps, as one pytree of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp.scaling.transform import keep_where, skipped_steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a training run. Arrays only: the model and the optimizer are functions beside it."""
+
+    step: jax.Array
+    """attempted steps, skipped ones included; int32 scalar"""
+    params: Any
+    """parameters, in the policy's parameter dtype (float32: master weights)"""
+    model_state: Any
+    """the model's other collections, such as batch statistics; {} where there are none"""
+    opt_state: Any
+    """optimizer state, loss scale and skip counters included"""
+    key: jax.Array
+    """typed PRNG key of the run; step n draws from `fold_in(key, n)`"""
+    ema: Any = None
+    """exponential moving average of the parameters, or None"""
+
+    @classmethod
+    def create(
+        cls,
+        params: Any,
+        tx: optax.GradientTransformation,
+        *,
+        key: jax.Array,
+        model_state: Any = None,
+        ema: bool = False,
+    ) -> TrainState:
+        """A state before the first step. Its leaves are copies: no two share a buffer, so all can be donated."""
+        state = cls(
+            step=jnp.int32(0),
+            params=params,
+            model_state={} if model_state is None else model_state,
+            opt_state=tx.init(params),
+            key=key,
+            ema=params if ema else None,
+        )
+        return jax.tree.map(lambda x: jnp.array(x, copy=True) if _is_number(x) else jnp.copy(x), state)
+
+    def commit(
+        self, finite: jax.Array, *, updates: Any, model_state: Any, opt_state: Any, ema_decay: float | None = None
+    ) -> TrainState:
+        """The state after a step: everything new where `finite`, else all as it was, to the bit, but for the count.
+
+        Args:
+          finite: bool scalar, the same on every replica.
+          updates: what to add to the parameters.
+          model_state, opt_state: the new ones; `opt_state` has decided for itself what to keep (see `loss_scaling`).
+          ema_decay: decay of the moving average; at first less, min(decay, (1 + n) / (10 + n)) after n applied steps, so
+            that the initial weights are forgotten (TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
+        """
+        params = keep_where(finite, jax.tree.map(_add, self.params, updates), self.params)
+        ema = self.ema
+        if ema is not None and ema_decay is not None:
+            applied = (self.step - skipped_steps(self.opt_state)).astype(jnp.float32)
+            decay = jnp.minimum(jnp.float32(ema_decay), (1 + applied) / (10 + applied))
+            ema = keep_where(finite, jax.tree.map(lambda e, p: _average(e, p, decay), ema, params), ema)
+        return TrainState(
+            step=self.step + 1,
+            params=params,
+            model_state=keep_where(finite, model_state, self.model_state),
+            opt_state=opt_state,
+            key=self.key,
+            ema=ema,
+        )
+
+
+def _is_number(x: Any) -> bool:
+    return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1
+
+
+def _add(param: jax.Array, update: Any) -> jax.Array:
+    """The sum in the wider of the two dtypes, rounded once to the parameter's. Leaves without a gradient stay."""
+    return (param + update).astype(param.dtype) if _is_float(param) else param
+
+
+def _average(average: jax.Array, param: jax.Array, decay: jax.Array) -> jax.Array:
+    if not _is_float(param):
+        return param
+    wide = average.astype(jnp.promote_types(average.dtype, jnp.float32))
+    return (wide + (1 - decay) * (param.astype(wide.dtype) - wide)).astype(average.dtype)

@@ -1,0 +1,116 @@
+"""Tasks: how a batch feeds a model, and how its outputs become a loss and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp.errors import InputError
+from jaxmp.precision.flax import with_policy
+from jaxmp.precision.policy import Policy, parse_policy
+from jaxmp.training.metrics import Mean, Metrics
+
+Batch = dict[str, jax.Array]
+"""Arrays with the examples along axis 0, and `"weight"`, float32 (examples,): 0 for a row that only fills the batch."""
+
+LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
+"""`loss_fn(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`.
+
+A sum and a weight rather than a mean, both float32 scalars: masked losses, a smaller last batch and replicas then agree
+to rounding."""
+
+
+class Task(Protocol):
+    """What `make_loss` wants to know. A task of one's own needs these two and nothing else."""
+
+    inputs: tuple[str, ...]
+    """keys of the batch that the model is called with, in order"""
+
+    def __call__(self, outputs: Any, batch: Batch) -> tuple[Mean, Metrics]:
+        """The loss and further metrics, in float32 whatever dtype the outputs have."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """One of several classes an example: softmax cross-entropy and accuracy from logits (examples, classes)."""
+
+    inputs: tuple[str, ...] = ("image",)
+    """keys of the batch that the model is called with"""
+    target: str = "label"
+    """key of the integer labels, (examples,)"""
+    label_smoothing: float = 0.0
+    """share of the target that is spread evenly over all classes"""
+
+    def __post_init__(self) -> None:
+        """Checks the range of the smoothing."""
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1")
+
+    def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
+        """Mean cross-entropy in nats, and `accuracy`."""
+        logits, labels = outputs.astype(jnp.float32), batch[self.target]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if self.label_smoothing:
+            uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return Mean.of(losses, batch["weight"]), {"accuracy": Mean.of(correct, batch["weight"])}
+
+
+def make_loss(
+    model: Any, task: Task, policy: Policy | str, *, train: bool = True, axis_name: str | None = None
+) -> LossFn:
+    """The loss function of a Flax Linen module under a policy.
+
+    The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. Its random keys of
+    every name come from the one `key`; its collections other than `params` are the model state.
+
+    Args:
+      model: a Linen module.
+      task: which inputs it gets, and what its outputs mean.
+      policy: a `Policy`, or its text.
+      train: False for evaluation: no dropout, and the model state is read only.
+      axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
+    """
+    policy = parse_policy(policy) if isinstance(policy, str) else policy
+    apply = with_policy(model.apply, policy, axis_name=axis_name)
+    mode = mode_argument(model, train)
+
+    def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
+        variables = {"params": params, **model_state}
+        inputs = [batch[name] for name in task.inputs]
+        if train:
+            # One key for all names: Linen falls back on "params" for a collection that it is given no key for.
+            rngs = {"params": key}
+            outputs, model_state = apply(variables, *inputs, rngs=rngs, mutable=list(model_state), **mode)
+        else:
+            outputs = apply(variables, *inputs, **mode)
+        loss, metrics = task(outputs, batch)
+        return loss.total, (loss.weight, metrics, model_state)
+
+    return loss_fn
+
+
+def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any, Any]:
+    """Fresh `(params, model_state)` of a Linen module for batches such as `batch` (arrays or `ShapeDtypeStruct`s)."""
+    inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
+    variables = dict(model.init(key, *inputs, **mode_argument(model, False)))
+    params = variables.pop("params", {})
+    variables.pop("intermediates", None)  # what the model sows is for looking at, no state
+    return params, variables
+
+
+def mode_argument(model: Any, train: bool) -> dict[str, bool]:
+    """The argument by which this model is told whether it trains; {} for one that wants none."""
+    parameters = inspect.signature(type(model).__call__).parameters
+    for name, value in (("train", train), ("training", train), ("deterministic", not train)):
+        if name in parameters:
+            return {name: value}
+    return {}
