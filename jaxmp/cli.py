@@ -150,12 +150,10 @@ def train(arguments: list[str]) -> int:
         experiment,
         workdir=options.workdir,
         name=config.name,
-        source=config.source,
-        overrides=overrides,
+        origin={"source": config.source, "file": config.file, "overrides": overrides},
         overwrite=options.overwrite,
     )
     if fitted.stopped:
-        print(f"stopped and saved in {fitted.path}; the same command goes on from there")
         return STOPPED
     _print_metrics(fitted.summary)
     print(f"run in {fitted.path}")

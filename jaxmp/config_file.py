@@ -138,21 +138,34 @@ class ConfigFile:
 def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", description: str = "") -> Any:
     """A dataclass (an Experiment) with leaves changed by arguments such as `--optimizer.learning-rate 3e-4`.
 
-    What no argument names stays the very object that it was. Prints its message and raises SystemExit: 2 where an
-    argument cannot be used, 0 after `--help`.
+    What no argument names stays the very object that it was.
+
+    Raises:
+      InputError: a value that the dataclass refuses.
+      SystemExit: 2 after a message about an argument that cannot be read, 0 after `--help`.
     """
     if not arguments:
         return experiment
     import tyro
 
-    return tyro.cli(
-        type(experiment),
-        default=experiment,
-        args=arguments,
-        prog=prog,
-        description=description,
-        registry=_registry(),
-    )
+    try:
+        return tyro.cli(
+            type(experiment),
+            default=experiment,
+            args=arguments,
+            prog=prog,
+            description=description,
+            registry=_registry(),
+        )
+    except _Refused as refused:
+        raise refused.error from None
+
+
+class _Refused(Exception):
+    """Carries an InputError past tyro, which makes its own message of every ValueError."""
+
+    def __init__(self, error: InputError):
+        self.error = error
 
 
 def _registry() -> ConstructorRegistry:
@@ -178,7 +191,13 @@ def _registry() -> ConstructorRegistry:
 
         def replace(**fields: Any) -> Any:
             changed = {name: value for name, value in fields.items() if value is not getattr(default, name)}
-            return dataclasses.replace(default, **changed) if changed else default
+            for name, value in changed.items():  # tyro makes a list of what is annotated as a Sequence
+                if isinstance(value, list) and isinstance(getattr(default, name), tuple):
+                    changed[name] = tuple(value)
+            try:
+                return dataclasses.replace(default, **changed) if changed else default
+            except InputError as error:
+                raise _Refused(error) from error
 
         replace.__doc__ = type(default).__doc__
         return dataclasses.replace(spec, instantiate=replace) if isinstance(spec, StructConstructorSpec) else None

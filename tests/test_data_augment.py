@@ -85,8 +85,8 @@ def test_rotation_and_scale_stay_within_their_bounds():
 
 def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
     keys = jax.random.split(KEY, 32)
-    flips = jax.vmap(Augment(flip=True), (0, None))(keys, IMAGE)
-    both = jax.vmap(Augment(flip=True, cutout=3), (0, None))(keys, IMAGE)
+    flips = jax.jit(jax.vmap(Augment(flip=True), (0, None)))(keys, IMAGE)
+    both = jax.jit(jax.vmap(Augment(flip=True, cutout=3), (0, None)))(keys, IMAGE)
     np.testing.assert_array_equal(np.where(both == 0, flips, both), flips)
 
 

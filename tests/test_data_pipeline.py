@@ -1,4 +1,4 @@
-"""From a source to batches: the same rows at a step, resident or streamed, and the same draws on any number of devices."""
+"""From a source to batches: the same rows at a step, resident or streamed, on any number of devices."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ AUGMENTED = Arrays(load, augment=Augment(rotation=20.0, scale=0.1, crop_padding=
 
 def test_only_training_augments():
     batch = batch_of(np.arange(8))
-    plain = prepare(Arrays(load), train=True)(batch, KEY)["image"]
-    np.testing.assert_array_equal(prepare(AUGMENTED, train=False)(batch, KEY)["image"], plain)
-    assert not np.array_equal(prepare(AUGMENTED, train=True)(batch, KEY)["image"], plain)
+    plain = jax.jit(prepare(Arrays(load), train=True))(batch, KEY)["image"]
+    np.testing.assert_array_equal(jax.jit(prepare(AUGMENTED, train=False))(batch, KEY)["image"], plain)
+    assert not np.array_equal(jax.jit(prepare(AUGMENTED, train=True))(batch, KEY)["image"], plain)
 
 
 def test_augmentation_draws_by_row_and_not_by_device():
@@ -182,7 +182,7 @@ def test_augmentation_draws_by_row_and_not_by_device():
 def test_the_images_of_one_row_are_changed_alike():
     data = Arrays(load, images=("image", "other"), augment=AUGMENTED.augment)
     batch = batch_of(np.arange(4))
-    ready = prepare(data, train=True)(batch | {"other": batch["image"]}, KEY)
+    ready = jax.jit(prepare(data, train=True))(batch | {"other": batch["image"]}, KEY)
     np.testing.assert_array_equal(ready["image"], ready["other"])
 
 

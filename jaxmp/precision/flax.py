@@ -1,10 +1,10 @@
 """A policy applied to an unmodified Flax Linen module, casting at each use.
 
 Parameters stay in their own dtype (float32 master weights) until the very operation that uses them. The cast therefore
-sits inside the body of a scan, of a rematerialised block and of each use of a tied weight, and the gradients of all uses
-meet in float32 (trap T1 of the numerics contract: cast once outside, a bfloat16 weight used 1000 times gets 256 for a
-gradient of 1000). Two gradients would still be summed in half inside one layer, so these layers get help: a bias is
-broadcast in float32 and then cast (T2), an embedding is gathered in float32 and its rows are cast (T15).
+sits inside the body of a scan, of a rematerialised block and of each use of a tied weight, and the gradients of all
+uses meet in float32 (trap T1 of the numerics contract: cast once outside, a bfloat16 weight used 1000 times gets 256
+for a gradient of 1000). Two gradients would still be summed in half inside one layer, so these layers get help: a bias
+is broadcast in float32 and then cast (T2), an embedding is gathered in float32 and its rows are cast (T15).
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def with_policy(apply: Callable[..., Any], policy: Policy, *, axis_name: str | N
     """`module.apply` under `policy`: same arguments, same results, other dtypes.
 
     Float inputs are cast to the compute dtype and float outputs to the output dtype; normalisation layers compute
-    statistics and affine in float32 and hand on the compute dtype; a `dtype` given in the model's code gives way. Mutable
-    collections (batch statistics) keep their dtypes. The result goes into jit, grad, scan, vmap and remat like `apply`.
+    statistics and affine in float32 and hand on the compute dtype; a `dtype` given in the model's code gives way.
+    Mutable collections (batch statistics) keep their dtypes. The result goes into jit, grad, scan, vmap and remat like
+    `apply`.
 
     Args:
       apply: a bound `apply` of a Linen module, `model.apply`.

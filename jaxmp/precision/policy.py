@@ -19,8 +19,8 @@ FLOAT32 = np.dtype(np.float32)
 def is_float(x: Any) -> bool:
     """True for an array (or NumPy scalar) whose values may be cast: a real float of two bytes or more.
 
-    False for integers, bools, PRNG keys, float0, complex numbers, Python scalars, and for fp8 and narrower floats, which
-    carry scales or quantised values of their own.
+    False for integers, bools, PRNG keys, float0, complex numbers, Python scalars, and for fp8 and narrower floats,
+    which carry scales or quantised values of their own.
     """
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return False
@@ -28,7 +28,7 @@ def is_float(x: Any) -> bool:
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:
-    """`tree` with its floats (see `is_float`) in `dtype`, everything else untouched. Idempotent; keeps the structure."""
+    """`tree` with its floats (see `is_float`) in `dtype`, all else untouched. Idempotent; keeps the structure."""
     return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) and x.dtype != dtype else x, tree)
 
 

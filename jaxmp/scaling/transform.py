@@ -6,8 +6,8 @@
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
 
-On a step whose gradients or loss are not finite, nothing that `inner` keeps changes (moments, counts, schedules), and the
-updates change no parameter. All state is in `opt_state`, so it is checkpointed with it.
+On a step whose gradients or loss are not finite, nothing that `inner` keeps changes (moments, counts, schedules), and
+the updates change no parameter. All state is in `opt_state`, so it is checkpointed with it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def loss_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` under a loss scale: takes scaled gradients, unscales, checks, and updates all or nothing.
 
-    `inner` sees unscaled gradients and parameters in float32 (or wider, where they are), whatever dtype they came in, so
-    that its state never changes dtype; put everything that changes gradients into it: clipping, weight decay,
+    `inner` sees unscaled gradients and parameters in float32 (or wider, where they are), whatever dtype they came in,
+    so that its state never changes dtype; put everything that changes gradients into it: clipping, weight decay,
     accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8)
     are hidden from it, and their updates are zero.
 
-    `update(scaled_grads, state, params=None, value=None, **extra)` returns float32 updates (on a skipped step: -0.0, the
-    number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be finite too,
-    and it goes on to `inner`, like every other extra argument.
+    `update(scaled_grads, state, params=None, value=None, **extra)` returns float32 updates (on a skipped step: -0.0,
+    the number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be
+    finite too, and it goes on to `inner`, like every other extra argument.
 
     Args:
       inner: any optax transformation.
@@ -177,7 +177,7 @@ def _largest_magnitude(grads: Any) -> jax.Array:
 
 
 def _strongly_typed(tree: Any) -> Any:
-    """`tree` with arrays for leaves, and none weakly typed: optax keeps some Python numbers, which would compile twice."""
+    """`tree` in arrays, none weakly typed: optax keeps some Python numbers, which would compile twice."""
 
     def strong(x: Any) -> jax.Array:
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):

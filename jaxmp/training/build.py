@@ -149,7 +149,7 @@ class Training:
         return metrics
 
     def first_non_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int) -> str | None:
-        """The first non-finite value of a step, repeated from `state` on its `batch`: the loss, or a gradient's path."""
+        """The first non-finite value of a step, repeated from `state` on its `batch`: the loss or a gradient."""
         loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
 
         def scaled(params: Any) -> Any:

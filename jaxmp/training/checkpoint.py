@@ -370,19 +370,20 @@ def _host_shards(arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, list[tu
     for array in arrays.values():
         if isinstance(array, jax.Array):
             array.copy_to_host_async()
-    parts = {}
-    for path, array in arrays.items():
-        if isinstance(array, jax.Array):
-            shards = [
-                (shard.index, np.asarray(shard.data)) for shard in array.addressable_shards if not shard.replica_id
-            ]
-        else:
-            shards = [((slice(None),) * array.ndim, array)]
-        parts[path] = [
-            ([list(axis.indices(size)[:2]) for axis, size in zip(index, array.shape, strict=True)], data)
-            for index, data in shards
-        ]
-    return parts
+    return {path: _parts(array) for path, array in arrays.items()}
+
+
+def _parts(array: jax.Array | np.ndarray) -> list[tuple[list, np.ndarray]]:
+    if isinstance(array, np.ndarray) or array.is_fully_replicated:
+        return [([[0, size] for size in array.shape], np.asarray(array))]
+    return [
+        (
+            [list(axis.indices(size)[:2]) for axis, size in zip(shard.index, array.shape, strict=True)],
+            np.asarray(shard.data),
+        )
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
 
 
 def _crc32(array: np.ndarray) -> int:

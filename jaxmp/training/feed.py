@@ -1,7 +1,7 @@
 """Feeds: how batches reach the train step, and how many steps go into one dispatch.
 
-Small data lies on the device, and one dispatch runs many steps; larger data is streamed, a step a dispatch. Both give the
-same batch for a step, a pure function of (seed, step), so that a run can go on from any step.
+Small data lies on the device, and one dispatch runs many steps; larger data is streamed, a step a dispatch. Both give
+the same batch for a step, a pure function of (seed, step), so that a run can go on from any step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from jaxmp.training.metrics import Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep
-
 
 AUGMENTATION = 0x6A786D70  # sets the keys of augmentation apart from all others that the seed gives
 
@@ -50,7 +49,9 @@ class Feed(Protocol):
 class Resident:
     """A feed from a training set that lies on the device, with many steps in one dispatch, or one."""
 
-    def __init__(self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, *, many: bool):
+    def __init__(
+        self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, *, many: bool
+    ):
         self._batches, self._devices, self._many = batches, devices, many
         self._columns = devices.put(resident(source))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the rows of its batches on the device
@@ -145,7 +146,6 @@ def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax
         return apply(raw, key, first_row)
 
     return prepared
-
 
 
 def _counted(step: TrainStep) -> Callable[[Any, Any], Any]:

@@ -1,8 +1,9 @@
 """The training loop: `steps`, a generator, and `fit`, which evaluates, saves, writes and stops around it.
 
-Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, while this one runs;
-then, where this step is due for it, evaluate, write, save; then the next batch and the next dispatch. A line is on disk
-before a checkpoint of its step is begun, so that a run that is killed at any moment and resumed ends with the same lines.
+Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, while this one
+runs; then, where this step is due for it, evaluate, write, save; then the next batch and the next dispatch. A line is
+on disk before a checkpoint of its step is begun, so that a run that is killed at any moment and resumed ends with the
+same lines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
+from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
@@ -32,7 +34,6 @@ from jaxmp.training.feed import NAN_LOSS, Feed
 from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.provenance import provenance
 from jaxmp.training.state import TrainState
-from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 if TYPE_CHECKING:
     from jaxmp.experiment import Experiment
@@ -65,7 +66,7 @@ class Loop:
     max_consecutive_skips: int = 50
     """steps skipped in a row after which the run has failed"""
     steps_per_dispatch: int | None = None
-    """most steps in one dispatch; by default as many as there are between two things to do, or one where that is faster"""
+    """most steps in one dispatch; by default all up to the next thing to do, or one where that is faster"""
     wandb: bool = False
     """also report to Weights & Biases"""
 
@@ -278,9 +279,8 @@ class _Session:
                 continue
             self._write(waiting, step, state)
             waiting = None
-            if schedule.evaluates(step):
-                self._evaluate(step, state, "validation")
-            self._save(step, state, training.no_metrics if schedule.writes(step) else metrics)
+            measured = self._evaluate(step, state, "validation") if schedule.evaluates(step) else None
+            self._save(step, state, training.no_metrics if schedule.writes(step) else metrics, measured)
             if schedule.evaluates(step) and self._out_of_patience():
                 break
             if stop() and step < training.steps:
@@ -329,9 +329,8 @@ class _Session:
         for writer in self.writers:
             writer.write(record)
 
-    def _save(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        monitored = {self.loop.monitor: value for at, value in self.evaluated if at == step}
-        self.checkpoints.save(step, {"state": state, "metrics": metrics}, monitored)
+    def _save(self, step: int, state: TrainState, metrics: Metrics, measured: dict[str, float] | None = None) -> None:
+        self.checkpoints.save(step, {"state": state, "metrics": metrics}, measured)
 
     def _finish(self, step: int, state: TrainState) -> dict[str, Any]:
         """The last evaluation, on the test set, and the summary."""
@@ -429,8 +428,8 @@ def _recorded(folder: Path, experiment: Experiment, overwrite: bool) -> dict[str
         return None
     if found != experiment.hash:
         raise InputError(
-            f"{folder} belongs to another experiment: hash {found}, expected {experiment.hash}; choose another --workdir, "
-            "or --overwrite"
+            f"{folder} belongs to another experiment: hash {found}, expected {experiment.hash}; choose another "
+            "--workdir, or --overwrite"
         )
     return config
 

@@ -18,7 +18,7 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
-        """The mean of `values` under `weights`, arrays of one shape. A value of weight 0 counts for nothing, be it NaN."""
+        """The mean of `values` under `weights`, of one shape. A value of weight 0 counts for nothing, even NaN."""
         weights = weights.astype(jnp.float32)
         values = jnp.where(weights != 0, values.astype(jnp.float32), 0)
         return cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jaxmp", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
+PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets grain numpy".split()
 
 
 def provenance() -> dict[str, Any]:
     """What a run notes of its surroundings: `command`, `versions`, `git`, `devices`, all JSON.
 
-    `git` is the revision of the repository that the process stands in, and, where its tree is dirty, the patch; None where
-    there is no repository.
+    `git` is the revision of the repository that the process stands in, and, where its tree is dirty, the patch; None
+    where there is no repository.
     """
     return {
         "command": sys.argv,

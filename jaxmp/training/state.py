@@ -60,8 +60,8 @@ class TrainState:
           finite: bool scalar, the same on every replica.
           updates: what to add to the parameters.
           model_state, opt_state: the new ones; `opt_state` has decided for itself what to keep (see `loss_scaling`).
-          ema_decay: decay of the moving average; at first less, min(decay, (1 + n) / (10 + n)) after n applied steps, so
-            that the initial weights are forgotten (TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
+          ema_decay: decay of the moving average; at first less, min(decay, (1 + n) / (10 + n)) after n applied steps,
+            so that the initial weights are forgotten (TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
         """
         params = keep_where(finite, jax.tree.map(_add, self.params, updates), self.params)
         ema = self.ema

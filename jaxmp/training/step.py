@@ -36,8 +36,8 @@ def make_train_step(
 
     Args:
       loss_fn: `(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`, see `make_loss`.
-      tx: `loss_scaling(...)`, with all that changes gradients inside it. A `tx` without any is applied as it is: then no
-        step is skipped.
+      tx: `loss_scaling(...)`, with all that changes gradients inside it. A `tx` without any is applied as it is: then
+        no step is skipped.
       ema_decay: decay of the moving average of the parameters, for a state that keeps one.
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
 
@@ -106,11 +106,12 @@ def _refuse_outside_of_probe(tx: Any) -> None:
 def _refuse_outside(opt_state: Any) -> None:
     """Refuses an optimizer whose `loss_scaling` is not the outermost transformation (defect B16).
 
-    What stands before it would act on scaled gradients (a clip); what stands after it would act on skipped steps as well
-    (weight decay shrinks the weights, a schedule counts).
+    What stands before it would act on scaled gradients (a clip); what stands after it would act on skipped steps as
+    well (weight decay shrinks the weights, a schedule counts).
     """
     if not isinstance(opt_state, LossScalingState) and find_state(opt_state) is not None:
         raise InputError(
-            f"loss_scaling stands inside {type(opt_state).__name__} of another transformation; what is outside of it would "
-            "act on scaled gradients or on skipped steps. Put all of it inside: loss_scaling(optax.chain(...), scaler)"
+            f"loss_scaling stands inside another transformation (its state is a {type(opt_state).__name__}); what is "
+            "outside of it would act on scaled gradients or on skipped steps. Put all of it inside: "
+            "loss_scaling(optax.chain(...), scaler)"
         )

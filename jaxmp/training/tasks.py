@@ -69,8 +69,8 @@ def make_loss(
 ) -> LossFn:
     """The loss function of a Flax Linen module under a policy.
 
-    The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. Its random keys of
-    every name come from the one `key`; its collections other than `params` are the model state.
+    The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. Its random keys
+    of every name come from the one `key`; its collections other than `params` are the model state.
 
     Args:
       model: a Linen module.

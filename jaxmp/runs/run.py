@@ -1,0 +1,218 @@
+"""`Run`: a run folder, read back."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.config_file import ConfigFile
+from jaxmp.data.dataset import Split
+from jaxmp.data.pipeline import prepare
+from jaxmp.errors import InputError, nearest
+from jaxmp.experiment import Experiment
+from jaxmp.training.build import Training
+from jaxmp.training.checkpoint import Checkpoints
+from jaxmp.training.metrics import Mean, compute
+from jaxmp.training.state import TrainState
+from jaxmp.training.tasks import Batch, make_loss
+
+
+class Run:
+    """A run folder: what was trained, how it went, and the model that came out. Reads, and never writes.
+
+        run = jaxmp.Run("runs/digits_mlp")
+        run.summary["test"]["accuracy"]
+        plt.plot(*run.curve("loss"))
+        logits = run.apply(run.experiment.data.source("test")[np.arange(8)])
+
+    What is read is read when it is asked for, so that a run can be watched while it trains.
+
+    Args:
+      path: the run folder, or a folder with exactly one run below it.
+      experiment: what was trained; wanted for a run that was started from Python, whose folder has no config file.
+
+    Raises:
+      InputError: there is no run, or there are several, or the experiment is not the one that was trained.
+    """
+
+    def __init__(self, path: str | Path, experiment: Experiment | None = None):
+        self.path = _find(Path(path))
+        self._given = experiment
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What config.json says: the resolved experiment, its source and overrides, versions, git revision, devices."""
+        return _read_config(self.path)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, in order; a DataFrame is `pandas.DataFrame(run.metrics)`. None: not finite."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # after the last newline: a line being written
+        return [json.loads(line) for line in lines]
+
+    def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
+        """Steps, int64 (lines,), and a metric's values, float64 (lines,), on a split. NaN where it was not finite."""
+        lines = [line for line in self.metrics if line["split"] == split]
+        names = sorted({name for line in lines for name in line})
+        if metric not in names:
+            raise InputError(
+                f"{self.path} has no {metric!r} on {split}; there is {', '.join(names) or 'nothing'}{nearest(metric, names)}"
+            )
+        lines = [line for line in lines if metric in line]
+        values = [math.nan if line[metric] is None else line[metric] for line in lines]
+        return np.array([line["step"] for line in lines], np.int64), np.array(values, np.float64)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says. Raises InputError where the run has not ended."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            raise InputError(f"{self.path} has no summary yet: the run has not ended; the same `jaxmp train` resumes it")
+        return json.loads(path.read_text())
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """The experiment: the saved source run again with the recorded overrides, and its hash compared.
+
+        Raises: InputError where it cannot be made again, or comes out different.
+        """
+        experiment = self._given or self._rebuild()
+        expected, seed = self.config["hash"], self.config["seed"]
+        if (experiment.hash, experiment.seed) != (expected, seed):
+            raise InputError(
+                f"{self.path} trained the experiment of hash {expected} with seed {seed}; the one "
+                f"{'given' if self._given else 'made again from its source'} has hash {experiment.hash} and seed "
+                f"{experiment.seed}: {_first_difference(self.config['experiment'], experiment.to_json())}. Versions then: "
+                f"{', '.join(f'{name} {version}' for name, version in self.config['versions'].items())}"
+            )
+        return experiment
+
+    def _rebuild(self) -> Experiment:
+        if "source" not in self.config:
+            raise InputError(
+                f"{self.path} was started from Python and keeps no config file; give its experiment: "
+                "jaxmp.Run(path, experiment)"
+            )
+        config = ConfigFile(self.config["name"], self.config["source"], self.config["file"])
+        return config.experiment(self.config["overrides"])
+
+    @functools.cached_property
+    def _training(self) -> Training:
+        return Training(self.experiment)
+
+    def state(self, step: int | Literal["last", "best"] = "last") -> TrainState:
+        """The state of a checkpoint: the last, the best by the loop's `monitor`, or that of a step.
+
+        Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
+        """
+        loop, training = self.experiment.loop, self._training
+        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.mode)
+        at = {"last": None, "best": checkpoints.best_step()}.get(step, step)
+        template = {"state": jax.eval_shape(training.init), "metrics": training.no_metrics}
+        found = checkpoints.restore(template, step=at, warn=lambda text: warnings.warn(text, stacklevel=3))
+        checkpoints.close()
+        if found is None:
+            raise InputError(f"{self.path} has no checkpoint yet")
+        return found[1]["state"]
+
+    @functools.cached_property
+    def _last_state(self) -> TrainState:
+        return self.state()
+
+    def apply(self, batch: dict[str, Any]) -> Any:
+        """The model's outputs for rows of the data, under the run's policy, with the weights of the last checkpoint.
+
+        Those are the averaged weights where the run keeps them (`ema_decay`).
+
+        Args:
+          batch: rows as the data has them (`run.experiment.data.source("test")[indices]`), at least the task's inputs;
+            they are scaled and normalised as in training, and not augmented.
+        """
+        state = self._last_state
+        inputs = {name: jnp.asarray(batch[name]) for name in (*self.experiment.task.inputs, *self.experiment.data.images)}
+        return self._outputs(state.params if state.ema is None else state.ema, state.model_state, inputs)
+
+    @functools.cached_property
+    def _outputs(self) -> Callable[..., Any]:
+        experiment = self.experiment
+        outputs_of = make_loss(experiment.model, _Outputs(experiment.task.inputs), experiment.policy, train=False)
+        prepared = prepare(experiment.data, train=False)
+
+        @jax.jit
+        def outputs(params: Any, model_state: Any, batch: Batch) -> Any:
+            _, (_, found, _) = outputs_of(params, model_state, prepared(batch, None), None)
+            return found
+
+        return outputs
+
+    def evaluate(self, split: Split = "test") -> dict[str, float]:
+        """The metrics of a whole split, with the weights of the last checkpoint (averaged where the run keeps those)."""
+        training = self._training
+        return compute(training.evaluate(training.devices.put(self._last_state), split))
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """A task without a loss, which hands on what the model says."""
+
+    inputs: tuple[str, ...]
+
+    def __call__(self, outputs: Any, batch: Batch) -> Any:
+        nothing = jnp.float32(0)
+        return Mean(nothing, nothing), outputs
+
+
+def _find(path: Path) -> Path:
+    """The run folder that `path` names or holds."""
+    if (path / "config.json").is_file():
+        _read_config(path)
+        return path
+    if not path.is_dir():
+        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"run {str(path)!r}: no such folder{nearest(path.name, others)}")
+    found = sorted(config.parent for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.json"))
+    if len(found) != 1:
+        there = "\n".join(f"  {run}" for run in found)
+        raise InputError(
+            f"{path} holds {len(found)} runs; name one of them:\n{there}"
+            if found
+            else f"{path} is no run folder and holds none: expected a config.json in it, as `jaxmp train` writes"
+        )
+    _read_config(found[0])
+    return found[0]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text())
+        missing = {"name", "hash", "seed", "experiment", "versions"} - set(config)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path / 'config.json'} is no JSON object ({error}); is this a run of jaxmp?") from error
+    if missing or not isinstance(config, dict):
+        raise InputError(
+            f"{path / 'config.json'} lacks {', '.join(sorted(missing))}: {path} was not written by this version of jaxmp"
+        )
+    return config
+
+
+def _first_difference(recorded: Any, now: Any, where: str = "") -> str:
+    """The path of the first leaf in which two JSON values differ, and both values."""
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        for name in sorted({*recorded, *now}):
+            if recorded.get(name) != now.get(name):
+                return _first_difference(recorded.get(name), now.get(name), f"{where}.{name}" if where else name)
+    return f"{where} was {recorded!r:.60} and is {now!r:.60}"
