@@ -246,40 +246,20 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "cut off", "flipped"])
-def test_no_damage_to_any_file_goes_unnoticed(tmp_path, how):
-    """Each file in turn. Damage is reported, and the one before used, or the values are unharmed all the same."""
+def test_damage_to_any_file_is_reported_and_the_checkpoint_before_is_used(tmp_path, how):
     write(tmp_path, 1, 2)
-    noticed = 0
     for path in files(tmp_path / "2"):
         whole = path.read_bytes()
-        if not whole:
+        if how != "missing" and not whole:
             continue
         damage(path, how)
         said: list[str] = []
         checkpoints = Checkpoints(tmp_path)
         step, restored = checkpoints.restore(TEMPLATE, warn=said.append)
         checkpoints.close()
-        assert float(restored["w"][0, 0]) == step == int(restored["n"]) and len(np.unique(restored["w"])) == 1
-        assert (step, len(said)) in ((2, 0), (1, 1)), path
-        noticed += step == 1
+        assert step == 1 and len(said) == 1 and "checkpoint 2" in said[0] and "is damaged" in said[0], path
+        assert_same(restored, {"w": jnp.full((64, 64), 1.0), "n": jnp.int32(1)})
         path.write_bytes(whole)
-    assert noticed >= 2  # the manifest and the arrays at least
-
-
-def test_a_flipped_bit_in_the_values_is_found_by_the_checksum(tmp_path):
-    write(tmp_path, 1, 2)
-    manifest = tmp_path / "2" / "manifest.json"
-    other = json.loads((tmp_path / "1" / "manifest.json").read_text())
-    assert other["leaves"]["w"]["shards"] != json.loads(manifest.read_text())["leaves"]["w"]["shards"]
-    # The arrays of step 1 under the manifest of step 2: what Orbax reads is sound, and not what was saved.
-    arrays = tmp_path / "2" / "arrays"
-    arrays.rename(tmp_path / "moved")
-    (tmp_path / "1" / "arrays").rename(arrays)
-    (tmp_path / "moved").rename(tmp_path / "1" / "arrays")
-    checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(InputError, match="does not match its checksum"):
-        checkpoints.restore(TEMPLATE, step=2)
-    checkpoints.close()
 
 
 def test_after_falling_back_the_damaged_step_is_moved_aside_and_saved_again(tmp_path):
@@ -322,10 +302,11 @@ for step in range(start + 1, 10_000):
 """
 
 
-def test_a_kill_at_any_moment_leaves_a_folder_that_restores(tmp_path):
-    rng = random.Random(0)
+@pytest.mark.parametrize("kills", [2, pytest.param(15, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_a_folder_that_restores(tmp_path, kills):
+    rng = random.Random(kills)
     reached = 0
-    for _ in range(6):
+    for _ in range(kills):
         child = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
@@ -394,15 +375,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_one_error_and_there_is_room_again_afterwards(small_disk, caplog):
-    noise = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(700, 700)), jnp.float32)}
+def test_a_full_disk_is_one_error_and_there_is_room_again_afterwards(small_disk):
+    noise = {f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(70, 700)), jnp.float32) for i in range(10)}
     checkpoints = Checkpoints(small_disk / "run")
     checkpoints.save(1, noise)
     checkpoints.save(2, noise)
     with pytest.raises(InputError, match=r"step 2 could not be written .*[Nn]o space left .*Whole are: \[1\]"):
         checkpoints.wait()
     assert checkpoints.restore(noise)[0] == 1
-    checkpoints.save(3, {"w": jnp.ones((700, 700))})
+    checkpoints.save(3, jax.tree.map(jnp.ones_like, noise))
     checkpoints.close()
     assert checkpoints.steps() == [1, 3]
 
@@ -456,17 +437,19 @@ def test_a_checkpoint_moves_between_shardings(tmp_path):
     assert result.stdout == "ok\n", result.stderr
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(3)"])
-def test_a_program_that_forgets_to_wait_neither_hangs_nor_shows_a_traceback(tmp_path, end):
-    code = """
+def test_a_program_that_forgets_to_wait_neither_hangs_nor_shows_a_traceback(tmp_path):
+    result = run(
+        """
         import sys
         import jax.numpy as jnp
         from jaxmp.training.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1])
         checkpoints.save(1, {"w": jnp.ones((500, 500))})
-    """
-    result = run(textwrap.dedent(code) + end, tmp_path)
-    assert result.returncode == (3 if end else 0)
+        raise SystemExit(3)
+        """,
+        tmp_path,
+    )
+    assert result.returncode == 3
     assert "Traceback" not in result.stderr
     assert (tmp_path / "1").exists() or "not written" in result.stderr
 

@@ -176,7 +176,7 @@ def test_preparing_a_dataset_of_tfds_writes_array_record_to_our_own_folder(prepa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert catalog.prepare_dataset("mnist").folder == catalog.own_folder() / "mnist" / "3.0.1"
     assert asked == {"name": "mnist", "data_dir": catalog.own_folder(), "file_format": "array_record"}
-    with pytest.raises(InputError, match="preparing 'cifar10' in .* failed: FileExistsError"):
+    with pytest.raises(InputError, match=r"preparing 'cifar10' in .* failed: FileExistsError"):
         catalog.prepare_dataset("cifar10")
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from jaxmp import (
-    SGD,
     Adam,
     Arrays,
     Constant,
@@ -26,7 +25,6 @@ from jaxmp import (
     DynamicScaler,
     Experiment,
     InputError,
-    Loop,
     NoScaler,
     Scaling,
     StaticScaler,
@@ -199,13 +197,6 @@ def test_hash_leaves_out_seed_and_devices_and_nothing_else():
     assert len(experiment().hash) == 12
 
 
-def test_hash_differs_when_any_leaf_changes():
-    base = experiment()
-    for path, arguments, _ in overridable(base):
-        if path[0] not in ("seed", "parallel"):
-            assert override(base, arguments).hash != base.hash, path
-
-
 CONFIG = '''
 """A config with functions of every kind."""
 import functools
@@ -373,13 +364,14 @@ def test_a_lambda_that_cannot_be_told_from_its_neighbour_is_refused():
 # Overrides.
 
 
-def test_every_scalar_leaf_can_be_overridden():
+def test_every_scalar_leaf_can_be_overridden_and_changes_the_hash():
     base = experiment()
     paths = set()
     for path, arguments, value in overridable(base):
         changed = override(base, arguments)
         assert at(changed, path) == value, path
         assert at(base, path) != value, path
+        assert (changed.hash == base.hash) == (path[0] in ("seed", "parallel")), path
         others = [other for other, _ in leaves(base) if other != path]
         assert all(at(changed, other) is at(base, other) or at(changed, other) == at(base, other) for other in others)
         paths.add(".".join(path))
@@ -533,6 +525,8 @@ def test_every_scalar_leaf_of_every_shipped_config_can_be_overridden(path):
     config = ConfigFile.find(str(path))
     base = config.experiment()
     assert config.docstring
-    for leaf, arguments, value in overridable(base):
-        assert at(override(base, arguments), leaf) == value, leaf
-    assert isinstance(base.optimizer, (SGD, Adam)) and isinstance(base.loop, Loop)
+    changes = list(overridable(base))
+    changed = override(base, [argument for _, arguments, _ in changes for argument in arguments])
+    for leaf, _, value in changes:
+        assert at(changed, leaf) == value, leaf
+    assert len(changes) > 40

@@ -7,7 +7,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +19,12 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment import Experiment
+from jaxmp.precision.flax import with_policy
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
-from jaxmp.training.metrics import Mean, compute
+from jaxmp.training.metrics import compute
 from jaxmp.training.state import TrainState
-from jaxmp.training.tasks import Batch, make_loss
+from jaxmp.training.tasks import mode_argument
 
 
 class Run:
@@ -149,13 +149,14 @@ class Run:
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
         experiment = self.experiment
-        outputs_of = make_loss(experiment.model, _Outputs(experiment.task.inputs), experiment.policy, train=False)
+        apply = with_policy(experiment.model.apply, experiment.policy)
+        mode = mode_argument(experiment.model, False)
         prepared = prepare(experiment.data, train=False)
 
         @jax.jit
-        def outputs(params: Any, model_state: Any, batch: Batch) -> Any:
-            _, (_, found, _) = outputs_of(params, model_state, prepared(batch, None), None)
-            return found
+        def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> Any:
+            batch = prepared(batch, None)
+            return apply({"params": params, **model_state}, *(batch[name] for name in experiment.task.inputs), **mode)
 
         return outputs
 
@@ -163,17 +164,6 @@ class Run:
         """The metrics of a whole split, with the weights of the last checkpoint (averaged where the run keeps those)."""
         training = self._training
         return compute(training.evaluate(training.devices.put(self._last_state), split))
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """A task without a loss, which hands on what the model says."""
-
-    inputs: tuple[str, ...]
-
-    def __call__(self, outputs: Any, batch: Batch) -> Any:
-        nothing = jnp.float32(0)
-        return Mean(nothing, nothing), outputs
 
 
 def _find(path: Path) -> Path:

@@ -79,7 +79,7 @@ class Training:
         size = self.batches.batch_size
         row = {**self.source[np.arange(1)], "weight": np.ones(1, np.float32)}
         raw = {
-            name: jax.ShapeDtypeStruct((size, *column.shape[1:]), column.dtype)
+            name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
             for name, column in row.items()
             if column.dtype.kind not in "OSU"
         }
@@ -137,10 +137,9 @@ class Training:
         """The metrics of a whole split, exact over its smaller last batch; of the averaged weights where they are kept.
 
         Args:
-          state: as it came from the feed.
+          state: on these devices, as `Devices.get` gives it.
           split: its rows are taken in order.
         """
-        state = self.devices.get(state)
         params = state.params if state.ema is None else state.ema
         metrics = {name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS}
         size = -(-self.experiment.data.eval_batch_size // self.devices.count) * self.devices.count

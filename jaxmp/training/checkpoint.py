@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on, written while it goes on.
 
     checkpoints/<step>/arrays/        the leaves, by Orbax: one flat mapping of path to array
-    checkpoints/<step>/manifest.json  step, metrics; path, dtype, shape and checksums of every leaf
+    checkpoints/<step>/manifest.json  step, metrics; dtype and shape of each leaf; CRC-32 of each file
     checkpoints/<step>.partial        being written
     checkpoints/<step>.deleted        being deleted
     checkpoints/<step>.corrupt        was found damaged; moved out of the way, never deleted
@@ -17,6 +17,7 @@ which goes wrong after a kill or with a damaged file. `orbax.checkpoint.experime
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -103,14 +104,14 @@ class Checkpoints:
                 partial.mkdir()
             arrays = {path: _storable(leaf) for path, leaf in named.items()}
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
-            shards = _host_shards(arrays)
+            # Nothing is copied here. Orbax fetches from a GPU before it returns; on a CPU it holds views of JAX's own
+            # buffers, and while such a view lives, JAX gives a donated buffer's memory to nobody else.
             self._orbax.save(partial / _ARRAYS, args=self._ocp.args.PyTreeSave(arrays))
         except OSError as error:
             raise self._not_written(step, error) from error
         self._saved = step
-        self._writing = threading.Thread(
-            target=self._finish, args=(step, leaves, shards, metrics), name=f"checkpoint-{step}", daemon=True
-        )
+        manifest = {"step": step, "metrics": metrics, "leaves": leaves}
+        self._writing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint", daemon=True)
         self._writing.start()
 
     def restore(
@@ -179,15 +180,16 @@ class Checkpoints:
 
     # Writing.
 
-    def _finish(self, step: int, leaves: dict[str, dict], shards: dict[str, list], metrics: dict[str, float]) -> None:
-        """In the background: checksums, manifest, the rename that makes it a checkpoint, and what became too old."""
+    def _finish(self, manifest: dict) -> None:
+        """In the background: the manifest, the rename that makes it a checkpoint, and away with what is too old now."""
+        step = manifest["step"]
         partial = self._path(step, "partial")
         try:
-            for path in list(shards):  # while Orbax writes
-                leaves[path]["shards"] = [[region, _crc32(data)] for region, data in shards.pop(path)]
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                _write_manifest(partial / _MANIFEST, {"step": step, "metrics": metrics, "leaves": leaves})
+                files = sorted(path for path in (partial / _ARRAYS).rglob("*") if path.is_file())
+                manifest["files"] = {str(path.relative_to(partial)): _crc32(path) for path in files}
+                _write_manifest(partial / _MANIFEST, manifest)
                 os.rename(partial, self.folder / str(step))
                 self._delete_old()
         except Exception as error:  # raised again by the next `wait`
@@ -222,9 +224,8 @@ class Checkpoints:
             _write_manifest(self.folder / str(step) / _MANIFEST, manifest | {"metrics": metrics})
 
     def _not_written(self, step: int, error: Exception) -> InputError:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         return InputError(
-            f"the checkpoint of step {step} could not be written to {self.folder}: {reason}. "
+            f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. "
             f"Whole are: {self.steps() or 'none'}. Make room or choose another folder, and run the same command again"
         )
 
@@ -276,6 +277,7 @@ class Checkpoints:
             )
 
     def _read(self, step: int, manifest: dict, template: Any) -> Any:
+        self._verify(step, manifest)
         wanted = _named_leaves(template)
         leaves = manifest["leaves"]
         how = {path: self._restore_args(wanted[path]) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
@@ -283,19 +285,26 @@ class Checkpoints:
             arrays = self._orbax.restore(
                 self.folder / str(step) / _ARRAYS, args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
             )
-        except Exception as error:  # Orbax, TensorStore and Zstandard each have their own for a damaged file
-            raise _Corrupt(f"{type(error).__name__}: {_first_line(error)}") from error
+        except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
+            raise _Corrupt(_reason(error)) from error
         restored = []
         for path, like in wanted.items():
             leaf = leaves[path]
             array = arrays[path] if path in arrays else np.zeros(leaf["shape"], leaf["dtype"])
-            if isinstance(array, np.ndarray) and array.size:
-                _verify(path, leaf, array)
             restored.append(_place(array, leaf.get("key"), like))
         return jax.tree.unflatten(jax.tree.structure(template), restored)
 
+    def _verify(self, step: int, manifest: dict) -> None:
+        """Compares the files with their checksums, for what Orbax does with a damaged one is anyone's guess."""
+        for name, checksum in manifest["files"].items():
+            try:
+                if _crc32(self.folder / str(step) / name) != checksum:
+                    raise _Corrupt(f"{name} does not match its checksum")
+            except OSError as error:
+                raise _Corrupt(f"{name}: {error.strerror}") from error
+
     def _restore_args(self, like: Any) -> Any:
-        """To host memory, where checksums are compared; straight to devices that are other processes' too."""
+        """Through host memory, so that uncommitted arrays stay so; straight to devices that are other processes' too."""
         sharding = getattr(like, "sharding", None)
         if sharding is None or sharding.is_fully_addressable:
             return self._ocp.RestoreArgs(restore_type=np.ndarray)
@@ -321,7 +330,13 @@ def _wait_before_exit(checkpoints: Checkpoints) -> None:
     threading._register_atexit(wait)  # type: ignore[attr-defined]
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The operating system's reason where there is one (TensorStore hides it in a long text), or the first line."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(code) in str(error):
+            return os.strerror(code)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -353,47 +368,15 @@ def _storable(leaf: Any) -> jax.Array | np.ndarray:
     """The array that Orbax writes for a leaf."""
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf, _dtype_and_shape(leaf)[0])  # a copy: what the caller does to his own is unknown here
-    if leaf.is_fully_addressable and leaf.is_fully_replicated:
-        return leaf.addressable_shards[0].data  # one copy; of replicas Orbax would fetch a slice from each
-    return leaf
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, _dtype_and_shape(leaf)[0])
 
 
-def _host_shards(arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, list[tuple[list, np.ndarray]]]:
-    """The parts of each array that this process writes: ([[start, stop] of each axis], values in host memory).
-
-    On a CPU these are views of JAX's own buffers, and nothing is copied: while such a view lives, JAX gives a donated
-    buffer's memory to nobody else (tests/test_checkpoint.py holds it to that). Elsewhere they are the host copies, kept
-    by JAX with the shard, that Orbax asks for too, so that the transfer happens once.
-    """
-    for array in arrays.values():
-        if isinstance(array, jax.Array):
-            array.copy_to_host_async()
-    return {path: _parts(array) for path, array in arrays.items()}
-
-
-def _parts(array: jax.Array | np.ndarray) -> list[tuple[list, np.ndarray]]:
-    if isinstance(array, np.ndarray) or array.is_fully_replicated:
-        return [([[0, size] for size in array.shape], np.asarray(array))]
-    return [
-        (
-            [list(axis.indices(size)[:2]) for axis, size in zip(shard.index, array.shape, strict=True)],
-            np.asarray(shard.data),
-        )
-        for shard in array.addressable_shards
-        if shard.replica_id == 0
-    ]
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _verify(path: str, leaf: dict, array: np.ndarray) -> None:
-    for region, crc in leaf["shards"]:
-        if _crc32(array[tuple(slice(*axis) for axis in region)]) != crc:
-            raise _Corrupt(f"{path} does not match its checksum")
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _place(array: jax.Array | np.ndarray, key: str | None, like: Any) -> jax.Array | np.ndarray:

@@ -266,11 +266,11 @@ class _Session:
         """Trains from `step` to the end, to early stopping, or to a signal."""
         training, devices = self.training, self.training.devices
         schedule = Schedule(self.loop, training.batches.per_epoch, training.steps)
-        state, metrics = devices.put(state), devices.put(metrics)
+        placed = devices.put(state)
+        state = devices.get(placed)
         waiting: _Line | None = None
-        if self._out_of_patience():
-            return Fitted(self.folder, self._finish(step, devices.get(state)), stopped=False)
-        for info in _dispatches(training, self.feed, state, metrics, step):
+        dispatches = _dispatches(training, self.feed, placed, devices.put(metrics), step)
+        for info in () if self._out_of_patience() else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             self._write(waiting, step, state)
@@ -287,7 +287,7 @@ class _Session:
                 self.checkpoints.wait()
                 self.say(f"stopped at step {step} and saved in {self.folder}; the same command goes on from there")
                 return Fitted(self.folder, {}, stopped=True)
-        return Fitted(self.folder, self._finish(step, devices.get(state)), stopped=False)
+        return Fitted(self.folder, self._finish(step, state), stopped=False)
 
     def _write(self, line: _Line | None, step: int, state: TrainState) -> None:
         """Writes a line of training metrics; raises RunFailed where it shows that the run cannot go on."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Mean(NamedTuple):
@@ -38,8 +39,8 @@ def merge(first: Metrics, second: Metrics) -> Metrics:
 
 
 def zeros_like(metrics: Any) -> Metrics:
-    """Metrics that have counted nothing, with the shapes and dtypes of `metrics` (arrays or `ShapeDtypeStruct`s)."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    """Metrics that have counted nothing, on the host, with the shapes and dtypes of `metrics` (arrays or `ShapeDtypeStruct`s)."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
 
 
 def compute(metrics: Metrics) -> dict[str, float]:

@@ -137,9 +137,7 @@ class Devices:
         return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
 
     def spread_rows(self, batch: Any) -> Any:
-        """A batch of host arrays for a program that is not mapped: spread under `jit`, else on the first device."""
-        if self.mode == "pmap":
-            return jax.device_put(batch, self.mesh.devices[0])
+        """A batch of host arrays for a program that is not mapped, spread over the devices."""
         return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
 
     def share(self, rows: Any) -> Any:

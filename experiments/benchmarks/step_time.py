@@ -1,0 +1,293 @@
+"""jaxmp's train step against the same step written by hand in plain JAX, and against Flax's DynamicScale.
+
+    python experiments/benchmarks/step_time.py --output step_time.json
+
+All in one process, in interleaved rounds, so that a busy machine is busy for everyone. What counts are the ratios: that
+of the fastest rounds, and the median of the ratios round by round. Every contender has float32 master weights, half
+compute, dynamic loss scaling and optax's Adam, donates its state, and is dispatched step by step.
+
+The last line is another comparison: jaxmp's many steps in one dispatch against its own step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax.training.dynamic_scale import DynamicScale
+
+from jaxmp import Arrays, Classification, Experiment, TrainState, loss_scaling, make_loss, make_train_step
+from jaxmp.models.mlp import MLP
+from jaxmp.training.build import Training
+from jaxmp.training.provenance import provenance
+
+CLASSES = 10
+LEARNING_RATE = 1e-3
+
+Step = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+"""`(state, batch) -> (state, metrics)`, jitted; the state is donated"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A multi-layer perceptron and its batch."""
+
+    features: tuple[int, ...]
+    inputs: int
+    examples: int
+
+    @property
+    def model(self) -> MLP:
+        """A module without any dtype, as all of jaxmp's."""
+        return MLP(self.features, classes=CLASSES)
+
+    def params(self) -> Any:
+        """Fresh ones, the same each time, in buffers that a step may be given to donate."""
+        return self.model.init(jax.random.key(0), jnp.zeros((1, self.inputs)))["params"]
+
+    def batch(self) -> dict[str, jax.Array]:
+        """Random rows: image float32 (examples, inputs), label int32 (examples,), weight 1."""
+        rng = np.random.default_rng(0)
+        return {
+            "image": jnp.asarray(rng.standard_normal((self.examples, self.inputs)), jnp.float32),
+            "label": jnp.asarray(rng.integers(CLASSES, size=self.examples), jnp.int32),
+            "weight": jnp.ones(self.examples, jnp.float32),
+        }
+
+
+DISPATCH_BOUND = Case(features=(8,) * 31, inputs=8, examples=8)  # 64 leaves
+
+
+def cases() -> dict[str, Case]:
+    """Dispatch-bound, small, and about 20 ms a step (on 2 CPU cores, or on a GPU)."""
+    large = Case((1024, 1024), 784, 192) if jax.default_backend() == "cpu" else Case((8192,) * 4, 8192, 8192)
+    return {"dispatch-bound": DISPATCH_BOUND, "128x2": Case((128, 128), 64, 64), "20 ms": large}
+
+
+def jaxmp_step(case: Case, precision: str) -> tuple[Step, Any]:
+    """The step of this package, and its first state."""
+    tx = loss_scaling(optax.adam(LEARNING_RATE))
+    step = make_train_step(make_loss(case.model, Classification(), precision), tx)
+    return jax.jit(step, donate_argnums=0), TrainState.create(case.params(), tx, key=jax.random.key(0))
+
+
+def hand_written_step(case: Case, precision: str) -> tuple[Step, Any]:
+    """The same by hand: what one would write for this model and no other."""
+    dtype, layers = half(precision), len(case.features) + 1
+    optimizer = optax.adam(LEARNING_RATE)
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        x = x.astype(dtype)
+        for i in range(layers):
+            kernel, bias = params[f"Dense_{i}"]["kernel"], params[f"Dense_{i}"]["bias"]
+            x = x @ kernel.astype(dtype)
+            x = x + jnp.broadcast_to(bias, x.shape).astype(dtype)  # so that its gradient is summed in float32
+            x = x if i == layers - 1 else jax.nn.relu(x)
+        return x.astype(jnp.float32)
+
+    def step(state: Any, batch: Any) -> Any:
+        params, opt_state, scale, good_steps = state
+
+        def scaled_loss(params: Any) -> Any:
+            logits = forward(params, batch["image"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+            return loss * scale, (loss, jnp.mean(jnp.argmax(logits, -1) == batch["label"]))
+
+        grads, (loss, accuracy) = jax.grad(scaled_loss, has_aux=True)(params)
+        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all() & jnp.isfinite(loss)
+        grads = jax.tree.map(lambda g: g / scale, grads)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state))
+        grow = finite & (good_steps == 1999)
+        good_steps = jnp.where(finite & ~grow, good_steps + 1, 0)
+        backed_off = jnp.maximum(scale * 0.5, 2.0**-14)
+        scale = jnp.where(finite, jnp.where(grow, jnp.minimum(scale * 2.0, 2.0**24), scale), backed_off)
+        return (params, opt_state, scale, good_steps), {"loss": loss, "accuracy": accuracy}
+
+    params = case.params()
+    state = (params, optimizer.init(params), jnp.float32(2.0**15), jnp.int32(0))
+    return jax.jit(step, donate_argnums=0), state
+
+
+class FlaxMLP(nn.Module):
+    """The model as Flax's own examples write it: a dtype at every layer."""
+
+    features: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Images (batch, inputs) to float32 logits (batch, classes)."""
+        for width in self.features:
+            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+        return nn.Dense(CLASSES, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def flax_step(case: Case, precision: str) -> tuple[Step, Any]:
+    """Flax's DynamicScale, used as Flax's ImageNet example uses it."""
+    model, optimizer = FlaxMLP(case.features, half(precision)), optax.adam(LEARNING_RATE)
+
+    def step(state: Any, batch: Any) -> Any:
+        params, opt_state, scaling = state
+
+        def loss_fn(params: Any) -> Any:
+            logits = model.apply({"params": params}, batch["image"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+            return loss, jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+
+        scaling, finite, (loss, accuracy), grads = scaling.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state))
+        return (params, opt_state, scaling), {"loss": loss, "accuracy": accuracy}
+
+    params = case.params()
+    state = (params, optimizer.init(params), DynamicScale(scale=jnp.float32(2.0**15)))
+    return jax.jit(step, donate_argnums=0), state
+
+
+CONTENDERS = {"jaxmp": jaxmp_step, "hand-written": hand_written_step, "flax": flax_step}
+
+
+def half(precision: str) -> Any:
+    """The compute dtype of a preset."""
+    return {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}[precision]
+
+
+def step_by_step(step: Step, state: Any, batch: Any) -> Callable[[int], float]:
+    """A function that runs so many steps and returns the seconds that each took."""
+
+    def run(count: int) -> float:
+        nonlocal state
+        began = time.perf_counter()
+        for _ in range(count):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - began) / count
+
+    return run
+
+
+def compare(runs: dict[str, Callable[[int], float]], rounds: int, seconds: float) -> dict[str, Any]:
+    """Times each of `runs` in every round, for about `seconds` each; ratios are to each of the others."""
+    for run in runs.values():
+        run(3)  # compiles; Flax's twice
+    count = int(np.clip(seconds / min(run(3) for run in runs.values()), 5, 5000))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds):
+        order = list(runs) if i % 2 == 0 else list(runs)[::-1]
+        for name in order:
+            times[name].append(runs[name](count))
+    first, *others = runs
+    return {
+        "rounds": rounds,
+        "steps_a_round": count,
+        "microseconds": {
+            name: {"min": 1e6 * min(each), "median": 1e6 * statistics.median(each)} for name, each in times.items()
+        },
+        "ratio": {
+            f"{first} / {other}": {
+                "min": min(times[first]) / min(times[other]),
+                "median": statistics.median(a / b for a, b in zip(times[first], times[other], strict=True)),
+            }
+            for other in others
+        },
+    }
+
+
+def compare_steps(case: Case, precision: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """jaxmp's step and the others on one model. Raises RuntimeError where they do not train alike."""
+    batch, runs, losses = case.batch(), {}, {}
+    for name, make in CONTENDERS.items():
+        step, state = make(case, precision)
+        for _ in range(5):
+            state, metrics = step(state, batch)
+        loss = metrics["loss"]
+        losses[name] = float(loss.compute() if hasattr(loss, "compute") else loss)
+        runs[name] = step_by_step(step, state, batch)
+    if not np.allclose(list(losses.values()), losses["jaxmp"], rtol=5e-3):
+        raise RuntimeError(f"not the same step: the losses of step 5 are {losses}")
+    sizes = [leaf.size for leaf in jax.tree.leaves(case.params())]
+    facts = {"leaves": len(sizes), "parameters": sum(sizes), "batch": case.examples}
+    return facts | compare(runs, rounds, seconds)
+
+
+def compare_dispatch(case: Case, precision: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """One dispatch for many steps against one for each, by the feeds that `fit` uses: batches from the device."""
+    steps_in_epoch = 5000
+
+    def load(split: str) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        examples = case.examples * steps_in_epoch
+        image = rng.standard_normal((examples, case.inputs)).astype(np.float32)
+        return {"image": image, "label": rng.integers(CLASSES, size=examples)}
+
+    data = Arrays(load=load, batch_size=case.examples, images=())
+    training = Training(Experiment(model=case.model, data=data, precision=precision))
+
+    def run_with(feed: Any) -> Callable[[int], float]:
+        carry = training.devices.put(training.init()), training.devices.put(training.no_metrics)
+
+        def run(count: int) -> float:
+            nonlocal carry
+            began = time.perf_counter()
+            carry = feed.run(*carry, 0, count)
+            jax.block_until_ready(carry)
+            return (time.perf_counter() - began) / count
+
+        return run
+
+    runs = {"step by step": run_with(training.feed(many=False)), "in one dispatch": run_with(training.feed(many=True))}
+    return compare(runs, rounds, seconds)
+
+
+def main(
+    output: Path | None = None,
+    rounds: int = 9,
+    seconds: float = 0.3,
+    precision: Literal["mixed_float16", "mixed_bfloat16"] = "mixed_float16",
+) -> None:
+    """Prints a table, and writes all of it as JSON.
+
+    Args:
+        output: JSON file to write; none by default.
+        rounds: Rounds of each comparison, 7 or more.
+        seconds: Time that each contender gets in a round.
+        precision: Policy of all contenders.
+    """
+    results: dict[str, Any] = {}
+    for name, case in cases().items():
+        results[name] = compare_steps(case, precision, rounds, seconds)
+        report(name, results[name])
+    results["many steps"] = compare_dispatch(DISPATCH_BOUND, precision, rounds, seconds)
+    report("many steps", results["many steps"])
+    if output is not None:
+        origin = provenance()
+        git = origin.pop("git")
+        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
+        output.write_text(json.dumps(origin | {"precision": precision, "results": results}, indent=2) + "\n")
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    """One line on the terminal."""
+    times = ", ".join(f"{who} {each['min']:.0f}" for who, each in result["microseconds"].items())
+    ratios = ", ".join(
+        f"{pair} {each['min']:.3f} (median {each['median']:.3f})" for pair, each in result["ratio"].items()
+    )
+    print(f"{name:<15} us a step: {times}; {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

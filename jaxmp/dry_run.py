@@ -1,0 +1,80 @@
+"""`jaxmp train CONFIG --dry-run`: what a run would be, from one step that is traced and compiled, and never run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxmp.data.pipeline import nbytes
+from jaxmp.experiment import Experiment
+from jaxmp.training.build import Training
+
+MIB = 2**20
+
+
+def dry_run(experiment: Experiment) -> str:
+    """Shapes, batches, parameters, policies by module, and memory of a step, as text.
+
+    Raises: InputError for all that training would refuse before its first step.
+    """
+    return "\n".join(_lines(Training(experiment)))
+
+
+def _lines(training: Training) -> Iterator[str]:
+    experiment, batches, devices = training.experiment, training.batches, training.devices
+    state = jax.eval_shape(training.init)
+    sizes = ", ".join(f"{split} {len(experiment.data.source(split))}" for split in ("train", "validation", "test"))
+    shapes = ", ".join(f"{name} {leaf.dtype} {leaf.shape}" for name, leaf in training.example.items())
+    epochs = training.steps / batches.per_epoch
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    yield f"experiment  {experiment.hash}, seed {experiment.seed}"
+    yield f"precision   {experiment.policy}, {experiment.make_scaler()}"
+    yield f"devices     {devices.count} x {jax.local_devices()[0].device_kind}, {devices.mode}"
+    yield f"rows        {sizes}"
+    yield f"batch       {shapes}"
+    yield f"steps       {batches.per_epoch} batches an epoch, {training.steps} steps in {epochs:.4g} epochs"
+    yield f"parameters  {count:,}, {_nbytes(state.params) / MIB:.2f} MiB"
+    yield ""
+    yield from _table(training)
+    yield ""
+    yield from _memory(training, state)
+
+
+def _table(training: Training) -> Iterator[str]:
+    """The policy of each module."""
+    rows = [(row.module or "(model)", row.type, f"{row.parameters:,}", row.policy) for row in training.explain()]
+    header = ("module", "class", "parameters", "policy")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for module, kind, parameters, policy in [header, *rows]:
+        yield f"{module:<{widths[0]}}  {kind:<{widths[1]}}  {parameters:>{widths[2]}}  {policy}"
+
+
+def _memory(training: Training, state: Any) -> Iterator[str]:
+    """What lies on each device during a step, in MiB; the temporaries are the compiler's own account."""
+    devices, batch = training.devices, training.example
+    rows_per_device = training.batches.batch_size // devices.count
+    arguments = state, batch
+    if devices.mode == "pmap":
+        arguments = (
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices.count, *x.shape), x.dtype), state),
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((devices.count, rows_per_device, *x.shape[1:]), x.dtype), batch
+            ),
+        )
+    step = devices.compile(training.train_step, (0, 0)).lower(*arguments).compile()
+    resident = nbytes(training.source) <= training.experiment.data.device_limit * MIB
+    parts = {
+        "state": _nbytes(state),
+        "batch": _nbytes(batch) // devices.count,
+        "temporaries": step.memory_analysis().temp_size_in_bytes,
+        "training set": nbytes(training.source) if resident else 0,
+    }
+    yield "memory of a device, in MiB"
+    for name, size in (*parts.items(), ("together", sum(parts.values()))):
+        yield f"{name:<14}{size / MIB:8.2f}{'  streamed' if name == 'training set' and not resident else ''}"
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
