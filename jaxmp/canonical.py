@@ -183,13 +183,10 @@ def _contents(cell: types.CellType) -> Any:
 
 def _is_reachable(value: Any) -> bool:
     """Whether the function's module holds it under its name, so that the name alone says which function it is."""
-    module, name = (
-        getattr(value, "__module__", None),
-        getattr(value, "__qualname__", None) or getattr(value, "__name__", None),
-    )
     try:
-        found = operator.attrgetter(name)(sys.modules[module])
-    except (AttributeError, KeyError, TypeError):  # TypeError: no name at all; KeyError: no such module
+        name = getattr(value, "__qualname__", None) or value.__name__
+        found = operator.attrgetter(name)(sys.modules[value.__module__])
+    except (AttributeError, KeyError):
         return False
     return found is value or inspect.unwrap(found) is value
 
@@ -197,7 +194,7 @@ def _is_reachable(value: Any) -> bool:
 def _code_of_lambda(function: Callable[..., Any], where: str) -> str:
     """The expression of a lambda as its source says it, without layout and comments: stable between Python versions."""
     code = function.__code__
-    source = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    source = function.__globals__.get("__source__") or "".join(linecache.getlines(code.co_filename))
     try:
         nodes = ast.walk(ast.parse(source))
     except SyntaxError:  # not Python: the lines of a notebook's magic

@@ -1,7 +1,8 @@
 """`jaxmp COMMAND ...`: the command line. Each command is a function that returns the exit code; tyro reads its
 signature and docstring.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input; 75 stopped by a signal after saving, to be run again.
+Exit codes: 0 done; 1 the run failed; 2 bad input; 75 stopped by a signal after saving, to be run again; 130 interrupted
+where there was nothing to save.
 JAX and tyro are imported by the commands that need them, so that `jaxmp --help` is quick.
 """
 
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. The one place where exceptions become a message and a code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is dealt with
+        return code
     except SystemExit as stop:  # tyro, after --help (0) and after its own message about an argument (2)
         return stop.code if isinstance(stop.code, int) else DONE
     except BrokenPipeError:  # `jaxmp configs | head`
@@ -135,7 +138,7 @@ def train(arguments: list[str]) -> int:
     prog = f"jaxmp train {config.name}"
     # Parsed with the options, for one --help and for messages that know all names; then without them, since what is
     # left is what the run folder records.
-    override(_with_options(experiment), arguments, prog=prog, description=config.docstring)
+    override(_with_options(experiment), arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog)
     experiment = override(experiment, overrides, prog=prog)
 
@@ -155,14 +158,18 @@ def train(arguments: list[str]) -> int:
     )
     if fitted.stopped:
         return STOPPED
-    _print_metrics(fitted.summary)
-    print(f"run in {fitted.path}")
+    _print_summary(fitted.summary)
+    print(f"{'run':<16} {fitted.path}")
     return DONE
 
 
-def _print_metrics(metrics: Mapping[str, Any]) -> None:
-    for name, value in metrics.items():
-        print(f"{name:<12} {value:.6g}" if isinstance(value, float) else f"{name:<12} {value}")
+def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
+    """One line a number, those of nested mappings under both names; tables are left to the file."""
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            _print_summary(value, f"{above}{name} ")
+        elif not isinstance(value, list):
+            print(f"{above + name:<16} {value:.6g}" if isinstance(value, float) else f"{above + name:<16} {value}")
 
 
 def _config_argument(arguments: list[str]) -> tuple[ConfigFile, list[str]]:
@@ -202,7 +209,7 @@ def evaluate(run: str, *, split: Literal["train", "validation", "test"] = "test"
     """
     from jaxmp.runs.run import Run
 
-    _print_metrics(Run(run).evaluate(split))
+    _print_summary(Run(run).evaluate(split))
     return DONE
 
 

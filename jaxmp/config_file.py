@@ -110,9 +110,10 @@ class ConfigFile:
 
     def _run(self) -> types.ModuleType:
         # The name is the same in every process, so that the file's own functions and classes keep their identity; the
-        # entry in sys.modules and the lines let typing and inspect find their annotations and docstrings.
+        # entry in sys.modules and the lines let typing and inspect find their annotations and docstrings. The source
+        # stays with the module: the file, and with it those lines, may change.
         module = types.ModuleType(f"jaxmp_configs.{self.name}")
-        module.__file__ = self.file
+        vars(module).update(__file__=self.file, __source__=self.source)
         sys.modules[module.__name__] = module
         linecache.cache[self.file] = (len(self.source), None, self.source.splitlines(keepends=True), self.file)
         self._guarded(lambda: exec(compile(self.source, self.file, "exec", dont_inherit=True), vars(module)))
@@ -180,7 +181,7 @@ def _registry() -> ConstructorRegistry:
         # tyro would call the class with the fields it knows: a Linen module would lose its name, and an untouched
         # subtree would be built anew.
         nonlocal asking
-        default = info.default
+        default: Any = info.default
         if asking or isinstance(default, type) or not dataclasses.is_dataclass(default):
             return None
         asking = True

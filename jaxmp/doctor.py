@@ -79,7 +79,7 @@ def _devices() -> Iterator[str]:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         yield f"{stats['bytes_limit'] / 2**30:.1f} GiB each for JAX"
-    yield f"host: {len(os.sched_getaffinity(0))} cores, {_host_memory() / 2**30:.1f} GiB"
+    yield f"host: {os.cpu_count()} cores, {_host_memory() / 2**30:.1f} GiB"
 
 
 def _dtypes(device: Any) -> Iterator[str]:

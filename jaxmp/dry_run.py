@@ -63,12 +63,12 @@ def _memory(training: Training, state: Any) -> Iterator[str]:
                 lambda x: jax.ShapeDtypeStruct((devices.count, rows_per_device, *x.shape[1:]), x.dtype), batch
             ),
         )
-    step = devices.compile(training.train_step, (0, 0)).lower(*arguments).compile()
+    step: Any = devices.compile(training.train_step, (0, 0))
     resident = nbytes(training.source) <= training.experiment.data.device_limit * MIB
     parts = {
         "state": _nbytes(state),
         "batch": _nbytes(batch) // devices.count,
-        "temporaries": step.memory_analysis().temp_size_in_bytes,
+        "temporaries": step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes,
         "training set": nbytes(training.source) if resident else 0,
     }
     yield "memory of a device, in MiB"

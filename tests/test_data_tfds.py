@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +73,10 @@ def test_digits_is_scikit_learns_set_split_at_random_within_each_label():
     for split in splits:
         share = len(split["label"]) / 1797
         np.testing.assert_allclose(np.bincount(split["label"]), np.bincount(labels) * share, atol=1)
+
+
+def test_a_prepared_set_is_its_files_alone(prepared):
+    assert all(file.is_file() for file in prepared.folder.iterdir())
 
 
 def test_the_split_of_digits_never_changes():
@@ -324,6 +329,7 @@ def test_only_one_of_many_prepares_and_the_others_wait(tmp_path):
 
     def build(draft):
         built.append(draft)
+        time.sleep(0.1)  # so that all the others come meanwhile
         (draft / "content").write_text("whole")
 
     def read(folder):

@@ -337,6 +337,7 @@ def test_what_cannot_be_hashed_is_refused_with_its_path():
         pass
 
     opaque = Opaque()
+
     def load(split):
         return opaque
 
@@ -348,7 +349,7 @@ def test_what_cannot_be_hashed_is_refused_with_its_path():
         with pytest.raises(InputError, match=f"^{where}.*Opaque"):
             _ = experiment(data=Arrays(function)).hash
     with pytest.raises(InputError, match=r"^model\.features\[1\] = .*Opaque"):
-        _ = experiment(model=MLP(features=(1, opaque))).hash
+        _ = experiment(model=Net(features=(1, opaque))).hash
     with pytest.raises(InputError, match="is not the same in the next process"):
         _ = experiment(model=sys).hash
 
@@ -382,7 +383,8 @@ def test_every_scalar_leaf_can_be_overridden_and_changes_the_hash():
 def test_tuples_and_optional_fields_can_be_overridden():
     changed = override(
         experiment(model=Net(first=Block(rate=0.5))),
-        "--model.features 1 2 3 --model.kernel 5 7 --model.first.rate None --data.mean 0.1 0.2 --optimizer.decay *".split(),
+        "--model.features 1 2 3 --model.kernel 5 7 --model.first.rate None".split()
+        + "--data.mean 0.1 0.2 --optimizer.decay *".split(),
     )
     assert changed.model.features == (1, 2, 3)
     assert changed.model.kernel == (5, 7)
@@ -447,7 +449,9 @@ def write(folder, text, name="my.py"):
     return path
 
 
-SMALL = "from jaxmp import *\nfrom jaxmp.models.mlp import MLP\n\ndef get_config():\n    return Experiment(model=MLP())\n"
+SMALL = (
+    "from jaxmp import *\nfrom jaxmp.models.mlp import MLP\n\ndef get_config():\n    return Experiment(model=MLP())\n"
+)
 
 
 def test_a_config_is_found_by_path_and_by_name_in_the_working_folder_first(tmp_path, monkeypatch):
@@ -464,7 +468,7 @@ def test_a_config_is_found_by_path_and_by_name_in_the_working_folder_first(tmp_p
     assert sorted(config_file.available()) == ["other", "same"]
     with pytest.raises(InputError, match="did you mean 'other'"):
         ConfigFile.find("othr")
-    with pytest.raises(InputError, match="no such file.*did you mean 'same.py'"):
+    with pytest.raises(InputError, match=r"no such file.*did you mean 'same\.py'"):
         ConfigFile.find("configs/sme.py")
     with pytest.raises(InputError, match="no such file"):
         ConfigFile.find("nowhere/same.py")
@@ -474,7 +478,9 @@ def test_a_config_that_raises_is_one_message_with_its_own_line(tmp_path):
     path = write(tmp_path, SMALL.replace("MLP()", "MLP(featurs=3)"))
     with pytest.raises(InputError) as error:
         ConfigFile.find(str(path)).experiment()
-    assert str(error.value).startswith(f"config {path} raised in line 5:\n    return Experiment(model=MLP(featurs=3))\n")
+    assert str(error.value).startswith(
+        f"config {path} raised in line 5:\n    return Experiment(model=MLP(featurs=3))\n"
+    )
     assert "TypeError" in str(error.value) and "featurs" in str(error.value)
 
 
@@ -486,7 +492,10 @@ def test_a_config_that_raises_is_one_message_with_its_own_line(tmp_path):
         ("raise SystemExit(3)\n", "SystemExit"),
         (SMALL.replace("model=MLP()", "model=MLP(), precision='flaot32'"), "did you mean 'float32'"),
         (SMALL.replace("get_config", "get_confg"), r"expected a function get_config\(\).*did you mean 'get_confg'"),
-        (SMALL.replace("Experiment(model=MLP())", "3"), r"get_config\(\) returned 3, a int; expected a jaxmp.Experiment"),
+        (
+            SMALL.replace("Experiment(model=MLP())", "3"),
+            r"get_config\(\) returned 3, a int; expected a jaxmp.Experiment",
+        ),
         (SMALL.replace("get_config()", "get_config(seed)"), "missing 1 required positional argument"),
         ("\0", "null bytes"),
     ],
@@ -510,11 +519,19 @@ def test_docstrings_of_configs_are_read_without_running_them(tmp_path):
 
 def test_classes_and_annotations_of_a_config_are_its_own(tmp_path):
     # String annotations are looked up in the module, and so are the docstrings that --help shows.
-    text = "from __future__ import annotations\nimport flax.linen as nn\n" + SMALL + (
-        "\nclass Mine(nn.Module):\n    width: int = 3\n    'My width.'\n\n    def __call__(self, x):\n        return x\n"
+    text = (
+        "from __future__ import annotations\nimport flax.linen as nn\n"
+        + SMALL
+        + ("\nclass Mine(nn.Module):\n    width: int = 3\n    'Width.'\n")
     )
     config = ConfigFile.find(str(write(tmp_path, text.replace("model=MLP()", "model=Mine()"))))
     assert config.experiment(["--model.width", "4"]).model.width == 4
+
+
+def test_a_config_is_plain_python_whatever_jaxmp_imports_from_the_future():
+    text = "def get_config(x: int = 0):\n    raise TypeError(get_config.__annotations__)\n"
+    with pytest.raises(InputError, match="{'x': <class 'int'>}"):
+        ConfigFile("my", text, "my.py").experiment()
 
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.errors import InputError
 from jaxmp.models.cnn import CNN
 from jaxmp.models.mlp import MLP
 
@@ -57,3 +58,28 @@ def test_dropout_is_for_training_only_and_follows_its_key(model):
     np.testing.assert_array_equal(train(jax.random.key(2)), train(jax.random.key(2)))
     assert (train(jax.random.key(2)) != train(jax.random.key(3))).any()
     assert (train(jax.random.key(2)) != logits).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: MLP(features=(8, 0)), "features=(8, 0)"),
+        (lambda: MLP(classes=0), "classes=0"),
+        (lambda: MLP(dropout=1.0), "dropout=1.0"),
+        (lambda: CNN(channels=(-1,)), "channels=(-1,)"),
+        (lambda: CNN(kernel=0), "kernel=0"),
+        (lambda: CNN(dense=(0,)), "dense=(0,)"),
+        (lambda: CNN(dropout=-0.1), "dropout=-0.1"),
+        (lambda: parameters(CNN(channels=(2, 2, 2, 2)), (1, 8, 9, 1)), "(8, 9) 4 times: expected 3 at most"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_by_name(make, names):
+    with pytest.raises(InputError) as error:
+        make()
+    assert names in str(error.value)
+
+
+def test_a_cnn_halves_an_image_down_to_one_pixel():
+    assert parameters(CNN(channels=(2, 2, 2), classes=1), (1, 8, 9, 1)) == conv(3, 1, 2) + 2 * conv(3, 2, 2) + dense(
+        2, 1
+    )

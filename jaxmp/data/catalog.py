@@ -160,6 +160,7 @@ def _prepare_own(name: str) -> Prepared:
         for file in (draft / name / version).iterdir():
             file.rename(draft / file.name)
         shutil.rmtree(draft / name)
+        shutil.rmtree(draft / "downloads", ignore_errors=True)  # which TFDS makes even where nothing is downloaded
 
     try:
         return prepare_once(folder, build, lambda folder: _entry(folder, name))

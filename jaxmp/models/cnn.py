@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxmp.errors import InputError
+
 
 class CNN(nn.Module):
     """Blocks of convolution, activation and 2x2 max-pooling, then Dense layers and one more to the logits."""
@@ -25,9 +27,24 @@ class CNN(nn.Module):
     activation: Callable[..., Any] = nn.relu
     """What follows each convolution and hidden Dense layer."""
 
+    def __post_init__(self) -> None:
+        for name in ("channels", "kernel", "dense", "classes"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
+                raise InputError(f"CNN: {name}={value}: expected 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"CNN: dropout={self.dropout}: expected 0 or more, below 1")
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
         """Images (batch, height, width, channels) to logits (batch, classes)."""
+        blocks, size = len(self.channels), image.shape[1:3]
+        if min(size) < 2**blocks:
+            most = min(size).bit_length() - 1
+            raise InputError(
+                f"CNN: channels={self.channels} halve an image of {size} {blocks} times: expected {most} at most"
+            )
         x = image
         for channels in self.channels:
             x = self.activation(nn.Conv(channels, (self.kernel, self.kernel))(x))

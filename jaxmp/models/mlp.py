@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxmp.errors import InputError
+
 
 class MLP(nn.Module):
     """Dense layers with an activation after each, and a Dense layer to the logits."""
@@ -20,6 +22,13 @@ class MLP(nn.Module):
     """Share of the activations of each hidden layer that are dropped in training."""
     activation: Callable[..., Any] = nn.relu
     """What follows each hidden layer."""
+
+    def __post_init__(self) -> None:
+        if min((*self.features, self.classes)) < 1:
+            raise InputError(f"MLP: features={self.features}, classes={self.classes}: expected 1 or more of each")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"MLP: dropout={self.dropout}: expected 0 or more, below 1")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:

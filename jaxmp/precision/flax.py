@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxmp.precision.policy import FLOAT32, Policy, cast_floats
 
-AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal)
+AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
 """Layers that compute `f(x, kernel) + bias`."""
 
 # A module under nn.jit is traced once for all calls that jax.jit takes to be equal. As a part of jit's cache key, the
@@ -49,17 +49,17 @@ def with_policy(apply: Callable[..., Any], policy: Policy, *, axis_name: str | N
     dtype('float16')
     """
 
-    def applied(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = policy.cast_to_compute((args, kwargs))
         with (
             _policy_in_force(str(policy)),
             _matmul_precision(policy),
             nn.intercept_methods(_interceptor(policy, axis_name)),
         ):
-            out = apply(variables, *args, mutable=mutable, **kwargs)
-        if mutable is False:
+            out = apply(variables, *args, **kwargs)
+        if kwargs.get("mutable", False) is False:
             return policy.cast_to_output(out)
-        return policy.cast_to_output(out[0]), out[1]
+        return policy.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
 
     return applied
 
@@ -94,11 +94,12 @@ def explain(model: nn.Module, policy: Policy, *inputs: Any, **kwargs: Any) -> li
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        params = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs).get("params", {})
+        variables = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs)
     sizes = {path: 0 for path in found}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        owner = path.rpartition("/")[0]
-        sizes[owner] = sizes.get(owner, 0) + leaf.size
+    for path, leaf in flax.traverse_util.flatten_dict(nn.unbox(variables).get("params", {}), sep="/").items():
+        while path and path not in found:  # up to the module that declares it: a parameter's name may contain slashes
+            path = path.rpartition("/")[0]
+        sizes[path] = sizes.get(path, 0) + leaf.size
     return [Row(path, name, sizes[path], str(policy)) for path, name in found.items()]
 
 
@@ -117,38 +118,74 @@ def _interceptor(policy: Policy, axis_name: str | None) -> Callable[..., Any]:
         module, method = context.module, context.method_name
         if method == "<lambda>":  # Flax's own, around a transformed class: no module of the user's
             return next_fun(*args, **kwargs)
-        if not hasattr(module, "dtype"):
-            # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
-            def param(*args: Any, **kwargs: Any) -> Any:
-                return cast_floats(type(module).param(module, *args, **kwargs), dtype)
 
-            with _attributes(module, param=param):
+        def param(*args: Any, **kwargs: Any) -> Any:
+            return cast_floats(type(module).param(module, *args, **kwargs), dtype)
+
+        def call(**values: Any) -> Any:
+            with _attributes(module, **values):
                 return next_fun(*args, **kwargs)
-        if method == "setup":
-            return next_fun(*args, **kwargs)
 
-        values: dict[str, Any] = {"dtype": dtype}
-        if hasattr(module, "force_fp32_for_softmax") and not sum_in_half:
-            values["force_fp32_for_softmax"] = True
+        knows_dtype = hasattr(module, "dtype") and not isinstance(getattr(type(module), "dtype", None), property)
+        if method == "setup":
+            # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
+            return call(param=param) if not knows_dtype or isinstance(module, nn.Embed) else call()
+        # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
+        values: dict[str, Any] = {"dtype": dtype} if knows_dtype else {"param": param}
+        if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
+            values |= _softmax_in_float32(module, dtype)
         if isinstance(module, nn.BatchNorm) and module.axis_name is None:
             values["axis_name"] = axis_name
-        if not sum_in_half and isinstance(module, nn.Embed) and method == "__call__":
-            with _attributes(module, dtype=wide):
-                return cast_floats(next_fun(*args, **kwargs), dtype)
-        if not sum_in_half and isinstance(module, AFFINE) and method == "__call__":
-            bias = module.get_variable("params", "bias") if module.use_bias else None
-            if bias is not None and not getattr(module, "batch_dims", ()):
-                with _attributes(module, **values, use_bias=False):
-                    y = next_fun(*args, **kwargs)
+        if isinstance(module, nn.Embed) and not sum_in_half:
+            values["embedding"] = _stored(module, "embedding").astype(wide)
+            if method == "__call__":
+                values["dtype"] = wide
+            return cast_floats(call(**values), dtype)
+        if isinstance(module, AFFINE) and method == "__call__" and module.use_bias and not sum_in_half:
+            bias = _stored(module, "bias")
+            if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", ()):
+                # The bias goes through a reshape of the layer's own: have it added in float32.
+                def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
+                    return x.astype(dtype), kernel.astype(dtype), bias.astype(wide)
+
+                return cast_floats(call(**values, promote_dtype=promote), dtype)
+            if bias is not None:
+                y = call(**values, use_bias=False)
                 return y + jnp.broadcast_to(bias.astype(wide), y.shape).astype(y.dtype)
-        with _attributes(module, **values):
-            y = next_fun(*args, **kwargs)
+        y = call(**values)
         if isinstance(module, nn.RNNCellBase) and method == "__call__":
             # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
-            return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), y[1]
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
         return y
 
     return intercept
+
+
+def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> dict[str, Any]:
+    """Attributes by which attention takes its softmax in float32 (T4) and both its products in the compute dtype."""
+    if module.attention_fn is not nn.dot_product_attention or module.attn_weights_value_einsum_cls is not None:
+        return {"force_fp32_for_softmax": True}
+
+    @functools.wraps(nn.dot_product_attention)  # Flax reads the signature
+    def attention(*args: Any, precision: Any, **kwargs: Any) -> jax.Array:
+        einsum = functools.partial(jnp.einsum, precision=precision)
+        kwargs["qk_attn_weights_einsum"] = einsum
+        # Flax leaves the weights in float32, which would make the second product a float32 one.
+        kwargs["attn_weights_value_einsum"] = lambda spec, weights, value: einsum(spec, weights.astype(dtype), value)
+        return nn.dot_product_attention(*args, **kwargs)
+
+    return {"force_fp32_for_softmax": True, "attention_fn": attention}
+
+
+def _stored(module: nn.Module, name: str) -> jax.Array | None:
+    """A parameter as it is kept, without the box of `nn.with_partitioning`; None where there is none yet."""
+    return nn.unbox(module.get_variable("params", name))
+
+
+def _in_dtypes_of(old: Any, new: Any) -> Any:
+    """`new` with its floats in the dtypes that they have in `old`, where they are there."""
+    dtypes = {path: jnp.result_type(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
+    return jax.tree_util.tree_map_with_path(lambda path, x: cast_floats(x, dtypes.get(path, x.dtype)), new)
 
 
 @contextlib.contextmanager

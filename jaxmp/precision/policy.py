@@ -49,19 +49,27 @@ class Policy(jmp.Policy):
     """dtype in which a layer adds up the gradient of a bias or an embedding row: float32, or the compute dtype to
     study what plain half precision loses (traps T2 and T15)"""
     reduce: Any = FLOAT32
-    """dtype of the sum of the gradients over replicas"""
+    """dtype of the sum of the gradients over replicas: float32 or bfloat16 (trap T3)"""
     matmul: DotAlgorithmPreset = DotAlgorithmPreset.DEFAULT
     """algorithm of float32 dots and convolutions; DEFAULT leaves it to JAX, which on a GPU means TensorFloat-32"""
 
     def __post_init__(self) -> None:
         """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
         for name in ("param_dtype", "compute_dtype", "output_dtype", "grad", "reduce"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+            dtype = jnp.dtype(getattr(self, name))
+            object.__setattr__(self, name, dtype)
+            if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize == 1:
+                raise InputError(
+                    f"{name}={dtype.name}: expected a float of two bytes or more, such as float16 or float32"
+                )
         if self.grad not in (FLOAT32, self.compute_dtype):
             raise InputError(
                 f"grad={_name(self.grad)} in policy {self}: gradients accumulate in f32 or in the compute dtype "
                 f"({_name(self.compute_dtype)})"
             )
+
+        if self.reduce == np.float16:
+            raise InputError(f"reduce=f16 in policy {self}: float16 sums overflow; expected f32 or bf16")
 
     def cast_to_param(self, x: Any) -> Any:
         """The floats of a pytree in the parameter dtype."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +60,9 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order; a DataFrame is `pandas.DataFrame(run.metrics)`. None: not finite."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # after the last newline: a line being written
+        if not path.exists():
+            return []
+        *lines, _ = path.read_text().split("\n")  # after the last newline there is at most a line being written
         return [json.loads(line) for line in lines]
 
     def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -69,9 +70,8 @@ class Run:
         lines = [line for line in self.metrics if line["split"] == split]
         names = sorted({name for line in lines for name in line})
         if metric not in names:
-            raise InputError(
-                f"{self.path} has no {metric!r} on {split}; there is {', '.join(names) or 'nothing'}{nearest(metric, names)}"
-            )
+            there = ", ".join(names) or "nothing"
+            raise InputError(f"{self.path} has no {metric!r} on {split}; there is {there}{nearest(metric, names)}")
         lines = [line for line in lines if metric in line]
         values = [math.nan if line[metric] is None else line[metric] for line in lines]
         return np.array([line["step"] for line in lines], np.int64), np.array(values, np.float64)
@@ -81,7 +81,9 @@ class Run:
         """What summary.json says. Raises InputError where the run has not ended."""
         path = self.path / "summary.json"
         if not path.exists():
-            raise InputError(f"{self.path} has no summary yet: the run has not ended; the same `jaxmp train` resumes it")
+            raise InputError(
+                f"{self.path} has no summary yet: the run has not ended; the same `jaxmp train` resumes it"
+            )
         return json.loads(path.read_text())
 
     @functools.cached_property
@@ -96,8 +98,8 @@ class Run:
             raise InputError(
                 f"{self.path} trained the experiment of hash {expected} with seed {seed}; the one "
                 f"{'given' if self._given else 'made again from its source'} has hash {experiment.hash} and seed "
-                f"{experiment.seed}: {_first_difference(self.config['experiment'], experiment.to_json())}. Versions then: "
-                f"{', '.join(f'{name} {version}' for name, version in self.config['versions'].items())}"
+                f"{experiment.seed}: {_first_difference(self.config['experiment'], experiment.to_json())}. "
+                f"Versions then: {', '.join(f'{name} {number}' for name, number in self.config['versions'].items())}"
             )
         return experiment
 
@@ -121,9 +123,10 @@ class Run:
         """
         loop, training = self.experiment.loop, self._training
         checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.mode)
-        at = {"last": None, "best": checkpoints.best_step()}.get(step, step)
+        if step == "best":
+            step = checkpoints.best_step() or "last"
         template = {"state": jax.eval_shape(training.init), "metrics": training.no_metrics}
-        found = checkpoints.restore(template, step=at, warn=lambda text: warnings.warn(text, stacklevel=3))
+        found = checkpoints.restore(template, step=None if step == "last" else step)
         checkpoints.close()
         if found is None:
             raise InputError(f"{self.path} has no checkpoint yet")
@@ -133,17 +136,18 @@ class Run:
     def _last_state(self) -> TrainState:
         return self.state()
 
-    def apply(self, batch: dict[str, Any]) -> Any:
-        """The model's outputs for rows of the data, under the run's policy, with the weights of the last checkpoint.
-
-        Those are the averaged weights where the run keeps them (`ema_decay`).
+    def apply(self, batch: dict[str, Any], state: TrainState | None = None) -> Any:
+        """The model's outputs for rows of the data, under the run's policy; from averaged weights where it has them.
 
         Args:
           batch: rows as the data has them (`run.experiment.data.source("test")[indices]`), at least the task's inputs;
             they are scaled and normalised as in training, and not augmented.
+          state: whose weights; `run.state("best")`, say. By default those of the last checkpoint, read once.
         """
-        state = self._last_state
-        inputs = {name: jnp.asarray(batch[name]) for name in (*self.experiment.task.inputs, *self.experiment.data.images)}
+        state = self._last_state if state is None else state
+        inputs = {
+            name: jnp.asarray(batch[name]) for name in (*self.experiment.task.inputs, *self.experiment.data.images)
+        }
         return self._outputs(state.params if state.ema is None else state.ema, state.model_state, inputs)
 
     @functools.cached_property
@@ -160,10 +164,10 @@ class Run:
 
         return outputs
 
-    def evaluate(self, split: Split = "test") -> dict[str, float]:
-        """The metrics of a whole split, with the weights of the last checkpoint (averaged where the run keeps those)."""
-        training = self._training
-        return compute(training.evaluate(training.devices.put(self._last_state), split))
+    def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
+        """The metrics of a whole split, under the policy and with the weights of `apply`."""
+        state = self._last_state if state is None else state
+        return compute(self._training.evaluate(self._training.devices.put(state), split))
 
 
 def _find(path: Path) -> Path:
@@ -194,7 +198,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path / 'config.json'} is no JSON object ({error}); is this a run of jaxmp?") from error
     if missing or not isinstance(config, dict):
         raise InputError(
-            f"{path / 'config.json'} lacks {', '.join(sorted(missing))}: {path} was not written by this version of jaxmp"
+            f"{path / 'config.json'} lacks {', '.join(sorted(missing))}: it was not written by this version of jaxmp"
         )
     return config
 

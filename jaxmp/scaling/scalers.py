@@ -86,8 +86,9 @@ class DynamicScaler:
                 f"backoff_factor={self.backoff_factor:g} at most 1"
             )
         for name in ("growth_interval", "hysteresis"):
-            if getattr(self, name) < 1:
-                raise InputError(f"DynamicScaler.{name}={getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            if value != int(value) or value < 1:
+                raise InputError(f"DynamicScaler.{name}={value}: expected a whole number of at least 1")
 
     def init(self) -> ScalerState:
         """A state at `init_scale`."""

@@ -60,8 +60,11 @@ def loss_scaling(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScalingState:
+        inner_state = _strongly_typed(inner.init(jax.tree.map(_inner_view, params)))
+        if find_state(inner_state) is not None:
+            raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
         return LossScalingState(
-            inner_state=_strongly_typed(inner.init(jax.tree.map(_inner_view, params))),
+            inner_state=inner_state,
             scaler=scaler.init(),
             skipped=jnp.array(0, jnp.int32),
             consecutive_skips=jnp.array(0, jnp.int32),
@@ -80,10 +83,11 @@ def loss_scaling(
         # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
-        params = None if params is None else jax.tree.map(_inner_view, params)
-        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+        inner_params = None if params is None else jax.tree.map(_inner_view, params)
+        updates, inner_state = inner.update(grads, state.inner_state, inner_params, **extra)
 
-        updates = jax.tree.map(lambda u, g: _outer_update(u, g, finite), updates, scaled_grads)
+        like = scaled_grads if params is None else params
+        updates = jax.tree.map(lambda u, g, x: _outer_update(u, g, x, finite), updates, scaled_grads, like)
         skip = (~finite).astype(jnp.int32)
         return updates, LossScalingState(
             inner_state=keep_where(finite, inner_state, state.inner_state),
@@ -162,12 +166,12 @@ def _inner_view(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _outer_update(update: jax.Array, grad: Any, finite: jax.Array) -> Any:
+def _outer_update(update: jax.Array, grad: Any, like: Any, finite: jax.Array) -> Any:
     if _has_gradient(grad):
         return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
-    if grad.dtype == jax.dtypes.float0 or jnp.issubdtype(grad.dtype, jax.dtypes.prng_key):
-        return grad
-    return jnp.zeros_like(grad)
+    # float0, the gradient of an integer, cannot be added to one: zeros like the parameter can. To a key nothing can be.
+    dtype = jnp.result_type(like)
+    return grad if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.zeros_like(like)
 
 
 def _largest_magnitude(grads: Any) -> jax.Array:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
@@ -66,7 +67,7 @@ class Checkpoints:
             raise InputError(f"keep={keep}: at least 1 checkpoint must be kept")
         if mode not in ("max", "min"):
             raise InputError(f"mode={mode!r}: expected 'max' or 'min'")
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        _quieten_orbax()
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.best_of = best_of
@@ -256,7 +257,8 @@ class Checkpoints:
         return manifest
 
     def _best(self, metrics: dict[int, dict[str, float]]) -> int | None:
-        values = {step: m[self.best_of] for step, m in metrics.items() if not math.isnan(m.get(self.best_of, math.nan))}
+        values = {step: of.get(self.best_of or "", math.nan) for step, of in metrics.items()}
+        values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
             return None
         return (max if self.mode == "max" else min)(sorted(values), key=values.__getitem__)
@@ -304,7 +306,7 @@ class Checkpoints:
                 raise _Corrupt(f"{name}: {error.strerror}") from error
 
     def _restore_args(self, like: Any) -> Any:
-        """Through host memory, so that uncommitted arrays stay so; straight to devices that are other processes' too."""
+        """Through host memory, so that uncommitted arrays stay so; straight to devices that span processes."""
         sharding = getattr(like, "sharding", None)
         if sharding is None or sharding.is_fully_addressable:
             return self._ocp.RestoreArgs(restore_type=np.ndarray)
@@ -383,7 +385,7 @@ def _place(array: jax.Array | np.ndarray, key: str | None, like: Any) -> jax.Arr
     """`array` as a leaf like `like`: a PRNG key where `key` names its kind, on the template's devices."""
     if isinstance(like, np.ndarray | np.generic):
         return array
-    leaf = array if key is None else jax.random.wrap_key_data(array, impl=key)
+    leaf = array if key is None else jax.random.wrap_key_data(jnp.asarray(array), impl=key)
     if isinstance(array, jax.Array):  # Orbax has put it where it belongs
         return leaf
     # An uncommitted array stays one: committed to a device, it could not meet a batch that is spread over several.
@@ -400,6 +402,22 @@ def _write_manifest(path: Path, manifest: dict) -> None:
     os.replace(temporary, path)
 
 
+def _quieten_orbax() -> None:
+    """Keeps Orbax's tracebacks off the terminal: what matters in them is raised, and said in a sentence, here."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    if sys.unraisablehook is not _unraisable:
+        global _next_hook
+        _next_hook, sys.unraisablehook = sys.unraisablehook, _unraisable
+
+
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Lets a log record through unless it is Orbax's: what matters in those is raised, and said in a sentence, here."""
     return "orbax" not in record.pathname or logging.getLogger("absl").isEnabledFor(logging.INFO)
+
+
+_next_hook = sys.__unraisablehook__
+
+
+def _unraisable(unraisable: Any) -> None:
+    # Where several writes fail (disk full), Orbax closes its event loop after the first; TensorStore still calls it.
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        _next_hook(unraisable)

@@ -1,0 +1,279 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, the screen.
+
+A record is one flat mapping. Its fields:
+
+    step                 int, training steps attempted so far, skipped ones included
+    applied_steps        int, those of them that changed the parameters
+    epoch                float, passes over the training set so far
+    split                "train", "validation" or "test"
+    loss, accuracy       float, means over the examples that the record stands for
+    loss_scale           float, S of the step; 1 without loss scaling
+    skipped_steps        int, total so far
+    examples_per_second  float
+    ...                  any other metric of the task, a float
+
+`step` and `split` are always there. A loss that is not finite is written as such, in the way each format has for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jaxmp.errors import InputError
+
+if TYPE_CHECKING:
+    import rich.console
+
+Record = Mapping[str, Any]
+
+
+class Writer(Protocol):
+    """Takes records as they come, in the order of their steps."""
+
+    def write(self, record: Record) -> None:
+        """Writes one record. Raises InputError where it cannot be written (disk full)."""
+
+    def close(self) -> None:
+        """Writes what is left. Nothing may be written afterwards."""
+
+
+@contextlib.contextmanager
+def _or_input_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}. Make room or choose another folder") from error
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items() if not isinstance(value, str)}
+
+
+class JsonLines:
+    """One JSON object a line, every field of the record; a number that is not finite is null, as JSON has none.
+
+    Each line is handed to the system before `write` returns, so a `kill -9` costs at most the one being written.
+
+    Args:
+      path: the file, in a folder that exists or can be made.
+      resume_step: the step that was restored: later lines are cut, and a half-written last one. None: start anew.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self.path = Path(path)
+        with _or_input_error(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._keep_until(-1 if resume_step is None else resume_step)
+            self._file = self.path.open("ab")
+
+    def write(self, record: Record) -> None:
+        """Appends the record."""
+        line = json.dumps({name: _jsonable(value) for name, value in record.items()}, allow_nan=False)
+        with _or_input_error(self.path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with _or_input_error(self.path):
+            self._file.close()
+
+    def _keep_until(self, step: int) -> None:
+        """Replaces the file in one rename, so that a kill leaves either the old lines or the new."""
+        if not self.path.exists():
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with self.path.open("rb") as old, temporary.open("wb") as new:
+            new.writelines(line for line in old if _step_of(line) <= step)
+        os.replace(temporary, self.path)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, str | int):  # bool too
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite where it was cut off while it was written."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoard:
+    """Scalars named `<split>/<field>` at each step, in an event file of its own.
+
+    Written here and now, with tensorboardX's protocol buffers: its SummaryWriter writes in a thread whose errors nobody
+    sees, and once that has died of a full disk, the queue in front of it fills up and the run stands still.
+
+    Args:
+      folder: TensorBoard's log folder.
+      resume_step: the step that was restored: TensorBoard then drops what earlier files say of later steps.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None):
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        # Not tensorboardX's name, which a run that is resumed within the same second would share and overwrite.
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        self.path = Path(folder) / f"events.out.tfevents.{seconds}.{nanoseconds:09}"
+        with _or_input_error(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("xb")
+        self._append(file_version="brain.Event:2")
+        if resume_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._append(step=resume_step + 1, session_log=start)
+
+    def write(self, record: Record) -> None:
+        """Appends one event with all numbers of the record but the step."""
+        values = [
+            self._summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+            for name, value in _numbers(record).items()
+            if name != "step"
+        ]
+        self._append(step=record["step"], summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Closes the file."""
+        with _or_input_error(self.path):
+            self._file.close()
+
+    def _append(self, **fields: Any) -> None:
+        """One record of a TFRecord file: length, its checksum, data, its checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        with _or_input_error(self.path):
+            self._file.write(length + checksums[0] + data + checksums[1])
+            self._file.flush()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run: scalars named `<split>/<field>` over `step`. Online or not as `WANDB_MODE` says.
+
+    A run folder that is resumed goes on with the same W&B run.
+
+    Args:
+      folder: the run folder; W&B's own files go to `wandb` in it.
+      name: the run's name on the page.
+      config: what it was run with, shown beside it.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+
+            wandb.init  # noqa: B018  without the package, a folder called wandb can be imported all the same
+        except (ImportError, AttributeError):
+            raise InputError(
+                "Weights & Biases is not installed: `uv sync --extra wandb`, or `pip install 'jaxmp[wandb]'`"
+            ) from None
+        identity = Path(folder) / "wandb" / "run_id"
+        with _or_input_error(identity):
+            identity.parent.mkdir(parents=True, exist_ok=True)
+            if not identity.exists() or not identity.read_text():
+                identity.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project="jaxmp",
+                name=name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise InputError(
+                f"Weights & Biases: {error}. Log in with `wandb login`, or keep the run local with WANDB_MODE=offline"
+            ) from error
+        # Their own step may only grow; ours goes back when a run is resumed, and has a record for each split.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Logs all numbers of the record."""
+        split = record["split"]
+        self._run.log({name if name == "step" else f"{split}/{name}": v for name, v in _numbers(record).items()})
+
+    def close(self) -> None:
+        """Ends the run and, where online, waits for the upload."""
+        self._run.finish()
+
+
+class Console:
+    """The screen: a bar on a terminal, plain lines elsewhere.
+
+    The bar shows the last training record, and every evaluation leaves a line above it. Where the output goes to a file
+    or a pipe, each record is one line.
+
+    Args:
+      total_steps: the steps of the whole run.
+      steps_per_epoch: for the number of epochs.
+      console: rich's console, for another place than the standard output.
+    """
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, console: rich.console.Console | None = None):
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        self._total_steps = total_steps
+        self._epochs = total_steps / steps_per_epoch
+        self._console = console or RichConsole()
+        self._progress = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
+                BarColumn(bar_width=10),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task("compiling", total=None)
+            self._progress.start()
+
+    def write(self, record: Record) -> None:
+        """Shows the record."""
+        numbers = self._numbers(record)
+        if self._progress is None or record["split"] != "train":
+            line = f"{record['split']:10}  {numbers}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self._progress is not None:
+            description = numbers if record["split"] == "train" else None  # None: as it was
+            self._progress.update(
+                self._task, completed=record["step"], total=self._total_steps, description=description
+            )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the cursor back."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _numbers(self, record: Record) -> str:
+        fields = {
+            "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
+            "step": lambda step: f"step {step}/{self._total_steps}",
+            "loss": lambda loss: f"loss {loss:.4f}",
+            "accuracy": lambda accuracy: f"accuracy {accuracy:.4f}",
+            "loss_scale": lambda scale: f"scale {scale:g}",
+            "skipped_steps": lambda steps: f"skipped {steps}",
+            "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",
+        }
+        return "  ".join(show(record[name]) for name, show in fields.items() if name in record)

@@ -1,0 +1,288 @@
+"""The loop: one order of side effects, whatever stops it; and `fit`, which leaves a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp.data.arrays import Arrays
+from jaxmp.data.augment import Augment
+from jaxmp.errors import InputError, RunFailed
+from jaxmp.experiment import Experiment, Scaling
+from jaxmp.models.mlp import MLP
+from jaxmp.training import loop
+from jaxmp.training.build import Training
+from jaxmp.training.loop import Loop, fit, steps
+from jaxmp.training.metrics import compute
+from jaxmp.training.optim import SGD, Adam
+
+TIMING = {"wall_seconds", "examples_per_second"}
+
+
+def blobs(split):
+    """100 images of two kinds, bright on the left or on the right."""
+    rng = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+    label = rng.integers(0, 2, 100)
+    image = rng.integers(0, 100, (100, 6, 6, 1))
+    image[label == 1, :, :3] += 60
+    return {"image": image.astype(np.uint8), "label": label}
+
+
+class Normed(nn.Module):
+    """Batch statistics and dropout: state and randomness that have to survive a restart."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(8)(x.reshape(len(x), -1))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(2)(nn.Dropout(0.2, deterministic=not train)(x))
+
+
+BASE = Experiment(
+    model=Normed(),
+    data=Arrays(blobs, batch_size=16, augment=Augment(flip=True)),
+    loop=Loop(steps=20, log_every=4, eval_every=10, save_every=5, ema_decay=0.9),
+    optimizer=Adam(1e-2),
+    scaler=Scaling(growth_interval=6),
+)
+
+
+def with_loop(experiment=BASE, **fields):
+    return dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, **fields))
+
+
+def bits(tree):
+    leaves = jax.tree.leaves(tree)
+    raw = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in raw]
+
+
+def lines(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in TIMING} for record in records]
+
+
+def final_state(folder, experiment):
+    training = Training(experiment)
+    from jaxmp.training.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    step, tree = checkpoints.restore({"state": training.init(), "metrics": training.no_metrics})
+    checkpoints.close()
+    return step, tree["state"]
+
+
+def run_of(last, loop_):
+    for info in steps(with_loop(**loop_)):
+        last = info
+    return last
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of BASE."""
+    return fit(BASE, workdir=tmp_path_factory.mktemp("runs"), name="blobs")
+
+
+def cut_back(folder, to):
+    """The folder as a `kill -9` leaves it between the checkpoint of step `to` and the next: lines are ahead of it."""
+    (folder / "summary.json").unlink()
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name) > to:
+            shutil.rmtree(checkpoint)
+
+
+def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
+    folder = finished.path
+    assert folder.name == f"{BASE.hash}-s0" and folder.parent.name == "blobs"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hash"] == BASE.hash and config["versions"]["jax"] == jax.__version__
+    assert [(r["step"], r["split"]) for r in lines(folder)] == [
+        *[(s, "train") for s in (4, 5, 8, 10)],
+        (10, "validation"),
+        *[(s, "train") for s in (12, 15, 16, 20)],
+        (20, "validation"),
+        (20, "test"),
+    ]
+    assert json.loads((folder / "summary.json").read_text()) == finished.summary
+    assert finished.summary["steps"] == 20 and not finished.stopped
+    assert finished.summary["test"]["accuracy"] == lines(folder)[-1]["accuracy"]
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [10, 15, 20]  # best, and the last two
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_a_finished_run_is_only_read(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")}
+    again = fit(BASE, workdir=finished.path.parent.parent, name="blobs")
+    assert again.summary == finished.summary
+    assert {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("last_checkpoint", [15, 10, 0])
+def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, last_checkpoint):
+    folder = tmp_path / "blobs" / finished.path.name
+    shutil.copytree(finished.path, folder)
+    cut_back(folder, last_checkpoint)
+    resumed = fit(BASE, workdir=tmp_path, name="blobs")
+    assert lines(folder) == lines(finished.path)
+    assert bits(final_state(folder, BASE)) == bits(final_state(finished.path, BASE))
+    assert resumed.summary["best"] == finished.summary["best"]
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tmp_path, monkeypatch):
+    dispatches = loop._dispatches
+
+    def interrupted(*args):
+        for info in dispatches(*args):
+            if info.step == 7:  # neither a line nor a checkpoint is due after this step
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield info
+
+    experiment = with_loop(steps_per_dispatch=3)  # dispatches end at 3, 4, 5, 8 ... without changing a bit
+    experiment = with_loop(experiment, steps_per_dispatch=1)
+    monkeypatch.setattr(loop, "_dispatches", interrupted)
+    said = []
+    stopped = fit(experiment, workdir=tmp_path, say=said.append)
+    assert stopped.stopped and "stopped at step 7" in said[-1]
+    assert not (stopped.path / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    resumed = fit(experiment, workdir=tmp_path, say=said.append)
+    assert "from step 7" in said[-1] and not resumed.stopped
+    assert lines(resumed.path) == lines(finished.path)
+    assert bits(final_state(resumed.path, experiment)) == bits(final_state(finished.path, BASE))
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_how_steps_are_split_into_dispatches_changes_no_bit(most):
+    whole, split = run_of(None, {}), run_of(None, {"steps_per_dispatch": most})
+    assert bits(whole.state) == bits(split.state) and bits(whole.metrics) == bits(split.metrics)
+
+
+def test_a_streamed_set_gives_the_same_run_as_a_resident_one():
+    resident = run_of(None, {})
+    streamed = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, device_limit=0))
+    for info in steps(streamed):
+        last = info
+    assert bits(last.state) == bits(resident.state)
+
+
+def test_the_data_position_wraps_over_epochs_and_pads_the_last_batch():
+    training = Training(BASE)
+    feed = training.feed(many=True)
+    weights = [int(feed.batch(step)["weight"].sum()) for step in range(8)]
+    assert weights == [16, 16, 16, 16, 16, 16, 4, 16]
+
+
+def test_nan_loss_without_a_dynamic_scaler_fails_the_run_and_names_the_leaf(tmp_path):
+    diverging = dataclasses.replace(BASE, precision="float32", optimizer=SGD(1e30, momentum=0.0))
+    with pytest.raises(RunFailed, match=r"the loss is NaN, at or before step \d+; the first non-finite value is in the"):
+        fit(diverging, workdir=tmp_path)
+    _, state = final_state(next(tmp_path.glob("*/*")), diverging)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
+    scaler = Scaling(kind="static", init_scale=2.0**24)
+    overflowing = with_loop(dataclasses.replace(BASE, scaler=scaler), max_consecutive_skips=5)
+    with pytest.raises(RunFailed, match=r"8 steps in a row were skipped.*gradient of \w+/(kernel|bias|scale) of step"):
+        fit(overflowing, workdir=tmp_path)
+    last = lines(next(tmp_path.glob("*/*")))[-1]
+    assert last["applied_steps"] == 0 and last["skipped_steps"] == last["step"] == 8
+    assert last["loss"] is None  # the mean over no applied step
+
+
+def test_training_stops_when_patience_is_out_and_a_resumed_run_knows(tmp_path):
+    experiment = with_loop(steps=100, eval_every=5, patience=2, monitor="loss", mode="min", save_every=None)
+    experiment = dataclasses.replace(experiment, optimizer=SGD(0.0))  # nothing ever gets better
+    ended = fit(experiment, workdir=tmp_path)
+    assert ended.summary["stopped_early"] and ended.summary["best"]["step"] == 5 and ended.summary["steps"] == 15
+    (ended.path / "summary.json").unlink()  # killed after the last checkpoint
+    assert fit(experiment, workdir=tmp_path).summary["steps"] == 15
+
+
+def test_averaged_weights_are_what_is_evaluated(finished):
+    _, state = final_state(finished.path, BASE)
+    training = Training(BASE)
+    of_average = compute(training.evaluate(state, "test"))
+    of_last = compute(training.evaluate(dataclasses.replace(state, ema=None), "test"))
+    assert of_average == pytest.approx(finished.summary["test"]) and of_last["loss"] != of_average["loss"]
+
+
+def test_one_compile_a_run_and_all_of_the_state_is_donated():
+    training = Training(BASE)
+    feed = training.feed(many=True)
+    state, metrics = training.devices.put(training.init()), training.devices.put(training.no_metrics)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    rows = training.devices.put(training.batches.epoch_rows(0))
+    compiled = feed.program.lower(state, metrics, feed._columns, rows, np.int32(1)).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == size
+    for first, count in ((0, 3), (3, 4), (7, 7), (14, 1)):
+        state, metrics = feed.run(state, metrics, first, count)
+    assert feed.program._cache_size() == 1
+
+
+def test_the_loop_waits_for_nothing_between_lines(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree))
+    monkeypatch.setattr(jax.Array, "__float__", lambda self: fetched.append(self), raising=False)
+    assert sum(1 for _ in steps(with_loop(steps_per_dispatch=1))) == 20
+    assert not fetched
+
+
+def test_a_convolution_is_dispatched_singly_on_a_cpu():
+    class Conv(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.Conv(2, (3, 3))(x).reshape(len(x), -1))
+
+    assert Training(BASE).many_steps_pay
+    assert Training(dataclasses.replace(BASE, model=Conv())).many_steps_pay == (jax.default_backend() != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: with_loop(e, monitor="acuracy"), "loop.monitor='acuracy'.*did you mean 'accuracy'"),
+        (lambda e: dataclasses.replace(e, data=dataclasses.replace(e.data, batch_size=101)), "only 100 rows"),
+        (lambda e: dataclasses.replace(e, task=dataclasses.replace(e.task, inputs=("imgae",))), "'imgae'.*image"),
+        (lambda e: dataclasses.replace(e, model=MLP(), data=Arrays(lambda split: None)), "no train split"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        fit(change(BASE), workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "experiment" / f"{BASE.hash}-s0"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="no run folder"):
+            fit(BASE, workdir=tmp_path, overwrite=overwrite)
+    (folder / "config.json").write_text(json.dumps({"hash": "0123456789ab"}))
+    with pytest.raises(InputError, match="belongs to another experiment"):
+        fit(BASE, workdir=tmp_path)
+    assert (folder / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("field", [{"epochs": 0}, {"steps": 0}, {"ema_decay": 1.0}, {"patience": 0}, {"keep": 0}])
+def test_a_loop_that_cannot_run_is_refused(field):
+    with pytest.raises(InputError, match=f"loop.{next(iter(field))}="):
+        Loop(**field)
+
+
+def test_the_mean_of_nothing_is_nan():
+    assert math.isnan(compute(Training(BASE).no_metrics)["loss"])
