@@ -181,7 +181,7 @@ def _registry() -> ConstructorRegistry:
         # tyro would call the class with the fields it knows: a Linen module would lose its name, and an untouched
         # subtree would be built anew.
         nonlocal asking
-        default: Any = info.default
+        default = info.default
         if asking or isinstance(default, type) or not dataclasses.is_dataclass(default):
             return None
         asking = True
@@ -196,7 +196,7 @@ def _registry() -> ConstructorRegistry:
                 if isinstance(value, list) and isinstance(getattr(default, name), tuple):
                     changed[name] = tuple(value)
             try:
-                return dataclasses.replace(default, **changed) if changed else default
+                return dataclasses.replace(info.default, **changed) if changed else default
             except InputError as error:
                 raise _Refused(error) from error
 

@@ -530,7 +530,7 @@ def test_classes_and_annotations_of_a_config_are_its_own(tmp_path):
 
 def test_a_config_is_plain_python_whatever_jaxmp_imports_from_the_future():
     text = "def get_config(x: int = 0):\n    raise TypeError(get_config.__annotations__)\n"
-    with pytest.raises(InputError, match="{'x': <class 'int'>}"):
+    with pytest.raises(InputError, match=r"\{'x': <class 'int'>\}"):
         ConfigFile("my", text, "my.py").experiment()
 
 

@@ -144,18 +144,22 @@ def test_keep_where_selects_to_the_bit():
 # --- order of operations
 
 
-def test_the_update_on_the_growth_step_equals_an_unscaled_float32_control_b7():
-    """Unscaling uses the scale that the loss was multiplied by, not the one after growth."""
-    update, state = transaction("adamw", 1)  # every step is a growth step
-    control = adamw()
-    control_update, control_state = jax.jit(control.update), control.init(params())
+@pytest.mark.parametrize(("inner", "rtol"), [(optax.sgd(schedule), 0), (INNER["momentum"](), 1e-6)])
+def test_the_update_on_the_growth_step_equals_an_unscaled_float32_control_b7(inner, rtol):
+    """Unscaling uses the scale that the loss was multiplied by, not the one after growth.
+
+    To the bit; but where a sum follows, XLA may fuse another product into it than without the unscaling. (Not Adam: it
+    is blind to gradients that are twice too large.)
+    """
+    tx = loss_scaling(inner, DynamicScaler(growth_interval=1))  # every step is a growth step
+    update, control = jax.jit(tx.update), jax.jit(inner.update)
+    state, control_state = tx.init(params()), inner.init(params())
     for step in range(5):
         grads, before = good_grads(step), jaxmp.loss_scale(state)
         updates, state = update(scaled(grads, state), state, params())
-        expected, control_state = control_update(grads, control_state, params())
+        expected, control_state = control(grads, control_state, params())
         assert jaxmp.loss_scale(state) == 2 * before
-        assert bits(updates) == bits(expected)
-    assert bits(state.inner_state) == bits(control_state)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=0), updates, expected)
 
 
 @pytest.mark.parametrize("exponent", [-100, -14, 0, 15, 24, 100])

@@ -24,7 +24,6 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
-        x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.Dense(3)(x)
 
 
@@ -70,17 +69,17 @@ def with_overflow(loss_fn, name="overflow"):
 
 
 @functools.cache
-def training(policy="mixed_float16", interval=2):
-    """(state, jitted step) of a net with BatchNorm, dropout, EMA, AdamW and a schedule."""
+def training():
+    """(state, jitted step) of a net with BatchNorm, EMA, AdamW and a schedule."""
     task = Classification()
-    tx = loss_scaling(optimizer(), DynamicScaler(growth_interval=interval))
+    tx = loss_scaling(optimizer(), DynamicScaler(growth_interval=2))
 
     @jax.jit
     def init():
         params, model_state = init_model(Net(), task, batch(), jax.random.key(1))
         return TrainState.create(params, tx, key=jax.random.key(2), model_state=model_state, ema=True)
 
-    step = make_train_step(with_overflow(make_loss(Net(), task, policy)), tx, ema_decay=0.99)
+    step = make_train_step(with_overflow(make_loss(Net(), task, "mixed_float16")), tx, ema_decay=0.99)
     return init(), jax.jit(step)
 
 
@@ -154,22 +153,28 @@ def test_the_sum_of_parameter_and_update_is_rounded_once():
 
 
 def test_the_moving_average_follows_its_formula():
-    state, step = training("float32")
+    state, step = training()
     ema = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
     for n in range(4):
         state, _ = step(state, poisoned(n))
         decay = min(0.99, (1 + n) / (10 + n))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * np.asarray(p, np.float64), ema, state.params)
+        ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p, np.float64), ema, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
 
-def test_state_scalars_and_the_key_advance_as_they_should():
-    state, step = training("float32")
-    after, _ = step(state, poisoned())
-    assert after.step == 1 and after.step.dtype == jnp.int32
-    assert bits(after.key) == bits(state.key), "step n draws from fold_in(key, n)"
-    again, _ = step(dataclasses.replace(state, step=jnp.int32(1)), poisoned())
-    assert bits(again.params) != bits(after.params), "another step, another dropout mask"
+def test_step_n_draws_from_fold_in_of_key_and_n():
+    def loss(params, model_state, batch, key):
+        return jnp.sum(params["w"] * jax.random.normal(key, (4,))), (jnp.float32(1), {}, model_state)
+
+    tx = loss_scaling(optax.sgd(1.0))
+    state = TrainState.create({"w": jnp.zeros(4)}, tx, key=jax.random.key(3))
+    step, total = jax.jit(make_train_step(loss, tx)), np.zeros(4)
+    for n in range(3):
+        state, _ = step(state, {})
+        total -= jax.random.normal(jax.random.fold_in(jax.random.key(3), n), (4,))
+        np.testing.assert_allclose(state.params["w"], total, rtol=1e-6)
+    assert state.step == 3 and state.step.dtype == jnp.int32
+    assert bits(state.key) == bits(jax.random.key(3))
 
 
 # --- gradients
@@ -188,7 +193,7 @@ def rows(count, seed=0):
 
 
 def test_a_padded_row_counts_for_nothing_in_gradient_loss_and_metrics():
-    """In float64: equal to rounding of the loss, which the step takes in float32."""
+    """In float64, but for the weight, which divides in float32: 1/5 is the same number with and without padding."""
     with jax.enable_x64(True):
         tx = loss_scaling(optax.sgd(1.0), StaticScaler(2.0**10))
         state = TrainState.create({"w": jnp.zeros(4, jnp.float64)}, tx, key=jax.random.key(0))
@@ -198,7 +203,7 @@ def test_a_padded_row_counts_for_nothing_in_gradient_loss_and_metrics():
         padded["weight"][5:] = 0
         (expected, metrics), (out, padded_metrics) = step(state, plain), step(state, padded)
         by_hand = 2 * plain["x"].T @ plain["y"] / 5
-        np.testing.assert_allclose(out.params["w"], by_hand, rtol=1e-12)
+        np.testing.assert_allclose(out.params["w"], by_hand, rtol=1e-7)
         np.testing.assert_allclose(out.params["w"], expected.params["w"], rtol=1e-14)
         assert compute(metrics) == pytest.approx(compute(padded_metrics), rel=1e-7)
         assert compute(metrics)["loss"] == pytest.approx(np.mean(plain["y"] ** 2), rel=1e-6)
@@ -220,17 +225,19 @@ def test_a_batch_of_total_weight_zero_changes_nothing_harmful():
 
 
 def test_on_the_growth_step_the_parameters_equal_an_unscaled_float32_control_b7():
-    task, tx = Classification(), loss_scaling(optimizer(), DynamicScaler(growth_interval=1))
-    state, _ = training("float32")
-    state = TrainState.create(state.params, tx, key=state.key, model_state=state.model_state)
-    step = jax.jit(make_train_step(make_loss(Net(), task, "float32"), tx))
-    control_tx = optimizer()
-    control = TrainState.create(state.params, control_tx, key=state.key, model_state=state.model_state)
-    control_step = jax.jit(make_train_step(make_loss(Net(), task, "float32"), control_tx))
+    loss_fn = make_loss(Net(), Classification(), "float32")
+    plain = optax.sgd(0.1, momentum=0.9)  # unlike Adam, not blind to a gradient that is twice too large
+    start, _ = training()
+    states, steps = [], []
+    for tx in (loss_scaling(plain, DynamicScaler(growth_interval=1)), plain):
+        states.append(TrainState.create(start.params, tx, key=start.key, model_state=start.model_state))
+        steps.append(jax.jit(make_train_step(loss_fn, tx)))
     for i in range(3):
-        state, control = step(state, batch(seed=i))[0], control_step(control, batch(seed=i))[0]
-        assert jaxmp.loss_scale(state.opt_state) == 2.0 ** (16 + i)
-        assert bits(state.params) == bits(control.params)
+        states = [step(state, batch(seed=i))[0] for step, state in zip(steps, states, strict=True)]
+        assert jaxmp.loss_scale(states[0].opt_state) == 2.0 ** (16 + i)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0].params, states[1].params
+        )
 
 
 def test_leaves_without_a_gradient_go_through_the_step_untouched_b4():
@@ -261,17 +268,17 @@ def test_the_loss_is_formed_in_float32_and_scaled_there():
 # --- what the program is
 
 
-def test_one_compile_and_no_callbacks_and_no_host_transfers():
-    state, _ = training()
-    step = make_train_step(
-        with_overflow(make_loss(Net(), Classification(), "mixed_float16")), loss_scaling(optimizer())
-    )
-    state = TrainState.create(state.params, loss_scaling(optimizer()), key=state.key, model_state=state.model_state)
-    text = str(jax.make_jaxpr(step)(state, poisoned()))
-    assert "callback" not in text and "infeed" not in text and "outfeed" not in text
-    after = jax.eval_shape(step, state, poisoned())[0]
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type), after, state)
-    assert jax.tree.all(same), same
+def test_the_step_has_no_callbacks_and_gives_back_what_it_takes():
+    """No callback: nothing waits for the host. The same types out as in, weak types included: one compile (T7)."""
+    state, step = training()
+    jaxpr, (after, _) = jax.make_jaxpr(step, return_shape=True)(state, poisoned())
+    assert not any(word in str(jaxpr) for word in ("callback", "infeed", "outfeed"))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(described, after) == jax.tree.map(described, jax.eval_shape(lambda: state))
+
+
+def described(x):
+    return x.shape, x.dtype, x.weak_type
 
 
 def test_all_bytes_of_the_state_are_donated():

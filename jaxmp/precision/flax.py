@@ -143,7 +143,7 @@ def _interceptor(policy: Policy, axis_name: str | None) -> Callable[..., Any]:
             return cast_floats(call(**values), dtype)
         if isinstance(module, AFFINE) and method == "__call__" and module.use_bias and not sum_in_half:
             bias = _stored(module, "bias")
-            if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", ()):
+            if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None):
                 # The bias goes through a reshape of the layer's own: have it added in float32.
                 def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
                     return x.astype(dtype), kernel.astype(dtype), bias.astype(wide)
@@ -177,7 +177,7 @@ def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> 
     return {"force_fp32_for_softmax": True, "attention_fn": attention}
 
 
-def _stored(module: nn.Module, name: str) -> jax.Array | None:
+def _stored(module: nn.Module, name: str) -> Any:
     """A parameter as it is kept, without the box of `nn.with_partitioning`; None where there is none yet."""
     return nn.unbox(module.get_variable("params", name))
 

@@ -20,6 +20,9 @@ import optax
 
 from jaxmp.scaling.scalers import DynamicScaler, Scaler, ScalerState
 
+SMALL = 2**14
+"""numbers in a gradient leaf up to which it is searched for its largest together with others"""
+
 
 class LossScalingState(NamedTuple):
     """The state of `loss_scaling`, a part of the optimizer state."""
@@ -75,8 +78,10 @@ def loss_scaling(
     ) -> tuple[Any, LossScalingState]:
         grads = jax.tree.map(_inner_view, scaled_grads)
         grad_max = _largest_magnitude(grads)
-        # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler.
-        finite = jnp.isfinite(grad_max)
+        # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler. The square root only
+        # keeps XLA from computing the flag again in the kernel of each leaf that is selected by it (64 leaves on a CPU:
+        # compiled in 4 s instead of 22).
+        finite = jnp.isfinite(jnp.sqrt(grad_max))
         if value is not None:
             finite &= jnp.all(jnp.isfinite(value))
             extra["value"] = value
@@ -176,8 +181,11 @@ def _outer_update(update: jax.Array, grad: Any, like: Any, finite: jax.Array) ->
 
 def _largest_magnitude(grads: Any) -> jax.Array:
     """The largest |g| of all leaves, float32 or wider scalar; inf or NaN where any value is; 0 for an empty tree."""
-    largest = [jnp.max(jnp.abs(g), initial=0.0) for g in jax.tree.leaves(grads)]
-    return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
+    magnitudes = [jnp.abs(g) for g in jax.tree.leaves(grads)]
+    # Small leaves together, since a reduction of each would be a kernel of each; large ones are not worth copying.
+    small = [g.ravel() for g in magnitudes if g.size <= SMALL]
+    groups = [g for g in magnitudes if g.size > SMALL] + ([jnp.concatenate(small)] if small else [])
+    return jnp.max(jnp.stack([jnp.max(g, initial=0.0) for g in groups])) if groups else jnp.float32(0)
 
 
 def _strongly_typed(tree: Any) -> Any:

@@ -114,9 +114,9 @@ class Training:
     @property
     def no_metrics(self) -> Metrics:
         """Training metrics that have counted nothing."""
-        metrics = self._forward[1]
-        like = next(iter(metrics.values()), Mean(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2))
-        return zeros_like({"loss": like, NAN_LOSS: like, **metrics})
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        mean = Mean(scalar, scalar)
+        return zeros_like({"loss": mean, NAN_LOSS: mean, **self._forward[1]})
 
     @property
     def many_steps_pay(self) -> bool:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
@@ -34,6 +33,7 @@ from jaxmp.training.feed import NAN_LOSS, Feed
 from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.provenance import provenance
 from jaxmp.training.state import TrainState
+from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 if TYPE_CHECKING:
     from jaxmp.experiment import Experiment
@@ -243,7 +243,7 @@ class _Session:
     def resume(self, fresh: TrainState) -> tuple[int, TrainState, Metrics]:
         """Step, state and metrics to go on from: of the newest whole checkpoint, else `fresh`."""
         training, folder = self.training, self.folder
-        template = {"state": fresh, "metrics": training.no_metrics}
+        template: dict[str, Any] = {"state": fresh, "metrics": training.no_metrics}
         found = self.checkpoints.restore(template, warn=self.say)
         step, tree = (0, template) if found is None else found
         if found is not None:
@@ -461,7 +461,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         received.set()
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received.is_set
     finally:

@@ -39,7 +39,7 @@ def merge(first: Metrics, second: Metrics) -> Metrics:
 
 
 def zeros_like(metrics: Any) -> Metrics:
-    """Metrics that have counted nothing, on the host, with the shapes and dtypes of `metrics` (arrays or `ShapeDtypeStruct`s)."""
+    """Metrics like `metrics`, arrays or `jax.ShapeDtypeStruct`s, that have counted nothing; on the host."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
 
 

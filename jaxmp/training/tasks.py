@@ -19,7 +19,7 @@ from jaxmp.training.metrics import Mean, Metrics
 Batch = dict[str, jax.Array]
 """Arrays with the examples along axis 0, and `"weight"`, float32 (examples,): 0 for a row that only fills the batch."""
 
-LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
+LossFn = Callable[[Any, Any, Batch, Any], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
 """`loss_fn(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`.
 
 A sum and a weight rather than a mean, both float32 scalars: masked losses, a smaller last batch and replicas then agree

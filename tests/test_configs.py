@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp.config_file import ConfigFile
+from jaxmp.data.arrays import Arrays
+from jaxmp.runs.run import Run
+from jaxmp.training.loop import Loop, fit
+
+CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
+IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+
+def shipped(name):
+    return ConfigFile.find(str(Path(__file__).parent.parent / "configs" / f"{name}.py")).experiment()
+
+
+def four_steps(experiment):
+    """The same with 32 random images of the same shape, and a checkpoint half way."""
+
+    def load(split):
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (32, *IMAGES[experiment.data.name])).astype(np.uint8)
+        return {"image": image, "label": rng.integers(0, 10, 32)}
+
+    fields = {field.name: getattr(experiment.data, field.name) for field in dataclasses.fields(Arrays(load))[:-1]}
+    data = Arrays(**{**fields, "load": load, "batch_size": 8})
+    return dataclasses.replace(experiment, data=data, loop=Loop(steps=4, save_every=2))
+
+
+def bits(tree):
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(name, tmp_path):
+    experiment = four_steps(shipped(name))
+    whole = fit(experiment, workdir=tmp_path / "whole", say=lambda text: None)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    folder = tmp_path / "resumed" / whole.path.relative_to(tmp_path / "whole")
+    shutil.rmtree(folder / "checkpoints" / "4")
+    (folder / "summary.json").unlink()
+
+    said = []
+    resumed = fit(experiment, workdir=tmp_path / "resumed", say=said.append)
+    assert resumed.path == folder and "from step 2" in said[0]
+    states = [Run(path, experiment).state() for path in (whole.path, folder)]
+    assert int(states[0].step) == 4
+    assert bits(states[0]) == bits(states[1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mean_and_std_are_those_of_the_train_split(name):
+    data = shipped(name).data
+    if data.name != "digits" and "JAXMP_DATA" not in os.environ:
+        pytest.skip(f"needs {data.name} in $JAXMP_DATA")
+    source = data.source("train")
+    images = source[np.arange(len(source))]["image"] / np.float32(255)
+    np.testing.assert_allclose(images.mean((0, 1, 2), dtype=np.float64), data.mean, atol=5e-5)
+    np.testing.assert_allclose(images.std((0, 1, 2), dtype=np.float64), data.std, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("digits_mlp", 0.97), ("digits_cnn", 0.98)])
+def test_digits_reach_the_accuracy_of_their_record(name, least, tmp_path):
+    assert fit(shipped(name), workdir=tmp_path).summary["test"]["accuracy"] >= least

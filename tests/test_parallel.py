@@ -1,0 +1,279 @@
+"""Eight virtual CPU devices, in a process of their own: this file, run as a script, prints what became of each case."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxmp
+from jaxmp.errors import InputError
+from jaxmp.scaling.scalers import DynamicScaler
+from jaxmp.scaling.transform import loss_scaling
+from jaxmp.training.metrics import compute
+from jaxmp.training.parallel import Parallel, Replicas, single
+from jaxmp.training.state import TrainState
+from jaxmp.training.step import make_train_step
+from jaxmp.training.tasks import Classification, init_model, make_loss
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Dense(8)(x.reshape(x.shape[0], -1))))
+
+
+class ConvNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Conv(4, (3, 3))(x)))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def batch(seed=0, rows=16):
+    rng = np.random.default_rng(seed)
+    weight = np.ones(rows, np.float32)
+    weight[-5:] = 0  # the last two replicas have no or one example that counts
+    return {
+        "image": rng.normal(size=(rows, 4, 4, 2)).astype(np.float32),
+        "label": rng.integers(0, 3, rows),
+        "weight": weight,
+    }
+
+
+def trained(model, mode, policy="float32", steps=3, tx=None, change=lambda batch: batch, extra=None):
+    """(state, metrics of each step, the devices) after training on eight devices, or on one where mode is None."""
+    policy = jaxmp.parse_policy(policy)
+    tx = loss_scaling(optax.sgd(0.5, momentum=0.9), DynamicScaler(growth_interval=2)) if tx is None else tx
+    devices = Parallel(mode).make(16) if mode else None
+    replicas = devices.replicas(policy.reduce) if mode else single
+    loss_fn = make_loss(model, Classification(), policy, axis_name=replicas.axis_name)
+
+    @jax.jit
+    def init():
+        params, model_state = init_model(model, Classification(), batch(), jax.random.key(0))
+        params = {**params, **(extra or {})}
+        return TrainState.create(params, tx, key=jax.random.key(1), model_state=model_state, ema=True)
+
+    step = make_train_step(ignoring(extra, loss_fn), tx, ema_decay=0.9, replicas=replicas)
+    state, all_metrics = init(), []
+    if mode:
+        step, state = devices.compile(step, (0, 0)), devices.put(state)
+    else:
+        step = jax.jit(step)
+    for i in range(steps):
+        rows = change(batch(i))
+        state, metrics = step(state, devices.put_batch(rows) if mode else rows)
+        all_metrics.append(compute(devices.get(metrics) if mode else metrics))
+    return state, all_metrics, devices
+
+
+def ignoring(extra, loss_fn):
+    def loss(params, *args):
+        return loss_fn({name: leaf for name, leaf in params.items() if name not in (extra or {})}, *args)
+
+    return loss
+
+
+def of_one(state, devices):
+    return devices.get(state) if devices else state
+
+
+def numbers(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+
+
+def modes_agree(model):
+    expected, metrics, _ = trained(model, None)
+    for mode in ("jit", "pmap"):
+        state, found, devices = trained(model, mode)
+        state = of_one(state, devices)
+        assert jax.tree.structure(state) == jax.tree.structure(expected)
+        for a, b in zip(numbers(state), numbers(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+        for a, b in zip(found, metrics, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+def jit_pmap_and_one_device_agree_on_an_mlp():
+    modes_agree(MLP())
+
+
+def jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm():
+    modes_agree(ConvNet())
+
+
+def every_replica_ends_with_the_same_bits():
+    for mode in ("jit", "pmap"):
+        state, _, _ = trained(ConvNet(), mode)
+        for leaf in jax.tree.leaves(state):
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+                shards = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
+                assert len(leaf.addressable_shards) == 8 and len(shards) == 1
+
+
+def an_inf_on_one_replica_skips_the_step_on_all_b14():
+    def poison(rows):
+        rows["image"][0] = np.inf  # of the first replica only
+        return rows
+
+    for mode in ("jit", "pmap"):
+        state, _, devices = trained(ConvNet(), mode, "mixed_float16", steps=2, change=poison)
+        start, _, _ = trained(ConvNet(), mode, "mixed_float16", steps=0)
+        scales = np.unique([np.asarray(s.data) for s in jaxmp.loss_scale(state.opt_state).addressable_shards])
+        assert scales.tolist() == [2.0**13]
+        state, start = of_one(state, devices), of_one(start, devices)
+        assert jaxmp.skipped_steps(state.opt_state) == 2
+        for a, b in zip(numbers((state.params, state.ema)), numbers((start.params, start.ema)), strict=True):
+            assert a.tobytes() == b.tobytes()
+        for a, b in zip(numbers(state.model_state), numbers(start.model_state), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def integer_and_key_leaves_go_through_all_modes():
+    extra = {"n": jnp.arange(3), "key": jax.random.key(5)}
+    for mode in (None, "jit", "pmap"):
+        state, _, devices = trained(MLP(), mode, extra=extra, steps=2)
+        out = of_one(state, devices).params
+        assert np.array_equal(out["n"], extra["n"])
+        assert np.array_equal(jax.random.key_data(out["key"]), jax.random.key_data(extra["key"]))
+
+
+def reduced(values, dtype):
+    """`values`, one a replica, summed by the gradient collective in `dtype`."""
+    mesh = Parallel("jit").make(8).mesh
+    replicas = Replicas("data", mesh, dtype)
+    spec = jax.sharding.PartitionSpec
+    total = jax.shard_map(
+        lambda x: replicas.sum_gradients({"w": x, "n": jnp.int32(3)}),
+        mesh=mesh,
+        in_specs=spec("data"),
+        out_specs=spec(),
+        check_vma=False,
+    )
+    out = jax.jit(total)(jnp.asarray(values))
+    assert out["n"] == 3
+    return out["w"]
+
+
+def a_reduction_in_bfloat16_does_not_overflow_t3():
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    values = np.array([largest, largest, -largest, largest, -largest, largest, -largest, -largest / 2], np.float32)
+    out = reduced(values, jnp.bfloat16)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, largest / 2, rtol=2e-2)
+    np.testing.assert_array_equal(reduced(np.full(8, 40000, np.float16), jnp.float32), [320000])
+    assert not np.isfinite(reduced(np.array([1] * 7 + [np.inf], np.float32), jnp.bfloat16))
+
+
+def one_collective_carries_the_gradient_in_the_reduce_dtype():
+    devices, tx = Parallel("jit").make(16), loss_scaling(optax.sgd(0.1))
+    params, _ = jax.eval_shape(lambda k: init_model(MLP(), Classification(), batch(), k), jax.random.key(0))
+    state = jax.eval_shape(lambda p: TrainState.create(p, tx, key=jax.random.key(0)), params)
+    for text, dtype in (
+        ("mixed_float16", "float32"),
+        ("mixed_float16,reduce=bf16", "bfloat16"),
+        ("bfloat16", "float32"),
+    ):
+        policy = jaxmp.parse_policy(text)
+        loss_fn = make_loss(MLP(), Classification(), policy)
+        step = jax.jit(make_train_step(loss_fn, tx, replicas=devices.replicas(policy.reduce)))
+        sums = [v for equation in psums(jax.make_jaxpr(step)(state, batch()).jaxpr) for v in equation.invars]
+        gradients = [v.aval for v in sums if v.aval.ndim]
+        assert len(gradients) == len(jax.tree.leaves(params))  # each leaf once,
+        assert {aval.dtype for aval in gradients} == {jnp.dtype(dtype)}
+        compiled = step.lower(state, batch()).compile().as_text()
+        kernels = [line for line in compiled.splitlines() if " all-reduce(" in line and "[32,8]" in line]
+        assert len(kernels) == 1 and "[8,3]" in kernels[0]  # and all of them together
+
+
+def psums(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("psum"):
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from psums(inner)
+
+
+def half_reductions_train_as_well():
+    expected, _, _ = trained(MLP(), None)
+    for mode in ("jit", "pmap"):
+        state, _, devices = trained(MLP(), mode, "float32,reduce=bf16")
+        for a, b in zip(numbers(of_one(state, devices).params), numbers(expected.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-2)
+
+
+def all_bytes_of_the_state_are_donated_on_every_device():
+    devices = Parallel("jit").make(16)
+    tx = loss_scaling(optax.adam(0.1))
+    step = make_train_step(make_loss(MLP(), Classification(), "float32"), tx, replicas=devices.replicas())
+    params, _ = init_model(MLP(), Classification(), batch(), jax.random.key(0))
+    state = devices.put(TrainState.create(params, tx, key=jax.random.key(0)))
+    compiled = devices.compile(step, (0, 0)).lower(state, devices.put_batch(batch())).compile()
+    size = sum(leaf.nbytes for leaf in numbers(state)) + jax.random.key_data(state.key).nbytes
+    assert compiled.memory_analysis().alias_size_in_bytes == size
+
+
+def a_batch_that_does_not_divide_is_refused_with_the_nearest_size():
+    for size, words in ((12, "8 or 16"), (5, "nearest that does: 8")):
+        with pytest.raises(InputError, match=words):
+            Parallel().make(size)
+
+
+CASES = [
+    jit_pmap_and_one_device_agree_on_an_mlp,
+    jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm,
+    every_replica_ends_with_the_same_bits,
+    an_inf_on_one_replica_skips_the_step_on_all_b14,
+    integer_and_key_leaves_go_through_all_modes,
+    a_reduction_in_bfloat16_does_not_overflow_t3,
+    one_collective_carries_the_gradient_in_the_reduce_dtype,
+    half_reductions_train_as_well,
+    all_bytes_of_the_state_are_donated_on_every_device,
+    a_batch_that_does_not_divide_is_refused_with_the_nearest_size,
+]
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-W", "error", __file__]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_eight_devices(case, outcome):
+    assert outcome[case] == "passed", outcome[case]
+
+
+def run(case):
+    try:
+        case()
+    except Exception:
+        return traceback.format_exc()
+    return "passed"
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    print(json.dumps({case.__name__: run(case) for case in CASES}))
