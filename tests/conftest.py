@@ -1,6 +1,19 @@
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import hypothesis
+
+# What one test compiles, others and the processes that they start need not compile again (half of the suite's time). A
+# folder for each process of the suite, since JAX does not write these files in one piece.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="jaxmp-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Compiling takes longer than hypothesis' deadline, and a rule that holds today should be tested with the same examples
 # tomorrow. (Tests on several devices start a process of their own: eight devices would slow down all others.)

@@ -1,0 +1,92 @@
+"""Test accuracy of configs under several precisions and seeds: a run for each, and a table.
+
+    python experiments/precisions/accuracy.py --output digits.json
+    python experiments/precisions/accuracy.py --configs mnist_mlp mnist_cnn --precisions float32 mixed_bfloat16 \
+        mixed_float16 --seeds 0 --output mnist.json
+
+Runs stand in the work folder as those of `jaxmp train CONFIG --precision PRECISION --seed SEED` do; those that are
+there are only read. The last column is the difference of the mean to that of the first precision, in points.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxmp import fit
+from jaxmp.config_file import ConfigFile
+from jaxmp.training.provenance import provenance
+
+
+def accuracies(config: str, precision: str, seeds: tuple[int, ...], workdir: Path) -> list[float]:
+    """Test accuracy of one run a seed."""
+    file, found = ConfigFile.find(config), []
+    for seed in seeds:
+        overrides = ["--precision", precision, "--seed", str(seed)]
+        origin = {"source": file.source, "file": file.file, "overrides": overrides}
+        fitted = fit(
+            file.experiment(overrides), workdir=workdir, name=file.name, origin=origin, say=lambda message: None
+        )
+        if fitted.stopped:
+            raise SystemExit(75)
+        found.append(fitted.summary["test"]["accuracy"])
+    return found
+
+
+def row(config: str, precision: str, found: list[float], reference: float) -> dict[str, Any]:
+    """Mean and spread (standard deviation of a sample, None of a single run), all in percent."""
+    mean = statistics.mean(found)
+    return {
+        "config": config,
+        "precision": precision,
+        "accuracies": found,
+        "mean": 100 * mean,
+        "spread": 100 * statistics.stdev(found) if len(found) > 1 else None,
+        "difference": 100 * (mean - reference),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of a Markdown table."""
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
+    return f"| `{row['config']}` | `{row['precision']}` | {row['mean']:.2f}{spread} | {row['difference']:+.2f} |"
+
+
+def main(
+    configs: tuple[str, ...] = ("digits_mlp", "digits_cnn"),
+    precisions: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    workdir: Path = Path("runs"),
+    output: Path | None = None,
+) -> None:
+    """Trains what has not been trained yet, and prints the table.
+
+    Args:
+        configs: Names of configs, or paths of Python files.
+        precisions: Anything that --precision takes; the first is what the others are compared with.
+        seeds: One run each.
+        workdir: Folder of all runs.
+        output: JSON file to write; none by default.
+    """
+    rows: list[dict[str, Any]] = []
+    for config in configs:
+        reference = None
+        for precision in precisions:
+            found = accuracies(config, precision, seeds, workdir)
+            reference = statistics.mean(found) if reference is None else reference
+            rows.append(row(config, precision, found, reference))
+    print("| config | precision | test accuracy, % | difference, points |\n|---|---|---|---|")
+    print("\n".join(map(line, rows)))
+    if output is not None:
+        origin = provenance()
+        git = origin.pop("git")
+        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
+        output.write_text(json.dumps(origin | {"seeds": seeds, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
