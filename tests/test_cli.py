@@ -19,11 +19,13 @@ import tomllib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import jaxmp
 from jaxmp import InputError, RunFailed, cli, doctor
 from jaxmp.cli import main
+from jaxmp.runs.run import Run
 from jaxmp.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -408,6 +410,24 @@ def test_a_workdir_that_cannot_be_written_is_exit_code_2(folder, monkeypatch, ca
 def test_a_file_in_the_place_of_the_workdir_is_exit_code_2(folder, capsys):
     assert main(["train", "my.py", "--workdir", "my.py"]) == 2
     assert "my.py" in printed(capsys)[1]
+
+
+def test_a_full_disk_is_exit_code_2_and_with_more_room_the_run_goes_on(finished, capsys):
+    disk, whole = finished.parents[2] / "disk", Run(finished)
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        assert main([*SAME, "--workdir", str(disk)]) == 2
+        assert re.search("No space left on device.* Make room or choose another folder", printed(capsys)[1])
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        assert main([*SAME, "--workdir", str(disk)]) == 0
+        again = Run(disk)
+        assert [line["loss"] for line in again.metrics] == [line["loss"] for line in whole.metrics]
+        jax.tree.map(np.testing.assert_array_equal, again.state().params, whole.state().params)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # Failed runs.

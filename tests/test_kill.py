@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -107,7 +108,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_and_lines_of_an_undis
             time.sleep(0.005)
         time.sleep(rng.uniform(0, training / kills if kill % 3 else 5))
         killed_in_training += process.poll() is None and size(tmp_path / "killed") > before
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     end(start(tmp_path, "killed"))
     assert killed_in_training >= kills // 2

@@ -138,6 +138,19 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, las
     assert resumed.summary["best"] == finished.summary["best"]
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_and_says_so(finished, tmp_path):
+    folder = tmp_path / "blobs" / finished.path.name
+    shutil.copytree(finished.path, folder)
+    (folder / "summary.json").unlink()
+    largest = max((folder / "checkpoints/20/arrays").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    said = []
+    fit(BASE, workdir=tmp_path, name="blobs", say=said.append)
+    assert "checkpoint 20" in said[0] and "is damaged" in said[0] and "from step 15" in said[1]
+    assert lines(folder) == lines(finished.path)
+    assert bits(final_state(folder, BASE)) == bits(final_state(finished.path, BASE))
+
+
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tmp_path, monkeypatch):
     dispatches = loop._dispatches
 
@@ -159,6 +172,15 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tm
     assert "from step 7" in said[-1] and not resumed.stopped
     assert lines(resumed.path) == lines(finished.path)
     assert bits(final_state(resumed.path, experiment)) == bits(final_state(finished.path, BASE))
+
+
+def test_a_policy_without_float32_master_weights_is_said(tmp_path):
+    said = []
+    fit(with_loop(dataclasses.replace(BASE, precision="bfloat16"), steps=1), workdir=tmp_path, say=said.append)
+    assert said == [
+        "precision p=bf16,c=bf16,o=bf16: no float32 master weights; an update of less than half a unit in the last "
+        "place of a weight is lost"
+    ]
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -214,6 +214,11 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
         _write_json(folder / "config.json", run | (origin or {}) | {"experiment": experiment.to_json()} | provenance())
+    if experiment.policy.param_dtype.itemsize < 4:
+        say(
+            f"precision {experiment.policy}: no float32 master weights; an update of less than half a unit in the last "
+            "place of a weight is lost"
+        )
     session = _Session(training, feed, folder, say)
     with contextlib.closing(session), _stop_signals() as stop:
         return session.train(*session.resume(fresh), stop)
