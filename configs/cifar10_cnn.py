@@ -4,7 +4,8 @@ Source: TensorFlow's tutorial Convolutional Neural Network (CNN), https://www.te
 without its third convolution and its hidden Dense layer; the tutorial ends at about 70 % test accuracy after 10 epochs.
 
 Command:   jaxmp data prepare cifar10 && jaxmp train cifar10_cnn
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, 10 minutes, while other programs ran
+Expected:  test accuracy 74.4 % in mixed_float16, 2 of 8,448 steps skipped; one seed
 
 `mean` and `std` are those of the train split:
 

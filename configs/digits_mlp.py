@@ -1,11 +1,12 @@
-"""8x8 handwritten digits, one hidden layer: under a minute on a CPU, nothing to download.
+"""8x8 handwritten digits, one hidden layer: seconds on a CPU, nothing to download.
 
 Data: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, https://doi.org/10.24432/C50P49,
 as scikit-learn ships them, in the stratified split of jaxmp's own builder: 1,258 train, 270 validation, 269 test.
 
 Command:   jaxmp train digits_mlp
-Hardware:  2 CPU cores
-Expected:  test accuracy 0.97 or more
+Hardware:  2 CPU cores, 4 s after the start of Python and JAX
+Expected:  test accuracy 98.6 ± 0.2 % over 5 seeds, in each of float32, mixed_bfloat16 and mixed_float16
+           (experiments/precisions/digits.json)
 
 `mean` and `std` are those of the train split:
 
