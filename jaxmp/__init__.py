@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment import Experiment, Scaling
     from jaxmp.precision.flax import with_policy
+    from jaxmp.precision.formats import fake_quantize, quantize
     from jaxmp.precision.policy import Policy, parse_policy
+    from jaxmp.precision.policy_tree import PolicyTree
+    from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.run import Run
-    from jaxmp.scaling.scalers import DynamicScaler, NoScaler, StaticScaler
+    from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
+    from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, StaticScaler
     from jaxmp.scaling.transform import (
         consecutive_skips,
         last_step_finite,
@@ -46,9 +50,13 @@ _HOME = {
     "jaxmp.errors": ["InputError", "RunFailed"],
     "jaxmp.experiment": ["Experiment", "Scaling"],
     "jaxmp.precision.flax": ["with_policy"],
+    "jaxmp.precision.formats": ["fake_quantize", "quantize"],
     "jaxmp.precision.policy": ["Policy", "parse_policy"],
+    "jaxmp.precision.policy_tree": ["PolicyTree"],
+    "jaxmp.precision.rounding": ["apply_updates"],
     "jaxmp.runs.run": ["Run"],
-    "jaxmp.scaling.scalers": ["DynamicScaler", "NoScaler", "StaticScaler"],
+    "jaxmp.scaling.float32_math": ["clip_by_global_norm", "float32_math", "global_norm"],
+    "jaxmp.scaling.scalers": ["DynamicScaler", "HeadroomScaler", "NoScaler", "StaticScaler"],
     "jaxmp.scaling.transform": [
         "consecutive_skips",
         "last_step_finite",

@@ -37,18 +37,9 @@ def _lines(training: Training) -> Iterator[str]:
     yield f"steps       {batches.per_epoch} batches an epoch, {training.steps} steps in {epochs:.4g} epochs"
     yield f"parameters  {count:,}, {_nbytes(state.params) / MIB:.2f} MiB"
     yield ""
-    yield from _table(training)
+    yield str(training.explain())
     yield ""
     yield from _memory(training, state)
-
-
-def _table(training: Training) -> Iterator[str]:
-    """The policy of each module."""
-    rows = [(row.module or "(model)", row.type, f"{row.parameters:,}", row.policy) for row in training.explain()]
-    header = ("module", "class", "parameters", "policy")
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for module, kind, parameters, policy in [header, *rows]:
-        yield f"{module:<{widths[0]}}  {kind:<{widths[1]}}  {parameters:>{widths[2]}}  {policy}"
 
 
 def _memory(training: Training, state: Any) -> Iterator[str]:

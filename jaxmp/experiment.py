@@ -12,7 +12,8 @@ from typing import Any, Literal
 from jaxmp.canonical import canonical
 from jaxmp.data.tfds import TFDS
 from jaxmp.errors import InputError
-from jaxmp.precision.policy import Policy, parse_policy
+from jaxmp.precision.policy import Policy
+from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import DynamicScaler, NoScaler, Scaler, StaticScaler
 from jaxmp.training.loop import Loop
 from jaxmp.training.optim import Adam
@@ -44,11 +45,11 @@ class Scaling:
     def __post_init__(self) -> None:
         self._dynamic()
 
-    def make(self, policy: Policy) -> Scaler:
+    def make(self, policy: Policy | PolicyTree) -> Scaler:
         """The scaler for training under `policy`."""
         kind = self.kind
         if kind == "auto":
-            kind = "dynamic" if policy.computes_in_float16 else "none"
+            kind = "dynamic" if policy.wants_scaling else "none"
         if kind == "dynamic":
             return self._dynamic()
         return StaticScaler(self.init_scale) if kind == "static" else NoScaler()
@@ -100,9 +101,9 @@ class Experiment:
         _ = self.policy
 
     @functools.cached_property
-    def policy(self) -> Policy:
-        """The policy that `precision` names."""
-        return parse_policy(self.precision)
+    def policy(self) -> PolicyTree:
+        """The policies that `precision` names: one, or a tree of rules."""
+        return PolicyTree.parse(self.precision)
 
     def make_scaler(self) -> Scaler:
         """The scaler that `scaler` says, for this precision."""

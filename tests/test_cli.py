@@ -294,7 +294,7 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(folder, capsys):
     out, _ = printed(capsys)
     assert "parameters  67" in out  # 4 * 8 + 8 + 8 * 3 + 3
     assert "3 batches an epoch, 12 steps in 4 epochs" in out
-    assert re.search(r"^Dense_1 +Dense +40 +p=f32,c=bf16,o=f32$", out, re.MULTILINE)
+    assert re.search(r"^Dense_1 +Dense +40 +p=f32,c=bf16,o=f32 +\(default\)$", out, re.MULTILINE)
     assert "x float32 (20, 4)" in out
     assert [path.name for path in folder.iterdir()] == ["my.py"]
 

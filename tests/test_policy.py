@@ -222,4 +222,4 @@ def test_traced_values_are_cast_like_arrays():
     ],
 )
 def test_float16_anywhere_wants_a_loss_scale(text, scaled):
-    assert parse_policy(text).computes_in_float16 is scaled
+    assert parse_policy(text).wants_scaling is scaled

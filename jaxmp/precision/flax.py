@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from jaxmp.precision.policy import FLOAT32, Policy, cast_floats
+from jaxmp.errors import InputError
+from jaxmp.precision.formats import fake_quantize, quantize
+from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, is_float
+from jaxmp.precision.policy_tree import PolicyTree
 
 AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
 """Layers that compute `f(x, kernel) + bias`."""
@@ -29,7 +33,9 @@ AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn
 _policy_in_force = jax.make_user_context(None)
 
 
-def with_policy(apply: Callable[..., Any], policy: Policy, *, axis_name: str | None = None) -> Callable[..., Any]:
+def with_policy(
+    apply: Callable[..., Any], policy: Policy | PolicyTree, *, axis_name: str | None = None
+) -> Callable[..., Any]:
     """`module.apply` under `policy`: same arguments, same results, other dtypes.
 
     Float inputs are cast to the compute dtype and float outputs to the output dtype; normalisation layers compute
@@ -37,10 +43,17 @@ def with_policy(apply: Callable[..., Any], policy: Policy, *, axis_name: str | N
     Mutable collections (batch statistics) keep their dtypes. The result goes into jit, grad, scan, vmap and remat like
     `apply`.
 
+    Under a `PolicyTree` the same holds of every module that a rule names: its float inputs are cast to the rule's
+    compute dtype and its outputs to the rule's output dtype. An input of the model that reaches such a module as it
+    came is not rounded on the way.
+
     Args:
       apply: a bound `apply` of a Linen module, `model.apply`.
-      policy: the policy; its `matmul` is in force for every dot and convolution without a precision of its own.
+      policy: the policy, or a tree of them; `matmul` is in force for every dot and convolution without a precision of
+        its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
+
+    Raises (when called): InputError where a rule names nothing in the model, or nothing in it is a float.
 
     >>> model = nn.Dense(3)
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
@@ -48,18 +61,25 @@ def with_policy(apply: Callable[..., Any], policy: Policy, *, axis_name: str | N
     >>> with_policy(model.apply, half)(variables, jnp.ones((1, 2))).dtype
     dtype('float16')
     """
+    tree = policy if isinstance(policy, PolicyTree) else PolicyTree((), policy)
+    model = getattr(apply, "__self__", None)
 
     def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = policy.cast_to_compute((args, kwargs))
+        _require_floats(tree, variables, args, kwargs)
+        call = _Call(tree, axis_name, model)
+        whole = call.policy_of("")
+        cast_args, cast_kwargs = whole.cast_to_compute((args, kwargs))
+        call.remember((args, kwargs), (cast_args, cast_kwargs))
         with (
-            _policy_in_force(str(policy)),
-            _matmul_precision(policy),
-            nn.intercept_methods(_interceptor(policy, axis_name)),
+            _policy_in_force(str(tree)),
+            _matmul_precision(whole),
+            nn.intercept_methods(call.intercept),
         ):
-            out = apply(variables, *args, **kwargs)
+            out = apply(variables, *cast_args, **cast_kwargs)
+        call.check(variables)
         if kwargs.get("mutable", False) is False:
-            return policy.cast_to_output(out)
-        return policy.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
+            return whole.cast_to_output(out)
+        return whole.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
 
     return applied
 
@@ -75,32 +95,130 @@ class Row(NamedTuple):
     """numbers in the parameters that it declares itself"""
     policy: str
     """the policy in force"""
+    rule: str
+    """pattern of the rule that chose it; "" where it is the default"""
+    own_dtype: str
+    """the dtype that the model's code gives this module, which the policy overrides; "" for none"""
 
 
-def explain(model: nn.Module, policy: Policy, *inputs: Any, **kwargs: Any) -> list[Row]:
+class Explanation(tuple[Row, ...]):
+    """The rows of a model; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                row.module or "(model)",
+                row.type,
+                f"{row.parameters:,}",
+                row.policy + (f" (not {row.own_dtype})" if row.own_dtype else ""),
+                row.rule or "(default)",
+            )
+            for row in self
+        ]
+        table = [("module", "class", "parameters", "policy", "rule"), *rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{'>' if i == 2 else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+            for row in table
+        )
+
+
+def explain(model: nn.Module, policy: Policy | PolicyTree, *inputs: Any, **kwargs: Any) -> Explanation:
     """The modules of a model in the order in which they are first called, found by an abstract `init`: nothing runs.
 
     Args:
       model: the module.
-      policy: the policy to apply.
+      policy: the policy, or tree, to apply.
       inputs: its inputs, arrays or `jax.ShapeDtypeStruct`s.
-      kwargs: further arguments of its `__call__`, such as `train=False`.
+      kwargs: further arguments of its `__call__`. Whether it trains need not be said: by default it does not.
+
+    Raises: InputError where a rule names none of the modules.
     """
-    found: dict[str, str] = {}
+    tree = policy if isinstance(policy, PolicyTree) else PolicyTree((), policy)
+    found, params = _modules(model, *inputs, **kwargs)
+    classes = {path: _class_names(module) for path, module in found.items()}
+    tree.require_match(classes)
+    sizes = dict.fromkeys(found, 0)
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        sizes[_owner(path, found)] += leaf.size
+    rows = []
+    for path, module in found.items():
+        rule = tree.rule(path, classes)
+        rows.append(
+            Row(
+                module=path,
+                type=type(module).__name__,
+                parameters=sizes[path],
+                policy=str(tree.default if rule is None else rule.policy),
+                rule="" if rule is None else rule.pattern,
+                own_dtype=_own_dtype(module),
+            )
+        )
+    return Explanation(rows)
+
+
+def cast_to_param(model: nn.Module, policy: Policy | PolicyTree, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """The parameters of a model, each in the parameter dtype of its module's policy. For arguments see `explain`."""
+    if isinstance(policy, Policy) or not policy.rules:
+        return (policy if isinstance(policy, Policy) else policy.default).cast_to_param(params)
+    found, _ = _modules(model, *inputs, **kwargs)
+    classes = {path: _class_names(module) for path, module in found.items()}
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        return policy.lookup(_owner(name, found), classes).cast_to_param(leaf)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def mode_argument(model: Any, train: bool) -> dict[str, bool]:
+    """The argument by which this model is told whether it trains; {} for one that wants none."""
+    parameters = inspect.signature(type(model).__call__).parameters
+    for name, value in (("train", train), ("training", train), ("deterministic", not train)):
+        if name in parameters:
+            return {name: value}
+    return {}
+
+
+def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], Any]:
+    """The modules that `init` calls, by path, and the shapes of the parameters, without boxes."""
+    found: dict[str, nn.Module] = {}
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name not in ("<lambda>", "setup"):
-            found.setdefault("/".join(context.module.path), type(context.module).__name__)
+            found.setdefault("/".join(context.module.path), context.module)
         return next_fun(*args, **kwargs)
 
+    kwargs = {**mode_argument(model, False), **kwargs}
     with nn.intercept_methods(note):
         variables = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs)
-    sizes = {path: 0 for path in found}
-    for path, leaf in flax.traverse_util.flatten_dict(nn.unbox(variables).get("params", {}), sep="/").items():
-        while path and path not in found:  # up to the module that declares it: a parameter's name may contain slashes
-            path = path.rpartition("/")[0]
-        sizes[path] = sizes.get(path, 0) + leaf.size
-    return [Row(path, name, sizes[path], str(policy)) for path, name in found.items()]
+    return found, nn.unbox(variables).get("params", {})
+
+
+def _owner(path: str, modules: Any) -> str:
+    """The module that declares the parameter at `path`, whose own name may contain slashes."""
+    while path and path not in modules:
+        path = path.rpartition("/")[0]
+    return path
+
+
+def _class_names(module: nn.Module) -> frozenset[str]:
+    """The names of a module's class and its bases, up to `nn.Module`."""
+    return frozenset(c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+
+
+def _own_dtype(module: nn.Module) -> str:
+    dtype = getattr(module, "dtype", None) if _knows_dtype(module) else None
+    return "" if dtype is None else jnp.dtype(dtype).name
+
+
+def _knows_dtype(module: nn.Module) -> bool:
+    return hasattr(module, "dtype") and not isinstance(getattr(type(module), "dtype", None), property)
+
+
+def _require_floats(tree: PolicyTree, variables: Any, args: Any, kwargs: Any) -> None:
+    if variables and not any(is_float(leaf) for leaf in jax.tree.leaves((variables, args, kwargs))):
+        raise InputError(f"precision {tree}: neither the variables nor the inputs of the model hold a float to cast")
 
 
 def _matmul_precision(policy: Policy) -> Any:
@@ -108,57 +226,145 @@ def _matmul_precision(policy: Policy) -> Any:
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
-def _interceptor(policy: Policy, axis_name: str | None) -> Callable[..., Any]:
-    """The policy as a Linen method interceptor: it runs wherever Flax runs the method, lifted transforms included."""
+class _Call:
+    """One call of a model under a tree of policies: a Linen method interceptor, and what it has seen so far.
+
+    It runs wherever Flax runs a method, lifted transforms included.
+    """
+
+    def __init__(self, tree: PolicyTree, axis_name: str | None, model: nn.Module | None):
+        self.tree, self.axis_name = tree, axis_name
+        self.classes: dict[str, frozenset[str]] = {
+            "": _class_names(model) if isinstance(model, nn.Module) else frozenset()
+        }
+        self.active: list[str] = []  # paths of the modules whose methods are running, the innermost last
+        self.inputs: dict[int, tuple[Any, Any]] = {}  # the model's inputs as cast and as they came, by id of the cast
+
+    def policy_of(self, path: str) -> Policy:
+        return self.tree.lookup(path, self.classes)
+
+    def remember(self, given: Any, cast: Any) -> None:
+        for before, after in zip(jax.tree.leaves(given), jax.tree.leaves(cast), strict=True):
+            if before is not after:
+                self.inputs[id(after)] = after, before
+
+    def check(self, variables: Any) -> None:
+        """Raises InputError where a rule names no module; by class only where all with parameters have been called."""
+        params = flax.traverse_util.flatten_dict(nn.unbox(dict(variables).get("params", {})), sep="/")
+        above = {path.rpartition("/")[0] for path in params}
+        classes = {path: self.classes.get(path, frozenset()) for path in (*self.classes, *above)}
+        rules = self.tree.rules
+        if any(_owner(path, self.classes) != path for path in above):
+            rules = tuple(rule for rule in rules if not rule.pattern.startswith("@"))
+        PolicyTree(rules, self.tree.default).require_match(classes)
+
+    def intercept(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        module, method = context.module, context.method_name
+        if method == "<lambda>":  # Flax's own, around a transformed class: no module of the user's
+            return next_fun(*args, **kwargs)
+        path = "/".join(module.path)
+        self.classes[path] = self.classes.get(path, frozenset()) | _class_names(module)
+        rule = self.tree.rule(path, self.classes)
+        policy = self.tree.default if rule is None else rule.policy
+        if method == "setup" or not hasattr(type(module), method):  # a function that was lifted over the module
+            return _under(policy, self.axis_name, next_fun, args, kwargs, module, method)
+        # An edge is where a module that a rule names is called from outside; the model's own is in `with_policy`.
+        named = rule is not None and rule.names(path, self.classes)
+        if not (named and path and path not in self.active):
+            return self._within(path, policy, next_fun, args, kwargs, context)
+        cell = isinstance(module, nn.RNNCellBase) and method == "__call__"
+        carry, inputs = (args[:1], args[1:]) if cell else ((), args)
+        inputs, kwargs = jax.tree.map(
+            lambda x: cast_floats(self._unrounded(x, policy), policy.compute_dtype), (inputs, kwargs)
+        )
+        with jax.default_matmul_precision(policy.matmul_precision):
+            out = self._within(path, policy, next_fun, (*carry, *inputs), kwargs, context)
+        return (out[0], policy.cast_to_output(out[1])) if cell else policy.cast_to_output(out)
+
+    def _unrounded(self, x: Any, policy: Policy) -> Any:
+        """The model's input that `x` is the rounded form of, where it is one and this policy keeps more of it."""
+        cast, given = self.inputs.get(id(x), (None, None))
+        return given if cast is x and policy.compute_dtype.itemsize > x.dtype.itemsize else x
+
+    def _within(self, path: str, policy: Policy, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        self.active.append(path)
+        try:
+            return _under(policy, self.axis_name, next_fun, args, kwargs, context.module, context.method_name)
+        finally:
+            self.active.pop()
+
+
+def _under(
+    policy: Policy,
+    axis_name: str | None,
+    next_fun: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    module: nn.Module,
+    method: str,
+) -> Any:
+    """One method of one module under its policy."""
     dtype = policy.compute_dtype
     wide = jnp.promote_types(FLOAT32, policy.param_dtype)
     sum_in_half = policy.grad != FLOAT32
 
-    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, method = context.module, context.method_name
-        if method == "<lambda>":  # Flax's own, around a transformed class: no module of the user's
+    def param(*args: Any, **kwargs: Any) -> Any:
+        return cast_floats(type(module).param(module, *args, **kwargs), dtype)
+
+    def call(**values: Any) -> Any:
+        with _attributes(module, **values):
             return next_fun(*args, **kwargs)
 
-        def param(*args: Any, **kwargs: Any) -> Any:
-            return cast_floats(type(module).param(module, *args, **kwargs), dtype)
+    knows_dtype = _knows_dtype(module)
+    if method == "setup":
+        # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
+        return call(param=param) if not knows_dtype or isinstance(module, nn.Embed) else call()
+    # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
+    values: dict[str, Any] = {"dtype": dtype} if knows_dtype else {"param": param}
+    if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
+        values |= _softmax_in_float32(module, dtype)
+    if isinstance(module, nn.BatchNorm) and module.axis_name is None:
+        values["axis_name"] = axis_name
+    if isinstance(module, nn.Embed) and not sum_in_half:
+        values["embedding"] = _stored(module, "embedding").astype(wide)
+        if method == "__call__":
+            values["dtype"] = wide
+        return cast_floats(call(**values), dtype)
+    if isinstance(module, AFFINE) and method == "__call__" and policy.operands is not None:
+        return _emulated(policy, module, call, values)
+    if isinstance(module, AFFINE) and method == "__call__" and module.use_bias and not sum_in_half:
+        bias = _stored(module, "bias")
+        if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None):
+            # The bias goes through a reshape of the layer's own: have it added in float32.
+            def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
+                return x.astype(dtype), kernel.astype(dtype), bias.astype(wide)
 
-        def call(**values: Any) -> Any:
-            with _attributes(module, **values):
-                return next_fun(*args, **kwargs)
+            return cast_floats(call(**values, promote_dtype=promote), dtype)
+        if bias is not None:
+            y = call(**values, use_bias=False)
+            return y + jnp.broadcast_to(bias.astype(wide), y.shape).astype(y.dtype)
+    y = call(**values)
+    if isinstance(module, nn.RNNCellBase) and method == "__call__":
+        # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
+    return y
 
-        knows_dtype = hasattr(module, "dtype") and not isinstance(getattr(type(module), "dtype", None), property)
-        if method == "setup":
-            # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
-            return call(param=param) if not knows_dtype or isinstance(module, nn.Embed) else call()
-        # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
-        values: dict[str, Any] = {"dtype": dtype} if knows_dtype else {"param": param}
-        if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
-            values |= _softmax_in_float32(module, dtype)
-        if isinstance(module, nn.BatchNorm) and module.axis_name is None:
-            values["axis_name"] = axis_name
-        if isinstance(module, nn.Embed) and not sum_in_half:
-            values["embedding"] = _stored(module, "embedding").astype(wide)
-            if method == "__call__":
-                values["dtype"] = wide
-            return cast_floats(call(**values), dtype)
-        if isinstance(module, AFFINE) and method == "__call__" and module.use_bias and not sum_in_half:
-            bias = _stored(module, "bias")
-            if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None):
-                # The bias goes through a reshape of the layer's own: have it added in float32.
-                def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
-                    return x.astype(dtype), kernel.astype(dtype), bias.astype(wide)
 
-                return cast_floats(call(**values, promote_dtype=promote), dtype)
-            if bias is not None:
-                y = call(**values, use_bias=False)
-                return y + jnp.broadcast_to(bias.astype(wide), y.shape).astype(y.dtype)
-        y = call(**values)
-        if isinstance(module, nn.RNNCellBase) and method == "__call__":
-            # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
-            return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
-        return y
+def _emulated(policy: Policy, module: Any, call: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """A layer whose product has its operands, and the gradients of its result, in emulated formats."""
 
-    return intercept
+    def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
+        x, kernel = (quantize(v.astype(policy.compute_dtype), operands, saturate=True) for v in (x, kernel))
+        return x, kernel, None if bias is None else bias.astype(policy.compute_dtype)
+
+    operands: Any = policy.operands
+    bias: Any = _stored(module, "bias") if module.use_bias else None
+    apart = bias is not None and not (isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None))
+    y = call(**values, promote_dtype=promote, **({"use_bias": False} if apart else {}))
+    y = fake_quantize(y, None, policy.cotangents, saturate=False)
+    return y + jnp.broadcast_to(bias, y.shape) if apart else y
 
 
 def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.formats import Format, parse_format
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -52,9 +54,15 @@ class Policy(jmp.Policy):
     """dtype of the sum of the gradients over replicas: float32 or bfloat16 (trap T3)"""
     matmul: DotAlgorithmPreset = DotAlgorithmPreset.DEFAULT
     """algorithm of float32 dots and convolutions; DEFAULT leaves it to JAX, which on a GPU means TensorFloat-32"""
+    operands: Format | None = None
+    """format that the operands of layers with a kernel are rounded to, emulated in the compute dtype, saturating"""
+    cotangents: Format | None = None
+    """format that the gradients of such a layer's result are rounded to, not saturating: an overflow is to be seen"""
 
     def __post_init__(self) -> None:
         """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
+        if (self.operands is None) != (self.cotangents is None):
+            raise InputError(f"operands={self.operands}, cotangents={self.cotangents}: expected a format for both")
         for name in ("param_dtype", "compute_dtype", "output_dtype", "grad", "reduce"):
             dtype = jnp.dtype(getattr(self, name))
             object.__setattr__(self, name, dtype)
@@ -67,7 +75,6 @@ class Policy(jmp.Policy):
                 f"grad={_name(self.grad)} in policy {self}: gradients accumulate in f32 or in the compute dtype "
                 f"({_name(self.compute_dtype)})"
             )
-
         if self.reduce == np.float16:
             raise InputError(f"reduce=f16 in policy {self}: float16 sums overflow; expected f32 or bf16")
 
@@ -84,8 +91,10 @@ class Policy(jmp.Policy):
         return cast_floats(x, self.output_dtype)
 
     @property
-    def computes_in_float16(self) -> bool:
-        """Whether gradients can underflow in float16, so that the loss wants a scale."""
+    def wants_scaling(self) -> bool:
+        """Whether gradients can underflow, in float16 or a format of no wider range, so that the loss wants a scale."""
+        if self.cotangents is not None and self.cotangents.max_exponent <= 15:
+            return True
         return np.dtype(np.float16) in (self.param_dtype, self.compute_dtype, self.output_dtype)
 
     @property
@@ -99,7 +108,8 @@ class Policy(jmp.Policy):
         }.get(self.matmul, self.matmul.name)
 
     def __str__(self) -> str:
-        text = f"p={_name(self.param_dtype)},c={_name(self.compute_dtype)},o={_name(self.output_dtype)}"
+        compute = _name(self.compute_dtype) if self.operands is None else f"{self.operands}/{self.cotangents}"
+        text = f"p={_name(self.param_dtype)},c={compute},o={_name(self.output_dtype)}"
         if self.grad != FLOAT32:
             text += f",grad={_name(self.grad)}"
         if self.reduce != FLOAT32:
@@ -111,6 +121,8 @@ class Policy(jmp.Policy):
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 _DTYPES = {name: jnp.dtype(long) for long, short in _SHORT.items() for name in (short, long)} | {"full": FLOAT32}
+_NARROW = re.compile(r"e\d|tf32|float[468]_")
+"""How the name of a format begins that is no dtype of a policy, and is emulated."""
 _KEYS = {
     "p": "param_dtype",
     "params": "param_dtype",
@@ -150,12 +162,15 @@ def parse_policy(text: str) -> Policy:
 
     Either a preset (`mixed_float16`), a dtype for everything (`bf16`), or jmp's notation: `p=f32,c=bf16,o=f32`, where
     parameters default to float32, compute to the parameters' dtype and output to the compute dtype. The fields `grad`,
-    `reduce` and `matmul` may follow any of them. Spaces are allowed.
+    `reduce` and `matmul` may follow any of them. Spaces are allowed. The compute dtype may also be any format that
+    `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in e5m2.
 
     >>> str(parse_policy("mixed_float16"))
     'p=f32,c=f16,o=f32'
     >>> str(parse_policy("p=f32, c=bf16, o=f32, reduce=bf16"))
     'p=f32,c=bf16,o=f32,reduce=bf16'
+    >>> str(parse_policy("c=e4m3/e5m2"))
+    'p=f32,c=e4m3/e5m2,o=f32'
 
     Raises:
       InputError: an unknown preset, key, dtype or algorithm, or a key given twice.
@@ -183,7 +198,12 @@ def parse_policy(text: str) -> Policy:
             )
         if _KEYS[key] in fields:
             raise InputError(f"precision {text!r}: {key!r} is given twice")
-        fields[_KEYS[key]] = _algorithm(value, text) if key == "matmul" else _dtype(value, text)
+        if key == "matmul":
+            fields["matmul"] = _algorithm(value, text)
+        elif _KEYS[key] == "compute_dtype" and (_NARROW.match(value) or "/" in value):
+            fields |= _emulated(value, text)
+        else:
+            fields[_KEYS[key]] = _dtype(value, text)
     if base is not None:
         return dataclasses.replace(base, **fields)
     fields.setdefault("param_dtype", FLOAT32)
@@ -202,9 +222,19 @@ def _dtype(value: str, text: str) -> np.dtype:
     if value not in _DTYPES:
         raise InputError(
             f"precision {text!r}: {value!r} is no dtype; expected one of {', '.join(_SHORT.values())} "
-            f"(or half, full){nearest(value, [*_DTYPES, 'half'])}"
+            f"(or half, full, or for c= a format such as e4m3/e5m2){nearest(value, [*_DTYPES, 'half'])}"
         )
     return _DTYPES[value]
+
+
+def _emulated(value: str, text: str) -> dict[str, Any]:
+    forward, sign, backward = (word.strip() for word in value.partition("/"))
+    try:
+        operands = parse_format(forward)
+        cotangents = parse_format(backward) if sign else operands
+    except InputError as error:
+        raise InputError(f"precision {text!r}: {error}") from None
+    return {"compute_dtype": FLOAT32, "operands": operands, "cotangents": cotangents}
 
 
 def _algorithm(value: str, text: str) -> DotAlgorithmPreset:

@@ -18,12 +18,11 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment import Experiment
-from jaxmp.precision.flax import with_policy
+from jaxmp.precision.flax import mode_argument, with_policy
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
 from jaxmp.training.metrics import compute
 from jaxmp.training.state import TrainState
-from jaxmp.training.tasks import mode_argument
 
 
 class Run:

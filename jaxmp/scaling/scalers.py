@@ -167,3 +167,83 @@ def _power_of_two(name: str, value: float) -> None:
         raise InputError(f"{name}={value!r}: expected a power of two, such as {below:g}; others round the gradients")
     if not SMALLEST <= value <= LARGEST:
         raise InputError(f"{name}={value!r}: expected 2**-126 to 2**126, where S and 1/S are normal float32 numbers")
+
+
+class HeadroomState(NamedTuple):
+    """The state of `HeadroomScaler`; strongly typed scalars."""
+
+    scale: jax.Array
+    """the loss scale S, float32, the largest power of two up to `ceiling`"""
+    ceiling: jax.Array
+    """the largest scale that leaves the headroom, float32: 65504 / 2**headroom / the largest gradient of late"""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadroomScaler:
+    """Backs off before the overflow: keeps `headroom` bits free above the largest gradient seen lately.
+
+    The scale is the largest power of two with `S * largest <= 65504 / 2**headroom`, where `largest` is a running
+    maximum of the unscaled gradients that halves every `half_life` finite steps. So the scale falls at once when
+    gradients grow, in one step and by as much as it takes, and doubles at most once in `half_life` steps when they
+    shrink. Above the floor, gradients that grow by no more than `2**headroom` from one finite step to the next do not
+    overflow.
+
+    The scaler sees the gradients of the parameters only. What overflows first may be a gradient inside the network, or
+    a partial sum: the headroom has to cover the distance between the two. Where it does not, and the step overflows,
+    the scale is halved at once, and stays there for `half_life` finite steps. 65504 is float16's largest number;
+    gradients that never pass through float16 need no scaler.
+
+    Source: ours. The thought, a scale chosen from the statistics of gradients, is that of Zhao et al. 2019, Adaptive
+    Loss Scaling for Mixed Precision Training, which has one for each layer.
+    Raises: InputError for values that are no powers of two, contradict each other, or leave float32's normal range.
+    """
+
+    init_scale: float = 2.0**15
+    """scale of the first step, and a ceiling that has to be outgrown like any other"""
+    headroom: int = 4
+    """bits between the largest scaled gradient and float16's largest number"""
+    half_life: int = 1000
+    """finite steps in which the running maximum of the gradients forgets a factor of two"""
+    min_scale: float = 2.0**-14
+    """floor of the scale"""
+    max_scale: float = 2.0**24
+    """cap of the scale"""
+
+    def __post_init__(self) -> None:
+        """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
+        for name in ("init_scale", "min_scale", "max_scale"):
+            _power_of_two(f"HeadroomScaler.{name}", getattr(self, name))
+        if not self.min_scale <= self.init_scale <= self.max_scale:
+            raise InputError(
+                f"HeadroomScaler: init_scale={self.init_scale:g} is outside "
+                f"[min_scale={self.min_scale:g}, max_scale={self.max_scale:g}]"
+            )
+        # A longer half-life would be a factor that float32 rounds to 1, or to a much shorter one.
+        for name, least, most in (("headroom", 0, 30), ("half_life", 1, 100_000)):
+            value = getattr(self, name)
+            if value != int(value) or not least <= value <= most:
+                raise InputError(f"HeadroomScaler.{name}={value}: expected a whole number from {least} to {most}")
+
+    def init(self) -> HeadroomState:
+        """A state at `init_scale`."""
+        return HeadroomState(
+            scale=jnp.array(self.init_scale, jnp.float32), ceiling=jnp.array(self.init_scale, jnp.float32)
+        )
+
+    def update(self, state: HeadroomState, finite: jax.Array, grad_max: jax.Array) -> HeadroomState:
+        """The rule of the class; see `Scaler.update` for the arguments."""
+        # Unscaled, `grad_max` could leave float32's range; a ceiling cannot: where there is no gradient it is inf.
+        limit = jnp.float32(65504 / 2**self.headroom)
+        ceiling = jnp.where(
+            finite,
+            jnp.minimum(state.ceiling * jnp.float32(2 ** (1 / self.half_life)), state.scale * (limit / grad_max)),
+            state.scale / 2,
+        )
+        ceiling = jnp.clip(ceiling, jnp.float32(self.min_scale), jnp.float32(self.max_scale))
+        return HeadroomState(scale=_power_of_two_below(ceiling), ceiling=ceiling)
+
+
+def _power_of_two_below(x: jax.Array) -> jax.Array:
+    """The largest power of two up to `x`, a positive normal float32: its bits without the mantissa."""
+    exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7F800000)
+    return jax.lax.bitcast_convert_type(exponent, jnp.float32)

@@ -14,14 +14,14 @@ import optax
 from jaxmp.data.dataset import Source, Split
 from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
 from jaxmp.errors import InputError
-from jaxmp.precision.flax import Row, explain
+from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
 from jaxmp.training.metrics import Mean, Metrics, merge, zeros_like
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_eval_step, make_train_step
-from jaxmp.training.tasks import LossFn, init_model, make_loss, mode_argument
+from jaxmp.training.tasks import LossFn, init_model, make_loss
 
 if TYPE_CHECKING:
     from jaxmp.experiment import Experiment
@@ -95,7 +95,7 @@ class Training:
         def init(key: jax.Array) -> TrainState:
             params_key, step_key = jax.random.split(key)
             params, model_state = init_model(experiment.model, experiment.task, self.example, params_key)
-            params = experiment.policy.cast_to_param(params)
+            params = cast_to_param(experiment.model, experiment.policy, params, *self._inputs)
             return TrainState.create(
                 params, self.tx, key=step_key, model_state=model_state, ema=experiment.loop.ema_decay is not None
             )
@@ -163,11 +163,13 @@ class Training:
                 return f"in the gradient of {name} {at} (loss {float(loss):g})"
         return None if jnp.isfinite(loss) else f"the loss {at}: {float(loss):g}"
 
-    def explain(self) -> list[Row]:
-        """Which policy each module of the model runs under."""
-        experiment = self.experiment
-        inputs = [self.example[name] for name in experiment.task.inputs]
-        return explain(experiment.model, experiment.policy, *inputs, **mode_argument(experiment.model, False))
+    def explain(self) -> Explanation:
+        """Which policy each module of the model runs under. Raises InputError where a rule matches none."""
+        return explain(self.experiment.model, self.experiment.policy, *self._inputs)
+
+    @property
+    def _inputs(self) -> list[jax.ShapeDtypeStruct]:
+        return [self.example[name] for name in self.experiment.task.inputs]
 
     @functools.cached_property
     def _evaluation(self) -> Any:

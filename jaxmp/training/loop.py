@@ -214,7 +214,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
         _write_json(folder / "config.json", run | (origin or {}) | {"experiment": experiment.to_json()} | provenance())
-    if experiment.policy.param_dtype.itemsize < 4:
+    if any(policy.param_dtype.itemsize < 4 for policy in experiment.policy.policies):
         say(
             f"precision {experiment.policy}: no float32 master weights; an update of less than half a unit in the last "
             "place of a weight is lost"
@@ -407,6 +407,7 @@ def _read(opt_state: Any) -> dict[str, jax.Array]:
 def _check(training: Training) -> None:
     """What would otherwise be found out only at the first evaluation, or after it."""
     loop, data = training.experiment.loop, training.experiment.data
+    training.explain()
     measured = [name for name in training.no_metrics if name != NAN_LOSS]
     if loop.monitor not in measured:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError
-from jaxmp.precision.flax import with_policy
-from jaxmp.precision.policy import Policy, parse_policy
+from jaxmp.precision.flax import mode_argument, with_policy
+from jaxmp.precision.policy import Policy
+from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.metrics import Mean, Metrics
 
 Batch = dict[str, jax.Array]
@@ -65,7 +65,7 @@ class Classification:
 
 
 def make_loss(
-    model: Any, task: Task, policy: Policy | str, *, train: bool = True, axis_name: str | None = None
+    model: Any, task: Task, policy: Policy | PolicyTree | str, *, train: bool = True, axis_name: str | None = None
 ) -> LossFn:
     """The loss function of a Flax Linen module under a policy.
 
@@ -75,11 +75,11 @@ def make_loss(
     Args:
       model: a Linen module.
       task: which inputs it gets, and what its outputs mean.
-      policy: a `Policy`, or its text.
+      policy: a `Policy`, a `PolicyTree`, or the text of one.
       train: False for evaluation: no dropout, and the model state is read only.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
     """
-    policy = parse_policy(policy) if isinstance(policy, str) else policy
+    policy = PolicyTree.parse(policy) if isinstance(policy, str) else policy
     apply = with_policy(model.apply, policy, axis_name=axis_name)
     mode = mode_argument(model, train)
 
@@ -105,12 +105,3 @@ def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any,
     params = variables.pop("params", {})
     variables.pop("intermediates", None)  # what the model sows is for looking at, no state
     return params, variables
-
-
-def mode_argument(model: Any, train: bool) -> dict[str, bool]:
-    """The argument by which this model is told whether it trains; {} for one that wants none."""
-    parameters = inspect.signature(type(model).__call__).parameters
-    for name, value in (("train", train), ("training", train), ("deterministic", not train)):
-        if name in parameters:
-            return {name: value}
-    return {}

@@ -1,0 +1,531 @@
+"""Float formats: facts about each, and exact emulation of any of them on any device.
+
+    quantize(x, "e4m3")                           # the nearest numbers of OCP's e4m3, in x's own dtype
+    fake_quantize(x, "e4m3", "e5m2")              # the same, and the gradient rounded to e5m2
+    quantize(x, "e3m4", rounding="stochastic", key=key)
+
+A format is named as in `e4m3` (4 exponent bits, 3 mantissa bits). Emulation works on the bits of float32, in integers.
+So it cannot be folded away, as a cast can (trap T6: between two 16-bit operations XLA may keep what the first one did
+not round), it sees float32's subnormals, which XLA flushes in arithmetic (T10), and it gives the same bits on every
+device, in and out of jit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import bitcast_convert_type
+
+from jaxmp.errors import InputError, nearest
+
+Specials = Literal["ieee", "fn", "fnuz"]
+Rounding = Literal["nearest", "stochastic"]
+
+_OCP_FN = {(4, 3), (2, 1), (2, 3), (3, 2)}  # formats that OCP standardised without infinities
+_SHORT = {(8, 23): "f32", (8, 10): "tf32", (8, 7): "bf16", (5, 10): "f16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A binary float format: a sign bit, exponent bits, mantissa bits, subnormals, and what the extreme codes mean.
+
+    Its normal numbers are ±2^(E - bias) * 1.M with E at least 1, its subnormals ±2^(1 - bias) * 0.M. All its numbers
+    are numbers of float32. `specials` says what is spent on infinity and NaN:
+
+    - `ieee`: the largest exponent, on both, as IEEE 754 does;
+    - `fn`: no infinity; NaN is the largest code where the format has 8 bits or more, and nothing is where it has fewer
+      (OCP's e4m3 and e2m1, e2m3, e3m2; ml_dtypes' names ending in `fn`);
+    - `fnuz`: no infinity and no negative zero; NaN is the code that negative zero would have.
+
+    `str(format)` is a name that `parse_format` turns back into the format.
+
+    Sources: IEEE 754-2019, section 3.4; OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats
+    (MX) 1.0, section 5.3; Noune et al. 2022, 8-bit Numerical Formats for Deep Neural Networks (fnuz).
+    Raises: InputError for sizes out of range, or where float32 could not hold every number.
+    """
+
+    exponent_bits: int
+    """bits of the exponent, 2 to 8"""
+    mantissa_bits: int
+    """bits of the mantissa, 1 to 23; the leading 1 of normal numbers is not one of them"""
+    bias: int
+    """what is subtracted from the stored exponent"""
+    specials: Specials
+    """what the extreme codes mean"""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no format, and what float32 cannot carry."""
+        shape = f"e{self.exponent_bits}m{self.mantissa_bits}"
+        if not (2 <= self.exponent_bits <= 8 and 1 <= self.mantissa_bits <= 23):
+            raise InputError(f"float format {shape}: expected 2 to 8 exponent bits and 1 to 23 mantissa bits")
+        if self.specials not in ("ieee", "fn", "fnuz"):
+            raise InputError(f"float format {shape}: specials={self.specials!r}; expected ieee, fn or fnuz")
+        # Below 2^-126 float32 has no normal numbers; there only formats with float32's own subnormals work.
+        fits_below = self.min_exponent == -126 or self.min_exponent - self.mantissa_bits >= -126
+        if not fits_below or self.max_exponent > 127:
+            raise InputError(
+                f"float format {shape} with bias {self.bias} ({self.specials}): its exponents, {self.min_exponent} to "
+                f"{self.max_exponent}, go beyond float32, which carries the numbers; another bias would fit"
+            )
+
+    @property
+    def name(self) -> str:
+        """The shortest name: `e4m3`, `e4m3ieee`, `e4m3b11fnuz`, `bf16`."""
+        shape = (self.exponent_bits, self.mantissa_bits)
+        specials = "" if self.specials == _usual_specials(*shape) else self.specials
+        bias = "" if self.bias == _usual_bias(self.exponent_bits, self.specials) else f"b{self.bias}"
+        if shape in _SHORT and not specials and not bias:
+            return _SHORT[shape]
+        return f"e{self.exponent_bits}m{self.mantissa_bits}{bias}{specials}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number, sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def has_infinity(self) -> bool:
+        """Whether there are infinities."""
+        return self.specials == "ieee"
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether there is a NaN."""
+        return self.specials != "fn" or self.bits >= 8
+
+    @property
+    def has_negative_zero(self) -> bool:
+        """Whether zero has a sign."""
+        return self.specials != "fnuz"
+
+    @property
+    def min_exponent(self) -> int:
+        """Base 2 logarithm of the smallest normal number."""
+        return 1 - self.bias
+
+    @property
+    def max_exponent(self) -> int:
+        """Base 2 logarithm of the largest power of two."""
+        return (self._largest_code >> self.mantissa_bits) - self.bias
+
+    @property
+    def max(self) -> float:
+        """The largest number."""
+        fraction = self._largest_code & (2**self.mantissa_bits - 1)
+        return (1 + fraction * 2.0**-self.mantissa_bits) * 2.0**self.max_exponent
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive number with a full mantissa."""
+        return 2.0**self.min_exponent
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """The smallest positive number; all subnormal numbers are multiples of it."""
+        return 2.0 ** (self.min_exponent - self.mantissa_bits)
+
+    @property
+    def unit_roundoff(self) -> float:
+        """The largest relative error of rounding to nearest, within the normal range."""
+        return 2.0 ** -(self.mantissa_bits + 1)
+
+    @property
+    def _largest_code(self) -> int:
+        """The code of the largest number, without the sign."""
+        if self.specials == "ieee":
+            return ((2**self.exponent_bits - 1) << self.mantissa_bits) - 1
+        return 2 ** (self.bits - 1) - 1 - (self.specials == "fn" and self.has_nan)
+
+    def contains(self, other: Format) -> bool:
+        """Whether every finite number of `other` is one of this format's."""
+        return (
+            other.mantissa_bits <= self.mantissa_bits
+            and other.max <= self.max
+            and other.smallest_subnormal >= self.smallest_subnormal
+        )
+
+
+def _usual_specials(exponent_bits: int, mantissa_bits: int) -> Specials:
+    return "fn" if (exponent_bits, mantissa_bits) in _OCP_FN else "ieee"
+
+
+def _usual_bias(exponent_bits: int, specials: str) -> int:
+    return 2 ** (exponent_bits - 1) - (specials != "fnuz")
+
+
+_SYNONYMS = {
+    name: shape
+    for shape, names in {
+        "e8m23": ("f32", "fp32", "float32"),
+        "e8m10": ("tf32", "tensorfloat32"),
+        "e8m7": ("bf16", "bfloat16"),
+        "e5m10": ("f16", "fp16", "float16"),
+    }.items()
+    for name in names
+}
+_KNOWN = (
+    *_SYNONYMS,
+    *("e4m3", "e4m3fn", "e4m3ieee", "e4m3fnuz", "e4m3b11fnuz", "e5m2", "e5m2fnuz", "e3m4", "e2m1", "e2m3", "e3m2"),
+    *("float8_e4m3fn", "float8_e4m3", "float8_e5m2", "float8_e3m4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"),
+)
+_GRAMMAR = re.compile(r"(?:float(\d+)_)?e(\d+)m(\d+)(?:b(-?\d+))?(ieee|fnuz|fn)?")
+
+
+def parse_format(text: str) -> Format:
+    """The format that `text` names.
+
+    - `eXmY`, with X exponent bits (2 to 8) and Y mantissa bits (1 to 23). As OCP standardised them, `e4m3`, `e2m1`,
+      `e2m3` and `e3m2` have no infinities (`fn`); all others are as in IEEE 754, `e5m2` included.
+    - A suffix `ieee`, `fn` or `fnuz` (see `Format`) says otherwise, and `bN` before it gives the bias: `e4m3ieee`,
+      `e4m3b11fnuz`. The usual bias is 2^(X-1) - 1; for `fnuz` it is 2^(X-1).
+    - `float32` (`f32`), `tensorfloat32` (`tf32`), `bfloat16` (`bf16`), `float16` (`f16`).
+    - ml_dtypes' name of a dtype, meaning that dtype. Mind that `float8_e4m3` is the IEEE-like one, `e4m3ieee`, and
+      `float8_e4m3fn` is OCP's `e4m3`.
+
+    `e8m0` is none of them: it has neither zero nor sign, and holds scales rather than numbers.
+
+    >>> parse_format("e4m3").max, parse_format("float8_e4m3").max, parse_format("e5m2").max
+    (448.0, 240.0, 57344.0)
+    >>> str(parse_format("float8_e4m3fn")), str(parse_format("bfloat16")), str(parse_format("e6m9"))
+    ('e4m3', 'bf16', 'e6m9')
+
+    Raises:
+      InputError: an unknown name, sizes out of range, or a number of bits that contradicts the rest.
+    """
+    name = text.strip().lower()
+    match = _GRAMMAR.fullmatch(_SYNONYMS.get(name, name))
+    if match is None:
+        raise InputError(
+            f"float format {text!r}: expected eXmY with X exponent and Y mantissa bits, such as e4m3, e5m2 or e2m1, or "
+            f"one of tf32, bf16, float16, float32{nearest(name, _KNOWN)}"
+        )
+    bits, exponent_bits, mantissa_bits, bias = (None if group is None else int(group) for group in match.groups()[:4])
+    assert exponent_bits is not None and mantissa_bits is not None  # the grammar demands them
+    if match[5] is not None:
+        specials = cast(Specials, match[5])
+    else:  # a dtype's name says `fn` where it means it
+        specials = "ieee" if bits is not None else _usual_specials(exponent_bits, mantissa_bits)
+    if bits is not None and bits != 1 + exponent_bits + mantissa_bits:
+        raise InputError(
+            f"float format {text!r}: a sign, {exponent_bits} exponent and {mantissa_bits} mantissa bits are "
+            f"{1 + exponent_bits + mantissa_bits} bits, not {bits}{nearest(name, _KNOWN)}"
+        )
+    return Format(
+        exponent_bits, mantissa_bits, _usual_bias(exponent_bits, specials) if bias is None else bias, specials
+    )
+
+
+def quantize(
+    x: Any,
+    format: Format | str,
+    *,
+    rounding: Rounding = "nearest",
+    key: jax.Array | None = None,
+    saturate: bool | None = None,
+) -> jax.Array:
+    """`x` rounded to the numbers of `format`, in its own shape and dtype. Exact, subnormals of the format included.
+
+    NaN stays NaN, also where the format has none: a cast would hide it. Zero keeps its sign where the format's zero has
+    one. Float32's subnormals count as the numbers that they are, and come out as such where the format has them
+    (bf16, tf32), though the next addition may flush them. Apart from that and from where `saturate` says otherwise,
+    rounding to nearest is what the casts of ml_dtypes do, to the bit.
+
+    The derivative is taken to be 1 (straight-through; Bengio et al. 2013), not the 0 of a step function, forward mode
+    included.
+
+    Args:
+      x: float32, bfloat16 or float16, any shape.
+      format: a `Format` or its name.
+      rounding: `nearest`, ties to even; or `stochastic`, to one of the two neighbours with the probabilities that make
+        the mean equal to `x`, below the smallest subnormal too. (There, they are off by less than 2^-31; above 2^-8 of
+        it they are exact.) Beyond the largest number, the next neighbour is the one that there would be.
+      key: PRNG key of stochastic rounding; 32 random bits are drawn for each number. Replicas that must agree give the
+        same key. Under `vmap` give a batch of keys; in `shard_map`, fold the axis index into the key of sharded `x`.
+      saturate: what overflow, from rounding and of infinity, becomes: the largest number, if true; if false, infinity
+        where the format has one, else NaN where it has one, else the largest number. By default true for formats of at
+        most 8 bits, as accelerators convert to them (trap T9: e4m3 would turn overflow into NaN), else false.
+
+    >>> quantize(jnp.array([0.3, 17.0, 1e4]), "e4m3")
+    Array([3.125e-01, 1.600e+01, 4.480e+02], dtype=float32)
+    >>> quantize(jnp.array([1e4, -jnp.inf]), "e4m3", saturate=False)
+    Array([nan, nan], dtype=float32)
+
+    Raises:
+      InputError: an unknown format or rounding, stochastic rounding without a key, a dtype that is none of the three
+        (float64 would be rounded twice on its way through float32), or one that cannot hold every number of `format`.
+    """
+    format = _as_format(format)
+    x = _checked(x, format)
+    return _quantize(x, _noise(x, rounding, key), format, _saturates(format, saturate))
+
+
+def fake_quantize(
+    x: Any,
+    forward: Format | str | None,
+    backward: Format | str | None = None,
+    *,
+    rounding: Rounding = "nearest",
+    backward_rounding: Rounding = "nearest",
+    key: jax.Array | None = None,
+    saturate: bool | None = None,
+) -> jax.Array:
+    """`quantize(x, forward)`, whose cotangent is rounded to the numbers of `backward` on its way back.
+
+    Either format may be None, for no rounding that way. To emulate a matrix product with operands in e4m3 and
+    gradients in e5m2, round the operands forward and the result backward, so that both products of the backward pass
+    see the rounded cotangent: `fake_quantize(fake_quantize(a, "e4m3") @ fake_quantize(b, "e4m3"), None, "e5m2")`
+    (the HYBRID recipe of NVIDIA's Transformer Engine; Micikevicius et al. 2022, FP8 Formats for Deep Learning).
+
+    Args:
+      x: float32, bfloat16 or float16, any shape.
+      forward: format of the result.
+      backward: format of the cotangent. With one, only reverse mode is possible.
+      rounding: how `x` is rounded, and `backward_rounding` how the cotangent is; see `quantize`.
+      backward_rounding: see `rounding`.
+      key: key of stochastic rounding, split between the two directions.
+      saturate: see `quantize`; for both directions.
+
+    Raises:
+      InputError: as for `quantize`.
+    """
+    forward_key, backward_key = (None, None) if key is None else jax.random.split(key)
+    if forward is not None:
+        x = quantize(x, forward, rounding=rounding, key=forward_key, saturate=saturate)
+    if backward is None:
+        return jnp.asarray(x)
+    backward = _as_format(backward)
+    x = _checked(x, backward)
+    _check_rounding(backward_rounding, backward_key)
+    return _round_cotangent(x, backward_key, backward, backward_rounding, _saturates(backward, saturate))
+
+
+class DelayedScalingState(NamedTuple):
+    """What `DelayedScaling` keeps of one tensor between steps."""
+
+    scale: jax.Array
+    """what the tensor is multiplied by before it is rounded, float32 scalar"""
+    amax_history: jax.Array
+    """its largest magnitudes in the last steps, latest first, float32 of shape (history,); 0 where none was yet"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DelayedScaling:
+    """A scale that brings a tensor into the range of a narrow format, by its magnitudes in the steps before.
+
+    The scale is the largest number of the format over the largest magnitude (amax) in the history, over 2^margin;
+    rounded down to a power of two, so that scaling itself rounds nothing. While all magnitudes are 0, or below 2^-126,
+    it stays as it is.
+    A magnitude that is inf or NaN changes neither scale nor history. (Transformer Engine keeps the scale too, but lets
+    the magnitude into its history, where it holds up the scale until it falls out.)
+
+    >>> scaling = DelayedScaling("e4m3", history=16)
+    >>> x, state = jnp.array([0.001, -0.02]), scaling.init()
+    >>> state = scaling.update(state, jnp.max(jnp.abs(x)))
+    >>> scale = scaling.scale(state)
+    >>> scale, quantize(x * scale, scaling.format) / scale
+    (Array(16384., dtype=float32), Array([ 0.00097656, -0.01953125], dtype=float32))
+
+    Source: the DelayedScaling recipe of NVIDIA's Transformer Engine (`_default_sf_compute`), with the default history
+    and the maximum over it; Micikevicius et al. 2022, FP8 Formats for Deep Learning, section 3.
+    Raises: InputError for an unknown format or numbers out of range.
+    """
+
+    format: Format | str = "e4m3"
+    """format that the scaled tensor is rounded to"""
+    history: int = 1024
+    """steps whose largest magnitude counts"""
+    margin: int = 0
+    """powers of two of headroom below the largest number of the format"""
+    power_of_two: bool = True
+    """whether the scale is rounded down to a power of two; Transformer Engine's is not"""
+
+    def __post_init__(self) -> None:
+        """Refuses what would only be seen in the first step."""
+        _as_format(self.format)
+        if self.history != int(self.history) or self.history < 1:
+            raise InputError(f"DelayedScaling.history={self.history}: expected a whole number of at least 1")
+        if self.margin != int(self.margin) or abs(self.margin) > 126:
+            raise InputError(f"DelayedScaling.margin={self.margin}: expected a whole number from -126 to 126")
+
+    def init(self) -> DelayedScalingState:
+        """A state at scale 1, before any step."""
+        return DelayedScalingState(jnp.array(1, jnp.float32), jnp.zeros(self.history, jnp.float32))
+
+    def scale(self, state: DelayedScalingState) -> jax.Array:
+        """What to multiply the tensor of the next step by, float32 scalar within [2^-126, 2^126]."""
+        return state.scale
+
+    def update(self, state: DelayedScalingState, amax: jax.Array) -> DelayedScalingState:
+        """The state after a step.
+
+        Args:
+          state: the state before it.
+          amax: scalar: the largest magnitude of the unscaled tensor in this step; over all replicas, where it is
+            sharded.
+        """
+        amax = jnp.asarray(amax, jnp.float32)
+        usable = jnp.isfinite(amax)
+        history = jnp.where(usable, jnp.roll(state.amax_history, 1).at[0].set(amax), state.amax_history)
+        largest = jnp.max(history)
+        scale = self._power_of_two_scale(largest) if self.power_of_two else self._exact_scale(largest)
+        known = usable & (largest >= jnp.float32(2.0**-126))  # not `> 0`: devices differ in flushing subnormals (T10)
+        return DelayedScalingState(jnp.where(known, scale, state.scale), history)
+
+    def _power_of_two_scale(self, amax: jax.Array) -> jax.Array:
+        """The largest power of two S with S * amax <= max / 2^margin, by exponents: a division might round up."""
+        amax_bits, top = _float32_bits(amax).astype(jnp.int32), int(np.float32(_as_format(self.format).max).view("i4"))
+        exponent = (top >> 23) - (amax_bits >> 23) - ((amax_bits & _MANTISSA) > (top & _MANTISSA)) - self.margin
+        return bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+
+    def _exact_scale(self, amax: jax.Array) -> jax.Array:
+        scale = jnp.float32(_as_format(self.format).max) / amax * jnp.float32(2.0**-self.margin)
+        return jnp.clip(scale, jnp.float32(2.0**-126), jnp.float32(2.0**126))
+
+
+# Emulation, in integers. `bits` below are those of float32, as uint32.
+
+_SIGN = np.uint32(0x80000000)
+_INFINITY, _NAN, _MANTISSA, _LEADING = 0x7F800000, 0x7FC00000, 0x007FFFFF, 0x00800000
+_CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
+    """`quantize`, given 32 random bits for each number, or None to round to nearest."""
+    return _from_float32_bits(_round_bits(_float32_bits(x), noise, format, saturate), x.dtype)
+
+
+@_quantize.defjvp
+def _straight_through(format: Format, saturate: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _quantize(*primals, format, saturate), tangents[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _round_cotangent(x: jax.Array, key: jax.Array | None, format: Format, rounding: str, saturate: bool) -> jax.Array:
+    return x
+
+
+def _keep_key(x: jax.Array, key: jax.Array | None, *_: Any) -> tuple[jax.Array, jax.Array | None]:
+    return x, key  # random bits are drawn in the backward pass, and take no memory before
+
+
+def _round_back(
+    format: Format, rounding: str, saturate: bool, key: jax.Array | None, cotangent: jax.Array
+) -> tuple[jax.Array, None]:
+    return _quantize(cotangent, _noise(cotangent, rounding, key), format, saturate), None
+
+
+_round_cotangent.defvjp(_keep_key, _round_back)
+
+
+def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
+    """The bits of the neighbour in `format` that the rounding chooses."""
+    sign, magnitude = bits & _SIGN, bits & ~_SIGN
+    mantissa_bits, min_exponent = format.mantissa_bits, format.min_exponent
+    if min_exponent == -126:  # the format's subnormals are among float32's: codes of both grow alike
+        drop = jnp.uint32(23 - mantissa_bits)
+        rounded = _drop_bits(magnitude, drop, noise) << drop
+    else:
+        # A number is significand * 2^(exponent - 23), and shall be a whole number of quanta, each 2^quantum.
+        stored = (magnitude >> 23).astype(jnp.int32)
+        exponent = jnp.maximum(stored, 1) - 127
+        significand = (magnitude & _MANTISSA) | jnp.where(stored > 0, jnp.uint32(_LEADING), jnp.uint32(0))
+        quantum = jnp.maximum(exponent, min_exponent) - mantissa_bits
+        drop = quantum - (exponent - 23)
+        # 32 random bits decide on up to 31 dropped ones; of what lies deeper, the deepest bits count for nothing.
+        significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)
+        quanta = _drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
+        # float32 holds the count exactly; the quantum is added to its exponent.
+        product = bitcast_convert_type(quanta.astype(jnp.int32).astype(jnp.float32), jnp.int32) + (quantum << 23)
+        rounded = jnp.where(quanta > 0, product.astype(jnp.uint32), jnp.uint32(0))
+
+    largest = np.float32(format.max).view(np.uint32)
+    if saturate or not format.has_nan:
+        overflow = largest
+    else:
+        overflow = np.uint32(_INFINITY if format.has_infinity else _NAN)
+    result = jnp.where(rounded > largest, overflow, rounded)
+    result = jnp.where(magnitude > _INFINITY, magnitude, result)
+    if not format.has_negative_zero:
+        sign = jnp.where(result == 0, jnp.uint32(0), sign)
+    return sign | result
+
+
+def _drop_bits(value: jax.Array, count: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """`value / 2^count`, rounded to a whole number; `count` is at most 31, and `value` leaves room for the carry."""
+    dropped = (jnp.uint32(1) << count) - 1
+    if noise is not None:
+        carry = noise & dropped
+    else:  # just below half, and the last bit that stays: a tie goes up from odd numbers
+        carry = (dropped >> 1) + ((value >> count) & 1 & dropped)
+    return (value + carry) >> count
+
+
+def _float32_bits(x: jax.Array) -> jax.Array:
+    """The bits of `x` in float32. Not by a cast: XLA might hand on what was there before `x` was rounded to 16 bits."""
+    if x.dtype == np.float32:
+        return bitcast_convert_type(x, jnp.uint32)
+    bits = bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    if x.dtype == jnp.bfloat16:
+        return bits << 16
+    sign, magnitude = (bits & 0x8000) << 16, bits & 0x7FFF
+    rebias = np.uint32((127 - 15) << 23)
+    finite = (magnitude << 13) + rebias
+    subnormal = bitcast_convert_type(magnitude.astype(jnp.int32).astype(jnp.float32), jnp.uint32) - np.uint32(24 << 23)
+    result = jnp.where(magnitude >= 0x7C00, finite + rebias, finite)
+    result = jnp.where(magnitude < 0x0400, jnp.where(magnitude > 0, subnormal, jnp.uint32(0)), result)
+    return sign | result
+
+
+def _from_float32_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    """The array of `dtype` whose numbers have these bits in float32; they are numbers of `dtype`."""
+    if dtype == jnp.bfloat16:
+        return bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return bitcast_convert_type(bits, jnp.float32).astype(dtype)
+
+
+def _as_format(format: Format | str) -> Format:
+    return parse_format(format) if isinstance(format, str) else format
+
+
+def _saturates(format: Format, saturate: bool | None) -> bool:
+    return format.bits <= 8 if saturate is None else bool(saturate)
+
+
+def _checked(x: Any, format: Format) -> jax.Array:
+    """`x` as an array, if its dtype can be rounded to `format`."""
+    x = jnp.asarray(x)
+    if x.dtype not in _CARRIERS:
+        raise InputError(
+            f"quantize to {format}: x is {x.dtype.name}; expected float32, bfloat16 or float16 (float64 would be "
+            "rounded twice: cast it to float32 yourself, if that is meant)"
+        )
+    if not parse_format(x.dtype.name).contains(format):
+        raise InputError(
+            f"quantize to {format}: x is {x.dtype.name}, which cannot hold every number of {format}; cast it to float32"
+        )
+    return x
+
+
+def _check_rounding(rounding: str, key: jax.Array | None) -> None:
+    if rounding not in ("nearest", "stochastic"):
+        raise InputError(
+            f"rounding={rounding!r}: expected nearest or stochastic{nearest(rounding, ('nearest', 'stochastic'))}"
+        )
+    if rounding == "stochastic" and key is None:
+        raise InputError("rounding='stochastic' without a key: expected key=, a PRNG key such as jax.random.key(0)")
+
+
+def _noise(x: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array | None:
+    """32 random bits for each number of `x`, or None where none are needed."""
+    _check_rounding(rounding, key)
+    return None if rounding == "nearest" or key is None else jax.random.bits(key, x.shape, jnp.uint32)
