@@ -293,6 +293,13 @@ def test_a_weight_used_1000_times_in_a_scan_gets_the_whole_gradient_t1():
         assert grads["body"][leaf] == 1000, (body, grads)
 
 
+def test_the_grad_field_shows_what_one_cast_outside_of_all_uses_loses_t1():
+    model, x = Scanned(1000), jnp.zeros((1, 1))
+    variables = {"params": {"body": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
+    naive = gradient(model, "mixed_bfloat16,grad=bf16", variables, x)(variables["params"])
+    assert naive["body"]["bias"] == 256
+
+
 def test_a_weight_tied_between_1000_calls_gets_the_whole_gradient_t1():
     class Repeated(nn.Module):
         @nn.compact

@@ -162,6 +162,28 @@ def test_the_moving_average_follows_its_formula():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
 
+@pytest.mark.parametrize(
+    ("rounding", "expected", "error"), [("nearest", 1, 0), ("kahan", 1.1, 2**-8), ("stochastic", 1.1, 0)]
+)
+def test_updates_reach_bfloat16_parameters_by_the_rounding_of_the_step(rounding, expected, error):
+    """100 updates of 1e-3, each an eighth of a unit in the last place; one more is skipped, and changes no bit."""
+
+    def loss(params, model_state, batch, key):
+        return -jnp.sum(params["w"].astype(jnp.float32)) * batch, (jnp.float32(1), {}, model_state)
+
+    tx = loss_scaling(optax.sgd(1.0))
+    params = {"w": jnp.ones(4096, jnp.bfloat16)}
+    state = TrainState.create(params, tx, key=jax.random.key(3), rounding=rounding)
+    step = jax.jit(make_train_step(loss, tx, rounding=rounding))
+    for _ in range(100):
+        state, _ = step(state, 1e-3)
+    w = np.asarray(state.params["w"], np.float64)
+    assert state.params["w"].dtype == jnp.bfloat16
+    assert np.abs(w.mean() - expected) <= error + 3 * w.std() / 64
+    skipped, _ = step(state, jnp.inf)
+    assert bits((skipped.params, skipped.compensation)) == bits((state.params, state.compensation))
+
+
 def test_step_n_draws_from_fold_in_of_key_and_n():
     def loss(params, model_state, batch, key):
         return jnp.sum(params["w"] * jax.random.normal(key, (4,))), (jnp.float32(1), {}, model_state)

@@ -11,6 +11,7 @@ there are only read. The last column is the difference of the mean to that of th
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from jaxmp.config_file import ConfigFile
 from jaxmp.training.provenance import provenance
 
 
-def accuracies(config: str, precision: str, seeds: tuple[int, ...], workdir: Path) -> list[float]:
+def accuracies(config: str, precision: str, seeds: tuple[int, ...], options: list[str], workdir: Path) -> list[float]:
     """Test accuracy of one run a seed."""
     file, found = ConfigFile.find(config), []
     for seed in seeds:
-        overrides = ["--precision", precision, "--seed", str(seed)]
+        overrides = ["--precision", precision, "--seed", str(seed), *options]
         origin = {"source": file.source, "file": file.file, "overrides": overrides}
         fitted = fit(
             file.experiment(overrides), workdir=workdir, name=file.name, origin=origin, say=lambda message: None
@@ -60,6 +61,7 @@ def main(
     configs: tuple[str, ...] = ("digits_mlp", "digits_cnn"),
     precisions: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16"),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    options: str = "",
     workdir: Path = Path("runs"),
     output: Path | None = None,
 ) -> None:
@@ -69,6 +71,7 @@ def main(
         configs: Names of configs, or paths of Python files.
         precisions: Anything that --precision takes; the first is what the others are compared with.
         seeds: One run each.
+        options: Further options of `jaxmp train` for all runs, in one string: --options="--optimizer.learning-rate 1e-4"
         workdir: Folder of all runs.
         output: JSON file to write; none by default.
     """
@@ -76,7 +79,7 @@ def main(
     for config in configs:
         reference = None
         for precision in precisions:
-            found = accuracies(config, precision, seeds, workdir)
+            found = accuracies(config, precision, seeds, shlex.split(options), workdir)
             reference = statistics.mean(found) if reference is None else reference
             rows.append(row(config, precision, found, reference))
     print("| config | precision | test accuracy, % | difference, points |\n|---|---|---|---|")

@@ -68,6 +68,9 @@ def with_policy(
         _require_floats(tree, variables, args, kwargs)
         call = _Call(tree, axis_name, model)
         whole = call.policy_of("")
+        if whole.grad != FLOAT32 and not tree.rules:
+            # What casting once, outside of all uses, loses is to be seen: trap T1, and T2 and T15 with it.
+            variables = {**variables, "params": whole.cast_to_compute(variables.get("params", {}))}
         cast_args, cast_kwargs = whole.cast_to_compute((args, kwargs))
         call.remember((args, kwargs), (cast_args, cast_kwargs))
         with (

@@ -14,6 +14,7 @@ from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.precision.formats import Format, parse_format
+from jaxmp.precision.rounding import HALF, ROUNDINGS
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -48,8 +49,8 @@ class Policy(jmp.Policy):
     output_dtype: Any
     """dtype in which the model hands its outputs to the loss"""
     grad: Any = FLOAT32
-    """dtype in which a layer adds up the gradient of a bias or an embedding row: float32, or the compute dtype to
-    study what plain half precision loses (traps T2 and T15)"""
+    """dtype in which the gradients of all uses of a parameter add up: float32, or the compute dtype to study what plain
+    half precision loses (traps T1, T2 and T15; in a tree with rules, T2 and T15 alone)"""
     reduce: Any = FLOAT32
     """dtype of the sum of the gradients over replicas: float32 or bfloat16 (trap T3)"""
     matmul: DotAlgorithmPreset = DotAlgorithmPreset.DEFAULT
@@ -58,6 +59,8 @@ class Policy(jmp.Policy):
     """format that the operands of layers with a kernel are rounded to, emulated in the compute dtype, saturating"""
     cotangents: Format | None = None
     """format that the gradients of such a layer's result are rounded to, not saturating: an overflow is to be seen"""
+    rounding: str = "nearest"
+    """how updates are added to parameters in half precision: nearest, stochastic or kahan (see `apply_updates`)"""
 
     def __post_init__(self) -> None:
         """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
@@ -74,6 +77,15 @@ class Policy(jmp.Policy):
             raise InputError(
                 f"grad={_name(self.grad)} in policy {self}: gradients accumulate in f32 or in the compute dtype "
                 f"({_name(self.compute_dtype)})"
+            )
+        if self.rounding not in ROUNDINGS:
+            raise InputError(
+                f"rounding={self.rounding!r}: expected one of {', '.join(ROUNDINGS)}{nearest(self.rounding, ROUNDINGS)}"
+            )
+        if self.rounding != "nearest" and self.param_dtype not in HALF:
+            raise InputError(
+                f"rounding={self.rounding} in policy {self}: parameters in {_name(self.param_dtype)} lose nothing that "
+                "it would keep; expected p=bf16 or p=f16, as in the presets bfloat16 and float16"
             )
         if self.reduce == np.float16:
             raise InputError(f"reduce=f16 in policy {self}: float16 sums overflow; expected f32 or bf16")
@@ -116,6 +128,8 @@ class Policy(jmp.Policy):
             text += f",reduce={_name(self.reduce)}"
         if self.matmul != DotAlgorithmPreset.DEFAULT:
             text += f",matmul={self.matmul.name}"
+        if self.rounding != "nearest":
+            text += f",rounding={self.rounding}"
         return text
 
 
@@ -133,6 +147,7 @@ _KEYS = {
     "grad": "grad",
     "reduce": "reduce",
     "matmul": "matmul",
+    "rounding": "rounding",
 }
 
 
@@ -162,8 +177,8 @@ def parse_policy(text: str) -> Policy:
 
     Either a preset (`mixed_float16`), a dtype for everything (`bf16`), or jmp's notation: `p=f32,c=bf16,o=f32`, where
     parameters default to float32, compute to the parameters' dtype and output to the compute dtype. The fields `grad`,
-    `reduce` and `matmul` may follow any of them. Spaces are allowed. The compute dtype may also be any format that
-    `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in e5m2.
+    `reduce`, `matmul` and `rounding` may follow any of them. Spaces are allowed. The compute dtype may also be any format
+    that `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in e5m2.
 
     >>> str(parse_policy("mixed_float16"))
     'p=f32,c=f16,o=f32'
@@ -194,12 +209,14 @@ def parse_policy(text: str) -> Policy:
         if not sign or key not in _KEYS:
             raise InputError(
                 f"precision {text!r}: {part!r} is not a field; expected KEY=VALUE with KEY one of p, c, o, grad, "
-                f"reduce, matmul{nearest(key, _KEYS)}"
+                f"reduce, matmul, rounding{nearest(key, _KEYS)}"
             )
         if _KEYS[key] in fields:
             raise InputError(f"precision {text!r}: {key!r} is given twice")
         if key == "matmul":
             fields["matmul"] = _algorithm(value, text)
+        elif key == "rounding":
+            fields["rounding"] = value
         elif _KEYS[key] == "compute_dtype" and (_NARROW.match(value) or "/" in value):
             fields |= _emulated(value, text)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
+from jaxmp.precision.rounding import HALF
 
 Classes = Mapping[str, Iterable[str]]
 """The names of a module's class and its bases, by the module's path; "" is the model itself."""
@@ -80,6 +81,11 @@ class PolicyTree:
                     f"rule {rule}: gradients are summed over replicas in one collective; give reduce= in the default, "
                     "which stands last"
                 )
+        roundings = {policy.rounding for policy in self.policies if policy.param_dtype in HALF}
+        if len(roundings) > 1:
+            raise InputError(
+                f"precision {self}: one rounding of updates for all, not {' and '.join(sorted(roundings))}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> PolicyTree:
@@ -121,6 +127,11 @@ class PolicyTree:
     def reduce(self) -> Any:
         """The dtype of the gradient collective."""
         return self.default.reduce
+
+    @property
+    def rounding(self) -> str:
+        """How updates are added to parameters in half precision."""
+        return next((policy.rounding for policy in self.policies if policy.rounding != "nearest"), "nearest")
 
     @property
     def wants_scaling(self) -> bool:

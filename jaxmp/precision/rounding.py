@@ -25,7 +25,9 @@ COMPENSATION_DTYPE = jnp.bfloat16
 """dtype of Kahan compensations"""
 
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-_ROUNDINGS = ("nearest", "stochastic", "kahan")
+"""the dtypes that lose updates"""
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+"""the ways of `apply_updates`"""
 
 
 @overload
@@ -67,10 +69,10 @@ def apply_updates(
     Source: Zamirai et al. 2020, Revisiting BFloat16 Training (stochastic rounding and Kahan summation of updates).
     Raises: InputError for an unknown rounding, or where the key or the compensation that it needs is missing.
     """
-    if rounding not in _ROUNDINGS:
+    if rounding not in ROUNDINGS:
         raise InputError(
-            f"apply_updates: rounding={rounding!r}; expected one of {', '.join(_ROUNDINGS)}"
-            f"{nearest(str(rounding), _ROUNDINGS)}"
+            f"apply_updates: rounding={rounding!r}; expected one of {', '.join(ROUNDINGS)}"
+            f"{nearest(str(rounding), ROUNDINGS)}"
         )
     if (compensation is not None) != (rounding == "kahan"):
         raise InputError(

@@ -71,7 +71,13 @@ class Training:
         """The pure train step."""
         experiment = self.experiment
         replicas = self.devices.replicas(experiment.policy.reduce)
-        return make_train_step(self.loss_fn, self.tx, ema_decay=experiment.loop.ema_decay, replicas=replicas)
+        return make_train_step(
+            self.loss_fn,
+            self.tx,
+            ema_decay=experiment.loop.ema_decay,
+            rounding=experiment.policy.rounding,
+            replicas=replicas,
+        )
 
     @functools.cached_property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -97,7 +103,12 @@ class Training:
             params, model_state = init_model(experiment.model, experiment.task, self.example, params_key)
             params = cast_to_param(experiment.model, experiment.policy, params, *self._inputs)
             return TrainState.create(
-                params, self.tx, key=step_key, model_state=model_state, ema=experiment.loop.ema_decay is not None
+                params,
+                self.tx,
+                key=step_key,
+                model_state=model_state,
+                ema=experiment.loop.ema_decay is not None,
+                rounding=experiment.policy.rounding,
             )
 
         return jax.jit(init)(jax.random.key(experiment.seed))

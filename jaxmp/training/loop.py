@@ -215,10 +215,10 @@ def fit(
         run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
         _write_json(folder / "config.json", run | (origin or {}) | {"experiment": experiment.to_json()} | provenance())
     if any(policy.param_dtype.itemsize < 4 for policy in experiment.policy.policies):
-        say(
-            f"precision {experiment.policy}: no float32 master weights; an update of less than half a unit in the last "
-            "place of a weight is lost"
-        )
+        lost = "an update of less than half a unit in the last place of a weight is lost"
+        rounding = experiment.policy.rounding
+        consequence = lost if rounding == "nearest" else f"updates are added with rounding={rounding}"
+        say(f"precision {experiment.policy}: no float32 master weights; {consequence}")
     session = _Session(training, feed, folder, say)
     with contextlib.closing(session), _stop_signals() as stop:
         return session.train(*session.resume(fresh), stop)

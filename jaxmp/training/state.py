@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmp.precision.rounding import apply_updates, init_compensation
 from jaxmp.scaling.transform import keep_where, skipped_steps
+
+ROUNDING_KEY = 2**31 - 1
+"""what the key of a step is folded with for stochastic rounding"""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +32,9 @@ class TrainState:
     key: jax.Array
     """typed PRNG key of the run; step n draws from `fold_in(key, n)`"""
     ema: Any = None
-    """exponential moving average of the parameters, or None"""
+    """exponential moving average of the parameters, in float32 or wider, or None"""
+    compensation: Any = None
+    """what Kahan summation has yet to add to parameters in half precision, or None"""
 
     @classmethod
     def create(
@@ -39,20 +45,38 @@ class TrainState:
         key: jax.Array,
         model_state: Any = None,
         ema: bool = False,
+        rounding: str = "nearest",
     ) -> TrainState:
-        """A state before the first step. Its leaves are copies: no two share a buffer, so all can be donated."""
+        """A state before the first step. Its leaves are copies: no two share a buffer, so all can be donated.
+
+        Args:
+          params: the parameters.
+          tx: the optimizer.
+          key: typed PRNG key of the run.
+          model_state: the model's other collections.
+          ema: whether to keep a moving average of the parameters.
+          rounding: how updates will be added, see `jaxmp.apply_updates`; `kahan` keeps a compensation.
+        """
         state = cls(
             step=jnp.int32(0),
             params=params,
             model_state={} if model_state is None else model_state,
             opt_state=tx.init(params),
             key=key,
-            ema=params if ema else None,
+            ema=jax.tree.map(_wide, params) if ema else None,
+            compensation=init_compensation(params) if rounding == "kahan" else None,
         )
         return jax.tree.map(lambda x: jnp.array(x, copy=True) if _is_number(x) else jnp.copy(x), state)
 
     def commit(
-        self, finite: jax.Array, *, updates: Any, model_state: Any, opt_state: Any, ema_decay: float | None = None
+        self,
+        finite: jax.Array,
+        *,
+        updates: Any,
+        model_state: Any,
+        opt_state: Any,
+        ema_decay: float | None = None,
+        rounding: str = "nearest",
     ) -> TrainState:
         """The state after a step: everything new where `finite`, else all as it was, to the bit, but for the count.
 
@@ -62,8 +86,10 @@ class TrainState:
           model_state, opt_state: the new ones; `opt_state` has decided for itself what to keep (see `loss_scaling`).
           ema_decay: decay of the moving average; at first less, min(decay, (1 + n) / (10 + n)) after n applied steps,
             so that the initial weights are forgotten (TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
+          rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`.
         """
-        params = keep_where(finite, jax.tree.map(_add, self.params, updates), self.params)
+        params, compensation = self._add(updates, rounding)
+        params = keep_where(finite, params, self.params)
         ema = self.ema
         if ema is not None and ema_decay is not None:
             applied = (self.step - skipped_steps(self.opt_state)).astype(jnp.float32)
@@ -76,7 +102,17 @@ class TrainState:
             opt_state=opt_state,
             key=self.key,
             ema=ema,
+            compensation=keep_where(finite, compensation, self.compensation),
         )
+
+    def _add(self, updates: Any, rounding: str) -> tuple[Any, Any]:
+        if rounding == "kahan":
+            return apply_updates(self.params, updates, "kahan", compensation=self.compensation)
+        if rounding == "stochastic":
+            # A stream of its own beside the model's; of the run's key, so that all replicas round alike.
+            key = jax.random.fold_in(jax.random.fold_in(self.key, self.step), ROUNDING_KEY)
+            return apply_updates(self.params, updates, "stochastic", key=key), None
+        return apply_updates(self.params, updates), None
 
 
 def _is_number(x: Any) -> bool:
@@ -87,13 +123,9 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1
 
 
-def _add(param: jax.Array, update: Any) -> jax.Array:
-    """The sum in the wider of the two dtypes, rounded once to the parameter's. Leaves without a gradient stay."""
-    return (param + update).astype(param.dtype) if _is_float(param) else param
+def _wide(param: jax.Array) -> jax.Array:
+    return param.astype(jnp.promote_types(param.dtype, jnp.float32)) if _is_float(param) else param
 
 
 def _average(average: jax.Array, param: jax.Array, decay: jax.Array) -> jax.Array:
-    if not _is_float(param):
-        return param
-    wide = average.astype(jnp.promote_types(average.dtype, jnp.float32))
-    return (wide + (1 - decay) * (param.astype(wide.dtype) - wide)).astype(average.dtype)
+    return average + (1 - decay) * (_wide(param) - average) if _is_float(param) else param

@@ -25,6 +25,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     ema_decay: float | None = None,
+    rounding: str = "nearest",
     replicas: Replicas = single,
 ) -> TrainStep:
     """The pure step `(state, batch) -> (state, metrics)`, to be jitted (and donated its state) by whoever runs it.
@@ -39,6 +40,8 @@ def make_train_step(
       tx: `loss_scaling(...)`, with all that changes gradients inside it. A `tx` without any is applied as it is: then
         no step is skipped.
       ema_decay: decay of the moving average of the parameters, for a state that keeps one.
+      rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" wants a state
+        that was created for it.
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
 
     Returns:
@@ -78,6 +81,7 @@ def make_train_step(
             model_state=model_state,
             opt_state=opt_state,
             ema_decay=ema_decay,
+            rounding=rounding,
         )
         return state, metrics
 
