@@ -71,7 +71,7 @@ def main(
         configs: Names of configs, or paths of Python files.
         precisions: Anything that --precision takes; the first is what the others are compared with.
         seeds: One run each.
-        options: Further options of `jaxmp train` for all runs, in one string: --options="--optimizer.learning-rate 1e-4"
+        options: Further options of `jaxmp train` for all runs, as one text: --options="--optimizer.learning-rate 1e-4"
         workdir: Folder of all runs.
         output: JSON file to write; none by default.
     """
