@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment import Experiment, Scaling
+    from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.flax import with_policy
     from jaxmp.precision.formats import fake_quantize, quantize
+    from jaxmp.precision.functions import apply_policy
+    from jaxmp.precision.nnx import from_nnx
     from jaxmp.precision.policy import Policy, parse_policy
     from jaxmp.precision.policy_tree import PolicyTree
     from jaxmp.precision.rounding import apply_updates
@@ -49,8 +52,11 @@ _HOME = {
     "jaxmp.data.tfds": ["TFDS"],
     "jaxmp.errors": ["InputError", "RunFailed"],
     "jaxmp.experiment": ["Experiment", "Scaling"],
+    "jaxmp.precision.autocast": ["APEX_O1", "TORCH", "OperationLists", "autocast"],
     "jaxmp.precision.flax": ["with_policy"],
     "jaxmp.precision.formats": ["fake_quantize", "quantize"],
+    "jaxmp.precision.functions": ["apply_policy"],
+    "jaxmp.precision.nnx": ["from_nnx"],
     "jaxmp.precision.policy": ["Policy", "parse_policy"],
     "jaxmp.precision.policy_tree": ["PolicyTree"],
     "jaxmp.precision.rounding": ["apply_updates"],

@@ -173,7 +173,7 @@ def test_an_event_file_is_one_that_tensorboardx_could_have_written(tmp_path):
 def test_weights_and_biases_writes_an_offline_run_and_goes_on_with_it(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     code = f"""
-import pathlib
+import pathlib, time
 from jaxmp.training.writers import WeightsAndBiases
 for steps in ((1, 2), (2, 3)):
     writer = WeightsAndBiases(pathlib.Path({str(tmp_path)!r}), "digits_mlp/abc-s0", {{"seed": 0}})
@@ -181,6 +181,7 @@ for steps in ((1, 2), (2, 3)):
         writer.write({{"step": step, "split": "train", "loss": 1 / step}})
         writer.write({{"step": step, "split": "validation", "loss": float("nan")}})
     writer.close()
+    time.sleep(1.1)  # W&B names a folder by the second, and would overwrite it
 """
     monkeypatch.setenv("WANDB_MODE", "offline")
     result = subprocess.run(

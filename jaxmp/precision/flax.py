@@ -22,6 +22,8 @@ import jax.numpy as jnp
 
 from jaxmp.errors import InputError
 from jaxmp.precision.formats import fake_quantize, quantize
+from jaxmp.precision.functions import apply_policy
+from jaxmp.precision.nnx import FromNNX
 from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, is_float
 from jaxmp.precision.policy_tree import PolicyTree
 
@@ -48,7 +50,8 @@ def with_policy(
     came is not rounded on the way.
 
     Args:
-      apply: a bound `apply` of a Linen module, `model.apply`.
+      apply: a bound `apply` of a Linen module, `model.apply`; or of `from_nnx`, which is under the policy by operations
+        (`apply_policy`).
       policy: the policy, or a tree of them; `matmul` is in force for every dot and convolution without a precision of
         its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
@@ -63,6 +66,8 @@ def with_policy(
     """
     tree = policy if isinstance(policy, PolicyTree) else PolicyTree((), policy)
     model = getattr(apply, "__self__", None)
+    if isinstance(model, FromNNX):
+        return apply_policy(apply, tree)
 
     def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
         _require_floats(tree, variables, args, kwargs)
@@ -176,7 +181,8 @@ def cast_to_param(model: nn.Module, policy: Policy | PolicyTree, params: Any, *i
 
 def mode_argument(model: Any, train: bool) -> dict[str, bool]:
     """The argument by which this model is told whether it trains; {} for one that wants none."""
-    parameters = inspect.signature(type(model).__call__).parameters
+    call = type(model).__call__ if isinstance(model, nn.Module) else model.apply
+    parameters = inspect.signature(call).parameters
     for name, value in (("train", train), ("training", train), ("deterministic", not train)):
         if name in parameters:
             return {name: value}
@@ -185,7 +191,7 @@ def mode_argument(model: Any, train: bool) -> dict[str, bool]:
 
 def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], Any]:
     """The modules that `init` calls, by path, and the shapes of the parameters, without boxes."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"": model}
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name not in ("<lambda>", "setup"):

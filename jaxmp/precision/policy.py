@@ -177,8 +177,9 @@ def parse_policy(text: str) -> Policy:
 
     Either a preset (`mixed_float16`), a dtype for everything (`bf16`), or jmp's notation: `p=f32,c=bf16,o=f32`, where
     parameters default to float32, compute to the parameters' dtype and output to the compute dtype. The fields `grad`,
-    `reduce`, `matmul` and `rounding` may follow any of them. Spaces are allowed. The compute dtype may also be any format
-    that `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in e5m2.
+    `reduce`, `matmul` and `rounding` may follow any of them. Spaces are allowed. The compute dtype may also be any
+    format that `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in
+    e5m2.
 
     >>> str(parse_policy("mixed_float16"))
     'p=f32,c=f16,o=f32'

@@ -1,0 +1,621 @@
+"""`autocast`: any JAX function in mixed precision, by lists of operations.
+
+Where `with_policy` knows the layers of a Flax model, `autocast` knows nothing but the operations of a traced function,
+and so works for Equinox, Haiku, NNX and plain functions alike. Matrix products and convolutions run in half precision;
+exponentials, logarithms, powers and sums run in float32; everything else runs in the widest dtype among its operands.
+
+Each cast sits at the very operation that needs it: in the body of a scan, in a rematerialised block, at each use of a
+tied weight. So the gradients of all uses of a float32 weight meet in float32 (trap T1 of the numerics contract), and
+that of a float32 bias is summed over the batch in float32 (T2).
+
+Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.3, for the three groups; PyTorch's "Autocast Op
+Reference" (torch.amp) for the lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core.primitives
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Not public, and used for one thing: operations keep the line of the user's code and the named scopes that they were
+# traced with, for error messages and profiles.
+from jax._src import source_info_util
+from jax.core import ShapedArray
+from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
+
+from jaxmp.errors import InputError, nearest
+from jaxmp.precision.policy import FLOAT32
+
+HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+ELIGIBLE = (*HALF, FLOAT32)
+"""The dtypes that are cast. As in torch, what is float64, complex, integer or fp8 keeps its dtype."""
+
+SCOPE = "jaxmp.autocast"
+"""The `jax.named_scope` of the operations of an `autocast` function: for profiles, and for an outer `autocast`."""
+
+_PRIMITIVES = jax.extend.core.primitives
+_LINALG = {v.name for v in vars(lax.linalg).values() if isinstance(v, Primitive)}
+
+_AS_TRACED = _LINALG | {
+    # Defined by the width of their operand.
+    *("bitcast_convert_type", "nextafter", "rng_uniform"),
+    # XLA has no half precision for these.
+    *("complex", "fft", "random_gamma"),
+    # They read and write memory that has a dtype of its own.
+    *("get", "swap", "addupdate"),
+}
+"""Operations that run in the dtypes for which the function was traced."""
+
+_SCATTERS = {
+    "scatter-add": lax.scatter_add,
+    "scatter-sub": lax.scatter_sub,
+    "scatter-mul": lax.scatter_mul,
+    "scatter-min": lax.scatter_min,
+    "scatter-max": lax.scatter_max,
+}
+"""Operations with an update function, of the traced dtypes, among their parameters, and what makes them anew."""
+
+_INDEPENDENT = {"optimization_barrier", "sort", "device_put"}
+"""Operations whose operands have nothing to do with each other's dtypes."""
+
+_WITH_FUNCTIONS = {
+    *("jit", "scan", "while", "cond", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_lin", "shard_map"),
+    *("call", "closed_call", "eval_jaxpr", "custom_linear_solve", "reduce", "reduce_window", "select_and_scatter"),
+}
+"""Primitives that hold functions: there is a rule for them below, or they run as traced."""
+
+_PLAIN = {
+    *(v.name for m in (lax, _PRIMITIVES) for v in vars(m).values() if isinstance(v, Primitive)),
+    # In no public module, or not in all versions of JAX.
+    *("ragged_dot_general", "log2", "one_minus_square", "polynomial", "random_wrap", "random_unwrap"),
+    *("psum_invariant", "pvary", "pbroadcast", "reduce_scatter", "all_gather_invariant", "all_gather_reduced"),
+} - (_AS_TRACED | _WITH_FUNCTIONS)
+"""Primitives of JAX that compute in whatever float dtype their operands have."""
+
+SQUARE, RECIPROCAL = "square", "reciprocal"
+LISTABLE = (_PLAIN - {"convert_element_type"}) | {SQUARE, RECIPROCAL}
+"""The names that an `OperationLists` may hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OperationLists:
+    """Which operations run in half precision and which in float32; what is in neither promotes its operands.
+
+    Operations go by the names of JAX's primitives, as `jax.make_jaxpr` shows them. Two names stand for more than one
+    spelling: `square` is also the product of an array with itself, and `reciprocal` a constant divided by an array.
+
+    >>> OperationLists(low=("dot_general",), float32=("exp", "lgo"))
+    Traceback (most recent call last):
+    ...
+    jaxmp.errors.InputError: OperationLists 'own', float32: 'lgo' is no operation that can be listed; ...'log'?
+
+    Raises:
+      InputError: a name that no operation has, or one in both lists.
+    """
+
+    low: Collection[str]
+    """operations that run in half precision"""
+    float32: Collection[str]
+    """operations that run in float32"""
+    name: str = "own"
+    """what messages call these lists"""
+
+    def __post_init__(self) -> None:
+        for field in ("low", "float32"):
+            names = getattr(self, field)
+            names = frozenset([names] if isinstance(names, str) else names)
+            object.__setattr__(self, field, names)
+            for name in sorted(names - LISTABLE):
+                raise InputError(
+                    f"OperationLists {self.name!r}, {field}: {name!r} is no operation that can be listed; expected a "
+                    f"JAX primitive that computes on floats, such as dot_general or exp{nearest(name, LISTABLE)}"
+                )
+        for name in sorted(set(self.low) & set(self.float32)):
+            raise InputError(
+                f"OperationLists {self.name!r}: {name!r} is in low and in float32; expected it in one of them"
+            )
+
+
+TORCH = OperationLists(
+    name="TORCH",
+    low=("dot_general", "ragged_dot_general", "conv_general_dilated"),
+    float32=(
+        *("acos", "asin", "cosh", "sinh", "tan", "erf_inv", "rsqrt", RECIPROCAL),
+        *("exp", "expm1", "log", "log1p", "log2"),
+        # pow, __pow__ and __rpow__: x**2, x**3, x**y and 2**x are four primitives.
+        *("pow", "integer_pow", SQUARE, "exp2"),
+        *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"),
+        # softmax, log_softmax and cross_entropy: with the maximum in float32, so is the difference from it.
+        "reduce_max",
+        # Average pooling: torch sums it in float32 whatever the dtype, XLA in the operand's.
+        "reduce_window_sum",
+        # Collectives, of which torch's lists say nothing: four float16 40000s would sum to inf (trap T3).
+        *("psum", "psum_invariant", "reduce_scatter"),
+    ),
+)
+"""torch's lists for CUDA, as JAX primitives. What torch lists and JAX composes (norms, losses, softmax) is there by its
+pieces. Source: PyTorch documentation, torch.amp, "CUDA Op-Specific Behavior"."""
+
+APEX_O1 = OperationLists(name="APEX_O1", low=TORCH.low, float32=set(TORCH.float32) - {"log1p", RECIPROCAL})
+"""apex's optimization level O1: torch's lists without `log1p`, and dividing a constant promotes.
+
+Source: NVIDIA apex, apex/amp/lists (torch_overrides, tensor_overrides, functional_overrides)."""
+
+
+def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: Any = jnp.bfloat16) -> Callable[..., Any]:
+    """`fn` in mixed precision: same arguments, same structure, shapes and dtypes of results, other dtypes inside.
+
+    `fn` is traced for the dtypes of its arguments, and what was traced is evaluated with casts put in: operations in
+    `lists.low` take their float operands in `dtype`, those in `lists.float32` in float32, all others in the widest
+    dtype among theirs. The result goes into jit, grad, vmap, scan, remat and shard_map like `fn`, and reaches into
+    those inside `fn`, backward rules of `jax.custom_vjp` included. What jit cannot trace, `autocast` cannot either.
+
+    **Results** come in the dtypes in which `fn` alone would give them. torch hands on the dtype of the last operation
+    instead; here the function can then be the body of a scan, a branch, or a custom rule, whose types are checked, and
+    casting half to float32 loses nothing. For the same reason a loop's carry and the results of a branch keep the
+    dtypes that they have in `fn`, at each turn. All else (residuals, stacked outputs of a scan, results of an inner
+    jit) stays in the dtype in which it was computed.
+
+    **Constants.** A scalar that is known while tracing (`2 * x`) takes the dtype of the arrays that it meets, unless
+    `dtype` cannot hold it: `x + 1e-8` in float16, or a mask of -1e30, runs in float32.
+
+    **Explicit dtypes.** A product whose `preferred_element_type` is wider than its operands keeps it. But where `fn`
+    computes in float32 anyway, `x.astype(jnp.float32)` leaves no trace and asks for nothing: for a float32 part, list
+    the operations, or wrap the part in an `autocast` with empty lists. Where one is inside another, the inner one
+    decides. The precision or algorithm of a float32 product does not apply to the half one that replaces it.
+
+    **As traced** run, in the dtypes of `fn`: linear algebra, FFTs, `lax.custom_linear_solve`, `lax.reduce` with a
+    function of one's own, callbacks, Pallas kernels, and primitives that are not JAX's own.
+
+    float16 wants a loss scale (`jaxmp.loss_scaling`); bfloat16 has the range of float32 and wants none.
+
+    >>> weight = jnp.ones((4, 3))
+    >>> layer = lambda x: jax.nn.softmax(x @ weight)
+    >>> jax.make_jaxpr(autocast(layer))(jnp.ones((2, 4))).eqns[2].params["preferred_element_type"]
+    dtype(bfloat16)
+    >>> autocast(layer)(jnp.ones((2, 4))).dtype
+    dtype('float32')
+
+    Args:
+      fn: a function of pytrees. Arrays in its arguments are traced; all other leaves (Python numbers, strings,
+        activation functions in an Equinox module) are handed to it as they are. What it closes over is cast at each
+        use, like its arguments.
+      lists: `TORCH`, `APEX_O1`, or one's own.
+      dtype: the half precision, bfloat16 or float16.
+
+    Raises:
+      InputError: `dtype` is another; or, when called, `fn` has no float anywhere.
+    """
+    interpreter = _Interpreter(lists, _half(dtype))
+
+    @functools.wraps(fn, updated=())  # a module's attributes are its own
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = [_is_array(x) for x in leaves]
+        arrays = [jnp.asarray(x) for x in _pick(is_array, leaves)]
+        form: list[Any] = []  # of the result: where its arrays are, its other leaves, its structure
+
+        def of_arrays(*arrays: Any) -> list[Any]:
+            args, kwargs = jax.tree.unflatten(tree, _merge(is_array, arrays, leaves))
+            out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+            is_result = [isinstance(x, jax.Array) for x in out]
+            form[:] = is_result, [None if yes else x for yes, x in zip(is_result, out, strict=True)], out_tree
+            return _pick(is_result, out)
+
+        jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
+        if not _has_floats(jaxpr.jaxpr):
+            name, given = getattr(fn, "__name__", type(fn).__name__), sorted({str(x.dtype) for x in arrays})
+            raise InputError(
+                f"autocast of {name}: no float in it (its arguments: {', '.join(given) or 'no arrays'}); "
+                "expected a function that computes with floats"
+            )
+        with jax.named_scope(SCOPE):
+            values = interpreter.evaluate(jaxpr, arrays, dtypes=_dtypes(jaxpr.jaxpr.outvars))
+        is_result, others, out_tree = form
+        return jax.tree.unflatten(out_tree, _merge(is_result, map(jnp.asarray, values), others))
+
+    return cast
+
+
+class _Operand(NamedTuple):
+    """A value that an operation is given."""
+
+    value: Any
+    """an array, in whatever dtype it was computed in"""
+    aval: Any
+    """its type when the function was traced"""
+    scalar: bool
+    """whether it is a scalar known while tracing, or filled with one, and half precision can hold it"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interpreter:
+    """Evaluates jaxprs with casts put in. Hashable, so that what it makes of a jaxpr can be cached."""
+
+    lists: OperationLists
+    dtype: np.dtype
+
+    def evaluate(
+        self,
+        jaxpr: Any,
+        args: Sequence[Any],
+        *,
+        scalars: Sequence[bool] = (),
+        dtypes: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """The outputs of a jaxpr, open or closed.
+
+        Args:
+          jaxpr: what to evaluate.
+          args: its inputs, floats in any eligible dtype.
+          scalars: for each input, `_Operand.scalar`.
+          dtypes: of the outputs; by default those in which they were computed.
+        """
+        jaxpr, consts = _opened(jaxpr)
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        known = {v for v, yes in zip(jaxpr.invars, scalars) if yes}  # noqa: B905 (scalars may be empty)
+
+        def read(atom: Any) -> _Operand:
+            if isinstance(atom, Literal):
+                return _Operand(atom.val, atom.aval, self._can_hold(atom))
+            return _Operand(env[atom], atom.aval, atom in known)
+
+        for eqn in jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            with _traced_at(eqn):
+                out = self.run(eqn, operands)
+            env.update(zip(eqn.outvars, out, strict=True))
+            if eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and operands[0].scalar:
+                known.update(eqn.outvars)
+        out = [read(v).value for v in jaxpr.outvars]
+        return out if dtypes is None else [_cast(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
+
+    def run(self, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+        """The outputs of one equation, with its operands cast to where its operation belongs."""
+        name = eqn.primitive.name
+        if any(type(x.aval) is not ShapedArray for x in operands) or SCOPE in str(eqn.source_info.name_stack):
+            return _run_as_traced(eqn, operands)
+        if name in _RULES:
+            return _RULES[name](self, eqn, operands)
+        if name == "convert_element_type" and eqn.params["new_dtype"] == operands[0].aval.dtype:
+            return [operands[0].value]  # only makes a Python scalar strongly typed: nobody asked for this dtype
+        if name not in _PLAIN:
+            return _run_as_traced(eqn, operands)
+        floats = [x for x in operands if _is_inexact(x.aval.dtype)]
+        if not floats or name in _INDEPENDENT:
+            return _bind(eqn, [x.value for x in operands])
+        if any(x.aval.dtype not in ELIGIBLE for x in floats):
+            return _run_as_traced(eqn, operands)
+
+        dtype = self._dtype_of(_operation(eqn), floats)
+        casts = {id(x.value): _cast(x.value, dtype) for x in operands}  # one for both operands of x * x
+        values, params = [casts[id(x.value)] for x in operands], dict(eqn.params)
+        if params.get("update_jaxpr") is not None:
+            if name not in _SCATTERS:  # the user's own function, by `x.at[i].apply`
+                return _run_as_traced(eqn, operands)
+            options = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+            return [_SCATTERS[name](*values, **{option: params[option] for option in options})]
+        # jnp.dot asks for the dtype of its operands, whatever it is; only a wider one is somebody's wish.
+        if params.get("preferred_element_type") is not None:
+            if params["preferred_element_type"] == _widest([x.aval for x in floats]):
+                params["preferred_element_type"] = dtype
+        if "precision" in params and dtype in HALF:
+            params["precision"] = None  # says how float32 is multiplied; some algorithms refuse other dtypes
+        return _bind(eqn, values, params)
+
+    def _dtype_of(self, operation: str, floats: list[_Operand]) -> np.dtype:
+        """The dtype in which an operation takes its float operands."""
+        if operation in self.lists.low:
+            return self.dtype
+        if operation in self.lists.float32:
+            return FLOAT32
+        # An array filled with a scalar (`jnp.zeros`) may be an accumulator and keeps its dtype; where an operation only
+        # picks from it (`jnp.where(mask, x, 0)`), it is as good as the scalar.
+        voters = [x for x in floats if not (x.scalar and (x.aval.shape == () or operation == "select_n"))]
+        return _widest([jax.typeof(x.value) for x in voters or floats])
+
+    def _can_hold(self, literal: Any) -> bool:
+        """Whether a constant survives in half precision: not as inf, and not as 0 or a subnormal."""
+        if literal.aval.dtype != FLOAT32 and not jnp.issubdtype(literal.aval.dtype, jnp.integer):
+            return False  # an integer may be cast to float32 later: `jnp.where(mask, x, 0)`
+        with np.errstate(all="ignore"):
+            x = np.float32(literal.val)
+            half = x.astype(self.dtype)
+        return bool(np.isfinite(half) == np.isfinite(x) and (x == 0 or not abs(half) < jnp.finfo(self.dtype).tiny))
+
+    def retrace(
+        self, jaxpr: Any, operands: Sequence[_Operand], *, scalars: Sequence[bool] = (), dtypes: Any = None
+    ) -> Any:
+        """`jaxpr` with casts put in, open or closed as it came, for operands of the dtypes that they have by now."""
+        given = tuple(jax.typeof(x.value).dtype for x in operands)
+        closed = _retraced(self, jaxpr, given, tuple(scalars), None if dtypes is None else tuple(dtypes))
+        return closed if isinstance(closed, type(jaxpr)) else closed.jaxpr
+
+    def call(self, fn: Callable[..., Any], args: Any, traced_for: Any) -> Any:
+        """`fn(*args)` with casts put in, traced for floats of the dtypes in `traced_for`.
+
+        Args:
+          fn: a function of flat sequences of arrays that returns a pytree.
+          args: its arguments, in the dtypes that they have by now.
+          traced_for: the same structure of dtypes.
+
+        Returns: what it returns, and that as types of the trace.
+        """
+        types = jax.tree.map(lambda x, dtype: jax.typeof(x).update(dtype=dtype, weak_type=False), args, traced_for)
+        jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*types)
+        return jax.tree.unflatten(jax.tree.structure(shapes), self.evaluate(jaxpr, jax.tree.leaves(args))), shapes
+
+
+@functools.lru_cache(maxsize=1024)  # JAX hands out one jaxpr for all calls of a jitted function: keep it one
+def _retraced(interpreter: _Interpreter, jaxpr: Any, given: Any, scalars: Any, dtypes: Any) -> Any:
+    # The types of the jaxpr's own inputs: those of a scan's body are the elements of what is scanned over.
+    inputs = [v.aval for v in _opened(jaxpr)[0].invars]
+    types = [aval.update(dtype=dtype, weak_type=False) for aval, dtype in zip(inputs, given, strict=True)]
+    return jax.make_jaxpr(lambda *args: interpreter.evaluate(jaxpr, args, scalars=scalars, dtypes=dtypes))(*types)
+
+
+# Rules for the primitives that hold functions. Loops and branches must return what they were given: their carries and
+# results keep the dtypes of the trace.
+
+
+def _call(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    scalars = [x.scalar for x in operands]
+    jaxpr = interpreter.retrace(eqn.params["jaxpr"], operands, scalars=scalars)
+    return _bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
+
+
+def _scan(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    if "num_carry" in eqn.params:
+        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    else:  # JAX 0.12 keeps the structure instead
+        num_consts, num_carry = (len(group) for group in eqn.params["ft_in"].unpack()[:2])
+    carry = slice(num_consts, num_consts + num_carry)
+    operands[carry] = _as_traced(operands[carry])
+    body = eqn.params["jaxpr"]
+    outputs = _opened(body)[0].outvars
+    dtypes = _dtypes(outputs[:num_carry]) + [None] * (len(outputs) - num_carry)
+    jaxpr = interpreter.retrace(body, operands, dtypes=dtypes)
+    return _bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
+
+
+def _while(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    cond_consts, body_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _as_traced(operands[cond_consts + body_consts :])
+    of_cond, of_body = operands[:cond_consts], operands[cond_consts : cond_consts + body_consts]
+    params = {
+        **eqn.params,
+        "cond_jaxpr": interpreter.retrace(eqn.params["cond_jaxpr"], [*of_cond, *carry]),
+        "body_jaxpr": interpreter.retrace(eqn.params["body_jaxpr"], [*of_body, *carry], dtypes=_dtypes(carry)),
+    }
+    return _bind(eqn, [x.value for x in (*of_cond, *of_body, *carry)], params)
+
+
+def _cond(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    dtypes = _dtypes(eqn.outvars)
+    branches = tuple(interpreter.retrace(b, operands[1:], dtypes=dtypes) for b in eqn.params["branches"])
+    return _bind(eqn, [x.value for x in operands], {**eqn.params, "branches": branches})
+
+
+def _shard_map(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    # Through the public function: only it can trace a body with its axes in scope.
+    mapped = jax.shard_map(
+        lambda *args: tuple(interpreter.evaluate(eqn.params["jaxpr"], args)),
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(eqn.params["in_specs"]),
+        out_specs=tuple(eqn.params["out_specs"]),
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+    return list(mapped(*[x.value for x in operands]))
+
+
+# A custom derivative is rebuilt around the same interpreter. Its rules are got at by differentiating the original call,
+# in the dtypes for which it was traced, and what comes of that is evaluated with casts in its turn.
+
+
+def _custom_jvp(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    original = _Original(eqn)
+
+    @jax.custom_jvp
+    def call(*args: Any) -> list[Any]:
+        return interpreter.evaluate(eqn.params["call_jaxpr"], args)
+
+    @call.defjvp
+    def jvp(args: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        def of_floats(args: Any, tangents: Any) -> Any:
+            return jax.jvp(original.of_floats(args), _pick(original.is_float, args), tangents)
+
+        tangents = _pick(original.is_float, tangents)
+        in_floats = _pick(original.is_float, original.dtypes)
+        (out, out_tangents), _ = interpreter.call(of_floats, (list(args), tangents), (original.dtypes, in_floats))
+        # The rule must return what the function itself returns.
+        dtypes = [x.dtype for x in jax.eval_shape(call, *args)]
+        out = [_cast(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
+        out_tangents = [
+            _cast(x, dtype) for x, dtype in zip(out_tangents, _pick(original.out_is_float, dtypes), strict=True)
+        ]
+        return out, _merge(original.out_is_float, out_tangents, [_no_tangent(x) for x in out])
+
+    return list(call(*[x.value for x in operands]))
+
+
+def _custom_vjp(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    original = _Original(eqn)
+    # What the function closes over has no cotangent, and its rules do not read it here: they hold it themselves.
+    consts = [x.value for x in operands[: eqn.params["num_consts"]]]
+
+    @jax.custom_vjp
+    def call(*args: Any) -> list[Any]:
+        return interpreter.evaluate(eqn.params["call_jaxpr"], [*consts, *args])
+
+    def forward(*args: Any) -> tuple[list[Any], Any]:
+        def of_arrays(args: Any) -> Any:
+            return jax.vjp(original.of_floats(args), *_pick(original.is_float, args))
+
+        inputs = [*consts, *args]
+        (out, pullback), shapes = interpreter.call(of_arrays, (inputs,), (original.dtypes,))
+        out = [_cast(x, y.dtype) for x, y in zip(out, jax.eval_shape(call, *args), strict=True)]
+        return out, (pullback, _Traced(jax.tree.map(lambda x: x.dtype, shapes[1]), [x.dtype for x in args]))
+
+    def backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+        pullback, dtypes = residuals
+
+        def of_arrays(pullback: Any, cotangents: Any) -> Any:
+            zeros = [_no_tangent(v.aval) for v in eqn.outvars]
+            return pullback(_merge(original.out_is_float, cotangents, zeros))
+
+        out_dtypes = _dtypes(eqn.outvars)
+        cotangents = _pick(original.out_is_float, cotangents)
+        traced_for = (dtypes.residuals, _pick(original.out_is_float, out_dtypes))
+        found, _ = interpreter.call(of_arrays, (pullback, cotangents), traced_for)
+        found = _merge(original.is_float, found, [None] * len(original.is_float))[len(consts) :]
+        return tuple(None if x is None else _cast(x, dtype) for x, dtype in zip(found, dtypes.args, strict=True))
+
+    call.defvjp(forward, backward)
+    return list(call(*[x.value for x in operands[len(consts) :]]))
+
+
+class _Original:
+    """The call of a function with a custom derivative, as a function of its float inputs."""
+
+    def __init__(self, eqn: JaxprEqn):
+        self.eqn = eqn
+        self.dtypes = _dtypes(eqn.invars)
+        num_consts = eqn.params["num_consts"]
+        self.is_float = [i >= num_consts and _is_inexact(dtype) for i, dtype in enumerate(self.dtypes)]
+        self.out_is_float = [_is_inexact(dtype) for dtype in _dtypes(eqn.outvars)]
+
+    def of_floats(self, args: Sequence[Any]) -> Callable[..., list[Any]]:
+        """The call with all other inputs taken from `args`."""
+        return lambda *floats: list(_bind(self.eqn, _merge(self.is_float, floats, args)))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Traced:
+    """What a backward rule must know of its forward rule, other than arrays."""
+
+    residuals: Any
+    """the dtypes for which its residuals were traced"""
+    args: list[Any]
+    """those of the arguments"""
+
+
+_RULES = {
+    _PRIMITIVES.jit_p.name: _call,
+    _PRIMITIVES.remat_p.name: _call,
+    _PRIMITIVES.scan_p.name: _scan,
+    _PRIMITIVES.while_p.name: _while,
+    _PRIMITIVES.cond_p.name: _cond,
+    _PRIMITIVES.custom_jvp_call_p.name: _custom_jvp,
+    _PRIMITIVES.custom_vjp_call_p.name: _custom_vjp,
+    "shard_map": _shard_map,
+}
+
+
+def _operation(eqn: JaxprEqn) -> str:
+    """The name under which the lists know an equation."""
+    name = eqn.primitive.name
+    if name == "mul" and eqn.invars[0] is eqn.invars[1]:
+        return SQUARE
+    if name == "div" and isinstance(eqn.invars[0], Literal):
+        return RECIPROCAL
+    return name
+
+
+def _bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    params = eqn.params if params is None else params
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _run_as_traced(eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
+    return _bind(eqn, [x.value for x in _as_traced(operands)])
+
+
+def _as_traced(operands: Sequence[_Operand]) -> list[_Operand]:
+    """The operands in the dtypes for which they were traced."""
+    return [x._replace(value=_cast(x.value, x.aval.dtype)) if type(x.aval) is ShapedArray else x for x in operands]
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    """An array in `dtype`, where both are floats that are cast at all. None: as it is."""
+    old = jax.typeof(x).dtype
+    if dtype is None or old == dtype or old not in ELIGIBLE or dtype not in ELIGIBLE:
+        return x
+    return lax.convert_element_type(x, dtype) if isinstance(x, jax.Array) else np.asarray(x, old).astype(dtype)
+
+
+@contextlib.contextmanager
+def _traced_at(eqn: JaxprEqn) -> Iterator[None]:
+    """The context in which an equation was traced: its line of code, named scopes, mesh and compute device."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants; one class in JAX 0.12, two before."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _dtypes(atoms: Sequence[Any]) -> list[Any]:
+    """The dtypes for which variables or operands were traced."""
+    return [atom.aval.dtype for atom in atoms]
+
+
+def _has_floats(jaxpr: Any) -> bool:
+    variables = [*jaxpr.constvars, *jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    if any(_is_inexact(getattr(v.aval, "dtype", np.dtype(bool))) for v in variables):
+        return True
+    return any(_has_floats(_opened(inner)[0]) for inner in subjaxprs(jaxpr))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind not in "OSUMm")
+
+
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _widest(avals: Sequence[Any]) -> np.dtype:
+    return functools.reduce(jnp.promote_types, (aval.dtype for aval in avals))
+
+
+def _no_tangent(x: Any) -> np.ndarray:
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _pick(mask: Sequence[bool], values: Sequence[Any]) -> list[Any]:
+    return [x for yes, x in zip(mask, values, strict=True) if yes]
+
+
+def _merge(mask: Sequence[bool], chosen: Iterable[Any], others: Sequence[Any]) -> list[Any]:
+    """`others`, with `chosen` in the places where `mask` is true."""
+    rest = iter(chosen)
+    return [next(rest) if yes else x for yes, x in zip(mask, others, strict=True)]
+
+
+def _half(dtype: Any) -> np.dtype:
+    names = [half.name for half in HALF]
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in HALF:
+        shown = dtype if found is None else found.name
+        raise InputError(
+            f"autocast: dtype={shown!s}: expected {' or '.join(names)}, such as a policy's compute_dtype"
+            f"{nearest(str(shown), names)}"
+        )
+    return found
