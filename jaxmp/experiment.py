@@ -78,8 +78,8 @@ class Experiment:
     """How gradients change the weights: SGD, Adam, AdamW, LAMB or Lion."""
     precision: str = "mixed_float16"
     """A preset (float32, mixed_bfloat16, mixed_float16, ...) or a policy such as p=f32,c=bf16,o=f32."""
-    scaler: Scaling = Scaling()
-    """How the loss is scaled, so that small gradients survive in float16."""
+    scaler: Any = Scaling()
+    """How the loss is scaled, so that small gradients survive in float16: Scaling, or any scaler."""
     parallel: Parallel = Parallel()
     """How a step is spread over devices; no part of the run's hash."""
     loop: Loop = Loop()
@@ -106,8 +106,8 @@ class Experiment:
         return PolicyTree.parse(self.precision)
 
     def make_scaler(self) -> Scaler:
-        """The scaler that `scaler` says, for this precision."""
-        return self.scaler.make(self.policy)
+        """The scaler that `scaler` says, for this precision; or `scaler` itself where it is one."""
+        return self.scaler.make(self.policy) if isinstance(self.scaler, Scaling) else self.scaler
 
     def to_json(self) -> dict[str, Any]:
         """The experiment as JSON, the same in every process; see `jaxmp.canonical`.

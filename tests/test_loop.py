@@ -21,6 +21,7 @@ from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment import Experiment, Scaling
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.run import Run
+from jaxmp.scaling.historical import DeepSpeedScaler
 from jaxmp.training import loop
 from jaxmp.training.build import Training
 from jaxmp.training.loop import Loop, fit, steps
@@ -222,6 +223,12 @@ def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
     last = lines(next(tmp_path.glob("*/*")))[-1]
     assert last["applied_steps"] == 0 and last["skipped_steps"] == last["step"] == 5
     assert last["loss"] is None  # the mean over no applied step
+
+
+def test_a_scaler_that_gives_up_at_its_floor_fails_the_run(tmp_path):
+    scaler = DeepSpeedScaler(init_scale=2.0**24, min_scale=2.0**24, delayed_shift=1)
+    with pytest.raises(RunFailed, match="came to its floor, where DeepSpeedScaler gives up, at or before step 4"):
+        fit(dataclasses.replace(BASE, scaler=scaler), workdir=tmp_path)
 
 
 def test_training_stops_when_patience_is_out_and_a_resumed_run_knows(tmp_path):

@@ -78,5 +78,6 @@ def from_nnx(make: Callable[..., Any]) -> FromNNX:
 
 def _split(module: Any) -> tuple[Any, Any]:
     """Parameters, and what is neither parameter nor random stream."""
-    _, params, _, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    _, params, _, state = parts
     return params, state

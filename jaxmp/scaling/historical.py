@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
-from jaxmp.scaling.scalers import LARGEST, SMALLEST, ScalerState, _power_of_two, _state
+from jaxmp.scaling.scalers import LARGEST, SMALLEST, ScalerState, require_power_of_two, scaler_state
 from jaxmp.scaling.transform import find_state
 
 
@@ -46,7 +46,7 @@ class _Factors:
     def __post_init__(self) -> None:
         name = type(self).__name__
         for field in ("init_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
-            _power_of_two(f"{name}.{field}", getattr(self, field))
+            require_power_of_two(f"{name}.{field}", getattr(self, field))
         if not self.min_scale <= self.init_scale <= self.max_scale:
             raise InputError(
                 f"{name}: init_scale={self.init_scale:g} is outside "
@@ -59,9 +59,9 @@ class _Factors:
             )
         _count(f"{name}.growth_interval", self.growth_interval)
 
-    def init(self) -> ScalerState:
+    def init(self) -> Any:
         """A state at `init_scale`."""
-        return _state(self.init_scale)
+        return scaler_state(self.init_scale)
 
     def _grown(self, scale: jax.Array) -> jax.Array:
         grown = scale * jnp.float32(self.growth_factor)
@@ -269,9 +269,9 @@ class DeepSpeedScaler(_Factors):
         super().__post_init__()
         _count("DeepSpeedScaler.delayed_shift", self.delayed_shift)
 
-    def init(self) -> DeepSpeedState:  # type: ignore[override]
+    def init(self) -> DeepSpeedState:
         """A state at `init_scale`."""
-        return DeepSpeedState(*_state(self.init_scale), exhausted=jnp.array(False))
+        return DeepSpeedState(*scaler_state(self.init_scale), exhausted=jnp.array(False))
 
     def update(self, state: DeepSpeedState, finite: jax.Array, grad_max: jax.Array) -> DeepSpeedState:
         """The rule of the class; see `Scaler.update` for the arguments."""
@@ -342,9 +342,9 @@ class FairseqScaler(_Factors):
     def _share(self) -> fractions.Fraction:
         return fractions.Fraction(self.tolerance).limit_denominator(1000)
 
-    def init(self) -> FairseqState:  # type: ignore[override]
+    def init(self) -> FairseqState:
         """A state at `init_scale`."""
-        return FairseqState(*_state(self.init_scale), steps=jnp.array(0, jnp.int32), exhausted=jnp.array(False))
+        return FairseqState(*scaler_state(self.init_scale), steps=jnp.array(0, jnp.int32), exhausted=jnp.array(False))
 
     def update(self, state: FairseqState, finite: jax.Array, grad_max: jax.Array) -> FairseqState:
         """The rule of the class; see `Scaler.update` for the arguments."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,16 @@ class ScalerState(NamedTuple):
 
 
 class Scaler(Protocol):
-    """A pure pair of functions. A scaler of one's own needs these two methods and nothing else."""
+    """A pure pair of functions. A scaler of one's own needs these two methods and nothing else.
 
-    def init(self) -> ScalerState:
+    Its state is a NamedTuple of strongly typed scalars, with the loss scale S as `scale`; `ScalerState`, or another.
+    """
+
+    def init(self) -> Any:
         """The state before the first step."""
         ...
 
-    def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
+    def update(self, state: Any, finite: jax.Array, grad_max: jax.Array) -> Any:
         """The state after a step.
 
         Args:
@@ -74,7 +77,7 @@ class DynamicScaler:
     def __post_init__(self) -> None:
         """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
         for name in ("init_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
-            _power_of_two(f"DynamicScaler.{name}", getattr(self, name))
+            require_power_of_two(f"DynamicScaler.{name}", getattr(self, name))
         if not self.min_scale <= self.init_scale <= self.max_scale:
             raise InputError(
                 f"DynamicScaler: init_scale={self.init_scale:g} is outside "
@@ -92,7 +95,7 @@ class DynamicScaler:
 
     def init(self) -> ScalerState:
         """A state at `init_scale`."""
-        return _state(self.init_scale)
+        return scaler_state(self.init_scale)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
         """The rule of the class; see `Scaler.update` for the arguments."""
@@ -128,11 +131,11 @@ class StaticScaler:
 
     def __post_init__(self) -> None:
         """Refuses a scale that would round the gradients (defect B9: 65504 changes 0.16 % of them)."""
-        _power_of_two("StaticScaler.scale", self.scale)
+        require_power_of_two("StaticScaler.scale", self.scale)
 
     def init(self) -> ScalerState:
         """A state at `scale`."""
-        return _state(self.scale)
+        return scaler_state(self.scale)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
         """`state`, whatever happened."""
@@ -146,7 +149,7 @@ class NoScaler:
 
     def init(self) -> ScalerState:
         """A state at scale 1."""
-        return _state(1.0)
+        return scaler_state(1.0)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
         """`state`, whatever happened."""
@@ -154,14 +157,16 @@ class NoScaler:
         return state
 
 
-def _state(scale: float) -> ScalerState:
+def scaler_state(scale: float) -> ScalerState:
+    """The state of a scaler at `scale` that has counted nothing."""
     # One buffer a leaf, each strongly typed: shared buffers cannot be donated, weak types compile twice (trap T7).
     return ScalerState(
         scale=jnp.array(scale, jnp.float32), good_steps=jnp.array(0, jnp.int32), overflows=jnp.array(0, jnp.int32)
     )
 
 
-def _power_of_two(name: str, value: float) -> None:
+def require_power_of_two(name: str, value: float) -> None:
+    """Raises InputError where `value`, called `name`, is no power of two within float32's normal range."""
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5):
         below = 2.0 ** math.floor(math.log2(value)) if math.isfinite(value) and value > 0 else 1.0
         raise InputError(f"{name}={value!r}: expected a power of two, such as {below:g}; others round the gradients")
@@ -212,7 +217,7 @@ class HeadroomScaler:
     def __post_init__(self) -> None:
         """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
         for name in ("init_scale", "min_scale", "max_scale"):
-            _power_of_two(f"HeadroomScaler.{name}", getattr(self, name))
+            require_power_of_two(f"HeadroomScaler.{name}", getattr(self, name))
         if not self.min_scale <= self.init_scale <= self.max_scale:
             raise InputError(
                 f"HeadroomScaler: init_scale={self.init_scale:g} is outside "

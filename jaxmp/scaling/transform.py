@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp.scaling.scalers import DynamicScaler, Scaler, ScalerState
+from jaxmp.scaling.scalers import DynamicScaler, Scaler
 
 SMALL = 2**14
 """numbers in a gradient leaf up to which it is searched for its largest together with others"""
@@ -29,7 +29,7 @@ class LossScalingState(NamedTuple):
 
     inner_state: Any
     """the state of the inner optimizer"""
-    scaler: ScalerState
+    scaler: Any
     """the state of the scaler; its `scale` is the one that the next loss is multiplied by"""
     skipped: jax.Array
     """steps skipped so far, int32"""

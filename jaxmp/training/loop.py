@@ -25,7 +25,8 @@ import jax
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
-from jaxmp.scaling.scalers import DynamicScaler
+from jaxmp.scaling.historical import scaler_exhausted
+from jaxmp.scaling.scalers import NoScaler, StaticScaler
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
@@ -300,7 +301,8 @@ class _Session:
             return
         values = compute(line.metrics)
         readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
-        in_a_row, nan_loss = readings.pop("consecutive_skips"), values.pop(NAN_LOSS)
+        in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
+        nan_loss = values.pop(NAN_LOSS)
         now = time.perf_counter()
         examples = (line.step - self.line_step) * self.training.batches.batch_size
         rate = examples / max(now - self.line_at, 1e-9)
@@ -308,13 +310,17 @@ class _Session:
         self.line_at, self.line_step = now, line.step
         if in_a_row >= self.loop.max_consecutive_skips:
             self._fail(f"{in_a_row} steps in a row were skipped, the last of them step {line.step}", step, state)
-        if nan_loss and not isinstance(self.training.experiment.make_scaler(), DynamicScaler):
+        scaler = self.training.experiment.make_scaler()
+        if nan_loss and isinstance(scaler, NoScaler | StaticScaler):
             self._fail(f"the loss is NaN, at or before step {line.step}", step, state)
+        if exhausted:
+            gives_up = f"the loss scale came to its floor, where {type(scaler).__name__} gives up"
+            self._fail(f"{gives_up}, at or before step {line.step}", step, state)
 
     def _evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         values = compute(self.training.evaluate(state, split))
         readings = {name: value.item() for name, value in jax.device_get(self.read(state.opt_state)).items()}
-        readings.pop("consecutive_skips")
+        readings = {name: readings[name] for name in ("loss_scale", "skipped_steps")}
         self._record(step, split, values, readings)
         if split == "validation":
             self.evaluated.append((step, values[self.loop.monitor]))
@@ -401,6 +407,7 @@ def _read(opt_state: Any) -> dict[str, jax.Array]:
         "loss_scale": loss_scale(opt_state),
         "skipped_steps": skipped_steps(opt_state),
         "consecutive_skips": consecutive_skips(opt_state),
+        "exhausted": scaler_exhausted(opt_state),
     }
 
 
