@@ -290,6 +290,79 @@ def test_rules_reach_into_lifted_modules(rule, expected):
     assert products(apply, variables, X) == expected
 
 
+class Scanned(nn.Module):
+    """A residual block under nn.scan: what comes out of a turn goes into the next."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Residual(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(x.shape[-1])(nn.LayerNorm()(x)), None
+
+        layers = nn.scan(Residual, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("rule", ["layers", "layers/Dense_0", "@Residual"])
+@pytest.mark.parametrize(("policy", "dtype"), [("float32", "float32"), ("mixed_bfloat16", "bfloat16")])
+def test_the_carry_of_a_scanned_block_keeps_its_dtype_under_any_rule(rule, policy, dtype):
+    variables = jax.eval_shape(Scanned().init, KEY, X)
+    apply = with_policy(Scanned().apply, f"{rule}={policy}; mixed_float16")
+    assert products(apply, variables, X) == [dtype]
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.RNN(nn.SimpleCell(4), name="rnn")(x))
+
+
+@pytest.mark.parametrize("rule", ["rnn", "@RNN", "@SimpleCell"])
+def test_the_cell_of_an_rnn_belongs_to_it_though_it_stands_beside_it(rule):
+    x = jnp.ones((2, 5, 3))
+    variables = jax.eval_shape(Recurrent().init, KEY, x)
+    apply = with_policy(Recurrent().apply, f"{rule}=mixed_bfloat16; mixed_float16")
+    assert sorted(products(apply, variables, x)) == ["bfloat16", "bfloat16", "float16"]
+    rows = {row.module: row.policy for row in explain(Recurrent(), f"{rule}=mixed_bfloat16; mixed_float16", x)}
+    assert rows["SimpleCell_0/h"] == "p=f32,c=bf16,o=f32" and rows["Dense_0"] == "p=f32,c=f16,o=f32"
+
+
+class Given(nn.Module):
+    """Calls a module that it was given, which stands elsewhere."""
+
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.inner(nn.Dense(5)(x))
+
+
+class Shared(nn.Module):
+    def setup(self):
+        self.shared = OwnArithmetic()
+        self.head = Given(self.shared)
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+def test_a_module_runs_under_its_own_policy_whoever_calls_it():
+    variables = jax.eval_shape(Shared().init, KEY, X)
+    apply = with_policy(Shared().apply, "head=float32; mixed_float16")
+    assert products(apply, variables, X) == ["float32", "float16"]
+    found = [e.params["precision"] for e in dots(jax.make_jaxpr(apply)(variables, X).jaxpr)]
+    assert found == [(jax.lax.Precision.HIGHEST,) * 2, None]
+    with jax.default_matmul_precision("high"):  # what a policy leaves to JAX is left to what was in force
+        found = [e.params["precision"] for e in dots(jax.make_jaxpr(apply)(variables, X).jaxpr)]
+    assert found == [(jax.lax.Precision.HIGHEST,) * 2, (jax.lax.Precision.HIGH,) * 2]
+
+
+def test_a_rule_that_another_always_beats_is_refused():
+    with pytest.raises(InputError, match=r"rule head=.* never wins: \*=.* stands before it"):
+        explain(Net(), "*=float32; head=mixed_bfloat16; mixed_float16", X)
+
+
 def test_a_cell_named_by_a_rule_keeps_its_carry_and_casts_its_inputs_and_outputs():
     model, x = nn.RNN(nn.LSTMCell(4), name="rnn"), jnp.ones((2, 5, 6))
     variables = jax.eval_shape(model.init, KEY, x)

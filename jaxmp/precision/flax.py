@@ -25,7 +25,7 @@ from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.precision.functions import apply_policy
 from jaxmp.precision.nnx import FromNNX
 from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, is_float
-from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree, path_and_above
 
 AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
 """Layers that compute `f(x, kernel) + bias`."""
@@ -36,7 +36,7 @@ _policy_in_force = jax.make_user_context(None)
 
 
 def with_policy(
-    apply: Callable[..., Any], policy: Policy | PolicyTree, *, axis_name: str | None = None
+    apply: Callable[..., Any], policy: Policy | PolicyTree | str, *, axis_name: str | None = None
 ) -> Callable[..., Any]:
     """`module.apply` under `policy`: same arguments, same results, other dtypes.
 
@@ -52,8 +52,8 @@ def with_policy(
     Args:
       apply: a bound `apply` of a Linen module, `model.apply`; or of `from_nnx`, which is under the policy by operations
         (`apply_policy`).
-      policy: the policy, or a tree of them; `matmul` is in force for every dot and convolution without a precision of
-        its own.
+      policy: the policy, or a tree of them, or the text of either. `matmul` is in force for every dot and convolution
+        without a precision of its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
 
     Raises (when called): InputError where a rule names nothing in the model, or nothing in it is a float.
@@ -64,7 +64,7 @@ def with_policy(
     >>> with_policy(model.apply, half)(variables, jnp.ones((1, 2))).dtype
     dtype('float16')
     """
-    tree = policy if isinstance(policy, PolicyTree) else PolicyTree((), policy)
+    tree = as_tree(policy)
     model = getattr(apply, "__self__", None)
     if isinstance(model, FromNNX):
         return apply_policy(apply, tree)
@@ -84,7 +84,7 @@ def with_policy(
             nn.intercept_methods(call.intercept),
         ):
             out = apply(variables, *cast_args, **cast_kwargs)
-        call.check(variables)
+        call.check(variables, cast_args)
         if kwargs.get("mutable", False) is False:
             return whole.cast_to_output(out)
         return whole.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
@@ -131,7 +131,7 @@ class Explanation(tuple[Row, ...]):
         )
 
 
-def explain(model: nn.Module, policy: Policy | PolicyTree, *inputs: Any, **kwargs: Any) -> Explanation:
+def explain(model: nn.Module, policy: Policy | PolicyTree | str, *inputs: Any, **kwargs: Any) -> Explanation:
     """The modules of a model in the order in which they are first called, found by an abstract `init`: nothing runs.
 
     Args:
@@ -142,16 +142,19 @@ def explain(model: nn.Module, policy: Policy | PolicyTree, *inputs: Any, **kwarg
 
     Raises: InputError where a rule names none of the modules.
     """
-    tree = policy if isinstance(policy, PolicyTree) else PolicyTree((), policy)
-    found, params = _modules(model, *inputs, **kwargs)
-    classes = {path: _class_names(module) for path, module in found.items()}
+    tree = as_tree(policy)
+    found, met, params = _modules(model, *inputs, **kwargs)
+    classes = met.classes
+    if any(not any(rule.names(path, classes) for path in classes) for rule in tree.rules):
+        # It may name what only training calls.
+        classes = classes | _modules(model, *inputs, **{**mode_argument(model, True), **kwargs})[1].classes
     tree.require_match(classes)
     sizes = dict.fromkeys(found, 0)
     for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
         sizes[_owner(path, found)] += leaf.size
     rows = []
     for path, module in found.items():
-        rule = tree.rule(path, classes)
+        rule = met.rule(tree, path)
         rows.append(
             Row(
                 module=path,
@@ -169,12 +172,12 @@ def cast_to_param(model: nn.Module, policy: Policy | PolicyTree, params: Any, *i
     """The parameters of a model, each in the parameter dtype of its module's policy. For arguments see `explain`."""
     if isinstance(policy, Policy) or not policy.rules:
         return (policy if isinstance(policy, Policy) else policy.default).cast_to_param(params)
-    found, _ = _modules(model, *inputs, **kwargs)
-    classes = {path: _class_names(module) for path, module in found.items()}
+    found, met, _ = _modules(model, *inputs, **kwargs)
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        return policy.lookup(_owner(name, found), classes).cast_to_param(leaf)
+        rule = met.rule(policy, _owner(name, found))
+        return (policy.default if rule is None else rule.policy).cast_to_param(leaf)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -189,19 +192,22 @@ def mode_argument(model: Any, train: bool) -> dict[str, bool]:
     return {}
 
 
-def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], Any]:
-    """The modules that `init` calls, by path, and the shapes of the parameters, without boxes."""
+def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], _Modules, Any]:
+    """The modules that `init` calls, by path, what rules may call them, and the shapes of the parameters, unboxed."""
     found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"": model}
+    met = _Modules()
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name not in ("<lambda>", "setup"):
-            found.setdefault("/".join(context.module.path), context.module)
+            path = "/".join(context.module.path)
+            found.setdefault(path, context.module)
+            met.meet(path, context.module)
         return next_fun(*args, **kwargs)
 
     kwargs = {**mode_argument(model, False), **kwargs}
     with nn.intercept_methods(note):
         variables = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs)
-    return found, nn.unbox(variables).get("params", {})
+    return found, met, nn.unbox(variables).get("params", {})
 
 
 def _owner(path: str, modules: Any) -> str:
@@ -209,11 +215,6 @@ def _owner(path: str, modules: Any) -> str:
     while path and path not in modules:
         path = path.rpartition("/")[0]
     return path
-
-
-def _class_names(module: nn.Module) -> frozenset[str]:
-    """The names of a module's class and its bases, up to `nn.Module`."""
-    return frozenset(c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
 
 
 def _own_dtype(module: nn.Module) -> str:
@@ -241,68 +242,125 @@ class _Call:
     It runs wherever Flax runs a method, lifted transforms included.
     """
 
-    def __init__(self, tree: PolicyTree, axis_name: str | None, model: nn.Module | None):
-        self.tree, self.axis_name = tree, axis_name
-        self.classes: dict[str, frozenset[str]] = {
-            "": _class_names(model) if isinstance(model, nn.Module) else frozenset()
-        }
-        self.active: list[str] = []  # paths of the modules whose methods are running, the innermost last
+    def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any):
+        self.tree, self.axis_name, self.model = tree, axis_name, model
+        self.modules = _Modules()
+        if isinstance(model, nn.Module):
+            self.modules.meet("", model)
+        self.active: list[tuple[str, Policy]] = []  # the modules whose methods are running, the innermost last
         self.inputs: dict[int, tuple[Any, Any]] = {}  # the model's inputs as cast and as they came, by id of the cast
+        # Where a policy leaves it to JAX: what is in force now.
+        self.matmul = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     def policy_of(self, path: str) -> Policy:
-        return self.tree.lookup(path, self.classes)
+        """The policy of the module at `path`, as far as modules have been met."""
+        rule = self.modules.rule(self.tree, path)
+        return self.tree.default if rule is None else rule.policy
 
     def remember(self, given: Any, cast: Any) -> None:
+        """Notes which inputs of the model were rounded."""
         for before, after in zip(jax.tree.leaves(given), jax.tree.leaves(cast), strict=True):
             if before is not after:
                 self.inputs[id(after)] = after, before
 
-    def check(self, variables: Any) -> None:
-        """Raises InputError where a rule names no module; by class only where all with parameters have been called."""
+    def check(self, variables: Any, args: Any) -> None:
+        """Raises InputError where a rule names no module: neither one with parameters nor one that can be called."""
         params = flax.traverse_util.flatten_dict(nn.unbox(dict(variables).get("params", {})), sep="/")
         above = {path.rpartition("/")[0] for path in params}
-        classes = {path: self.classes.get(path, frozenset()) for path in (*self.classes, *above)}
-        rules = self.tree.rules
-        if any(_owner(path, self.classes) != path for path in above):
-            rules = tuple(rule for rule in rules if not rule.pattern.startswith("@"))
-        PolicyTree(rules, self.tree.default).require_match(classes)
+        known = {path: self.modules.classes.get(path, frozenset()) for path in (*self.modules.classes, *above)}
+        if any(not any(rule.names(path, known) for path in known) for rule in self.tree.rules):
+            if isinstance(self.model, nn.Module):
+                explain(self.model, self.tree, *args)  # there may be modules that only the other mode calls
+            else:
+                self.tree.require_match(known)
 
     def intercept(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
+        """Runs one method of one module under its policy."""
         module, method = context.module, context.method_name
         if method == "<lambda>":  # Flax's own, around a transformed class: no module of the user's
             return next_fun(*args, **kwargs)
         path = "/".join(module.path)
-        self.classes[path] = self.classes.get(path, frozenset()) | _class_names(module)
-        rule = self.tree.rule(path, self.classes)
+        self.modules.meet(path, module)
+        rule = self.modules.rule(self.tree, path)
         policy = self.tree.default if rule is None else rule.policy
-        if method == "setup" or not hasattr(type(module), method):  # a function that was lifted over the module
+        if not self.tree.rules or method == "setup" or not hasattr(type(module), method):
+            # One policy for all, or a function that was lifted over the module.
             return _under(policy, self.axis_name, next_fun, args, kwargs, module, method)
-        # An edge is where a module that a rule names is called from outside; the model's own is in `with_policy`.
-        named = rule is not None and rule.names(path, self.classes)
-        if not (named and path and path not in self.active):
-            return self._within(path, policy, next_fun, args, kwargs, context)
-        cell = isinstance(module, nn.RNNCellBase) and method == "__call__"
-        carry, inputs = (args[:1], args[1:]) if cell else ((), args)
-        inputs, kwargs = jax.tree.map(
-            lambda x: cast_floats(self._unrounded(x, policy), policy.compute_dtype), (inputs, kwargs)
+        given = args
+        carry, args = (
+            (args[:1], args[1:]) if isinstance(module, nn.RNNCellBase) and method == "__call__" else ((), args)
         )
-        with jax.default_matmul_precision(policy.matmul_precision):
-            out = self._within(path, policy, next_fun, (*carry, *inputs), kwargs, context)
-        return (out[0], policy.cast_to_output(out[1])) if cell else policy.cast_to_output(out)
+        # An edge is where a module is called from outside that a rule names, or whose caller has another policy; the
+        # model's own is in `with_policy`.
+        outside = path != "" and path not in [at for at, _ in self.active]
+        named = outside and rule is not None and rule.names(path, self.modules.classes)
+        caller = self.active[-1][1] if self.active else policy
+        if named or (outside and caller != policy):
+            args, kwargs = jax.tree.map(
+                lambda x: cast_floats(self._unrounded(x, policy), policy.compute_dtype), (args, kwargs)
+            )
+        self.active.append((path, policy))
+        try:
+            with jax.default_matmul_precision(policy.matmul_precision or self.matmul):
+                out = _under(policy, self.axis_name, next_fun, (*carry, *args), kwargs, module, method)
+        finally:
+            self.active.pop()
+        if named:
+            out = policy.cast_to_output(out)
+        elif outside:
+            out = cast_floats(out, caller.compute_dtype) if caller != policy else out
+        return _with_carry_as_given(out, given)
 
     def _unrounded(self, x: Any, policy: Policy) -> Any:
         """The model's input that `x` is the rounded form of, where it is one and this policy keeps more of it."""
         cast, given = self.inputs.get(id(x), (None, None))
         return given if cast is x and policy.compute_dtype.itemsize > x.dtype.itemsize else x
 
-    def _within(self, path: str, policy: Policy, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        self.active.append(path)
-        try:
-            return _under(policy, self.axis_name, next_fun, args, kwargs, context.module, context.method_name)
-        finally:
-            self.active.pop()
+
+def _with_carry_as_given(out: Any, args: Any) -> Any:
+    """A result `(carry, y)` of a method that was called with a carry of the same shapes, in the dtypes of that one.
+
+    What is returned as a scan's body returns it has to go into the next turn, whatever a rule says of outputs.
+    """
+    if not (isinstance(out, tuple) and len(out) == 2 and args):
+        return out
+    before, after = args[0], out[0]
+    structure: Any = jax.tree.structure(before)
+    alike = structure == jax.tree.structure(after) and jax.tree.all(
+        jax.tree.map(lambda a, b: is_float(a) and is_float(b) and a.shape == b.shape, before, after)
+    )
+    return (jax.tree.map(lambda a, b: cast_floats(b, a.dtype), before, after), out[1]) if alike else out
+
+
+class _Modules:
+    """Modules met so far: what rules may call them."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, frozenset[str]] = {}  # names of the class and its bases, by path
+        self.owners: dict[str, str] = {}  # a recurrent cell stands beside its nn.RNN, and belongs to it
+
+    def meet(self, path: str, module: nn.Module) -> None:
+        """Notes a module."""
+        names = (c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+        self.classes[path] = self.classes.get(path, frozenset()) | frozenset(names)
+        inner: list[Any] = []
+        if isinstance(module, nn.RNN):
+            inner = [module.cell]
+        elif isinstance(module, nn.Bidirectional):
+            inner = [module.forward_rnn, module.backward_rnn]
+        for each in inner:
+            if isinstance(each, nn.Module) and each.scope is not None:
+                self.owners.setdefault("/".join(each.path), path)
+
+    def rule(self, tree: PolicyTree, path: str) -> Rule | None:
+        """The first rule that covers the module at `path`, or one that it belongs to."""
+        paths = [path]
+        for each in paths:  # which grows on the way
+            paths += [self.owners[at] for at in path_and_above(each) if self.owners.get(at, path) not in paths]
+        covering = [tree.rule(at, self.classes) for at in paths]
+        return next((rule for rule in tree.rules if rule in covering), None)
 
 
 def _under(

@@ -140,7 +140,7 @@ class PolicyTree:
 
     def rule(self, path: str, classes: Classes | None = None) -> Rule | None:
         """The first rule that covers the module at `path`; None where the default holds. For arguments see `lookup`."""
-        above = _path_and_above(path)
+        above = path_and_above(path)
         return next((rule for rule in self.rules if any(rule.names(at, classes or {}) for at in above)), None)
 
     def lookup(self, path: str, classes: Classes | None = None) -> Policy:
@@ -178,8 +178,16 @@ class PolicyTree:
         return explain(model, self, *(batch if isinstance(batch, tuple) else (batch,)), **kwargs)
 
     def require_match(self, classes: Classes) -> None:
-        """Raises InputError where a rule names none of the modules in `classes`, with the nearest that there is."""
+        """Raises InputError where a rule names none of the modules in `classes`, with the nearest that there is.
+
+        So it does where a rule that stands before it wins for all that it covers.
+        """
         for rule in self.rules:
+            covered = [path for path in classes if any(rule.names(at, classes) for at in path_and_above(path))]
+            first = {self.rule(path, classes) for path in covered}
+            if covered and rule not in first:
+                before = ", ".join(sorted(str(winner) for winner in first))
+                raise InputError(f"rule {rule} never wins: {before} stands before it, and the first that matches wins")
             if not any(rule.names(path, classes) for path in classes):
                 by_class = rule.pattern.startswith("@")
                 known = {f"@{name}" for names in classes.values() for name in names} if by_class else classes
@@ -189,6 +197,13 @@ class PolicyTree:
                     f"rule {rule} matches no module; there are {listed or 'none below the model itself'}"
                     f"{nearest(rule.pattern, shown)}"
                 )
+
+
+def as_tree(policy: PolicyTree | Policy | str) -> PolicyTree:
+    """A tree from a tree, a policy for everything, or the text of either."""
+    if isinstance(policy, str):
+        return PolicyTree.parse(policy)
+    return PolicyTree((), policy) if isinstance(policy, Policy) else policy
 
 
 def _parse_rule(segment: str, text: str) -> Rule:
@@ -211,7 +226,8 @@ def _missing_default(default: str, rules: list[str]) -> str:
     return f". The last segment is the policy for all else: {'; '.join([*rules, default])}; mixed_float16"
 
 
-def _path_and_above(path: str) -> list[str]:
+def path_and_above(path: str) -> list[str]:
+    """The path, and those of all modules above it, from "" on."""
     parts = path.split("/") if path else []
     return ["/".join(parts[:n]) for n in range(len(parts) + 1)]
 

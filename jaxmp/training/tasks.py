@@ -79,7 +79,6 @@ def make_loss(
       train: False for evaluation: no dropout, and the model state is read only.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
     """
-    policy = PolicyTree.parse(policy) if isinstance(policy, str) else policy
     apply = with_policy(model.apply, policy, axis_name=axis_name)
     mode = mode_argument(model, train)
 
