@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+
 from jaxmp.canonical import canonical
 from jaxmp.data.tfds import TFDS
 from jaxmp.errors import InputError
@@ -43,7 +45,10 @@ class Scaling:
     """Cap of the scale."""
 
     def __post_init__(self) -> None:
-        self._dynamic()
+        if self.kind == "static":
+            StaticScaler(self.init_scale)
+        else:
+            self._dynamic()
 
     def make(self, policy: Policy | PolicyTree) -> Scaler:
         """The scaler for training under `policy`."""
@@ -77,7 +82,8 @@ class Experiment:
     optimizer: Any = Adam()
     """How gradients change the weights: SGD, Adam, AdamW, LAMB or Lion."""
     precision: str = "mixed_float16"
-    """A preset (float32, mixed_bfloat16, mixed_float16, ...) or a policy such as p=f32,c=bf16,o=f32."""
+    """A preset (float32, mixed_bfloat16, mixed_float16, ...), a policy such as p=f32,c=bf16,o=f32, or rules by module
+    before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
     scaler: Any = Scaling()
     """How the loss is scaled, so that small gradients survive in float16: Scaling, or any scaler."""
     parallel: Parallel = Parallel()
@@ -98,7 +104,12 @@ class Experiment:
             raise InputError(f"precision = {self.precision!r}: expected a string; of a policy, str(policy)")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed = {self.seed!r}: expected a whole number, 0 or more and below 2**32")
-        _ = self.policy
+        for policy in self.policy.policies:
+            dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+            if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in dtypes):
+                raise InputError(
+                    f"precision {policy}: JAX has float64 only where JAX_ENABLE_X64=1 is in the environment"
+                )
 
     @functools.cached_property
     def policy(self) -> PolicyTree:
@@ -120,5 +131,6 @@ class Experiment:
     def hash(self) -> str:
         """12 hexadecimal digits that name the run's folder: of everything but the seed and the devices."""
         content = {name: value for name, value in self.to_json().items() if name not in ("seed", "parallel")}
+        content["precision"] = str(self.policy)  # however it was spelled
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

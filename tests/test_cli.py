@@ -463,11 +463,17 @@ def test_bugs_show_their_traceback(monkeypatch):
         main(["doctor"])
 
 
-def test_a_run_whose_steps_are_all_skipped_fails_with_exit_code_1(folder, capsys):
+def test_a_run_whose_loss_is_nan_fails_with_exit_code_1(folder, capsys):
     changed = MY_OWN.replace("+ label[:, None]", "* np.float32(np.inf)")
     (folder / "my.py").write_text(changed)
-    assert main(["train", "my.py", "--loop.max-consecutive-skips", "5"]) == 1
-    assert "skipped" in printed(capsys)[1]
+    assert main(["train", "my.py"]) == 1
+    assert "the loss is NaN" in printed(capsys)[1]
+
+
+def test_a_run_whose_steps_are_all_skipped_fails_with_exit_code_1(folder, capsys):
+    static = ["--scaler.kind", "static", "--scaler.init-scale", str(2.0**30)]
+    assert main(["train", "my.py", *static, "--loop.max-consecutive-skips", "3"]) == 1
+    assert "steps in a row were skipped" in printed(capsys)[1]
 
 
 def test_a_closed_pipe_is_no_error():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmp
 from jaxmp import (
     Adam,
     Arrays,
@@ -184,6 +185,20 @@ def test_defaults_of_a_dynamic_scaler_stand_in_one_place():
 
 
 # JSON and hash.
+
+
+def test_a_precision_has_one_hash_however_it_is_spelled():
+    spellings = ["mixed_float16", "p=f32,c=f16,o=f32", " 16-mixed", "p=f32, c=float16,o=full"]
+    assert len({Experiment(model=MLP(), precision=text).hash for text in spellings}) == 1
+
+
+def test_float64_is_refused_where_jax_has_none():
+    with pytest.raises(InputError, match="JAX_ENABLE_X64=1"):
+        Experiment(model=MLP(), precision="f64")
+
+
+def test_a_static_scale_is_bounded_by_no_dynamic_scaler():
+    assert Scaling(kind="static", init_scale=2.0**25).make(jaxmp.parse_policy("mixed_float16")).scale == 2.0**25
 
 
 def test_json_is_json():
@@ -410,7 +425,7 @@ def test_an_override_keeps_all_else_the_names_of_modules_included():
         ("--optimizer.learning-rat 1", "--optimizer.learning-rate"),
         ("--optimizer.learning-rate fast", "could not convert string to float: 'fast'"),
         ("--model.first.width 1.5", "invalid literal for int"),
-        ("--loop.mode best", "'max', 'min'"),
+        ("--loop.mode best", "max"),
         ("--model.kernel 3", "Expected 2 values"),
         ("--model.first.activation gelu", "set in the config file"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from jaxmp.training.build import Training
 from jaxmp.training.loop import Loop, fit, steps
 from jaxmp.training.metrics import compute
 from jaxmp.training.optim import SGD, Adam
+from jaxmp.training.parallel import Parallel
+from jaxmp.training.tasks import Classification
 
 TIMING = {"wall_seconds", "examples_per_second"}
 
@@ -205,14 +208,37 @@ def test_the_data_position_wraps_over_epochs_and_pads_the_last_batch():
     assert weights == [16, 16, 16, 16, 16, 16, 4, 16]
 
 
-def test_nan_loss_without_a_dynamic_scaler_fails_the_run_and_names_the_leaf(tmp_path):
-    diverging = dataclasses.replace(BASE, precision="float32", optimizer=SGD(1e30, momentum=0.0))
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_a_nan_loss_fails_the_run_and_names_the_leaf(precision, tmp_path):
+    """Under a dynamic scaler too: the loss is NaN before it is multiplied by any scale."""
+    diverging = dataclasses.replace(BASE, precision=precision, optimizer=SGD(1e30, momentum=0.0))
     with pytest.raises(
         RunFailed, match=r"the loss is NaN, at or before step \d+; the first non-finite value is in the"
     ):
         fit(diverging, workdir=tmp_path)
     state = final_state(next(tmp_path.glob("*/*")), diverging)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_row_of_skips_between_two_lines_is_not_overlooked(tmp_path):
+    scaler = Scaling(init_scale=2.0**24)  # eight steps overflow, then all is well
+    experiment = with_loop(
+        dataclasses.replace(BASE, scaler=scaler), log_every=20, save_every=None, eval_every=20, max_consecutive_skips=3
+    )
+    with pytest.raises(RunFailed, match=r"\d steps in a row were skipped"):
+        fit(experiment, workdir=tmp_path)
+    assert fit(with_loop(experiment, max_consecutive_skips=20), workdir=tmp_path).summary["skipped_steps"] > 3
+
+
+def test_a_failed_run_keeps_all_of_its_lines(tmp_path):
+    """Two dispatches are under way when a failure shows; what the second one measured is neither lost nor cut."""
+    scaler = Scaling(kind="static", init_scale=2.0**24)
+    failing = with_loop(dataclasses.replace(BASE, scaler=scaler), log_every=2, save_every=None, max_consecutive_skips=4)
+    for _ in range(2):
+        with pytest.raises(RunFailed):
+            fit(failing, workdir=tmp_path)
+    steps_written = [line["step"] for line in lines(next(tmp_path.glob("*/*")))]
+    assert steps_written == list(range(2, steps_written[-1] + 1, 2))
 
 
 def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
@@ -227,7 +253,7 @@ def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
 
 def test_a_scaler_that_gives_up_at_its_floor_fails_the_run(tmp_path):
     scaler = DeepSpeedScaler(init_scale=2.0**24, min_scale=2.0**24, delayed_shift=1)
-    with pytest.raises(RunFailed, match="came to its floor, where DeepSpeedScaler gives up, at or before step 4"):
+    with pytest.raises(RunFailed, match="came to its floor, where DeepSpeedScaler gives up, at or before step 5"):
         fit(dataclasses.replace(BASE, scaler=scaler), workdir=tmp_path)
 
 
@@ -279,9 +305,89 @@ def test_a_convolution_is_dispatched_singly_on_a_cpu():
     assert Training(dataclasses.replace(BASE, model=Conv())).many_steps_pay == (jax.default_backend() != "cpu")
 
 
+def test_a_run_killed_before_its_summary_has_one_line_of_the_test(finished, tmp_path):
+    folder = tmp_path / "blobs" / finished.path.name
+    shutil.copytree(finished.path, folder)
+    (folder / "summary.json").unlink()
+    again = fit(BASE, workdir=tmp_path, name="blobs")
+    assert lines(folder) == lines(finished.path)
+    assert {**again.summary, "wall_seconds": 0} == {**finished.summary, "wall_seconds": 0}
+
+
+def test_a_kill_while_a_folder_is_made_or_overwritten_leaves_one_that_can_be_used(tmp_path):
+    short = with_loop(steps=1)
+    folder = tmp_path / "experiment" / f"{short.hash}-s0"
+    folder.mkdir(parents=True)
+    (folder / "config.partial").write_text("{")
+    (folder / "lock").touch()
+    first = fit(short, workdir=tmp_path)
+    (folder.parent / f"{folder.name}.deleted").mkdir()
+    assert fit(short, workdir=tmp_path, overwrite=True).summary["test"] == first.summary["test"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_two_processes_do_not_train_in_one_folder(finished, tmp_path):
+    folder = tmp_path / "blobs" / finished.path.name
+    shutil.copytree(finished.path, folder)
+    (folder / "summary.json").unlink()
+    with loop._locked(folder):
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="another process is training in"):
+                fit(BASE, workdir=tmp_path, name="blobs", overwrite=overwrite)
+    assert lines(folder) == lines(finished.path)
+
+
+def test_a_config_whose_code_has_changed_is_refused(tmp_path):
+    origin = {"source": '"""A record."""\nx = 1  # one\n', "file": "my.py"}
+    short = with_loop(steps=1)
+    fit(short, workdir=tmp_path, origin=origin)
+    fit(short, workdir=tmp_path, origin={**origin, "source": '"""Another record."""\n\nx = 1\n'})
+    with pytest.raises(InputError, match=r"my\.py has changed since .* began.*--overwrite"):
+        fit(short, workdir=tmp_path, origin={**origin, "source": "x = 2\n"})
+
+
+def test_less_of_a_loss_is_better():
+    assert Loop(monitor="loss").best_is == "min" and Loop().best_is == "max"
+    assert Loop(monitor="loss", mode="max").best_is == "max"
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_one_device_gives_one_result_in_both_modes(mode, finished, tmp_path):
+    """Dropout and augmentation included; and a run of either mode is read back."""
+    experiment = dataclasses.replace(BASE, parallel=Parallel(mode))
+    other = fit(experiment, workdir=tmp_path)
+    states = [final_state(path, of).params for path, of in ((other.path, experiment), (finished.path, BASE))]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *states)
+    assert Run(other.path, experiment).evaluate("test") == pytest.approx(finished.summary["test"])
+
+
+def test_nan_is_null_in_json(tmp_path):
+    loop._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def test_an_evaluation_compiles_once():
+    training = Training(dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, eval_batch_size=30)))
+    training.evaluate(training.devices.put(training.init()), "test")
+    assert training._evaluation._cache_size() == 1
+
+
+def differing(split):
+    found = blobs(split)
+    return found if split == "train" else {**found, "image": found["image"].astype(np.float32)}
+
+
+def fractions(split):
+    found = blobs(split)
+    return {**found, "label": found["label"] / 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda e: dataclasses.replace(e, task=Classification(target="lable")), "target names 'lable'.*'label'"),
+        (lambda e: dataclasses.replace(e, data=Arrays(differing)), r"'image' of the validation split is float32\[6"),
+        (lambda e: dataclasses.replace(e, data=Arrays(fractions)), "'label' is float32.*expected whole numbers"),
         (lambda e: with_loop(e, monitor="acuracy"), "loop.monitor='acuracy'.*did you mean 'accuracy'"),
         (lambda e: dataclasses.replace(e, data=dataclasses.replace(e.data, batch_size=101)), "only 100 rows"),
         (lambda e: dataclasses.replace(e, task=dataclasses.replace(e.task, inputs=("imgae",))), "'imgae'.*image"),
@@ -307,7 +413,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (folder / "thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.parametrize("field", [{"epochs": 0}, {"steps": 0}, {"ema_decay": 1.0}, {"patience": 0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"epochs": 0},
+        {"steps": 0},
+        {"ema_decay": 1.0},
+        {"patience": 0},
+        {"keep": 0},
+        {"log_every": 2.5},
+        {"mode": "most"},
+    ],
+)
 def test_a_loop_that_cannot_run_is_refused(field):
     with pytest.raises(InputError, match=f"loop.{next(iter(field))}="):
         Loop(**field)

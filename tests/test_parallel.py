@@ -20,11 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 import jaxmp
+from jaxmp.data.arrays import Arrays
+from jaxmp.data.augment import Augment
 from jaxmp.errors import InputError
+from jaxmp.experiment import Experiment
 from jaxmp.scaling.scalers import DynamicScaler
 from jaxmp.scaling.transform import loss_scaling
+from jaxmp.training.loop import Loop, steps
 from jaxmp.training.metrics import compute
 from jaxmp.training.parallel import Parallel, Replicas, single
 from jaxmp.training.state import TrainState
@@ -156,7 +161,7 @@ def integer_and_key_leaves_go_through_all_modes():
 
 def reduced(values, dtype):
     """`values`, one a replica, summed by the gradient collective in `dtype`."""
-    mesh = Parallel("jit").make(8).mesh
+    mesh = jax.make_mesh((len(values),), ("data",), (AxisType.Auto,), devices=jax.devices()[: len(values)])
     replicas = Replicas("data", mesh, dtype)
     spec = jax.sharding.PartitionSpec
     total = jax.shard_map(
@@ -177,8 +182,53 @@ def a_reduction_in_bfloat16_does_not_overflow_t3():
     out = reduced(values, jnp.bfloat16)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, largest / 2, rtol=2e-2)
+    of_three = reduced(np.array([largest, largest, -largest], np.float32), jnp.bfloat16)
+    np.testing.assert_allclose(of_three, largest, rtol=2e-2)
     np.testing.assert_array_equal(reduced(np.full(8, 40000, np.float16), jnp.float32), [320000])
     assert not np.isfinite(reduced(np.array([1] * 7 + [np.inf], np.float32), jnp.bfloat16))
+
+
+class Random(nn.Module):
+    """A model whose outputs are noise, so that equal noise shows."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        noise = jax.random.normal(self.make_rng("dropout"), (x.shape[0], 3)) if train else 0.0
+        return nn.Dense(3)(x.reshape(x.shape[0], -1)) * 0 + noise
+
+
+def every_replica_draws_noise_of_its_own():
+    losses = []
+    for first in (0, 2):  # the first row of the first replica, and of the second
+
+        def only(rows, first=first):
+            return {**rows, "weight": np.eye(16, dtype=np.float32)[first], "label": np.zeros(16, int)}
+
+        _, metrics, _ = trained(Random(), "jit", steps=1, change=only)
+        losses.append(metrics[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def a_whole_run_with_augmentation_is_the_same_in_both_modes():
+    rng = np.random.default_rng(0)
+    columns = {"image": rng.integers(0, 256, (40, 6, 6, 1)).astype(np.uint8), "label": rng.integers(0, 2, 40)}
+
+    def load(split):
+        return columns
+
+    runs = []
+    for mode in ("jit", "pmap"):
+        experiment = Experiment(
+            model=MLP(),
+            data=Arrays(load, batch_size=16, augment=Augment(crop_padding=2, flip=True)),
+            precision="float32",
+            parallel=Parallel(mode),
+            loop=Loop(steps=5),
+        )
+        *_, last = steps(experiment)
+        runs.append(numbers(last.state.params))
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def one_collective_carries_the_gradient_in_the_reduce_dtype():
@@ -241,6 +291,8 @@ CASES = [
     jit_pmap_and_one_device_agree_on_an_mlp,
     jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm,
     every_replica_ends_with_the_same_bits,
+    every_replica_draws_noise_of_its_own,
+    a_whole_run_with_augmentation_is_the_same_in_both_modes,
     an_inf_on_one_replica_skips_the_step_on_all_b14,
     integer_and_key_leaves_go_through_all_modes,
     a_reduction_in_bfloat16_does_not_overflow_t3,

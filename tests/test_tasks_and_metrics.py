@@ -175,6 +175,22 @@ def test_params_and_model_state_are_apart_and_what_is_sown_is_no_state(noisy):
     assert jax.tree.structure(again) == jax.tree.structure((params, model_state))
 
 
+def test_what_is_sown_into_a_collection_of_ones_own_is_no_state_either():
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, image):
+            self.sow("aux", "x", image)
+            self.variable("aux", "n", jnp.zeros, ())
+            return nn.Dense(4)(image)
+
+    _, batch = example()
+    batch = {**batch, "image": jnp.ones((6, 5))}
+    params, state = init_model(Sower(), Classification(), batch, jax.random.key(0))
+    assert jax.tree.structure(state) == jax.tree.structure({"aux": {"n": 0}})
+    _, (_, _, new) = make_loss(Sower(), Classification(), "float32")(params, state, batch, jax.random.key(0))
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
 def test_a_loss_is_a_float32_sum_and_a_weight_and_depends_on_the_key_alone(noisy):
     params, model_state, batch = noisy
     loss_fn = jax.jit(make_loss(Noisy(), Classification(), "mixed_float16"))

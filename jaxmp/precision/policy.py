@@ -66,6 +66,8 @@ class Policy(jmp.Policy):
         """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
         if (self.operands is None) != (self.cotangents is None):
             raise InputError(f"operands={self.operands}, cotangents={self.cotangents}: expected a format for both")
+        if self.operands is not None and jnp.dtype(self.compute_dtype) != FLOAT32:
+            raise InputError(f"operands={self.operands}: formats are emulated in float32, not in {self.compute_dtype}")
         for name in ("param_dtype", "compute_dtype", "output_dtype", "grad", "reduce"):
             dtype = jnp.dtype(getattr(self, name))
             object.__setattr__(self, name, dtype)

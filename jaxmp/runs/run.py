@@ -121,7 +121,7 @@ class Run:
         Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
         """
         loop, training = self.experiment.loop, self._training
-        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.mode)
+        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
         if step == "best":
             step = checkpoints.best_step() or "last"
         template = {"state": jax.eval_shape(training.init), "metrics": training.no_metrics}
@@ -166,7 +166,8 @@ class Run:
     def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
         """The metrics of a whole split, under the policy and with the weights of `apply`."""
         state = self._last_state if state is None else state
-        return compute(self._training.evaluate(self._training.devices.put(state), split))
+        devices = self._training.devices
+        return compute(self._training.evaluate(devices.get(devices.put(state)), split))
 
 
 def _find(path: Path) -> Path:

@@ -13,7 +13,7 @@ import optax
 
 from jaxmp.data.dataset import Source, Split
 from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
 from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
@@ -89,10 +89,19 @@ class Training:
             for name, column in row.items()
             if column.dtype.kind not in "OSU"
         }
-        for name in self.experiment.task.inputs:
+        for name in self.columns:
             if name not in raw:
-                raise InputError(f"task.inputs names {name!r}; the data has {', '.join(sorted(raw))}")
+                field = "inputs" if name in self.experiment.task.inputs else "target"
+                raise InputError(
+                    f"task.{field} names {name!r}; the data has {', '.join(sorted(raw))}{nearest(name, raw)}"
+                )
         return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the data that the task asks for."""
+        task = self.experiment.task
+        return [*task.inputs, *filter(None, [getattr(task, "target", None)])]
 
     def init(self) -> TrainState:
         """A fresh state, from the seed alone."""
@@ -152,7 +161,7 @@ class Training:
           split: its rows are taken in order.
         """
         params = state.params if state.ema is None else state.ema
-        metrics = {name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS}
+        metrics = self.devices.whole({name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS})
         size = -(-self.experiment.data.eval_batch_size // self.devices.count) * self.devices.count
         for batch in evaluation_batches(self.experiment.data.source(split), size):
             metrics = self._evaluation(params, state.model_state, metrics, self.devices.spread_rows(batch))
@@ -160,19 +169,27 @@ class Training:
 
     def first_non_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int) -> str | None:
         """The first non-finite value of a step, repeated from `state` on its `batch`: the loss or a gradient."""
-        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
-
-        def scaled(params: Any) -> Any:
-            total, (weight, _, _) = loss_fn(params, state.model_state, batch, jax.random.fold_in(state.key, step))
-            return total / weight * loss_scale(state.opt_state), total
-
-        grads, loss = jax.jit(jax.grad(scaled, has_aux=True, allow_int=True))(state.params)
+        grads, loss = self._repeated(state, batch, step)
         at = f"of step {step + 1} at loss scale {float(loss_scale(state.opt_state)):g}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf)):
                 name = "/".join(str(getattr(key, "key", key)) for key in path)
                 return f"in the gradient of {name} {at} (loss {float(loss):g})"
         return None if jnp.isfinite(loss) else f"the loss {at}: {float(loss):g}"
+
+    @functools.cached_property
+    def _repeated(self) -> Any:
+        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
+
+        @jax.jit
+        def repeated(state: TrainState, batch: dict[str, jax.Array], step: Any) -> Any:
+            def scaled(params: Any) -> Any:
+                total, (weight, _, _) = loss_fn(params, state.model_state, batch, jax.random.fold_in(state.key, step))
+                return total / weight * loss_scale(state.opt_state), total
+
+            return jax.grad(scaled, has_aux=True, allow_int=True)(state.params)
+
+        return repeated
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError where a rule matches none."""

@@ -142,6 +142,8 @@ class Checkpoints:
                 self._compare(candidate, manifest, template)
                 return candidate, self._read(candidate, manifest, template)
             except _Corrupt as why:
+                if step is None and not (self.folder / str(candidate)).exists():
+                    return self.restore(template, warn=warn)  # deleted meanwhile, by the run that writes here
                 self._corrupt.add(candidate)
                 damage.append(f"{candidate} ({why})")
                 if candidate != steps[0]:

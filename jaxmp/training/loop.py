@@ -8,8 +8,10 @@ same lines.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -22,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
 from jaxmp.scaling.historical import scaler_exhausted
-from jaxmp.scaling.scalers import NoScaler, StaticScaler
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
@@ -38,6 +40,10 @@ from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBi
 
 if TYPE_CHECKING:
     from jaxmp.experiment import Experiment
+
+
+LOCK = "lock"
+"""file in a run folder, locked by the process that trains in it"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Loop:
     """how many of the last checkpoints are kept, besides the best"""
     monitor: str = "accuracy"
     """validation metric by which a checkpoint is the best and training stops early"""
-    mode: Literal["max", "min"] = "max"
-    """whether more of that metric is better, or less"""
+    mode: Literal["max", "min"] | None = None
+    """whether more of that metric is better, or less; by default less of a loss, more of anything else"""
     patience: int | None = None
     """evaluations in a row without a better metric after which training stops early"""
     ema_decay: float | None = None
@@ -73,16 +79,22 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Refuses what could not run."""
-        for name, least in (("epochs", 1), ("log_every", 1), ("keep", 1), ("max_consecutive_skips", 1)):
-            self._require(name, getattr(self, name) >= least, f"at least {least}")
+        for name in ("epochs", "log_every", "keep", "max_consecutive_skips"):
+            self._require(name, _is_positive(getattr(self, name)), "a whole number of at least 1")
         for name in ("steps", "eval_every", "save_every", "patience", "steps_per_dispatch"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1")
+            self._require(name, value is None or _is_positive(value), "a whole number of at least 1")
+        self._require("mode", self.mode in (None, "max", "min"), "max or min")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(f"loop.{name}={getattr(self, name)}: expected {expected}")
+
+    @property
+    def best_is(self) -> Literal["max", "min"]:
+        """Whether the best is the most or the least of the monitored metric."""
+        return self.mode or ("min" if "loss" in self.monitor else "max")
 
 
 class StepInfo(NamedTuple):
@@ -128,10 +140,14 @@ class Schedule:
         """Whether a line of training metrics ends with this step; so it does with all that is saved."""
         return self.saves(step) or step % self.loop.log_every == 0
 
+    def checks(self, step: int) -> bool:
+        """Whether the run is asked after this step if it can go on: often enough that no row of skips is overlooked."""
+        return self.writes(step) or step % self.loop.max_consecutive_skips == 0
+
     def next_stop(self, step: int, most: int) -> int:
         """The step that a dispatch from `step` on runs to: the next that something is due after, in this epoch."""
         loop = self.loop
-        every = [loop.log_every, loop.eval_every, loop.save_every, self.per_epoch]
+        every = [loop.log_every, loop.eval_every, loop.save_every, loop.max_consecutive_skips, self.per_epoch]
         due = [step + n - step % n for n in every if n]
         return min(*due, self.last, step + most)
 
@@ -197,10 +213,10 @@ def fit(
 
     Raises:
       InputError: the experiment, its data or the folder cannot be used; nothing was written or lost.
-      RunFailed: the loss is NaN, or too many steps in a row were skipped. The state before is saved.
+      RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
     """
     folder = Path(workdir) / name / f"{experiment.hash}-s{experiment.seed}"
-    recorded = _recorded(folder, experiment, overwrite)
+    recorded = _recorded(folder, experiment, origin or {}, overwrite)
     if (folder / "summary.json").exists() and not overwrite:
         return Fitted(folder, json.loads((folder / "summary.json").read_text()), stopped=False)
 
@@ -210,19 +226,33 @@ def fit(
     feed = training.feed(many=many)
     fresh = training.init()
     if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if not recorded:
-        folder.mkdir(parents=True, exist_ok=True)
-        run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
-        _write_json(folder / "config.json", run | (origin or {}) | {"experiment": experiment.to_json()} | provenance())
+        with _locked(folder):
+            _delete(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not recorded:
+            run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
+            whole = run | (origin or {}) | {"experiment": experiment.to_json()} | provenance()
+            _write_json(folder / "config.json", whole)
+        _say_what_is_particular(training, recorded, say)
+        session = _Session(training, feed, folder, say)
+        with contextlib.closing(session), _stop_signals() as stop:
+            return session.train(*session.resume(fresh), stop)
+
+
+def _say_what_is_particular(training: Training, recorded: dict[str, Any] | None, say: Callable[[str], None]) -> None:
+    """What the user should know before the first step."""
+    experiment, count = training.experiment, training.devices.count
     if any(policy.param_dtype.itemsize < 4 for policy in experiment.policy.policies):
         lost = "an update of less than half a unit in the last place of a weight is lost"
         rounding = experiment.policy.rounding
         consequence = lost if rounding == "nearest" else f"updates are added with rounding={rounding}"
         say(f"precision {experiment.policy}: no float32 master weights; {consequence}")
-    session = _Session(training, feed, folder, say)
-    with contextlib.closing(session), _stop_signals() as stop:
-        return session.train(*session.resume(fresh), stop)
+    if recorded and len(recorded["devices"]) != count:
+        say(
+            f"this run began on {len(recorded['devices'])} devices and goes on on {count}: sums are rounded in another "
+            "order, and a model that draws random numbers draws others"
+        )
 
 
 class _Session:
@@ -231,7 +261,7 @@ class _Session:
     def __init__(self, training: Training, feed: Feed, folder: Path, say: Callable[[str], None]):
         loop = training.experiment.loop
         self.training, self.feed, self.folder, self.say, self.loop = training, feed, folder, say, loop
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.mode)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
         self.writers: list[Writer] = []
         self.read = jax.jit(_read)
         self.evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
@@ -278,15 +308,21 @@ class _Session:
         dispatches = _dispatches(training, self.feed, placed, devices.put(metrics), step)
         for info in () if self._out_of_patience() else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
+            before, waiting = waiting, None
+            since_line = training.no_metrics if schedule.writes(step) else metrics  # as the next dispatch begins
+            if schedule.checks(step):
+                waiting = _Line(step, schedule.writes(step), metrics, self.read(state.opt_state))
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
-            self._write(waiting, step, state)
-            waiting = _Line(step, metrics, self.read(state.opt_state)) if schedule.writes(step) else None
-            if not (schedule.saves(step) or stop()):
+            problem = self._write(before)
+            if not (problem or schedule.saves(step) or stop()):
                 continue
-            self._write(waiting, step, state)
-            waiting = None
+            problem, waiting = self._write(waiting) or problem, None
+            if problem:
+                self._save(step, state, since_line)
+                self.checkpoints.wait()
+                raise RunFailed(f"{problem}; {self._culprit(step, state)}. The state is saved in {self.folder}")
             measured = self._evaluate(step, state, "validation") if schedule.evaluates(step) else None
-            self._save(step, state, training.no_metrics if schedule.writes(step) else metrics, measured)
+            self._save(step, state, since_line, measured)
             if schedule.evaluates(step) and self._out_of_patience():
                 break
             if stop() and step < training.steps:
@@ -295,27 +331,28 @@ class _Session:
                 return Fitted(self.folder, {}, stopped=True)
         return Fitted(self.folder, self._finish(step, state), stopped=False)
 
-    def _write(self, line: _Line | None, step: int, state: TrainState) -> None:
-        """Writes a line of training metrics; raises RunFailed where it shows that the run cannot go on."""
+    def _write(self, line: _Line | None) -> str | None:
+        """Writes a line of training metrics where one is due; returns why the run cannot go on, where it cannot."""
         if line is None:
-            return
+            return None
         values = compute(line.metrics)
         readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
         in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
         nan_loss = values.pop(NAN_LOSS)
-        now = time.perf_counter()
-        examples = (line.step - self.line_step) * self.training.batches.batch_size
-        rate = examples / max(now - self.line_at, 1e-9)
-        self._record(line.step, "train", values | {"examples_per_second": rate}, readings)
-        self.line_at, self.line_step = now, line.step
+        if line.due:
+            now = time.perf_counter()
+            examples = (line.step - self.line_step) * self.training.batches.batch_size
+            rate = examples / max(now - self.line_at, 1e-9)
+            self._record(line.step, "train", values | {"examples_per_second": rate}, readings)
+            self.line_at, self.line_step = now, line.step
         if in_a_row >= self.loop.max_consecutive_skips:
-            self._fail(f"{in_a_row} steps in a row were skipped, the last of them step {line.step}", step, state)
-        scaler = self.training.experiment.make_scaler()
-        if nan_loss and isinstance(scaler, NoScaler | StaticScaler):
-            self._fail(f"the loss is NaN, at or before step {line.step}", step, state)
+            return f"{in_a_row} steps in a row were skipped, the last of them step {line.step}"
+        if nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
+            return f"the loss is NaN, at or before step {line.step}"
         if exhausted:
-            gives_up = f"the loss scale came to its floor, where {type(scaler).__name__} gives up"
-            self._fail(f"{gives_up}, at or before step {line.step}", step, state)
+            scaler = type(self.training.experiment.make_scaler()).__name__
+            return f"the loss scale came to its floor, where {scaler} gives up, at or before step {line.step}"
+        return None
 
     def _evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         values = compute(self.training.evaluate(state, split))
@@ -366,7 +403,7 @@ class _Session:
         return summary
 
     def _best(self) -> tuple[int, float]:
-        sign = 1 if self.loop.mode == "max" else -1
+        sign = 1 if self.loop.best_is == "max" else -1
         numbers = [pair for pair in self.evaluated if not math.isnan(pair[1])]
         return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
 
@@ -375,11 +412,6 @@ class _Session:
             return False
         best_step, _ = self._best()
         return sum(step > best_step for step, _ in self.evaluated) >= self.loop.patience
-
-    def _fail(self, what: str, step: int, state: TrainState) -> None:
-        self._save(step, state, self.training.no_metrics)
-        self.checkpoints.wait()
-        raise RunFailed(f"{what}; {self._culprit(step, state)}. The state is saved in {self.folder}")
 
     def _culprit(self, step: int, state: TrainState) -> str:
         """Names the first non-finite leaf, by repeating the last steps: a skipped one left the state as it was."""
@@ -397,6 +429,7 @@ class _Line(NamedTuple):
     """What a line of training metrics is made from; arrays that no later step is given to donate."""
 
     step: int
+    due: bool
     metrics: Metrics
     readings: dict[str, jax.Array]
 
@@ -421,13 +454,21 @@ def _check(training: Training) -> None:
             f"loop.monitor={loop.monitor!r} is nothing that is measured; expected one of {', '.join(measured)}"
             f"{nearest(loop.monitor, measured)}"
         )
+    train = training.source[np.arange(1)]
     for split in ("validation", "test"):
-        data.source(split)
+        row = data.source(split)[np.arange(1)]
+        for name in training.columns:
+            expected = f"{train[name].dtype}{list(train[name].shape[1:])}"
+            found = f"{row[name].dtype}{list(row[name].shape[1:])}" if name in row else "nothing"
+            if found != expected:
+                raise InputError(
+                    f"{name!r} of the {split} split is {found}; expected {expected}, as in the train split"
+                )
 
 
-def _recorded(folder: Path, experiment: Experiment, overwrite: bool) -> dict[str, Any] | None:
+def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The config.json of a run to be resumed; None where there is none, or it is to be overwritten."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.suffix == ".partial" or path.name == LOCK for path in folder.iterdir()):
         return None
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -444,7 +485,41 @@ def _recorded(folder: Path, experiment: Experiment, overwrite: bool) -> dict[str
             f"{folder} belongs to another experiment: hash {found}, expected {experiment.hash}; choose another "
             "--workdir, or --overwrite"
         )
+    if "source" in origin and "source" in config and _program(origin["source"]) != _program(config["source"]):
+        raise InputError(
+            f"{origin.get('file', 'the config')} has changed since {folder} began, in what no field of the experiment "
+            "shows: choose another --workdir, or --overwrite"
+        )
     return config
+
+
+def _program(source: str) -> str:
+    """What a Python file does: without comments, layout and the docstring, which records results."""
+    module = ast.parse(source)
+    if ast.get_docstring(module) is not None:
+        del module.body[0]
+    return ast.dump(module)
+
+
+def _delete(folder: Path) -> None:
+    """Takes the name away first, so that a kill on the way leaves nothing that looks like a run and is none."""
+    doomed = folder.with_name(f"{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within: no other process trains in this folder. The lock goes with the process, however that ends."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {folder}; wait for it, or choose another --workdir"
+            ) from None
+        yield
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -455,10 +530,23 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _null_for_nan(value: Any) -> Any:
+    """JSON has neither NaN nor infinities."""
+    if isinstance(value, dict):
+        return {name: _null_for_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write_json(path: Path, value: Any) -> None:
     """Writes a file that is either whole or not there."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(_null_for_nan(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 

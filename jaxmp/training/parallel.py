@@ -88,7 +88,9 @@ class Replicas:
 
     def own_key(self, key: jax.Array) -> jax.Array:
         """A key that differs between replicas; `key` itself where there is one."""
-        return key if self.axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        if self.axis_name is None or jax.lax.axis_size(self.axis_name) == 1:
+            return key
+        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
 
 
 single = Replicas()
@@ -126,10 +128,14 @@ class Devices:
         cpu = self.mesh.devices.flat[0].platform == "cpu"
         return {"xla_cpu_copy_insertion_use_region_analysis": True} if cpu else {}
 
+    def whole(self, tree: Any) -> Any:
+        """A pytree of arrays on every device, for a program that is not mapped."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
     def put(self, tree: Any) -> Any:
         """A pytree of arrays on every device."""
         if self.mode == "jit":
-            return jax.device_put(tree, NamedSharding(self.mesh, P()))
+            return self.whole(tree)
         stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.count, *jnp.shape(x))), tree)
         return jax.device_put(stack, NamedSharding(self.mesh, P(AXIS)))
 

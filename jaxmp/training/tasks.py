@@ -56,6 +56,11 @@ class Classification:
     def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
         """Mean cross-entropy in nats, and `accuracy`."""
         logits, labels = outputs.astype(jnp.float32), batch[self.target]
+        if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
+            raise InputError(
+                f"{self.target!r} is {labels.dtype}{list(labels.shape)} beside logits of {list(logits.shape)}; "
+                f"expected whole numbers, one an example: {list(logits.shape[:-1])}"
+            )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if self.label_smoothing:
             uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
@@ -89,6 +94,7 @@ def make_loss(
             # One key for all names: Linen falls back on "params" for a collection that it is given no key for.
             rngs = {"params": key}
             outputs, model_state = apply(variables, *inputs, rngs=rngs, mutable=list(model_state), **mode)
+            model_state = _without_sown(model_state)
         else:
             outputs = apply(variables, *inputs, **mode)
         loss, metrics = task(outputs, batch)
@@ -102,5 +108,10 @@ def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any,
     inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
     variables = dict(model.init(key, *inputs, **mode_argument(model, False)))
     params = variables.pop("params", {})
-    variables.pop("intermediates", None)  # what the model sows is for looking at, no state
-    return params, variables
+    return params, _without_sown(variables)
+
+
+def _without_sown(variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections without what the model sows, which is for looking at and no state: Flax keeps it in tuples."""
+    kept = {name: _without_sown(v) if isinstance(v, dict) else v for name, v in variables.items()}
+    return {name: v for name, v in kept.items() if not isinstance(v, tuple) and not (isinstance(v, dict) and not v)}

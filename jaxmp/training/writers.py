@@ -104,9 +104,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinite where it was cut off while it was written."""
+    """The step of a line; infinite for one that a run which goes on writes again: the test, or what was cut off."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        record = json.loads(line)
+        return record["step"] if line.endswith(b"\n") and record["split"] != "test" else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 
