@@ -43,7 +43,12 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def slow(names):
+    """The convolutions that take long to compile are for the slow tests."""
+    return [name if name.startswith("digits") else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow(CONFIGS))
 def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(name, tmp_path):
     experiment = four_steps(shipped(name))
     whole = fit(experiment, workdir=tmp_path / "whole", say=lambda text: None)

@@ -109,6 +109,7 @@ def test_a_stream_can_be_left_early_and_a_source_that_raises_is_heard():
         next(stream(Broken(), BATCHES, 0, 2))
 
 
+@pytest.mark.slow
 def test_worker_processes_stream_the_same_batches():
     assert all(map(same, stream(SOURCE, BATCHES, 2, 7, workers=2), stream(SOURCE, BATCHES, 2, 7)))
 

@@ -313,6 +313,7 @@ def outcome():
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.xdist_group("eight devices")  # so that one worker starts that process once
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_eight_devices(case, outcome):
     assert outcome[case] == "passed", outcome[case]

@@ -167,6 +167,7 @@ def scaler_state(scale: float) -> ScalerState:
 
 def require_power_of_two(name: str, value: float) -> None:
     """Raises InputError where `value`, called `name`, is no power of two within float32's normal range."""
+    value = float(value)  # of NumPy's float16, the bounds below are infinite
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5):
         below = 2.0 ** math.floor(math.log2(value)) if math.isfinite(value) and value > 0 else 1.0
         raise InputError(f"{name}={value!r}: expected a power of two, such as {below:g}; others round the gradients")

@@ -1,0 +1,53 @@
+"""Replicas without devices: a step that is written for `pmap`, run over a mapped axis on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp.errors import InputError
+
+
+def replicated(adapter: Any, axis_name: str, replicas: int = 4) -> Any:
+    """The adapter of a step over several replicas, from that of the step on one: what `pmap` would do, by `vmap`.
+
+    The state gets a leading axis, and the rows of the batch are dealt out along it.
+
+    Args:
+      adapter: an adapter whose `step` is not compiled and reduces its gradients over `axis_name`.
+      axis_name: the mapped axis that the step knows of.
+      replicas: how many.
+
+    Raises:
+      InputError: the rows of the batch do not divide over the replicas.
+    """
+
+    def deal(x: Any) -> Any:
+        if x.shape[0] % replicas:
+            raise InputError(f"replicated: a batch of {x.shape[0]} rows does not divide over {replicas} replicas")
+        return x.reshape(replicas, -1, *x.shape[1:])
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], tree)
+
+    def trace(state: Any, batch: Any) -> Any:
+        return jax.make_jaxpr(adapter.step, axis_env=[(axis_name, replicas)])(first(state), first(batch))
+
+    fields = {
+        "init": lambda: jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * replicas), adapter.init()),
+        "step": jax.jit(jax.vmap(adapter.step, axis_name=axis_name)),
+        "batch": jax.tree.map(deal, adapter.batch),
+        "stacked": True,
+        "trace": trace,
+    }
+    if dataclasses.is_dataclass(adapter) and not isinstance(adapter, type):
+        return dataclasses.replace(adapter, **fields)
+    return types.SimpleNamespace(**{**{name: getattr(adapter, name) for name in _public(adapter)}, **fields})
+
+
+def _public(adapter: Any) -> list[str]:
+    return [name for name in dir(adapter) if not name.startswith("_")]

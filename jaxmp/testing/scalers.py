@@ -1,0 +1,488 @@
+"""Laws of a loss scaler: how it scales a loss, unscales gradients and moves its scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
+from jaxmp.testing.strategies import Steps, float_bits, leaves_without_gradient, overflow_traces
+from jaxmp.testing.trees import describe, first_difference, restored, same_structure, snapshot, type_difference
+
+METHODS = ("init", "scale", "unscale", "adjust")
+SMALLEST, LARGEST = 2.0**-126, 2.0**126  # S and 1/S are normal float32 numbers
+MANY = 2**18
+"""finite steps in which a scale has to show its cap: 130 growths at an interval of 2000"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalerAdapter:
+    """What `scaler_laws` asks of a scaler. Any object with these methods will do."""
+
+    init: Callable[[], Any]
+    """the state before the first step, a pytree"""
+    scale: Callable[[Any, jax.Array], jax.Array]
+    """`scale(state, loss)`: the loss, a scalar, times the scale"""
+    unscale: Callable[[Any, Any], Any]
+    """`unscale(state, grads)`: a pytree of scaled gradients divided by the scale"""
+    adjust: Callable[[Any, jax.Array], Any]
+    """`adjust(state, finite)`: the state after a step whose gradients were all finite, or not (bool scalar)"""
+    growth_interval: int | None = None
+    """finite steps in a row before the scale grows, where the scaler claims a number"""
+    min_scale: float | None = None
+    """floor of the scale, where the scaler claims one"""
+    max_scale: float | None = None
+    """cap of the scale, where the scaler claims one"""
+
+
+def scaler_laws(adapter: Any) -> Laws:
+    """The laws of a loss scaler, as a table and as tests.
+
+    Args:
+      adapter: a `ScalerAdapter`, or any object with its methods; `from_value_and_grad` makes one of a library that has
+        all three in one function. `growth_interval`, `min_scale` and `max_scale` may be given too.
+
+    Raises:
+      InputError: the adapter lacks a method.
+
+    >>> import jmp
+    >>> from jaxmp.testing import ScalerAdapter, scaler_laws
+    >>> laws = scaler_laws(
+    ...     ScalerAdapter(
+    ...         init=lambda: jmp.DynamicLossScale(jnp.float32(2.0**15)),
+    ...         scale=lambda state, loss: state.scale(loss),
+    ...         unscale=lambda state, grads: state.unscale(grads),
+    ...         adjust=lambda state, finite: state.adjust(finite),
+    ...     )
+    ... )
+    >>> laws["leaves_without_gradient_stay"].words
+    "unscale turned {'w': float32[1], 'x': int32[]} into {'w': float32[1], 'x': float32[]}: leaf ['x'] was int32[]"
+    """
+    subject = _Subject(adapter)
+    laws = [
+        Law(name, statement, functools.partial(check, subject))
+        for name, statement, check in (
+            ("types_stay", "The state keeps its structure, dtypes and weak types: one compile a run.", types_stay),
+            ("same_in_jit_and_scan", "A state moves alike eagerly, in jit, in scan and in pmap.", same_in_jit_and_scan),
+            ("survives_saving", "A state saved and restored goes on as if nothing had been.", survives_saving),
+            ("power_of_two", "The scale is a power of two; it and its inverse are normal float32s.", power_of_two),
+            ("within_bounds", "The scale stays within the floor and the cap that the scaler claims.", within_bounds),
+            ("right_direction", "An overflow never raises the scale, a finite step never lowers it.", right_direction),
+            ("falls_and_recovers", "A scale that grows also falls, and grows again.", falls_and_recovers),
+            ("growth_interval", "The scale grows after the finite steps in a row that are claimed.", growth_interval),
+            ("loss_in_float32", "The loss is scaled in float32, whatever dtype it has.", loss_in_float32),
+            ("unscaling_is_exact", "Unscaling gives back float32 gradients to the bit, always.", unscaling_is_exact),
+            ("unscales_in_float32", "Half gradients are unscaled in float32.", unscales_in_float32),
+            ("leaves_without_gradient_stay", "Integers, bools, keys and float0 stay.", leaves_without_gradient_stay),
+            ("fp8_leaves_stay", "Leaves in fp8, scales and histories, are not unscaled.", fp8_leaves_stay),
+        )
+    ]
+    require_methods("scaler_laws", adapter, METHODS, laws)
+    return Laws("the scaler" if isinstance(adapter, ScalerAdapter) else type(adapter).__name__, laws)
+
+
+def from_value_and_grad(
+    init: Callable[[], Any],
+    value_and_grad: Callable[[Any, Callable[[Any], jax.Array], Any], tuple[Any, Any, Any]],
+    **claims: Any,
+) -> ScalerAdapter:
+    """An adapter for a library that scales, unscales and adjusts in one function.
+
+    Args:
+      init: `init() -> state`.
+      value_and_grad: `value_and_grad(state, loss_fn, params) -> (loss, grads, state)`: unscaled, and adjusted.
+      claims: `growth_interval`, `min_scale`, `max_scale`, see `ScalerAdapter`.
+    """
+
+    @jax.custom_vjp
+    def chosen(params: Any, loss: Any, grads: Any) -> Any:
+        return loss
+
+    # Whatever cotangent arrives, these are the gradients; "cotangent" among them stands for what arrived.
+    def backward(grads: Any, cotangent: Any) -> Any:
+        if grads is None:
+            grads = {"cotangent": cotangent.astype(jnp.float32), "one": jnp.ones((), jnp.float32)}
+        return grads, None, None
+
+    chosen.defvjp(lambda params, loss, grads: (loss, grads), backward)
+
+    def scale(state: Any, loss: Any) -> Any:
+        params = {"cotangent": jnp.float32(0), "one": jnp.float32(0)}
+        _, grads, _ = value_and_grad(state, lambda p: chosen(p, loss, None), params)
+        # What was divided by the scale on the way is in both; XLA must not cancel it, where one alone would overflow.
+        cotangent, one = jax.lax.optimization_barrier((grads["cotangent"], grads["one"]))
+        return loss.astype(jnp.float32) * (cotangent / one)
+
+    def unscale(state: Any, grads: Any) -> Any:
+        params = jax.tree.map(jnp.zeros_like, grads)
+        return value_and_grad(state, lambda p: chosen(p, jnp.float32(1), grads), params)[1]
+
+    def adjust(state: Any, finite: Any) -> Any:
+        grad = jnp.where(finite, jnp.float32(1), jnp.inf)
+        return value_and_grad(state, lambda p: chosen(p, jnp.float32(1), grad), jnp.float32(0))[2]
+
+    return ScalerAdapter(init, scale, unscale, adjust, **claims)
+
+
+class _Subject:
+    """An adapter with its functions compiled, and states of interest."""
+
+    def __init__(self, adapter: Any):
+        self.adapter = adapter
+        self._adjust: Any = jax.jit(adapter.adjust) if callable(getattr(adapter, "adjust", None)) else None
+        self._scale: Any = jax.jit(adapter.scale) if callable(getattr(adapter, "scale", None)) else None
+
+    def claim(self, name: str) -> Any:
+        value = getattr(self.adapter, name, None)
+        if value is None:
+            raise Skipped(f"the adapter claims no {name}")
+        return value
+
+    def init(self) -> Any:
+        return calling("the adapter's init", self.adapter.init)
+
+    def adjust(self, state: Any, finite: bool) -> Any:
+        return calling("the adapter's adjust", self._adjust, state, jnp.bool_(finite), given=f"finite={finite}")
+
+    def scale_of(self, state: Any) -> np.float32:
+        scaled = calling("the adapter's scale", self._scale, state, jnp.float32(1))
+        if jnp.shape(scaled) != ():
+            raise Broken(f"scale of a scalar loss returned {describe(scaled)}")
+        return np.float32(scaled)
+
+    def unscale(self, state: Any, grads: Any) -> Any:
+        out = calling("the adapter's unscale", self.adapter.unscale, state, grads, given=describe(grads))
+        if not same_structure(out, grads):
+            raise Broken(f"unscale returned {describe(out)} for {describe(grads)}")
+        return out
+
+    def after(self, steps: Steps) -> Any:
+        state = self.init()
+        for finite in steps:
+            state = self.adjust(state, finite)
+        return state
+
+    def finite_run(self, state: Any) -> tuple[Any, np.ndarray]:
+        """The state after `MANY` more finite steps, and the scale after each, float32 (MANY,)."""
+
+        def step(state: Any, _: None) -> tuple[Any, jax.Array]:
+            state = self.adapter.adjust(state, jnp.bool_(True))
+            return state, jnp.float32(self.adapter.scale(state, jnp.float32(1)))
+
+        run = jax.jit(lambda state: jax.lax.scan(step, state, None, length=MANY))
+        state = self.adjust(state, True)  # what was weakly typed at first no longer is
+        state, scales = calling("the adapter's adjust", run, state, given=f"{MANY} finite steps in a scan")
+        return state, np.asarray(scales)
+
+    @functools.cached_property
+    def longest_run(self) -> tuple[Any, np.ndarray]:
+        return self.finite_run(self.init())
+
+    @functools.cached_property
+    def states(self) -> dict[str, Any]:
+        """States in which unscaling has gone wrong somewhere."""
+        _, scales = self.longest_run
+        states = {"at first": self.init(), "after an overflow": self.after(Steps([(False, 1)]))}
+        grown = np.flatnonzero(scales[1:] != scales[:-1])
+        if len(grown):
+            good = int(grown[0]) + 2  # one step before the run, and `scales` begins after its first
+            states[f"on the growth step ({good + 1} finite steps)"] = self.after(Steps([(True, good)]))
+        states["after 400 overflows"] = self.after(Steps([(False, 400)]))
+        states[f"after {MANY} finite steps"] = self.longest_run[0]
+        return states
+
+
+def types_stay(subject: _Subject) -> None:
+    """Trap T7, defect B11."""
+
+    def counterexample(steps: Steps) -> str | None:
+        different = type_difference(subject.init(), subject.after(steps))
+        return f"after {steps}: {different}" if different else None
+
+    require(overflow_traces(max_runs=2, longest=3, min_runs=1), counterexample)
+
+
+def same_in_jit_and_scan(subject: _Subject) -> None:
+    """Defect B1."""
+    adapter = subject.adapter
+
+    def scales(steps: Steps, adjust: Any) -> list[float]:
+        state, seen = subject.init(), []
+        for finite in steps:
+            state = calling(
+                "the adapter's adjust", adjust, state, jnp.bool_(finite), given=f"finite={finite}, after {steps}"
+            )
+            seen.append(float(calling("the adapter's scale", adapter.scale, state, jnp.float32(1))))
+        return seen
+
+    def scan(steps: Steps) -> list[float]:
+        def step(state: Any, finite: jax.Array) -> Any:
+            state = adapter.adjust(state, finite)
+            return state, adapter.scale(state, jnp.float32(1))
+
+        flags = jnp.array([bool(f) for f in steps])
+        return calling("the adapter's adjust", jax.lax.scan, step, subject.init(), flags, given="a scan")[1].tolist()
+
+    mapped = jax.pmap(lambda state, finite: adapter.adjust(state, finite))
+
+    def on_all_devices(state: Any, finite: Any) -> Any:
+        count = jax.local_device_count()
+        out = mapped(*jax.tree.map(lambda x: np.stack([np.asarray(x)] * count), (state, finite)))
+        return jax.tree.map(lambda x: x[-1], out)
+
+    def counterexample(steps: Steps) -> str | None:
+        eager = scales(steps, adapter.adjust)
+        others = {"jit": lambda: scales(steps, subject._adjust), "scan": lambda: scan(steps)}
+        if len(steps) <= 8:
+            others["pmap"] = lambda: scales(steps, on_all_devices)
+        for name, run in others.items():
+            found = run()
+            if found != eager:
+                i = next(i for i in range(len(eager)) if found[i] != eager[i])
+                return f"after {steps.upto(i + 1)} the scale is {eager[i]:g}, but in {name} it is {found[i]:g}"
+        return None
+
+    require(overflow_traces(max_runs=2, longest=40, min_runs=1), counterexample)
+
+
+def survives_saving(subject: _Subject) -> None:
+    """Defect B18."""
+
+    def counterexample(pair: tuple[Steps, Steps]) -> str | None:
+        before, after = pair
+        state = subject.after(before)
+        saved = snapshot(state)
+        through = functools.reduce(subject.adjust, after, state)
+        # What happens in between, in some other run, is not to matter.
+        for finite in (True, False):
+            subject.adjust(subject.init(), finite)
+        again = functools.reduce(subject.adjust, after, restored(saved, state))
+        different = first_difference(snapshot(through), snapshot(again))
+        if different:
+            return f"after {before}, saved, restored, and then {after}: {different}"
+        return None
+
+    traces = overflow_traces(max_runs=2, longest=5)
+    require(st.tuples(traces, traces), counterexample)
+
+
+def power_of_two(subject: _Subject) -> None:
+    """Defects B9 and B10, trap T10."""
+
+    def wrong(scale: Any) -> str | None:
+        scale = float(scale)
+        if math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5:
+            return None
+        why = "no power of two" if math.isfinite(scale) and SMALLEST <= scale <= LARGEST else "beyond 2**-126 to 2**126"
+        return f"the scale is {scale:g}, {why}"
+
+    def counterexample(steps: Steps) -> str | None:
+        words = wrong(subject.scale_of(subject.after(steps)))
+        return f"after {steps} {words}" if words else None
+
+    require(overflow_traces(max_runs=3, longest=20), counterexample)
+    state = subject.init()
+    for i in range(400):
+        state = subject.adjust(state, False)
+        if words := wrong(subject.scale_of(state)):
+            raise Broken(f"after {Steps([(False, i + 1)])} {words}")
+    for at in _changes(subject.longest_run[1]):
+        if words := wrong(subject.longest_run[1][at]):
+            raise Broken(f"after {Steps([(True, at + 2)])} {words}")
+
+
+def within_bounds(subject: _Subject) -> None:
+    """The floor and the cap."""
+    if getattr(subject.adapter, "min_scale", None) is None:
+        subject.claim("max_scale")
+    least = getattr(subject.adapter, "min_scale", None) or 0.0
+    most = getattr(subject.adapter, "max_scale", None) or math.inf
+
+    def counterexample(steps: Steps) -> str | None:
+        scale = subject.scale_of(subject.after(steps))
+        if least <= scale <= most:
+            return None
+        return f"after {steps} the scale is {scale:g}; claimed: from {least:g} to {most:g}"
+
+    require(overflow_traces(max_runs=2, longest=80), counterexample)
+    scales = subject.longest_run[1]
+    for at in _changes(scales):
+        if not least <= scales[at] <= most:
+            raise Broken(
+                f"after {at + 2} finite steps the scale is {scales[at]:g}; claimed: from {least:g} to {most:g}"
+            )
+
+
+def right_direction(subject: _Subject) -> None:
+    """The scale falls on overflows and rises on finite steps, if at all."""
+
+    def counterexample(steps: Steps) -> str | None:
+        state = subject.init()
+        for i, finite in enumerate(steps):
+            before, state = subject.scale_of(state), subject.adjust(state, finite)
+            after = subject.scale_of(state)
+            if after < before if finite else after > before:
+                kind = "a finite step" if finite else "an overflow"
+                return f"after {steps.upto(i)}, {kind} turned the scale {before:g} into {after:g}"
+        return None
+
+    require(overflow_traces(max_runs=3, longest=10), counterexample)
+    scales = subject.longest_run[1]
+    lowered = np.flatnonzero(scales[1:] < scales[:-1])
+    if len(lowered):
+        at = int(lowered[0])
+        raise Broken(f"after {at + 2} finite steps, one more turned the scale {scales[at]:g} into {scales[at + 1]:g}")
+
+
+def falls_and_recovers(subject: _Subject) -> None:
+    """Defect B10: what reaches 0 or inf stays there."""
+    top, scales = subject.longest_run
+    first = subject.scale_of(subject.init())
+    if scales[-1] <= first:
+        raise Skipped(f"the scale does not grow in {MANY} finite steps")
+    state = top
+    for _ in range(64):
+        state = subject.adjust(state, False)
+    low = subject.scale_of(state)
+    if not low < scales[-1]:
+        raise Broken(f"after {MANY} finite steps the scale is {scales[-1]:g}; after 64 overflows more, still {low:g}")
+    _, again = subject.finite_run(state)
+    if not again[-1] > low:
+        raise Broken(f"at {low:g}, where 64 overflows have brought it, the scale stays for {MANY} finite steps")
+
+
+def growth_interval(subject: _Subject) -> None:
+    """The rule of torch: at N finite steps in a row; counted anew after a growth, and after an overflow."""
+    interval = subject.claim("growth_interval")
+    if interval > 5000:
+        raise Skipped(f"an interval of {interval} takes too long; give the laws a scaler with a shorter one")
+
+    def grown(steps: Steps) -> int | None:
+        """Finite steps until the scale grows, or None."""
+        state = subject.after(steps)
+        for count in range(1, interval + 2):
+            before, state = subject.scale_of(state), subject.adjust(state, True)
+            if subject.scale_of(state) > before:
+                return count
+        return None
+
+    before = [Steps(), Steps([(False, 1)]), Steps([(True, interval)]), Steps([(True, interval // 2), (False, 1)])]
+    for steps in before:
+        count = grown(steps)
+        if count != interval:
+            ended = f"grew after {count} finite steps" if count else f"did not grow within {interval + 1} finite steps"
+            raise Broken(f"after {steps} the scale {ended}; claimed: {interval}")
+
+
+def loss_in_float32(subject: _Subject) -> None:
+    """Defect B11, rule 1: the product of a float16 loss and the scale would overflow."""
+
+    def counterexample(pair: tuple[str, float]) -> str | None:
+        name, loss = pair[0], jnp.asarray(pair[1], pair[0])
+        state = subject.init()
+        scale, scaled = (
+            float(subject.scale_of(state)),
+            calling("the adapter's scale", subject._scale, state, loss, given=name),
+        )
+        if scaled.dtype == jnp.float32 and float(scaled) == float(loss) * scale:
+            return None
+        return f"a {name} loss of {float(loss):g} under the scale {scale:g} became {scaled.dtype} {float(scaled):g}"
+
+    values = st.sampled_from([1.0, 3.0, 0.5, 100.0])
+    require(st.tuples(st.sampled_from(["float32", "float16", "bfloat16"]), values), counterexample)
+
+
+def unscaling_is_exact(subject: _Subject) -> None:
+    """Defects B7 and B9: with any scale that is reached, the growth step included."""
+    random = np.random.default_rng(0)
+    many = np.ldexp(random.uniform(1, 2, 4096), random.integers(-20, 4, 4096)).astype(np.float32)
+
+    def check(name: str, state: Any, grads: np.ndarray) -> str | None:
+        scale = subject.scale_of(state)
+        with np.errstate(all="ignore"):
+            scaled = grads * scale
+        fits = np.isfinite(scaled) & (np.abs(scaled) >= 2.0**-126) & (np.abs(grads) >= 2.0**-126)
+        grads, scaled = grads[fits], scaled[fits]
+        out = np.asarray(subject.unscale(state, {"w": jnp.asarray(scaled)})["w"])
+        wrong = np.flatnonzero(out.astype(np.float64) != grads)
+        if not len(wrong):
+            return None
+        at = wrong[np.argmin(np.abs(np.log2(np.abs(grads[wrong]))))]
+        return (
+            f"{name}, under the scale {scale:g}: a gradient of {grads[at]:.9g}, scaled to {scaled[at]:.9g}, "
+            f"came back as {out[at]:.9g} ({len(wrong)} of {len(grads)} gradients differ)"
+        )
+
+    for name, state in subject.states.items():
+        for grads in (np.ones(1, np.float32), many):
+            if words := check(name, state, grads):
+                raise Broken(words)
+
+    def counterexample(pair: tuple[Steps, np.ndarray]) -> str | None:
+        return check(f"after {pair[0]}", subject.after(pair[0]), np.atleast_1d(pair[1]))
+
+    finite = float_bits(jnp.float32).filter(np.isfinite)
+    require(st.tuples(overflow_traces(max_runs=2, longest=6), finite), counterexample)
+
+
+def unscales_in_float32(subject: _Subject) -> None:
+    """Defect B3: unscaled in float16, a true gradient of 2**-25 becomes 0."""
+    state = subject.init()
+    scale = float(subject.scale_of(state))
+
+    def counterexample(grad: Any) -> str | None:
+        out = np.asarray(subject.unscale(state, {"w": jnp.asarray(grad).reshape(1)})["w"])
+        true = float(grad) / scale
+        if not math.isfinite(true) or 0 < abs(true) < 2.0**-126:
+            return None
+        if out.dtype == np.float32 and float(out[0]) == float(np.float32(true)):
+            return None
+        return (
+            f"a {grad.dtype.name} gradient of {float(grad):g} under the scale {scale:g} became "
+            f"{out.dtype.name} {float(out[0]):g}; true: {true:g}"
+        )
+
+    for grad in (np.float16(2.0**-10), jnp.bfloat16(1)):
+        if words := counterexample(np.asarray(grad)):
+            raise Broken(words)
+    for dtype in (jnp.float16, jnp.bfloat16):
+        require(float_bits(dtype).filter(lambda x: np.isfinite(x.astype(np.float32))), counterexample)
+
+
+def leaves_without_gradient_stay(subject: _Subject) -> None:
+    """Defect B4. A zero of the same dtype is as good: the update of such a leaf."""
+    require(leaves_without_gradient().filter(lambda x: not _is_fp8(x)), functools.partial(_kept, subject))
+
+
+def fp8_leaves_stay(subject: _Subject) -> None:
+    """Defect B12."""
+    require(leaves_without_gradient().filter(_is_fp8), functools.partial(_kept, subject))
+
+
+def _kept(subject: _Subject, leaf: Any) -> str | None:
+    tree = {"w": jnp.ones(1, jnp.float32), "x": leaf}
+    out = subject.unscale(subject.init(), tree)
+    if getattr(out["x"], "dtype", None) != leaf.dtype or jnp.shape(out["x"]) != jnp.shape(leaf):
+        return f"unscale turned {describe(tree)} into {describe(out)}: leaf ['x'] was {describe(leaf)}"
+    if not first_difference(snapshot(out["x"]), snapshot(leaf)):
+        return None
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and not np.any(np.asarray(out["x"]).astype(bool)):
+        return None
+    return f"unscale turned the {describe(leaf)} {leaf} into {out['x']}"
+
+
+def _is_fp8(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _changes(scales: np.ndarray) -> list[int]:
+    """Where a run of scales takes a new value."""
+    return [0, *(int(i) + 1 for i in np.flatnonzero(scales[1:] != scales[:-1]))]

@@ -1,0 +1,395 @@
+"""Laws of a train step: what it commits, what it skips, and how its loss scale moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxmp.errors import InputError
+from jaxmp.testing import faults
+from jaxmp.testing.faults import BadBatch, Clean, Fault
+from jaxmp.testing.jaxprs import equations
+from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
+from jaxmp.testing.trees import Snapshot, first_difference, is_float, restored, snapshot, type_difference
+from jaxmp.testing.trial import (
+    GROWTH_SECONDS,
+    GROWTH_STEPS,
+    NO_GRADIENT,
+    Trial,
+    compiles,
+    copied,
+    copies,
+    gross_difference,
+    one_copy,
+    words,
+)
+
+SMALLEST, LARGEST = 2.0**-126, 2.0**126  # S and 1/S are normal float32 numbers
+REFERENCE_BOUND = {np.dtype(np.float32): 2.0**-14, np.dtype(np.float16): 2.0**-5, np.dtype(jnp.bfloat16): 2.0**-2}
+"""the same between two programs: 1024 unit roundoffs of float32, 64 of a half"""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepAdapter:
+    """What `step_laws` asks of a train step. Any object with these attributes will do."""
+
+    init: Callable[[], Any]
+    """a fresh state, the same at each call; a pytree"""
+    step: Callable[[Any, Any], Any]
+    """`step(state, batch)`: the new state, or a tuple that begins with it. Compiled, as it is run; it may donate"""
+    batch: Any
+    """a batch, as the step takes it, all of whose rows count"""
+    kept: Callable[[Any], Any] | None = None
+    """`kept(state)`: all that a skipped step has to leave as it was: parameters, moments, counts, statistics, EMA. By
+    default, where `jaxmp.loss_scaling` is in the state: all but what it keeps for itself, and leaves called `step`"""
+    loss_scale: Callable[[Any], Any] | None = None
+    """`loss_scale(state)`: the scale of the next loss; by default that of `jaxmp.loss_scaling`"""
+    loss: Callable[[Any], Any] | None = None
+    """`loss(out)`: the unscaled loss, from all that `step` returned"""
+    stacked: bool = False
+    """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
+    microbatches: int = 1
+    """steps that make one update"""
+    trace: Callable[[Any, Any], Any] | None = None
+    """`trace(state, batch)`: the jaxpr of the step, where `step` cannot be traced as it is"""
+
+
+def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
+    """The laws of a train step, as a table and as tests.
+
+    Args:
+      adapter: a `StepAdapter`, or any object with its attributes.
+      reference: the adapter of a step that ought to do the same: on one device, in float32, in one batch instead of
+        several.
+
+    Raises:
+      InputError: the adapter lacks `init`, `step` or `batch`; or `kept`, where it cannot be found out.
+    """
+    trial = Trial(adapter)
+    laws = [
+        Law(name, statement, functools.partial(check, trial))
+        for name, statement, check in (
+            ("repeatable", "The same state and batches give the same bits.", repeatable),
+            ("types_stay", "The state keeps its structure, shapes, dtypes and weak types.", types_stay),
+            ("one_compile", "One compile a run.", one_compile),
+            ("trains", "Steps on a good batch are applied, and what they commit is finite.", trains),
+            ("scale_is_sound", "The loss scale is a strong float32, a power of two with an inverse.", scale_is_sound),
+            ("bad_gradient_is_skipped", "An inf or NaN in any gradient leaves all as it was.", bad_gradient_is_skipped),
+            ("bad_batch_is_skipped", "An inf or NaN anywhere in the batch leaves all as it was.", bad_batch_is_skipped),
+            ("bad_loss_is_skipped", "A loss that is not finite leaves all as it was.", bad_loss_is_skipped),
+            ("scale_falls", "A skipped step lowers the loss scale, an applied one does not.", scale_falls),
+            ("skips_leave_no_trace", "After skipped steps, training goes on as without them.", skips_leave_no_trace),
+            ("growth_step_is_right", "The step on which the scale grows is like any other.", growth_step_is_right),
+            ("random_numbers_advance", "A skipped step uses up its random numbers.", random_numbers_advance),
+            ("survives_saving", "A state saved and restored goes on as if nothing had been.", survives_saving),
+            ("replicas_agree", "All replicas hold the same bits, whichever had the fault.", replicas_agree),
+            ("reduced_in_float32", "Gradients are not summed over replicas in float16.", reduced_in_float32),
+            ("as_the_reference", "The step does what the reference does.", functools.partial(_as_reference, reference)),
+        )
+    ]
+    require_methods("step_laws", adapter, ("init", "step"), laws)
+    if getattr(adapter, "batch", None) is None:
+        raise InputError(f"step_laws: the adapter {type(adapter).__name__} has no batch, which every law steps on")
+    return Laws("the step" if isinstance(adapter, StepAdapter) else type(adapter).__name__, laws)
+
+
+# --- laws
+
+
+def repeatable(trial: Trial) -> None:
+    """Keys, counters and data positions are in the state, and nowhere else."""
+
+    def counterexample(count: int) -> str | None:
+        first = snapshot(trial.run([Clean()] * count))
+        again = calling("the adapter's init", trial.adapter.init)
+        for _ in range(count):
+            again = trial.step(again)
+        different = first_difference(first, snapshot(again))
+        return f"the second time after init and {words([Clean()] * count)}, {different}" if different else None
+
+    require(st.integers(0, 3), counterexample)
+
+
+def types_stay(trial: Trial) -> None:
+    """Traps T7 and T17, defect B11."""
+    for trace in ([Clean()], [Clean()] * 2, [trial.any_fault]):
+        if different := type_difference(trial.fresh(), trial.run(trace)):
+            raise Broken(f"after {words(trace)}: {different}")
+
+
+def one_compile(trial: Trial) -> None:
+    """Trap T7: what is weakly typed at first, or counted in Python, compiles again."""
+    with faults.compiled_anew():
+        state = trial.step(trial.fresh())
+        for count in (2, 3, 4):
+            before = compiles()
+            state = trial.step(state)
+            new = compiles() - before
+            if new:
+                raise Broken(f"step {count} compiled {new} program{'s' * (new > 1)}, after what step 1 had compiled")
+
+
+def trains(trial: Trial) -> None:
+    """A step that skips everything would obey all the other laws."""
+    state = trial.fresh()
+    before = snapshot(trial.kept(state))
+    patience = 24 * (trial.read("microbatches") or 1)
+    for count in range(1, patience + 1):
+        state = trial.step(state)
+        after = snapshot(trial.kept(state))
+        for path, leaf in zip(after.paths, after.leaves, strict=True):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.all(np.isfinite(leaf.astype(np.float64))):
+                raise Broken(f"after {words([Clean()] * count)} on the adapter's batch, leaf {path} is not finite")
+        if first_difference(before, after):
+            return
+    raise Broken(f"after {patience} steps on the adapter's batch nothing has changed")
+
+
+def scale_is_sound(trial: Trial) -> None:
+    """Rule 1 of a step; defects B9, B10 and B11, trap T10."""
+
+    def counterexample(faulty: list[bool]) -> str | None:
+        trace: Sequence[Fault] = [trial.any_fault if bad else Clean() for bad in faulty]
+        leaf = trial.scale_leaf(trial.run(trace))
+        after = f"after {words(trace)} the loss scale"
+        if not hasattr(leaf, "dtype"):
+            return f"{after} is a Python number, {leaf}: weakly typed, it multiplies a float16 loss in float16"
+        if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
+            return f"{after} is {leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
+        scale = float(leaf)
+        if not (math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5):
+            return f"{after} is {scale:g}, no power of two between 2**-126 and 2**126"
+        return None
+
+    trial.scale_leaf(trial.fresh())
+    require(st.lists(st.booleans(), max_size=4), counterexample)
+
+
+def bad_gradient_is_skipped(trial: Trial) -> None:
+    """Rules 4 and 7 of a step; defects B13, B15, B16 and B17."""
+    if not trial.bad_gradients:
+        raise Skipped(NO_GRADIENT)
+    for fault in trial.bad_gradients:
+        if different := _changed(trial, 0, fault, 1, False):
+            raise Broken(different)
+    _require_kept(trial, st.sampled_from(trial.bad_gradients))
+
+
+def bad_batch_is_skipped(trial: Trial) -> None:
+    """The same by way of the data: an overflow in the forward pass, on any row, so on any replica."""
+    if trial.bad_batches is None:
+        raise Skipped("the batch has no floats to put an inf into")
+    _require_kept(trial, trial.bad_batches)
+
+
+def bad_loss_is_skipped(trial: Trial) -> None:
+    """Rule 4: the loss is part of the flag, also where all gradients are finite."""
+    reader = trial.read("loss")
+    if reader is None:
+        raise Skipped("the adapter has no loss, so that it is not known when it is finite")
+    paths = [
+        (jax.tree_util.keystr(path), leaf.size)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trial.adapter.batch)
+        if is_float(leaf) and leaf.size
+    ]
+    for path, size in paths:
+        for value in (1e18, 1e25, 1e38):
+            fault = BadBatch(path, size - 1, value)
+            state = trial.fresh()
+            before = snapshot(trial.kept(state))
+            out = trial.out(state, fault)
+            loss = np.asarray(calling("the adapter's loss", reader, out), np.float64)
+            different = first_difference(before, snapshot(trial.kept(trial._state(out, trial._start))))
+            if different and not np.all(np.isfinite(loss)):
+                raise Broken(f"after {fault} the loss is {loss.ravel()[0]}, and yet {different}")
+
+
+def scale_falls(trial: Trial) -> None:
+    """Rule 8 of a step."""
+    fault = trial.any_fault
+    state = trial.fresh()
+    first = trial.scale(state)
+    for count in range(1, 9):
+        before, state = trial.scale(state), trial.step(state, fault)
+        if trial.scale(state) > before:
+            raise Broken(f"after {words([fault] * count)} the scale rose from {before:g} to {trial.scale(state):g}")
+    low = trial.scale(state)
+    applied = trial.step(state)
+    if trial.scale(applied) < low:
+        raise Broken(f"after a step that could be applied the scale fell from {low:g} to {trial.scale(applied):g}")
+    if low == first and first != 1:
+        if trial.growth:
+            raise Broken(f"8 overflows in a row leave the scale at {first:g}; {trial.growth} finite steps raise it")
+
+
+def skips_leave_no_trace(trial: Trial) -> None:
+    """Rules 5 and 6: a scale lower by a power of two changes nothing; nor do schedules, decay or clipping move on.
+
+    To the bit; with float16 in the step, where gradients can underflow, within FLOAT16_BOUND. Presumes that the step
+    draws no random numbers, which are used up by a skipped step.
+    """
+    if trial.draws:
+        raise Skipped("the step draws random numbers, and a skipped step uses up its own")
+    fault = trial.any_fault
+    many = trial.read("microbatches") or 1
+    if many > 1:
+        raise Skipped("an overflow among several microbatches may drop what they have summed")
+
+    @functools.cache
+    def without(count: int) -> Snapshot:
+        return snapshot(trial.kept(trial.run([Clean()] * count)))
+
+    def counterexample(counts: tuple[int, int, int]) -> str | None:
+        before, bad, after = counts
+        trace = [Clean()] * before + [fault] * bad + [Clean()] * after
+        found = snapshot(trial.kept(trial.run(trace)))
+        different = trial.compare_kept(without(before + after), found, without(0))
+        if not different:
+            return None
+        return f"after {words(trace)}, unlike without what was skipped: {different}"
+
+    require(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3)), counterexample)
+
+
+def growth_step_is_right(trial: Trial) -> None:
+    """Defect B7: unscaled with the new scale, gradients are half of what they should be.
+
+    The step is compared with the same one after an overflow, on which the scale does not grow. Presumes that the step
+    draws no random numbers.
+    """
+    if trial.draws:
+        raise Skipped("the step draws random numbers, and a skipped step uses up its own")
+    if not trial.has_scale:
+        raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
+    count = trial.growth
+    if count is None:
+        raise Skipped(f"the scale does not grow within {GROWTH_STEPS} steps or {GROWTH_SECONDS:g} s on this batch")
+    if count == 1:
+        raise Skipped("the scale grows on every step; give the laws a step that grows on every second one")
+    state = trial.run([Clean()] * (count - 1))
+    start = copied(state)
+    usual = trial.step(trial.step(copied(state), trial.any_fault))
+    grown = trial.step(state)
+    if different := trial.compare(usual, grown, start):
+        raise Broken(f"on the step on which the scale grows, after {words([Clean()] * (count - 1))}: {different}")
+
+
+def random_numbers_advance(trial: Trial) -> None:
+    """Rule 7: the key stream always advances, so that a step that overflowed is not repeated as it was."""
+    if not trial.draws:
+        raise Skipped("the step draws no random numbers")
+    fault = trial.any_fault
+    plain = [snapshot(trial.kept(trial.run([Clean()] * n))) for n in (0, 1)]
+    if not first_difference(*plain):
+        raise Skipped("the first step is not applied")
+    after_skip = snapshot(trial.kept(trial.run([fault, Clean()])))
+    if not first_difference(plain[1], after_skip):
+        raise Broken(f"after {words([fault])}, a step draws the same random numbers as without it")
+
+
+def survives_saving(trial: Trial) -> None:
+    """Defect B18: N steps, saved, restored, M steps are N + M steps to the bit."""
+
+    def counterexample(counts: tuple[int, int, bool]) -> str | None:
+        before, after, bad = counts
+        first: Sequence[Fault] = [Clean()] * before + [trial.any_fault] * bad
+        state = trial.run(first)
+        saved = snapshot(state)
+        again = restored(saved, state)
+        trial.run([Clean(), trial.any_fault])  # what happens in another run is not to matter
+        through, again = (functools.reduce(trial.step, [Clean()] * after, s) for s in (state, again))
+        different = first_difference(snapshot(through), snapshot(again))
+        return f"after {words(first)}, saved, restored, and {after} steps: {different}" if different else None
+
+    require(st.tuples(st.integers(0, 2), st.integers(1, 2), st.booleans()), counterexample)
+
+
+def replicas_agree(trial: Trial) -> None:
+    """Defect B14."""
+    stacked = bool(trial.read("stacked"))
+    if len(copies(trial.fresh(), stacked)) < 2:
+        raise Skipped("there is one replica; jaxmp.testing.replicated makes several, and so do several devices")
+    strategy = st.lists(st.one_of(st.just(Clean()), _faults(trial)), max_size=2)
+
+    def counterexample(trace: Sequence[Fault]) -> str | None:
+        first, *others = copies(trial.run(trace), stacked)
+        for i, other in enumerate(others, 1):
+            if different := first_difference(first, other):
+                return f"after {words(trace)}, between replicas 0 and {i}: {different}"
+        return None
+
+    require(strategy, counterexample)
+
+
+def reduced_in_float32(trial: Trial) -> None:
+    """Trap T3: four float16 gradients of 40000 sum to inf."""
+    if trial.jaxpr is None:
+        raise Skipped("the step cannot be traced as a whole")
+    sums = [e for e, _ in equations(trial.jaxpr) if e.primitive.name.startswith(("psum", "reduce_scatter"))]
+    if not sums:
+        raise Skipped("the step sums nothing over replicas itself")
+    for equation in sums:
+        for operand in equation.invars:
+            if operand.aval.dtype == np.float16:
+                raise Broken(f"{equation.primitive.name} sums {operand.aval.str_short()} over replicas in float16")
+
+
+def _as_reference(reference: Any, trial: Trial) -> None:
+    """One and several devices, jit and pmap, k microbatches and one batch: within the dtype's bound."""
+    if reference is None:
+        raise Skipped("no reference was given")
+    other = Trial(reference)
+    if trial.draws or other.draws:
+        raise Skipped("the step draws random numbers, which may depend on how it is run")
+    split = trial.read("microbatches") or 1
+    parts = [
+        jax.tree.map(lambda x, i=i: x.reshape(split, -1, *x.shape[1:])[i], trial.adapter.batch) for i in range(split)
+    ]
+    found, expected = trial.fresh(), other.fresh()
+    start = one_copy(other.kept(expected), other)
+    for _ in range(3):
+        for part in parts if split > 1 else [trial.adapter.batch]:
+            found = trial._state(trial.out(found, Clean(), part), found)
+        expected = other.step(expected)
+    a, b = one_copy(other.kept(expected), other), one_copy(trial.kept(found), trial)
+    bound = max(REFERENCE_BOUND.get(d, 0.0) for d in trial.float_dtypes | other.float_dtypes)
+    if len(a.leaves) != len(b.leaves):
+        raise Broken(f"the reference keeps {len(a.leaves)} leaves, the step {len(b.leaves)}")
+    if different := gross_difference(a, Snapshot(a.paths, b.leaves), start, bound):
+        raise Broken(f"after 3 steps, unlike in the reference: {different}")
+
+
+# --- parts of laws
+
+
+def _faults(trial: Trial) -> st.SearchStrategy[Fault]:
+    if trial.bad_batches is not None:
+        return trial.bad_batches
+    return st.just(trial.any_fault)
+
+
+def _require_kept(trial: Trial, fault: st.SearchStrategy[Fault]) -> None:
+    # Several in a row: some give up skipping after a while.
+    cases = st.tuples(st.integers(0, 3), fault, st.integers(1, 6), st.booleans())
+    require(cases, lambda case: _changed(trial, *case))
+
+
+def _changed(trial: Trial, good: int, fault: Fault, times: int, negative_zeros: bool) -> str | None:
+    """What the same fault some times in a row changes, after some good steps."""
+    state = trial.run([Clean()] * good, negative_zeros)
+    kept = snapshot(trial.kept(state))
+    for _ in range(times):
+        state = trial.step(state, fault)
+    different = first_difference(kept, snapshot(trial.kept(state)))
+    if not different:
+        return None
+    zeros = ", from a state whose zeros are -0.0" if negative_zeros else ""
+    return f"after {words([Clean()] * good + [fault] * times)}{zeros}: {different}"
