@@ -51,8 +51,8 @@ def loss_scaling(
     the number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be
     finite too, and it goes on to `inner`, like every other extra argument.
 
-    With `optax.MultiSteps` as `inner`, a microbatch that overflows is left out and another one takes its place; the scale
-    may change within a window, since each microbatch is unscaled by its own.
+    With `optax.MultiSteps` as `inner`, a microbatch that overflows is left out and another one takes its place; the
+    scale may change within a window, since each microbatch is unscaled by its own.
 
     Args:
       inner: any optax transformation.
