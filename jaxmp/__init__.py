@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxmp.experiment import Experiment, Scaling
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.flax import with_policy
-    from jaxmp.precision.formats import fake_quantize, quantize
+    from jaxmp.precision.formats import DelayedScaling, Format, fake_quantize, parse_format, quantize
     from jaxmp.precision.functions import apply_policy
     from jaxmp.precision.nnx import from_nnx
     from jaxmp.precision.policy import Policy, parse_policy
@@ -54,7 +54,7 @@ _HOME = {
     "jaxmp.experiment": ["Experiment", "Scaling"],
     "jaxmp.precision.autocast": ["APEX_O1", "TORCH", "OperationLists", "autocast"],
     "jaxmp.precision.flax": ["with_policy"],
-    "jaxmp.precision.formats": ["fake_quantize", "quantize"],
+    "jaxmp.precision.formats": ["DelayedScaling", "Format", "fake_quantize", "parse_format", "quantize"],
     "jaxmp.precision.functions": ["apply_policy"],
     "jaxmp.precision.nnx": ["from_nnx"],
     "jaxmp.precision.policy": ["Policy", "parse_policy"],

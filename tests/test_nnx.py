@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxmp
+import jaxmp.testing
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment import Experiment
@@ -157,3 +158,13 @@ def test_a_constructor_of_something_else_is_refused():
 
 def test_explain_shows_the_model_as_one():
     assert [(row.type, row.parameters) for row in explain(MODEL, parse_policy("mixed_float16"), X)] == [("FromNNX", 82)]
+
+
+def make_sequence(rngs):
+    return nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), jax.nn.relu, nnx.Linear(4, 2, rngs=rngs))
+
+
+BATCH = {"image": X, "label": jnp.arange(4) % 2, "weight": jnp.ones(4)}
+test_an_nnx_module_obeys_the_laws_of_policies = jaxmp.testing.policy_laws(
+    from_nnx(make_sequence), "mixed_bfloat16", BATCH
+)

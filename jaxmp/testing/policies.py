@@ -212,6 +212,8 @@ class _Subject:
     @functools.cached_property
     def captured(self) -> Any:
         """What each module hands on, by path: under the policy, and in float64."""
+        if not isinstance(self.model, nn.Module):
+            raise Skipped("only a Linen model shows what each of its modules hands on")
         return self._capture(None), self._capture(FLOAT64)
 
     def _capture(self, tree: PolicyTree | None) -> dict[str, Any]:
