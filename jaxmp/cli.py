@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxmp import config_file
@@ -57,8 +59,8 @@ def _run(arguments: list[str]) -> int:
         return DONE
     for words in (2, 1):
         command, rest = " ".join(arguments[:words]), arguments[words:]
-        if command == "train":
-            return train(rest)
+        if command in ("train", "audit"):
+            return COMMANDS[command](rest)
         if command in COMMANDS:
             import tyro
 
@@ -163,6 +165,41 @@ def train(arguments: list[str]) -> int:
     return DONE
 
 
+@dataclass(frozen=True)
+class AuditOptions:
+    """What `jaxmp audit` takes beside the fields of the experiment."""
+
+    strict: bool = False
+    """Exit with 1 where there is a finding."""
+    json: str | None = None
+    """File to write the audit to as well, as JSON."""
+
+
+def audit(arguments: list[str]) -> int:
+    """Shows which dtypes a config's train step runs in, and what is wrong with that, without running it."""
+    config, arguments = _config_argument(arguments, _AUDIT_USAGE)
+    experiment = config.experiment()
+    prog = f"jaxmp audit {config.name}"
+    both = _with_options(experiment, AuditOptions)
+    override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
+    options, overrides = _split_off_options(arguments, prog, AuditOptions)
+    import jax
+
+    from jaxmp.instruments import audit as instrument
+    from jaxmp.training.build import Training
+    from jaxmp.training.parallel import Parallel
+
+    # pmap runs the same step, which wants its arrays stacked.
+    training = Training(dataclasses.replace(override(experiment, overrides, prog=prog), parallel=Parallel("jit")))
+    step = training.devices.compile(training.train_step, (0, 0))
+    policy = training.experiment.policy
+    report = instrument.audit(step, jax.eval_shape(training.init), training.example, policy=policy)
+    print(report)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return FAILED if options.strict and report.findings else DONE
+
+
 def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
     """One line a number, those of nested mappings under both names; tables are left to the file."""
     for name, value in summary.items():
@@ -172,32 +209,37 @@ def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
             print(f"{above + name:<16} {value:.6g}" if isinstance(value, float) else f"{above + name:<16} {value}")
 
 
-def _config_argument(arguments: list[str]) -> tuple[ConfigFile, list[str]]:
+_TRAIN_USAGE = "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]"
+_AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE]"
+
+
+def _config_argument(arguments: list[str], synopsis: str = _TRAIN_USAGE) -> tuple[ConfigFile, list[str]]:
     help_asked = bool({"-h", "--help"} & set(arguments))
     if not arguments or arguments[0].startswith("-"):
+        command = synopsis.split()[2]
         usage = (
-            "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]\n\n"
+            f"{synopsis}\n\n"
             "CONFIG is a Python file with `get_config() -> jaxmp.Experiment`, or a name that `jaxmp configs` lists.\n"
-            "`jaxmp train CONFIG --help` shows every field of that config, with what it means and its value."
+            f"`jaxmp {command} CONFIG --help` shows every field of that config, with what it means and its value."
         )
         if help_asked:
             print(usage)
             raise SystemExit(DONE)
-        raise InputError(f"train: the first argument has to be CONFIG\n{usage}")
+        raise InputError(f"{command}: the first argument has to be CONFIG\n{usage}")
     return ConfigFile.find(arguments[0]), arguments[1:]
 
 
-def _with_options(experiment: Any) -> Any:
-    """`experiment` as a value of a class that has the fields of `TrainOptions` too."""
-    both = dataclasses.make_dataclass("TrainArguments", [], bases=(TrainOptions, type(experiment)), frozen=True)
+def _with_options(experiment: Any, options: type = TrainOptions) -> Any:
+    """`experiment` as a value of a class that has the fields of the `options` too."""
+    both = dataclasses.make_dataclass("Arguments", [], bases=(options, type(experiment)), frozen=True)
     return both(**{field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)})
 
 
-def _split_off_options(arguments: list[str], prog: str) -> tuple[TrainOptions, list[str]]:
-    """The options among valid arguments of `train`, and the other arguments in their order."""
+def _split_off_options(arguments: list[str], prog: str, options: Any = TrainOptions) -> tuple[Any, list[str]]:
+    """The options of the command among its valid arguments, and the other arguments in their order."""
     import tyro
 
-    return tyro.cli(TrainOptions, args=arguments, prog=prog, return_unknown_args=True)
+    return tyro.cli(options, args=arguments, prog=prog, return_unknown_args=True)
 
 
 def evaluate(run: str, *, split: Literal["train", "validation", "test"] = "test") -> int:
@@ -289,6 +331,7 @@ def doctor() -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "eval": evaluate,
+    "audit": audit,
     "configs": configs,
     "data list": data_list,
     "data prepare": data_prepare,

@@ -1,0 +1,1 @@
+"""Instruments: functions that look at a step and never change a run."""

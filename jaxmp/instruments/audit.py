@@ -1,0 +1,791 @@
+"""`audit`: which operations of a traced function run in which dtype, and where that goes wrong.
+
+The function is traced and never run. Its jaxpr is then read once, from the first operation to the last and into every
+nested function, with a few facts carried along with each value (`_Facts`): whether it is a parameter that was only
+cast and reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule is
+about one operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual
+connection, a sum that JAX itself runs in float32) raises no alarm.
+
+The rules are the traps and defects that a jaxpr shows; what depends on values, such as an overflow, it cannot show.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Not public, and used to read alone: the line of the user's code and the named scopes of an operation.
+from jax._src import source_info_util
+from jax.extend.core import Literal
+
+from jaxmp.errors import InputError
+from jaxmp.precision.policy import FLOAT32, Policy
+from jaxmp.precision.policy_tree import PolicyTree, as_tree
+from jaxmp.precision.rounding import HALF
+
+LONG = 256
+"""Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
+
+_TRANSPARENT = {
+    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "slice"),
+    *("dynamic_slice", "rev", "expand_dims", "optimization_barrier", "sharding_constraint", "reduce_precision"),
+    *("stop_gradient", "name", "pvary", "concatenate"),
+}
+"""Operations whose result holds the values of their operand."""
+
+_COLLECTIVE_SUMS = {"psum", "psum2", "psum_invariant", "reduce_scatter", "psum_scatter"}
+_CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions"}
+_SCATTERS = {"scatter-add", "scatter_add", "select_and_scatter_add"}
+_CALLBACKS = {
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "debug_print",
+    "infeed",
+    "outfeed",
+    "host_callback_call",
+}
+_WITH_SCALAR_FUNCTIONS = {"reduce", "reduce_window", "select_and_scatter", "scatter", "scatter-mul", "sort"} | _SCATTERS
+"""Operations that hold a function of single numbers, of which each is one operation."""
+_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages", "jaxmp"))
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, or that costs what it need not."""
+
+    rule: str
+    """name of the rule, such as "half accumulation" """
+    what: str
+    """what happens there, in words"""
+    path: str
+    """path of the Flax modules or named scopes around it; for arguments and results their place in the pytree"""
+    source: str
+    """file:line of the user's code, or "" """
+    dtype: str
+    """name of the dtype that it happens in, or "" """
+    times: int
+    """how many times a call does it"""
+
+    def __str__(self) -> str:
+        where = " at ".join(filter(None, (self.path, self.source)))
+        return f"{self.rule}: {self.what}" + (f" ({self.times} times)" if self.times > 1 else "") + f" [{where}]"
+
+
+class Dot(NamedTuple):
+    """A matrix product or convolution."""
+
+    primitive: str
+    dtype: str
+    """of the operands; of the wider one, where they differ"""
+    flops: int
+    """of all its times together: two for each multiplication and addition"""
+    path: str
+    source: str
+    times: int
+
+
+class Cast(NamedTuple):
+    """A conversion between two float dtypes."""
+
+    before: str
+    after: str
+    size: int
+    """elements of one conversion"""
+    path: str
+    source: str
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What `audit` saw. Printed, it is a table for people; `to_json` is for machines."""
+
+    dots: tuple[Dot, ...]
+    """every matrix product and convolution"""
+    casts: tuple[Cast, ...]
+    """every conversion between float dtypes"""
+    observed: tuple[Finding, ...]
+    """findings under any policy, but for bfloat16 collectives, which a policy may ask for"""
+    notes: tuple[str, ...] = ()
+    """what the figures leave out"""
+    policy: PolicyTree | None = None
+    """what `findings` holds the function to; without one, float32 dots are no finding"""
+
+    @property
+    def dot_flops_by_dtype(self) -> dict[str, int]:
+        """FLOPs of all matrix products and convolutions by the dtype of their operands, largest first."""
+        flops: collections.Counter[str] = collections.Counter()
+        for dot in self.dots:
+            flops[dot.dtype] += dot.flops
+        return dict(flops.most_common())
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong, under `policy` where there is one."""
+        if self.policy is None:
+            return self.observed
+        reduces = {np.dtype(policy.reduce).name for policy in self.policy.policies}
+        kept = [f for f in self.observed if not (f.rule == "half collective" and f.dtype in reduces)]
+        return (*kept, *_merged(self._wide_dots(self.policy)))
+
+    def _wide_dots(self, policy: PolicyTree) -> Iterator[Finding]:
+        # Which module is of which class cannot be seen here: rules by class might have asked for any dot in float32.
+        if any(rule.pattern.startswith("@") and rule.policy.compute_dtype not in HALF for rule in policy.rules):
+            return
+        for dot in self.dots:
+            compute = _lookup(policy, dot.path).compute_dtype
+            if compute in HALF and np.dtype(dot.dtype) not in HALF and jnp.issubdtype(dot.dtype, jnp.floating):
+                what = f"{dot.primitive} of {dot.dtype} operands where the policy computes in {compute.name}"
+                yield Finding("float32 dot", what, dot.path, dot.source, dot.dtype, dot.times)
+
+    def under(self, policy: Policy | PolicyTree | str | None) -> Audit:
+        """The same, held to `policy`."""
+        return dataclasses.replace(self, policy=None if policy is None else as_tree(policy))
+
+    def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
+        """For tests.
+
+        Args:
+          policy: what to hold the function to; by default the one that it was audited under.
+
+        Raises: AssertionError that lists every finding with its path and line.
+        """
+        findings = (self if policy is None else self.under(policy)).findings
+        if findings:
+            raise AssertionError("\n".join([f"audit: {_count(len(findings), 'finding')}", *map(str, findings)]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in dicts, lists, strings and whole numbers."""
+        return {
+            "dot_flops_by_dtype": self.dot_flops_by_dtype,
+            "findings": [finding._asdict() for finding in self.findings],
+            "dots": [dot._asdict() for dot in self.dots],
+            "casts": [cast._asdict() for cast in self.casts],
+            "notes": list(self.notes),
+            "policy": None if self.policy is None else str(self.policy),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        flops = self.dot_flops_by_dtype
+        yield "FLOPs of dots and convolutions"
+        yield from (f"  {dtype:<14}{n:>20,}{n / sum(flops.values()):>9.2%}" for dtype, n in flops.items())
+        if not flops:
+            yield "  none"
+        changes: collections.Counter[tuple[str, str]] = collections.Counter()
+        elements: collections.Counter[tuple[str, str]] = collections.Counter()
+        for cast in self.casts:
+            changes[cast.before, cast.after] += cast.times
+            elements[cast.before, cast.after] += cast.times * cast.size
+        yield "casts" if changes else "casts\n  none"
+        for (before, after), n in changes.most_common():
+            yield f"  {before} to {after}: {n}, of {elements[before, after]:,} elements"
+        yield "findings" if self.findings else "findings\n  none"
+        for finding in self.findings:
+            yield f"  {finding}"
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def audit(fn: Callable[..., Any], *args: Any, policy: Policy | PolicyTree | str | None = None, **kwargs: Any) -> Audit:
+    """Which dtypes `fn(*args, **kwargs)` runs in, and what is wrong with that. It is traced; nothing runs.
+
+    The rules, each the `rule` of its findings:
+
+    - half accumulation: a sum, cumulative sum, scatter-add, carry of a loop, or sum of a weight's gradients in half
+    - half collective: a sum over devices in float16, or in bfloat16 unless the policy's `reduce` says so
+    - half exponential: exp, softmax or log in half over 256 terms or more
+    - half unscaling: a gradient in float16 multiplied or divided by one number, such as 1 / loss scale
+    - half loss: a loss that is differentiated, in less than float32
+    - float32 dot: a product in float32 where the policy computes in half
+    - vanished constant: an eps that is 0 in half, or a decay that is 1
+    - weakly typed: an argument or result whose dtype is that of a Python number
+    - compiles twice: a state that comes out with another dtype or weak type than it went in
+    - not donated: a state that is replaced, of a jitted function that does not donate it
+    - unguarded state: a float of the state that is replaced even where the rest of the state is kept, since a gradient
+      was not finite
+    - host callback: an operation that waits for Python
+
+    Args:
+      fn: any function that JAX traces; a jitted one is looked at with its own static and donated arguments.
+      args: its arguments, arrays or `jax.ShapeDtypeStruct`.
+      policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths. Where a rule by class
+        computes in float32, float32 dots are not reported.
+      kwargs: further arguments of `fn`.
+
+    Returns:
+      The audit. The body of a scan counts times its length, that of a while loop once, of a conditional the branch with
+      most FLOPs, and a function that is mapped over devices counts on each.
+
+    Raises:
+      InputError: `fn` cannot be traced with these arguments.
+
+    >>> x = jax.ShapeDtypeStruct((8, 4), jnp.float16)
+    >>> w = jax.ShapeDtypeStruct((4, 2), jnp.float16)
+    >>> audit(jnp.dot, x, w).dot_flops_by_dtype
+    {'float16': 128}
+    """
+    tree = None if policy is None else as_tree(policy)
+    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
+    try:
+        traced = jitted.trace(*args, **kwargs)
+    except Exception as error:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"audit: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a function "
+            "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
+        ) from error
+    jaxpr = _opened(traced.jaxpr)
+    walk = _Walk()
+    out = walk.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
+    boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
+    findings = [f for f in walk.findings if f.rule != "half loss" or walk.differentiated]
+    return Audit(
+        tuple(walk.dots), tuple(walk.casts), tuple(_merged([*findings, *boundary])), tuple(sorted(walk.notes)), tree
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What is known of a value."""
+
+    weight: bool = False
+    """an argument, cast and reshaped at most"""
+    product: bool = False
+    """what one use of a weight adds to its gradient: a product of two values that are no weights"""
+    gradient: bool = False
+    """made by transposition, then cast, reshaped or summed over devices at most"""
+    mask: bool = False
+    """zeros and ones"""
+    total: bool = False
+    """a sum over all elements of something, over their number"""
+    flag: bool = False
+    """a decision on whether values are finite"""
+    guarded: bool = False
+    """depends on a choice by such a decision"""
+    terms: int = 0
+    """over how many terms this is a sum"""
+    exponential: Finding | None = None
+    """the exponential in half that this is"""
+    eps: Finding | None = None
+    """the constant that vanished when it was added to this"""
+    unit: Finding | None = None
+    """the constant that was rounded to 1 when this was multiplied by it"""
+
+
+_NOTHING = _Facts()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a nested function stands."""
+
+    names: str = ""
+    times: int = 1
+    source: str = ""
+
+
+class _Walk:
+    """Reads jaxprs, and collects what is found on the way."""
+
+    def __init__(self) -> None:
+        self.dots: list[Dot] = []
+        self.casts: list[Cast] = []
+        self.findings: list[Finding] = []
+        self.notes: set[str] = set()
+        self.differentiated = False
+
+    def function(self, jaxpr: Any, given: Sequence[_Facts], place: _Place) -> list[_Facts]:
+        """What is known of the results of `jaxpr`, for arguments of which `given` is known."""
+        env: dict[Any, _Facts] = dict(zip(jaxpr.invars, given, strict=True))
+        env |= {v: _Facts(weight=True) for v in jaxpr.constvars}
+
+        def read(v: Any) -> _Facts:
+            return _NOTHING if isinstance(v, Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            env.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars], place), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+        names = "/".join(filter(None, (place.names, str(eqn.source_info.name_stack))))
+        place = dataclasses.replace(place, names=names, source=_source(eqn) or place.source)
+        self.differentiated |= "transpose(" in names
+        name = eqn.primitive.name
+        if name == "pallas_call":
+            self.notes.add("what a Pallas kernel computes is not counted")
+        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(_functions(eqn))):
+            return self._nested(eqn, inner, given, place)
+        self._count(eqn, place)
+        self._find(eqn, given, place)
+        return [self._facts(eqn, v, given, place) for v in eqn.outvars]
+
+    # Nested functions
+
+    def _nested(self, eqn: Any, inner: list[Any], given: list[_Facts], place: _Place) -> list[_Facts]:
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, given, place)
+        if name == "while":
+            return self._while(eqn, given, place)
+        if name == "cond":
+            return self._cond(eqn, given, place)
+        place = dataclasses.replace(place, times=place.times * _devices(eqn))
+        results: list[_Facts] = []
+        for jaxpr in inner:
+            facts = given if len(given) == len(jaxpr.invars) else [_NOTHING] * len(jaxpr.invars)
+            out = self.function(jaxpr, facts, place)
+            results = results or (out if len(out) == len(eqn.outvars) else [])
+        return results or [_NOTHING] * len(eqn.outvars)
+
+    def _scan(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+        jaxpr = _opened(eqn.params["jaxpr"])
+        if "num_carry" in eqn.params:
+            consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        else:  # JAX 0.12 keeps the structure instead
+            consts, carries = (len(group) for group in eqn.params["ft_in"].unpack()[:2])
+        place = dataclasses.replace(place, times=place.times * eqn.params["length"])
+        own, start, slices = given[:consts], given[consts : consts + carries], given[consts + carries :]
+        adding = self._carries(jaxpr, jaxpr.invars[consts : consts + carries], place, eqn.params["length"])
+        out = self._loop(jaxpr, own, start, slices, place, adding)
+        # A carry that adds up over all turns is the gradient of a weight that all turns use.
+        return [dataclasses.replace(f, product=f.product or i in adding) for i, f in enumerate(out)]
+
+    def _while(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+        self.notes.add("the body of a while loop is counted once")
+        body, n = _opened(eqn.params["body_jaxpr"]), eqn.params["cond_nconsts"]
+        consts = eqn.params["body_nconsts"]
+        own, start = given[n : n + consts], given[n + consts :]
+        self.function(_opened(eqn.params["cond_jaxpr"]), [*given[:n], *start], place)
+        return self._loop(body, own, start, [], place, self._carries(body, body.invars[consts:], place, 0))
+
+    def _loop(
+        self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: _Place, adding: set[int]
+    ) -> list[_Facts]:
+        """One turn. A carry is a weight in the first turn alone."""
+        carried = [dataclasses.replace(f, weight=False) for f in start]
+        before = len(self.findings)
+        out = self.function(jaxpr, [*own, *carried, *rest], place)
+        sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
+        lines = {(_source(e) or place.source) for e in jaxpr.eqns if e.outvars and e.outvars[0] in sums}
+        # The addition of such a carry is one finding, not two.
+        self.findings[before:] = [
+            f for f in self.findings[before:] if not (f.what.startswith("gradients of a weight") and f.source in lines)
+        ]
+        return out
+
+    def _carries(self, jaxpr: Any, invars: Sequence[Any], place: _Place, length: int) -> set[int]:
+        """Which carries are sums over the turns and nothing else; those in half are found."""
+        adding = {i for i, v in enumerate(invars) if _only_added_to(jaxpr, v, jaxpr.outvars[i])}
+        for i in sorted(adding):
+            aval = invars[i].aval
+            if aval.dtype in HALF:
+                eqn = next(e for e in jaxpr.eqns if e.outvars[0] in _sources(jaxpr, jaxpr.outvars[i]))
+                names = "/".join(filter(None, (place.names, str(eqn.source_info.name_stack))))
+                turns = f" {length}" if length else ""
+                self._found(
+                    "half accumulation",
+                    f"a loop carries a sum over its{turns} turns in {aval.dtype.name}",
+                    aval.dtype,
+                    dataclasses.replace(place, names=names, source=_source(eqn) or place.source),
+                )
+        return adding
+
+    def _cond(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+        branches, results = [], []
+        for branch in eqn.params["branches"]:
+            walk = _Walk()
+            results.append(walk.function(_opened(branch), given[1:], place))
+            branches.append(walk)
+            self.findings += walk.findings
+            self.notes |= walk.notes
+            self.differentiated |= walk.differentiated
+        largest = max(branches, key=lambda walk: sum(dot.flops for dot in walk.dots))
+        self.dots += largest.dots
+        self.casts += largest.casts
+        if len(branches) > 1 and any(walk.dots for walk in branches):
+            self.notes.add("of a conditional the branch with most FLOPs is counted")
+        guarded = given[0].flag
+        return [dataclasses.replace(f, guarded=f.guarded or guarded) for f in results[branches.index(largest)]]
+
+    # Single operations
+
+    def _found(self, rule: str, what: str, dtype: Any, place: _Place) -> None:
+        self.findings.append(_finding(rule, what, dtype, place))
+
+    def _count(self, eqn: Any, place: _Place) -> None:
+        name, path = eqn.primitive.name, _path(place.names)
+        if name in _FLOPS:
+            dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
+            self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
+        elif name == "ragged_dot_general":
+            self.notes.add("ragged dots are not counted")
+        elif name == "convert_element_type":
+            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            if before != after and _is_float(before) and _is_float(after):
+                size = eqn.outvars[0].aval.size
+                self.casts.append(Cast(before.name, after.name, size, path, place.source, place.times))
+
+    def _find(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
+        name = eqn.primitive.name
+        if name in _CALLBACKS:
+            self._found("host callback", f"{name} waits for Python in each call", "", place)
+        if not eqn.outvars or not eqn.invars:
+            return
+        out = eqn.outvars[0].aval
+        if (
+            "jvp(" in place.names
+            and "transpose(" not in place.names
+            and given[0].total
+            and _half(out)
+            and not out.shape
+        ):
+            self._found("half loss", f"a loss in {out.dtype.name}", out.dtype, place)
+        if all(type(v).__name__ == "DropVar" for v in eqn.outvars):  # never computed
+            return
+        if name in _COLLECTIVE_SUMS:
+            for dtype in {v.aval.dtype for v in eqn.invars if _half(v.aval)}:
+                self._found("half collective", f"{name} over devices in {dtype.name}", dtype, place)
+        self._find_uses(eqn, given)
+        if _half(out):
+            self._find_in_half(eqn, given, place)
+
+    def _find_uses(self, eqn: Any, given: list[_Facts]) -> None:
+        """What comes out only where a value that was seen before is used in this way."""
+        name = eqn.primitive.name
+        if name == "reduce_sum" and (exponential := given[0].exponential):
+            terms = _terms(eqn)
+            if terms >= LONG:
+                self.findings.append(exponential._replace(what=f"{exponential.what}, summed over {terms} terms"))
+        divisor = {"div": 1, "rsqrt": 0, "log": 0}.get(name, 0 if eqn.params.get("y", 0) < 0 else None)
+        if divisor is not None and (eps := given[divisor].eps):
+            self.findings.append(eps)
+        if name == "add":
+            self.findings += [facts.unit for facts in given if facts.unit]
+
+    def _find_in_half(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
+        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+        if name in _CUMULATIVE and not given[0].mask and _terms(eqn) > 1:
+            self._found("half accumulation", f"{name} over {_terms(eqn)} terms in {dtype.name}", dtype, place)
+        elif name in _SCATTERS and not eqn.params.get("unique_indices") and not _disjoint(eqn):
+            self._found("half accumulation", f"{name} in {dtype.name}", dtype, place)
+        elif name == "add_any" and any(facts.product for facts in given):
+            self._found("half accumulation", f"gradients of a weight's uses add up in {dtype.name}", dtype, place)
+        elif name in ("log", "log1p") and given[0].terms >= LONG:
+            what = f"{name} in {dtype.name}, of a sum over {given[0].terms} terms"
+            self._found("half exponential", what, dtype, place)
+        elif name in ("mul", "div") and dtype == np.float16 and any(facts.gradient for facts in given):
+            if "transpose(" not in place.names and any(_is_number(v, eqn) for v in eqn.invars):
+                self._found("half unscaling", f"a gradient in float16, {name} by one number", dtype, place)
+
+    def _facts(self, eqn: Any, v: Any, given: list[_Facts], place: _Place) -> _Facts:
+        name, aval = eqn.primitive.name, v.aval
+        shared: dict[str, Any] = {"guarded": any(facts.guarded for facts in given), "flag": _decides(eqn, given)}
+        if "transpose(" in place.names:
+            shared["gradient"] = True
+        if name in _TRANSPARENT:
+            first = given[0] if given else _NOTHING
+            mask = first.mask or bool(eqn.invars and eqn.invars[0].aval.dtype == np.bool_)
+            return dataclasses.replace(first, **{"gradient": first.gradient, **shared, "mask": mask})
+        if name in _COLLECTIVE_SUMS:
+            return _Facts(**{"gradient": any(facts.gradient for facts in given), **shared})
+        if name == "add_any":
+            return _Facts(product=any(facts.product for facts in given), **shared)
+        if name in _FLOPS:
+            return _Facts(product=not any(facts.weight for facts in given), **shared)
+        if name == "select_n" and given[0].flag and not eqn.invars[0].aval.shape:
+            return _Facts(**{**shared, "guarded": True})
+        if name == "reduce_sum":
+            return _Facts(total=aval.shape == () and eqn.invars[0].aval.shape != (), terms=_terms(eqn), **shared)
+        if name in ("abs", "neg", "sqrt", "div", "mul", "add", "sub"):
+            shared["total"] = aval.shape == () and any(facts.total for facts in given)
+            if name == "abs":  # of logsumexp
+                shared["terms"] = given[0].terms
+            if name == "sqrt":
+                shared["eps"] = given[0].eps
+        if _half(aval):
+            shared |= _vanishing(eqn, place)
+            if name in ("exp", "exp2"):
+                what = f"{name} in {aval.dtype.name}"
+                shared["exponential"] = _finding("half exponential", what, aval.dtype, place)
+        return _Facts(**shared)
+
+
+def _vanishing(eqn: Any, place: _Place) -> dict[str, Any]:
+    """The fact that a constant of this operation came out as 0 or 1 in half; its use says whether that matters."""
+    name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+    constants = [v.val for v in eqn.invars if isinstance(v, Literal)]
+    if len(constants) != 1 or len(eqn.invars) != 2 or np.ndim(constants[0]):
+        return {}
+    if name == "add" and float(constants[0]) == 0:
+        what = f"a constant that is 0 in {dtype.name} is added to a divisor (eps?)"
+        return {"eps": _finding("vanished constant", what, dtype, place)}
+    if name == "mul" and float(constants[0]) == 1 and "transpose(" not in place.names:
+        what = f"a factor that is 1 in {dtype.name}, of a value that is added to (b2?)"
+        return {"unit": _finding("vanished constant", what, dtype, place)}
+    return {}
+
+
+def _decides(eqn: Any, given: list[_Facts]) -> bool:
+    name = eqn.primitive.name
+    if name == "is_finite":
+        return True
+    logical = ("and", "or", "not", "reduce_and", "reduce_or", "reduce_min", "reduce_max", "eq", "ne", "lt", "select_n")
+    kept = name in logical or name in _TRANSPARENT or name in _COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
+    return kept and any(facts.flag for facts in given)
+
+
+def _dot_flops(eqn: Any) -> int:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+
+
+def _convolution_flops(eqn: Any) -> int:
+    kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+    return (
+        2 * eqn.outvars[0].aval.size * math.prod(kernel[d] for d in spec[1:])
+    )  # its input channels are those of a group
+
+
+_FLOPS = {"dot_general": _dot_flops, "conv_general_dilated": _convolution_flops}
+
+
+def _terms(eqn: Any) -> int:
+    """Over how many elements a sum, cumulative sum or sum over windows adds up."""
+    name = eqn.primitive.name
+    if name == "reduce_window_sum":
+        return math.prod(eqn.params["window_dimensions"])
+    axes = eqn.params[_CUMULATIVE[name]]
+    return math.prod(eqn.invars[0].aval.shape[d] for d in (axes if isinstance(axes, tuple) else (axes,)))
+
+
+def _disjoint(eqn: Any) -> bool:
+    """Whether a pooling layer's windows do not overlap, so that its gradient adds nothing up."""
+    window, strides = eqn.params.get("window_dimensions"), eqn.params.get("window_strides")
+    return window is not None and all(w <= s for w, s in zip(window, strides, strict=True))
+
+
+def _is_number(v: Any, eqn: Any) -> bool:
+    """Whether an operand is one number, times an array."""
+    return v.aval.shape == () and eqn.outvars[0].aval.shape != ()
+
+
+def _devices(eqn: Any) -> int:
+    """On how many devices a nested function runs."""
+    if "axis_size" in eqn.params:  # pmap
+        return eqn.params["axis_size"]
+    if eqn.primitive.name != "shard_map":
+        return 1
+    sizes = dict(eqn.params["mesh"].shape)
+    return math.prod(sizes[axis] for axis in eqn.params.get("manual_axes", sizes))
+
+
+def _functions(eqn: Any) -> Iterator[Any]:
+    """The jaxprs that an operation holds."""
+    for parameter in eqn.params.values():
+        for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+            if hasattr(_opened(inner), "eqns"):
+                yield _opened(inner)
+
+
+def _opened(jaxpr: Any) -> Any:
+    """Without its constants; one class in JAX 0.12, two before."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _sources(jaxpr: Any, v: Any) -> set[Any]:
+    """The variable and those that it is a mere copy or cast of, the addition that made it last."""
+    made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    found = {v} if not isinstance(v, Literal) else set()
+    while v in made and made[v].primitive.name in _TRANSPARENT:
+        v = made[v].invars[0]
+        if isinstance(v, Literal):
+            break
+        found.add(v)
+    return found
+
+
+def _only_added_to(jaxpr: Any, before: Any, after: Any) -> bool:
+    """Whether a carry goes into one addition, casts aside, which gives the next carry, and into nothing else."""
+    if isinstance(after, Literal) or not _is_float(getattr(before.aval, "dtype", np.dtype(int))):
+        return False
+    made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    addition = next((made[v] for v in _sources(jaxpr, after) if v in made and _adds(made[v])), None)
+    uses = [eqn for eqn in jaxpr.eqns if any(v is before for v in eqn.invars)]
+    if addition is None or len(uses) != 1:
+        return False
+    return any(not isinstance(v, Literal) and before in _sources(jaxpr, v) for v in addition.invars)
+
+
+def _adds(eqn: Any) -> bool:
+    return eqn.primitive.name in ("add", "add_any", "sub")
+
+
+# What lies at the edge of the function
+
+
+def _weak(traced: Any, jaxpr: Any) -> Iterator[Finding]:
+    names = [("argument", traced.args_info, jaxpr.invars), ("result", traced.out_info, jaxpr.outvars)]
+    for kind, tree, variables in names:
+        for path, v in zip(_paths(kind, tree), variables, strict=True):
+            if getattr(v.aval, "weak_type", False):
+                what = f"the {kind} is weakly typed, as a Python number is; give it a dtype, such as jnp.float32(...)"
+                yield Finding("weakly typed", what, path, "", v.aval.dtype.name, 1)
+
+
+def _of_state(traced: Any, jaxpr: Any, out: list[_Facts], *, jitted: bool) -> Iterator[Finding]:
+    infos = jax.tree.leaves(traced.args_info)
+    paths = _paths("argument", traced.args_info)
+    pairs = list(_state(traced, jaxpr))
+    guards = any(out[after].guarded for _, after in pairs)
+    kept = []
+    for before, after in pairs:
+        old, new, path = jaxpr.invars[before].aval, jaxpr.outvars[after].aval, paths[before]
+        if _typed(old) != _typed(new):
+            what = f"goes in as {_typed(old)} and comes out as {_typed(new)}: the next call compiles again"
+            yield Finding("compiles twice", what, path, "", new.dtype.name, 1)
+        changed = jaxpr.outvars[after] is not jaxpr.invars[before]
+        if guards and changed and not out[after].guarded and _is_float(new.dtype):
+            what = "is replaced whether gradients are finite or not, unlike the rest of the state"
+            yield Finding("unguarded state", what, path, "", new.dtype.name, 1)
+        if jitted and changed and not infos[before].donated:
+            kept.append((path, old.size * old.dtype.itemsize))
+    if kept:
+        what = f"{_count(len(kept), 'array')} of {sum(size for _, size in kept):,} bytes replaced and not donated"
+        yield Finding("not donated", what, kept[0][0], "", "", 1)
+
+
+def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
+    """The places of each leaf of the state among the arguments and the results.
+
+    A state is an argument that comes out again as the result, or at its own place in a tuple of results, with the same
+    structure and shapes, and of which some leaf is added to, selected, or handed on. Gradients look the same otherwise.
+    """
+    given, results = traced.args_info[0], traced.out_info
+    whole = bool(given) and _same_structure(given[0], results)
+    outs = [results] if whole or type(results) not in (tuple, list) else results
+    made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    before = after = 0
+    for i, old in enumerate(given):
+        size = len(jax.tree.leaves(old))
+        if i < len(outs):
+            pairs = [(before + n, after + n) for n in range(size)]
+            if size and _same_structure(old, outs[i]):
+                variables = [(jaxpr.invars[a], jaxpr.outvars[b]) for a, b in pairs]
+                single = size > 1 or getattr(variables[0][0].aval, "weak_type", False)
+                same = all(a.aval.shape == b.aval.shape for a, b in variables)
+                if single and same and any(_renewed(a, b, made) for a, b in variables):
+                    yield from pairs
+            after += len(jax.tree.leaves(outs[i]))
+        before += size
+
+
+def _same_structure(a: Any, b: Any) -> bool:
+    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return structures[0] == structures[1]
+
+
+def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
+    if isinstance(after, Literal):
+        return False
+    while after in made and made[after].primitive.name == "convert_element_type":
+        after = made[after].invars[0]
+        if isinstance(after, Literal):
+            return False
+    if after is before:
+        return True
+    if after not in made:
+        return False
+    eqn = made[after]
+    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in _functions(eqn))
+    return updates and any(v is before for v in eqn.invars)
+
+
+def _paths(kind: str, tree: Any) -> list[str]:
+    """The places of all leaves, as one writes them: argument 0/params/kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Arguments are a pair: by place and by name.
+    skip = 1 if kind == "argument" else 0
+    return [" ".join(filter(None, (kind, "/".join(_key(key) for key in path[skip:])))) for path, _ in leaves]
+
+
+def _key(key: Any) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
+
+
+# Names
+
+
+def _finding(rule: str, what: str, dtype: Any, place: _Place) -> Finding:
+    name = np.dtype(dtype).name if dtype != "" else ""
+    return Finding(rule, what, _path(place.names), place.source, name, place.times)
+
+
+def _path(names: str) -> str:
+    """The Flax path in a name stack: `transpose(jvp(Net))/jvp(Net)/head` is Net/head."""
+    parts: list[str] = []
+    previous_wrapped = False
+    for part in names.split("/"):
+        name, wrapped = part, False
+        while name.endswith(")") and "(" in name:
+            transform, name = name[:-1].split("(", 1)
+            wrapped = True
+            if transform in ("jit", "pjit", "pmap", "xla_pmap"):
+                name = ""
+        # Under remat the backward pass names the outermost scope twice.
+        repeated = wrapped and previous_wrapped and parts and parts[-1] == name
+        if name and not repeated and name not in ("checkpoint", "rematted_computation", "shard_map", "while", "body"):
+            parts.append(name)
+        previous_wrapped = wrapped
+    return "/".join(parts)
+
+
+def _lookup(policy: PolicyTree, path: str) -> Policy:
+    """The policy of a module, whose path in a name stack begins with the class of the model."""
+    return policy.lookup(path.partition("/")[2])
+
+
+def _source(eqn: Any) -> str:
+    """file:line of the innermost frame outside of installed libraries, or of the innermost one."""
+    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+    own = [frame for frame in frames if not any(library in frame.file_name for library in _LIBRARIES)]
+    for frame in (*own[:1], *frames[:1]):
+        return f"{frame.file_name}:{frame.start_line}"
+    return ""
+
+
+def _merged(findings: Any) -> list[Finding]:
+    times: dict[Finding, int] = {}
+    for finding in findings:
+        key = finding._replace(times=0)
+        times[key] = times.get(key, 0) + finding.times
+    return [finding._replace(times=n) for finding, n in times.items()]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _typed(aval: Any) -> str:
+    return f"{'weakly typed ' if getattr(aval, 'weak_type', False) else ''}{aval.dtype.name}"
+
+
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _half(aval: Any) -> bool:
+    return getattr(aval, "dtype", FLOAT32) in HALF
