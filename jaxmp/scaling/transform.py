@@ -21,7 +21,7 @@ import optax
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
 
 SMALL = 2**14
-"""numbers in a gradient leaf up to which it is searched for its largest together with others"""
+"""numbers in a gradient leaf up to which it is searched for its largest together with others of its shape"""
 
 
 class LossScalingState(NamedTuple):
@@ -184,11 +184,17 @@ def _outer_update(update: jax.Array, grad: Any, like: Any, finite: jax.Array) ->
 
 def _largest_magnitude(grads: Any) -> jax.Array:
     """The largest |g| of all leaves, float32 or wider scalar; inf or NaN where any value is; 0 for an empty tree."""
-    magnitudes = [jnp.abs(g) for g in jax.tree.leaves(grads)]
-    # Small leaves together, since a reduction of each would be a kernel of each; large ones are not worth copying.
-    small = [g.ravel() for g in magnitudes if g.size <= SMALL]
-    groups = [g for g in magnitudes if g.size > SMALL] + ([jnp.concatenate(small)] if small else [])
-    return jnp.max(jnp.stack([jnp.max(g, initial=0.0) for g in groups])) if groups else jnp.float32(0)
+    groups = [[g] for g in jax.tree.leaves(grads) if g.size > SMALL]
+    by_shape: dict[Any, list[jax.Array]] = {}
+    for g in jax.tree.leaves(grads):
+        if g.size <= SMALL:
+            by_shape.setdefault((g.shape, g.dtype), []).append(g)
+    # Small leaves of one shape together, since a reduction of each would be a kernel of each (the barrier keeps XLA
+    # from taking them apart again); large ones are not worth copying.
+    groups += by_shape.values()
+    stacked = [jax.lax.optimization_barrier(jnp.stack(group)) if len(group) > 1 else group[0] for group in groups]
+    largest = [jnp.max(jnp.abs(g), initial=0.0) for g in stacked]
+    return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
 
 
 def _strongly_typed(tree: Any) -> Any:
