@@ -1,0 +1,108 @@
+"""The laws of jaxmp.testing on published systems, each in the version that is installed: a table.
+
+    uv run --with-requirements experiments/conformance/requirements.txt \
+        python experiments/conformance/conformance.py --output experiments/conformance/conformance.json
+
+Each file of `systems` has `subjects()`: the ways in which one system is used, as its documentation or its examples use
+it, with an adapter. Systems that are not installed are left out, with a line that says so. "holds" means that no
+counterexample was found among the examples of hypothesis's quick profile.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+from subject import Subject
+
+from jaxmp.training.provenance import provenance
+
+SYSTEMS = (
+    "jaxmp_itself",
+    "jmp_and_haiku",
+    "flax_dynamic_scale",
+    "mpx_library",
+    "jaxamp_library",
+    "keras_on_jax",
+    "optax_wrappers",
+    "torch_grad_scaler",
+)
+
+
+def rows_of(subject: Subject, versions: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each law: JSON."""
+    version = ", ".join(f"{package} {versions[package]}" for package in subject.packages)
+    rows = []
+    for law in subject.laws.laws:
+        if law in subject.not_asked:
+            verdict, words = "skipped", subject.not_asked[law]
+        else:
+            _, _, verdict, words = subject.laws[law]
+        rows.append({"system": subject.name, "version": version, "law": law, "verdict": verdict, "words": words})
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of a Markdown table."""
+    words = " ".join(row["words"].split()).replace("|", "\\|")
+    return f"| {row['system']} | {row['version']} | `{row['law']}` | {row['verdict']} | {words} |"
+
+
+def say(message: str) -> None:
+    """To stderr, so that stdout is the table."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run(system: str) -> dict[str, Any]:
+    """One system in a process of its own: its `rows` and `versions`, or why it is `left_out`."""
+    started = time.monotonic()
+    try:
+        subjects = importlib.import_module(f"systems.{system}").subjects()
+    except ModuleNotFoundError as error:
+        say(f"left out: {system}, since {error.name} is not installed")
+        return {"rows": [], "versions": {}, "left_out": f"{error.name} is not installed"}
+    versions = {name: importlib.metadata.version(name) for subject in subjects for name in subject.packages}
+    rows = [row for subject in subjects for row in rows_of(subject, versions)]
+    broken = sum(row["verdict"] == "broken" for row in rows)
+    say(f"{system}: {broken} of {len(rows)} laws broken, {time.monotonic() - started:.0f} s")
+    return {"rows": rows, "versions": versions, "left_out": None}
+
+
+def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | None = None) -> None:
+    """Runs the laws and prints the table.
+
+    Args:
+        systems: Which files of the folder `systems`.
+        processes: How many systems at a time.
+        output: JSON file to write; none by default.
+    """
+    for system in systems:
+        if system not in SYSTEMS:
+            raise SystemExit(f"--systems {system}: there is no such file; there are {', '.join(SYSTEMS)}")
+    # A process for each: Haiku and Keras keep policies for the whole process.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, max_tasks_per_child=1) as pool:
+        found = dict(zip(systems, pool.map(run, systems), strict=True))
+    rows = [row for result in found.values() for row in result["rows"]]
+    print("| system | version | law | verdict | smallest counterexample, or why skipped |\n|---|---|---|---|---|")
+    print("\n".join(map(line, rows)))
+    if output is not None:
+        origin = provenance()
+        git = origin.pop("git")
+        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
+        for result in found.values():
+            origin["versions"] |= result["versions"]
+        left_out = {system: result["left_out"] for system, result in found.items() if result["left_out"]}
+        output.write_text(json.dumps(origin | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
