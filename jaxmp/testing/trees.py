@@ -104,7 +104,9 @@ def describe(tree: Any) -> str:
         return f"{name}{list(tree.shape)}"
     if same_structure(tree, 0):
         return type(tree).__name__
-    return str(jax.tree.map(lambda leaf: describe(leaf), tree))
+    # By paths, and not mapped: a node of another library may refuse anything but arrays.
+    leaves = [f"{jax.tree_util.keystr(path)}: {describe(x)}" for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+    return f"{type(tree).__name__}({', '.join(leaves)})"
 
 
 def value(leaf: np.ndarray, i: int) -> str:

@@ -242,7 +242,8 @@ def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound
         x, y, z = (np.asarray(v, np.float64) for v in (a, b, s))
         if not np.all(np.isfinite(y)):
             return f"leaf {path} is not finite"
-        if moved := np.linalg.norm(x - z):
+        moved = np.linalg.norm(x - z)
+        if moved and np.isfinite(moved):
             errors.append((float(np.linalg.norm(y - x) / moved), path))
     if not errors or statistics.median(e for e, _ in errors) <= bound:
         return None
