@@ -13,6 +13,8 @@ import pytest
 
 from jaxmp.testing import ScalerAdapter, StepAdapter, policy_laws, replicated, scaler_laws, step_laws
 
+pytestmark = pytest.mark.slow
+
 tree_map = jax.tree.map
 
 # --- a scaler

@@ -20,6 +20,8 @@ from flax.training.train_state import TrainState
 
 from jaxmp.testing import ScalerAdapter, StepAdapter, from_value_and_grad, replicated, scaler_laws, step_laws
 
+pytestmark = pytest.mark.slow
+
 
 def jmp_scaler(make):
     return ScalerAdapter(
