@@ -330,6 +330,17 @@ def test_b12_fp8_metadata_is_not_divided_by_the_scale():
     assert jaxmp.last_step_finite(ours.opt_state)
     assert bits(ours.params["params"]) != bits(variables["params"])
 
+    # The same where metadata stands among the parameters, and its "gradient" is not even finite.
+    grads["_overwrite_with_gradient"] = jax.tree.map(lambda g: g * jnp.inf, grads["_overwrite_with_gradient"])
+    for inner in (optax.sgd(0.1, momentum=0.9), optax.adamw(0.1, weight_decay=0.1)):
+        tx = loss_scaling(inner, StaticScaler(1024.0))
+        opt_state = jax.jit(tx.init)(variables)
+        updates, opt_state = jax.jit(tx.update)(grads, opt_state, variables)
+        assert jaxmp.last_step_finite(opt_state)
+        after = optax.apply_updates(variables, updates)
+        name = "_overwrite_with_gradient"
+        assert bits(after[name]) == bits(variables[name]) and bits(after["params"]) != bits(variables["params"])
+
 
 class WithBatchNorm(nn.Module):
     @nn.compact

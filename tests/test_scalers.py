@@ -80,6 +80,27 @@ def test_dynamic_scaler_follows_the_rule_of_torch_with_floor_cap_and_hysteresis(
     np.testing.assert_array_equal(run(scaler, trace).scale, np.float32(reference(scaler, trace.tolist())))
 
 
+@pytest.mark.parametrize("scaler", [SCALERS[0], SCALERS[3], StaticScaler(2.0**10), NoScaler()], ids=str)
+def test_jit_scan_and_pmap_follow_the_rule_on_1000_random_traces(scaler):
+    rng = np.random.default_rng(1)
+    traces = rng.uniform(size=(1000, 60)) < rng.uniform(0.2, 1.0, size=(1000, 1)) ** 0.5
+    if isinstance(scaler, DynamicScaler):
+        expected = np.float32([reference(scaler, trace) for trace in traces.tolist()])
+        assert len(np.unique(expected)) > 4
+    else:
+        expected = np.full(traces.shape, 2.0**10 if isinstance(scaler, StaticScaler) else 1, np.float32)
+
+    many = jax.vmap(functools.partial(run, scaler))
+    np.testing.assert_array_equal(many(traces).scale, expected)
+    np.testing.assert_array_equal(jax.pmap(many)(traces[None]).scale[0], expected)
+    step = jax.jit(jax.vmap(scaler.update))
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, len(traces)), scaler.init())
+    for i, finite in enumerate(traces.T):
+        state = step(state, finite, jnp.where(finite, jnp.float32(1), jnp.inf))
+        np.testing.assert_array_equal(state.scale, expected[:, i])
+    assert step._cache_size() == 1
+
+
 @given(dynamic_scalers(), st.lists(st.booleans(), max_size=30))
 def test_any_dynamic_scaler_on_any_trace(scaler, trace):
     state = scaler.init()

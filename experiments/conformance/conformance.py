@@ -95,9 +95,7 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
     print("| system | version | law | verdict | smallest counterexample, or why skipped |\n|---|---|---|---|---|")
     print("\n".join(map(line, rows)))
     if output is not None:
-        origin = provenance()
-        git = origin.pop("git")
-        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
+        origin = provenance(patch=False)
         for result in found.values():
             origin["versions"] |= result["versions"]
         left_out = {system: result["left_out"] for system, result in found.items() if result["left_out"]}

@@ -85,10 +85,7 @@ def main(
     print("| config | precision | test accuracy, % | difference, points |\n|---|---|---|---|")
     print("\n".join(map(line, rows)))
     if output is not None:
-        origin = provenance()
-        git = origin.pop("git")
-        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
-        output.write_text(json.dumps(origin | {"seeds": seeds, "rows": rows}, indent=1) + "\n")
+        output.write_text(json.dumps(provenance(patch=False) | {"seeds": seeds, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ import optax
 
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
 
+OVERWRITTEN = "_overwrite_with_gradient"
+"""Flax's name for what is no parameter but stands among them: fp8 scales and histories, whose "gradient" is their next
+value, and as such neither scaled nor an optimizer's business"""
+
 SMALL = 2**14
 """numbers in a gradient leaf up to which it is searched for its largest together with others of its shape"""
 
@@ -44,8 +48,8 @@ def loss_scaling(
 
     `inner` sees unscaled gradients and parameters in float32 (or wider, where they are), whatever dtype they came in,
     so that its state never changes dtype; put everything that changes gradients into it: clipping, weight decay,
-    accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8)
-    are hidden from it, and their updates are zero.
+    accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8,
+    and fp8 metadata under Flax's `_overwrite_with_gradient`) are hidden from it, and their updates are zero.
 
     `update(scaled_grads, state, params=None, value=None, **extra)` returns float32 updates (on a skipped step: -0.0,
     the number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be
@@ -66,7 +70,7 @@ def loss_scaling(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScalingState:
-        inner_state = _strongly_typed(inner.init(jax.tree.map(_inner_view, params)))
+        inner_state = _strongly_typed(inner.init(_inner_view(params)))
         if find_state(inner_state) is not None:
             raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
         return LossScalingState(
@@ -79,7 +83,7 @@ def loss_scaling(
     def update(
         scaled_grads: Any, state: LossScalingState, params: Any = None, *, value: Any = None, **extra: Any
     ) -> tuple[Any, LossScalingState]:
-        grads = jax.tree.map(_inner_view, scaled_grads)
+        grads = _inner_view(scaled_grads)
         grad_max = _largest_magnitude(grads)
         # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler. The square root only
         # keeps XLA from computing the flag again in the kernel of each leaf that is selected by it (64 leaves on a CPU:
@@ -91,11 +95,13 @@ def loss_scaling(
         # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
-        inner_params = None if params is None else jax.tree.map(_inner_view, params)
+        inner_params = None if params is None else _inner_view(params)
         updates, inner_state = inner.update(grads, state.inner_state, inner_params, **extra)
 
         like = scaled_grads if params is None else params
-        updates = jax.tree.map(lambda u, g, x: _outer_update(u, g, x, finite), updates, scaled_grads, like)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, u, g, x: _outer_update(path, u, g, x, finite), updates, scaled_grads, like
+        )
         skip = (~finite).astype(jnp.int32)
         return updates, LossScalingState(
             inner_state=keep_where(finite, inner_state, state.inner_state),
@@ -157,29 +163,37 @@ def keep_where(finite: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(finite, n if n.dtype == o.dtype else n.astype(o.dtype), o), new, old)
 
 
-def _has_gradient(x: Any) -> bool:
-    """Whether a leaf is a real or complex number of two bytes or more a part: fp8 leaves hold scales and histories."""
+def _has_gradient(path: Any, x: Any) -> bool:
+    """Whether a leaf is a parameter, real or complex: fp8 leaves hold scales and histories, wherever they stand."""
     dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
-    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize == 1:
+        return False
+    return not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
 
 
-def _inner_view(x: Any) -> jax.Array:
-    """What the inner optimizer sees of a leaf: float32 or wider; a scalar 0 in the place of one without a gradient.
+def _inner_view(tree: Any) -> Any:
+    """What the inner optimizer sees of a tree: float32 or wider; a scalar 0 in the place of a leaf without a gradient.
 
     A scalar rather than a hole: masks and labels that the user made for the whole tree still fit it.
     """
-    if not _has_gradient(x):
-        return jnp.zeros((), jnp.float32)
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def view(path: Any, x: Any) -> jax.Array:
+        if not _has_gradient(path, x):
+            return jnp.zeros((), jnp.float32)
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree_util.tree_map_with_path(view, tree)
 
 
-def _outer_update(update: jax.Array, grad: Any, like: Any, finite: jax.Array) -> Any:
-    if _has_gradient(grad):
+def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: jax.Array) -> Any:
+    if _has_gradient(path, grad):
         return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
     # float0, the gradient of an integer, cannot be added to one: zeros like the parameter can. To a key nothing can be.
     dtype = jnp.result_type(like)
-    return grad if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.zeros_like(like)
+    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return grad
+    return jnp.full_like(like, -0.0) if jnp.issubdtype(dtype, jnp.inexact) else jnp.zeros_like(like)
 
 
 def _largest_magnitude(grads: Any) -> jax.Array:

@@ -13,16 +13,22 @@ import jax
 PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets grain numpy".split()
 
 
-def provenance() -> dict[str, Any]:
+def provenance(*, patch: bool = True) -> dict[str, Any]:
     """What a run notes of its surroundings: `command`, `versions`, `git`, `devices`, all JSON.
 
-    `git` is the revision of the repository that the process stands in, and, where its tree is dirty, the patch; None
-    where there is no repository.
+    `git` is the revision of the repository that the process stands in, and the patch by which its tree differs (""
+    where it does not); None where there is no repository.
+
+    Args:
+      patch: False for a result that is itself kept in the repository: `dirty`, a bool, stands in the patch's place.
     """
+    git = _git()
+    if git is not None and not patch:
+        git = {"revision": git["revision"], "dirty": bool(git["patch"])}
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git": _git(),
+        "git": git,
         "devices": [device.device_kind for device in jax.local_devices()],
         "platform": jax.default_backend(),
     }
@@ -35,7 +41,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, str] | None:
+def _git() -> dict[str, Any] | None:
     def git(*args: str) -> str:
         done = subprocess.run(("git", *args), capture_output=True, text=True, errors="replace", timeout=10, check=True)
         return done.stdout
