@@ -1,6 +1,6 @@
 """The laws of jaxmp.testing on published systems, each in the version that is installed: a table.
 
-    uv run --with-requirements experiments/conformance/requirements.txt \
+    uv run --with-requirements experiments/conformance/requirements.txt --with torch \
         python experiments/conformance/conformance.py --output experiments/conformance/conformance.json
 
 Each file of `systems` has `subjects()`: the ways in which one system is used, as its documentation or its examples use
