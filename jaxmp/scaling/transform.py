@@ -203,10 +203,10 @@ def _largest_magnitude(grads: Any) -> jax.Array:
     for g in jax.tree.leaves(grads):
         if g.size <= SMALL:
             by_shape.setdefault((g.shape, g.dtype), []).append(g)
-    # Small leaves of one shape together, since a reduction of each would be a kernel of each (the barrier keeps XLA
-    # from taking them apart again); large ones are not worth copying.
+    # Small leaves of one shape together, since a reduction of each would be a kernel of each; large ones are not worth
+    # copying.
     groups += by_shape.values()
-    stacked = [jax.lax.optimization_barrier(jnp.stack(group)) if len(group) > 1 else group[0] for group in groups]
+    stacked = [jnp.stack(group) if len(group) > 1 else group[0] for group in groups]
     largest = [jnp.max(jnp.abs(g), initial=0.0) for g in stacked]
     return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
 
