@@ -442,7 +442,7 @@ def test_a_checkpoint_moves_between_shardings(tmp_path):
         print("ok")
         """,
         tmp_path,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
     )
     assert result.stdout == "ok\n", result.stderr
 

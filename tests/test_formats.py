@@ -382,7 +382,7 @@ assert same(jax.jit(rounded), jax.device_put(x, sharded), key) == same(rounded, 
 
 @pytest.mark.slow
 def test_four_devices_give_the_bits_of_one():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", FOUR_DEVICES], check=True, cwd=root, env=environment)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
@@ -307,7 +307,7 @@ CASES = [
 def outcome():
     paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "error", __file__]
+    command = [sys.executable, "-W", "error", "-W", "ignore:Error reading persistent compilation cache", __file__]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
