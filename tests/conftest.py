@@ -7,8 +7,8 @@ import tempfile
 
 import hypothesis
 
-# What one test compiles, others and the processes that they start need not compile again (half of the suite's time). JAX
-# does not write these files in one piece; who finds half of one says so in a warning, which is ignored, and compiles.
+# What one test compiles, others and the processes that they start need not compile again (half of the suite's time).
+# JAX does not write these files in one piece; who finds half of one warns, which is ignored, and compiles.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="jaxmp-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -308,7 +308,7 @@ def outcome():
     paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "error", "-W", "ignore:Error reading persistent compilation cache", __file__]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
