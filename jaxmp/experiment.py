@@ -104,6 +104,8 @@ class Experiment:
             raise InputError(f"precision = {self.precision!r}: expected a string; of a policy, str(policy)")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed = {self.seed!r}: expected a whole number, 0 or more and below 2**32")
+        if self.parallel.shard == "fsdp" and self.loop.batch_norm == "replica":
+            raise InputError("loop.batch_norm=replica: with parallel.shard=fsdp there is one program for all devices")
         for policy in self.policy.policies:
             dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
             if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in dtypes):

@@ -108,6 +108,10 @@ OTHERS = {
     "scaler.kind": "static",
     "scaler.backoff_factor": 0.25,
     "parallel.mode": "pmap",
+    "parallel.shard": None,  # another than replicated contradicts the other mode
+    "parallel.remat_policy": "dots_saveable",
+    "loop.accumulate_overflow": "microbatch",
+    "loop.batch_norm": "replica",
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
     "data.version": "1.0.0",

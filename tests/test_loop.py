@@ -355,14 +355,16 @@ def test_less_of_a_loss_is_better():
     assert Loop(monitor="loss", mode="max").best_is == "max"
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-def test_one_device_gives_one_result_in_both_modes(mode, finished, tmp_path):
+def test_one_device_gives_one_result_in_both_modes(tmp_path):
     """Dropout and augmentation included; and a run of either mode is read back."""
-    experiment = dataclasses.replace(BASE, parallel=Parallel(mode))
-    other = fit(experiment, workdir=tmp_path)
-    states = [final_state(path, of).params for path, of in ((other.path, experiment), (finished.path, BASE))]
+    # Not Adam: of the gradient of a bias before BatchNorm, which is 0 but for rounding, it makes whole steps.
+    same = dataclasses.replace(BASE, precision="float32", optimizer=SGD(0.1))
+    experiments = [dataclasses.replace(same, parallel=Parallel(mode)) for mode in ("jit", "pmap")]
+    runs = [fit(experiment, workdir=tmp_path / experiment.parallel.mode) for experiment in experiments]
+    states = [final_state(run.path, experiment).params for run, experiment in zip(runs, experiments, strict=True)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *states)
-    assert Run(other.path, experiment).evaluate("test") == pytest.approx(finished.summary["test"])
+    for run, experiment in zip(runs, experiments, strict=True):
+        assert Run(run.path, experiment).evaluate("test") == pytest.approx(runs[0].summary["test"])
 
 
 def test_nan_is_null_in_json(tmp_path):

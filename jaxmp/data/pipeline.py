@@ -130,21 +130,22 @@ def _numeric(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def prepare(dataset: Dataset, *, train: bool) -> Callable[..., dict[str, Any]]:
-    """What is done to a batch on the device: `(batch, key, first_row=0) -> batch`, pure, to be traced.
+    """What is done to a batch on the device: `(batch, key, places=None) -> batch`, pure, to be traced.
 
     Each of `dataset.images`, (batch, height, width, channels), becomes float32: uint8 / 255, minus the mean, over the
     standard deviation, and, to train, augmented. All else is left as it is. Where `batch` is a part of a batch,
-    `first_row` is the place of its first row in the whole: a row's draw comes from `key` and its place in the whole
-    batch, and so does not depend on the number of devices. The images of one row are changed alike.
+    `places`, int32 (rows,), are those of its rows in the whole: a row's draw comes from `key` and its place in the
+    whole batch, and so does not depend on the number of devices. The images of one row are changed alike.
     Raises InputError where a key is missing or is no image.
     """
     augment = dataset.augment if train else Augment()
 
-    def apply(batch: dict[str, Any], key: jax.Array, first_row: int | jax.Array = 0) -> dict[str, Any]:
+    def apply(batch: dict[str, Any], key: jax.Array, places: jax.Array | None = None) -> dict[str, Any]:
         images = {name: _normalise(dataset, name, batch) for name in dataset.images}
         if images and augment != Augment():
-            rows = first_row + jnp.arange(len(next(iter(images.values()))))
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+            if places is None:
+                places = jnp.arange(len(next(iter(images.values()))))
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
             images = {name: jax.vmap(augment)(keys, image) for name, image in images.items()}
         return {**batch, **images}
 

@@ -49,8 +49,8 @@ def with_policy(
     came is not rounded on the way.
 
     Args:
-      apply: a bound `apply` of a Linen module, `model.apply`; or of `from_nnx`, which is under the policy by operations
-        (`apply_policy`).
+      apply: a bound `apply` of a Linen module, `model.apply`, or what wraps one (`functools.wraps`); or of `from_nnx`,
+        which is under the policy by operations (`apply_policy`).
       policy: the policy, or a tree of them, or the text of either. `matmul` is in force for every dot and convolution
         without a precision of its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
@@ -64,7 +64,7 @@ def with_policy(
     dtype('float16')
     """
     tree = as_tree(policy)
-    model = getattr(apply, "__self__", None)
+    model = getattr(inspect.unwrap(apply, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
     if isinstance(model, FromNNX):
         return apply_policy(apply, tree)
 
@@ -190,10 +190,10 @@ def mode_argument(model: Any, train: bool) -> dict[str, bool]:
     return {}
 
 
-def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], _Modules, Any]:
+def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, nn.Module], Modules, Any]:
     """The modules that `init` calls, by path, what rules may call them, and the shapes of the parameters, unboxed."""
     found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"": model}
-    met = _Modules()
+    met = Modules()
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name not in ("<lambda>", "setup"):
@@ -251,7 +251,7 @@ class _Call:
 
     def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any):
         self.tree, self.axis_name, self.model = tree, axis_name, model
-        self.modules = _Modules()
+        self.modules = Modules()
         if isinstance(model, nn.Module):
             self.modules.meet("", model)
         self.active: list[tuple[str, Policy]] = []  # the modules whose methods are running, the innermost last
@@ -341,7 +341,7 @@ def _with_carry_as_given(out: Any, args: Any) -> Any:
     return (jax.tree.map(lambda a, b: cast_floats(b, a.dtype), before, after), out[1]) if alike else out
 
 
-class _Modules:
+class Modules:
     """Modules met so far: what rules may call them."""
 
     def __init__(self) -> None:
@@ -388,7 +388,7 @@ def _under(
         return cast_floats(type(module).param(module, *args, **kwargs), dtype)
 
     def call(**values: Any) -> Any:
-        with _attributes(module, **values):
+        with attributes(module, **values):
             return next_fun(*args, **kwargs)
 
     knows_dtype = _knows_dtype(module)
@@ -469,7 +469,7 @@ def _in_dtypes_of(old: Any, new: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
+def attributes(module: nn.Module, **values: Any) -> Iterator[None]:
     """Sets attributes of one bound module for the length of a call."""
     old = {name: module.__dict__[name] for name in values if name in module.__dict__}
     for name, value in values.items():

@@ -41,9 +41,7 @@ class Rule:
 
     def names(self, path: str, classes: Classes) -> bool:
         """Whether the pattern names the module at `path` itself, not only one above it."""
-        if self.pattern.startswith("@"):
-            return self.pattern[1:] in classes.get(path, ())
-        return bool(path) and _matches(path.split("/"), self.pattern.split("/"))
+        return names(self.pattern, path, classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +187,7 @@ class PolicyTree:
                 before = ", ".join(sorted(str(winner) for winner in first))
                 raise InputError(f"rule {rule} never wins: {before} stands before it, and the first that matches wins")
             if not any(rule.names(path, classes) for path in classes):
-                by_class = rule.pattern.startswith("@")
-                known = {f"@{name}" for names in classes.values() for name in names} if by_class else classes
-                shown = sorted(filter(None, known))
-                listed = ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
-                raise InputError(
-                    f"rule {rule} matches no module; there are {listed or 'none below the model itself'}"
-                    f"{nearest(rule.pattern, shown)}"
-                )
+                raise InputError(f"rule {rule} matches no module; {there_are(rule.pattern, classes)}")
 
 
 def as_tree(policy: PolicyTree | Policy | str) -> PolicyTree:
@@ -224,6 +215,22 @@ def _missing_default(default: str, rules: list[str]) -> str:
     except InputError:
         return ""
     return f". The last segment is the policy for all else: {'; '.join([*rules, default])}; mixed_float16"
+
+
+def names(pattern: str, path: str, classes: Classes) -> bool:
+    """Whether a rule's pattern names the module at `path` itself, not only one above it."""
+    if pattern.startswith("@"):
+        return pattern[1:] in classes.get(path, ())
+    return bool(path) and _matches(path.split("/"), pattern.split("/"))
+
+
+def there_are(pattern: str, classes: Classes) -> str:
+    """The end of a message about a pattern that names no module: those that there are, and the nearest."""
+    by_class = pattern.startswith("@")
+    known = {f"@{name}" for above in classes.values() for name in above} if by_class else classes
+    shown = sorted(filter(None, known))
+    listed = ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
+    return f"there are {listed or 'none below the model itself'}{nearest(pattern, shown)}"
 
 
 def path_and_above(path: str) -> list[str]:

@@ -167,7 +167,7 @@ class Run:
         """The metrics of a whole split, under the policy and with the weights of `apply`."""
         state = self._last_state if state is None else state
         devices = self._training.devices
-        return compute(self._training.evaluate(devices.get(devices.put(state)), split))
+        return compute(self._training.evaluate(devices.get(devices.put_state(state)), split))
 
 
 def _find(path: Path) -> Path:

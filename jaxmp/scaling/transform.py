@@ -51,9 +51,11 @@ def loss_scaling(
     accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8,
     and fp8 metadata under Flax's `_overwrite_with_gradient`) are hidden from it, and their updates are zero.
 
-    `update(scaled_grads, state, params=None, value=None, **extra)` returns float32 updates (on a skipped step: -0.0,
-    the number whose addition changes nothing) and the new state. `value` is the unscaled loss; given, it has to be
-    finite too, and it goes on to `inner`, like every other extra argument.
+    `update(scaled_grads, state, params=None, value=None, overflowed=None, **extra)` returns float32 updates (on a
+    skipped step: -0.0, the number whose addition changes nothing) and the new state. `value` is the unscaled loss;
+    given, it has to be finite too, and it goes on to `inner`, like every other extra argument. `overflowed` tells, of
+    finite gradients, that a part was left out of them for not being finite: the step is applied, and the scaler reacts
+    as to an overflow.
 
     With `optax.MultiSteps` as `inner`, a microbatch that overflows is left out and another one takes its place; the
     scale may change within a window, since each microbatch is unscaled by its own.
@@ -81,10 +83,16 @@ def loss_scaling(
         )
 
     def update(
-        scaled_grads: Any, state: LossScalingState, params: Any = None, *, value: Any = None, **extra: Any
+        scaled_grads: Any,
+        state: LossScalingState,
+        params: Any = None,
+        *,
+        value: Any = None,
+        overflowed: Any = None,
+        **extra: Any,
     ) -> tuple[Any, LossScalingState]:
         grads = _inner_view(scaled_grads)
-        grad_max = _largest_magnitude(grads)
+        grad_max = largest_magnitude(grads)
         # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler. The square root only
         # keeps XLA from computing the flag again in the kernel of each leaf that is selected by it (64 leaves on a CPU:
         # compiled in 4 s instead of 22).
@@ -92,6 +100,9 @@ def loss_scaling(
         if value is not None:
             finite &= jnp.all(jnp.isfinite(value))
             extra["value"] = value
+        scale_fits = finite
+        if overflowed is not None:
+            scale_fits, grad_max = finite & ~overflowed, jnp.where(overflowed, jnp.inf, grad_max)
         # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
@@ -105,7 +116,7 @@ def loss_scaling(
         skip = (~finite).astype(jnp.int32)
         return updates, LossScalingState(
             inner_state=keep_where(finite, inner_state, state.inner_state),
-            scaler=scaler.update(state.scaler, finite, grad_max.astype(jnp.float32)),
+            scaler=scaler.update(state.scaler, scale_fits, grad_max.astype(jnp.float32)),
             skipped=state.skipped + skip,
             consecutive_skips=(state.consecutive_skips + skip) * skip,
         )
@@ -196,7 +207,7 @@ def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: ja
     return jnp.full_like(like, -0.0) if jnp.issubdtype(dtype, jnp.inexact) else jnp.zeros_like(like)
 
 
-def _largest_magnitude(grads: Any) -> jax.Array:
+def largest_magnitude(grads: Any) -> jax.Array:
     """The largest |g| of all leaves, float32 or wider scalar; inf or NaN where any value is; 0 for an empty tree."""
     groups = [[g] for g in jax.tree.leaves(grads) if g.size > SMALL]
     by_shape: dict[Any, list[jax.Array]] = {}

@@ -52,7 +52,7 @@ class Training:
     @functools.cached_property
     def devices(self) -> Devices:
         """The local devices."""
-        return self.experiment.parallel.make(self.experiment.data.batch_size)
+        return self.experiment.parallel.make(self.experiment.data.batch_size, self.experiment.loop.accumulate_steps)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -62,9 +62,19 @@ class Training:
     @functools.cached_property
     def loss_fn(self) -> LossFn:
         """The training loss on one replica's share of a batch."""
-        experiment = self.experiment
-        axis_name = self.devices.replicas().axis_name
-        return make_loss(experiment.model, experiment.task, experiment.policy, axis_name=axis_name)
+        together = self.experiment.loop.batch_norm == "global"
+        return self._make_loss(axis_name=self.devices.replicas().axis_name if together else None)
+
+    def _make_loss(self, **kwargs: Any) -> LossFn:
+        experiment, parallel = self.experiment, self.experiment.parallel
+        return make_loss(
+            experiment.model,
+            experiment.task,
+            experiment.policy,
+            remat=parallel.remat,
+            remat_policy=parallel.remat_policy,
+            **kwargs,
+        )
 
     @functools.cached_property
     def train_step(self) -> TrainStep:
@@ -76,6 +86,8 @@ class Training:
             self.tx,
             ema_decay=experiment.loop.ema_decay,
             rounding=experiment.policy.rounding,
+            accumulate_steps=experiment.loop.accumulate_steps,
+            accumulate_overflow=experiment.loop.accumulate_overflow,
             replicas=replicas,
         )
 
@@ -104,8 +116,8 @@ class Training:
         return [*task.inputs, *filter(None, [getattr(task, "target", None)])]
 
     def init(self) -> TrainState:
-        """A fresh state, from the seed alone."""
-        experiment = self.experiment
+        """A fresh state, from the seed alone; each device makes its share of what is split."""
+        experiment, devices = self.experiment, self.devices
 
         def init(key: jax.Array) -> TrainState:
             params_key, step_key = jax.random.split(key)
@@ -120,13 +132,16 @@ class Training:
                 rounding=experiment.policy.rounding,
             )
 
-        return jax.jit(init)(jax.random.key(experiment.seed))
+        key = jax.random.key(experiment.seed)
+        if devices.shard == "replicated":
+            return jax.jit(init)(key)
+        return jax.jit(init, out_shardings=devices.shardings(jax.eval_shape(init, key)))(key)
 
     @functools.cached_property
     def _forward(self) -> tuple[Any, Metrics]:
         """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
         state = jax.eval_shape(self.init)
-        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
+        loss_fn = self._make_loss()
         trace = jax.make_jaxpr(loss_fn, return_shape=True)
         jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.example, state.key)
         return jaxpr, metrics
@@ -179,7 +194,7 @@ class Training:
 
     @functools.cached_property
     def _repeated(self) -> Any:
-        loss_fn = make_loss(self.experiment.model, self.experiment.task, self.experiment.policy)
+        loss_fn = self._make_loss()
 
         @jax.jit
         def repeated(state: TrainState, batch: dict[str, jax.Array], step: Any) -> Any:

@@ -61,10 +61,10 @@ class Resident:
         def advance(carry: Any, columns: Any, rows: jax.Array) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
-            own = devices.share({"rows": rows[position], "weight": batches.weights(position)})
+            own = devices.share(devices.deal({"rows": rows[position], "weight": batches.weights(position)}))
             raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
-            first_row = devices.first_row(own["rows"])
-            return counted(carry, self._prepare({**raw, "weight": own["weight"]}, state.step, first_row))
+            batch = {**raw, "weight": own["weight"]}
+            return counted(carry, self._prepare(batch, state.step, devices.places(batches.batch_size)))
 
         def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
             return jax.lax.fori_loop(0, count, lambda _, carry: advance(carry, columns, rows), (state, metrics))
@@ -92,7 +92,7 @@ class Resident:
         rows, weight = self._batches.rows(step)
         columns = self._devices.get(self._columns)
         raw = {name: jnp.asarray(np.asarray(column)[rows]) for name, column in columns.items()}
-        return self._prepare({**raw, "weight": jnp.asarray(weight)}, step, 0)
+        return self._prepare({**raw, "weight": jnp.asarray(weight)}, step)
 
     def close(self) -> None:
         """Nothing reads ahead."""
@@ -110,7 +110,7 @@ class Streamed:
         counted = _counted(step)
 
         def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
-            batch = self._prepare(raw, state.step, devices.first_row(raw["weight"]))
+            batch = self._prepare(raw, state.step, devices.places(batches.batch_size))
             return counted((state, metrics), batch)
 
         self.program = devices.compile(one_step, (0, 0, 0))
@@ -128,7 +128,7 @@ class Streamed:
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See `Feed.batch`."""
         raw = next(stream(self._source, self._batches, step, step + 1))
-        return self._prepare({name: jnp.asarray(column) for name, column in raw.items()}, step, 0)
+        return self._prepare({name: jnp.asarray(column) for name, column in raw.items()}, step)
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -137,13 +137,13 @@ class Streamed:
 
 
 def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax.Array]]:
-    """`(raw batch, step, first_row) -> batch`: scaled, normalised and augmented by the key of that step."""
+    """`(raw batch, step, places=None) -> batch`: scaled, normalised and augmented by the key of that step."""
     apply = prepare(data, train=True)
 
-    def prepared(raw: dict[str, jax.Array], step: Any, first_row: Any) -> dict[str, jax.Array]:
+    def prepared(raw: dict[str, jax.Array], step: Any, places: Any = None) -> dict[str, jax.Array]:
         # A stream of keys of its own, beside the one that the model draws from.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION), step)
-        return apply(raw, key, first_row)
+        return apply(raw, key, places)
 
     return prepared
 

@@ -68,6 +68,12 @@ class Loop:
     """whether more of that metric is better, or less; by default less of a loss, more of anything else"""
     patience: int | None = None
     """evaluations in a row without a better metric after which training stops early"""
+    accumulate_steps: int = 1
+    """microbatches into which a batch is split, to save memory: the same update, to rounding"""
+    accumulate_overflow: Literal["window", "microbatch"] = "window"
+    """what an overflow in one microbatch drops: the step, or only that microbatch of that device"""
+    batch_norm: Literal["global", "replica"] = "global"
+    """over which examples batch normalisation takes its statistics: of all devices, or of each device for itself"""
     ema_decay: float | None = None
     """decay of a moving average of the weights, which is then what is evaluated"""
     max_consecutive_skips: int = 50
@@ -79,11 +85,15 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Refuses what could not run."""
-        for name in ("epochs", "log_every", "keep", "max_consecutive_skips"):
+        for name in ("epochs", "log_every", "keep", "max_consecutive_skips", "accumulate_steps"):
             self._require(name, _is_positive(getattr(self, name)), "a whole number of at least 1")
         for name in ("steps", "eval_every", "save_every", "patience", "steps_per_dispatch"):
             value = getattr(self, name)
             self._require(name, value is None or _is_positive(value), "a whole number of at least 1")
+        self._require(
+            "accumulate_overflow", self.accumulate_overflow in ("window", "microbatch"), "window or microbatch"
+        )
+        self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1")
 
@@ -165,7 +175,7 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
     training = Training(experiment)
     devices = training.devices
     feed = training.feed(many=training.many_steps_pay)
-    state = devices.put(training.init() if state is None else state)
+    state = devices.put_state(training.init() if state is None else state)
     first = int(devices.get(state.step))
     for info in _dispatches(training, feed, state, devices.put(training.no_metrics), first):
         yield StepInfo(info.step, devices.get(info.state), devices.get(info.metrics))
@@ -251,7 +261,7 @@ def _say_what_is_particular(training: Training, recorded: dict[str, Any] | None,
     if recorded and len(recorded["devices"]) != count:
         say(
             f"this run began on {len(recorded['devices'])} devices and goes on on {count}: sums are rounded in another "
-            "order, and a model that draws random numbers draws others"
+            "order, and a module that draws noise by itself, other than by nn.Dropout, draws another"
         )
 
 
@@ -302,7 +312,7 @@ class _Session:
         """Trains from `step` to the end, to early stopping, or to a signal."""
         training, devices = self.training, self.training.devices
         schedule = Schedule(self.loop, training.batches.per_epoch, training.steps)
-        placed = devices.put(state)
+        placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: _Line | None = None
         dispatches = _dispatches(training, self.feed, placed, devices.put(metrics), step)

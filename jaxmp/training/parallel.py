@@ -1,10 +1,15 @@
-"""Data parallelism over the local devices: one train step, run by `jit` or by `pmap`, with an explicit reduction."""
+"""Data parallelism over the local devices: one train step, run by `jit` or by `pmap`, with an explicit reduction.
+
+Three ways to lay out the state (`shard`): `replicated`; `zero1`, which splits what only the optimizer reads, so that
+gradients are scattered and new weights gathered (Rajbhandari et al. 2020, section 5.1, https://arxiv.org/abs/1910.02054);
+`fsdp`, which splits all of it and leaves the collectives to the partitioner.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,24 +22,91 @@ from jaxmp.errors import InputError
 AXIS = "data"
 """name of the mapped axis over which a batch is spread"""
 
+SMALL = 2**12
+"""numbers in an array below which every device keeps it whole: split, it would save less than its collective costs"""
+
+SPLIT = {
+    "replicated": (),
+    "zero1": ("opt_state", "ema", "compensation"),
+    "fsdp": ("params", "model_state", "opt_state", "ema", "compensation"),
+}
+"""the fields of a `TrainState` that are split over the devices"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How the work is spread over the local devices."""
+    """How the work is spread over the local devices, and what of it is done twice to save memory."""
 
     mode: Literal["jit", "pmap"] = "jit"
     """jit with a manual region around the gradient, or pmap"""
+    shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
+    """what is split over the devices: nothing; the optimizer's state; or the parameters too, with collectives by XLA,
+    in the dtype of the products (zero1 and fsdp need jit)"""
+    remat: tuple[str, ...] = ()
+    """modules that the backward pass computes again, to keep less in memory: paths such as encoder/*, or @Class"""
+    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
+    """what is kept inside of these modules nevertheless, as jax.checkpoint_policies calls it"""
 
-    def make(self, batch_size: int) -> Devices:
-        """The local devices, run in this mode. Raises InputError where the batch does not divide over them."""
-        count = jax.local_device_count()
-        if batch_size % count:
-            below, above = batch_size // count * count, -(-batch_size // count) * count
+    def __post_init__(self) -> None:
+        """Refuses what no mode can do."""
+        if self.shard != "replicated" and self.mode != "jit":
+            raise InputError(f"parallel.shard={self.shard} needs parallel.mode=jit; it is {self.mode}")
+
+    def make(self, batch_size: int, microbatches: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Devices:
+        """The devices, run in this mode.
+
+        Args:
+          batch_size: rows of a batch, over all devices.
+          microbatches: how many parts a step takes a batch in.
+          devices: all local ones by default.
+
+        Raises:
+          InputError: the batch does not divide over the devices and microbatches.
+        """
+        devices = jax.local_devices() if devices is None else devices
+        count = len(devices)
+        unit = count * microbatches
+        if batch_size % unit:
+            below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
             fitting = f"{below} or {above}" if below else f"{above}"
+            into = f" and {microbatches} microbatches (loop.accumulate_steps)" if microbatches > 1 else ""
             raise InputError(
-                f"data.batch_size={batch_size} does not divide over {count} devices; the nearest that does: {fitting}"
+                f"data.batch_size={batch_size} does not divide over {count} devices{into}; the nearest that does: "
+                f"{fitting}"
             )
-        return Devices(self.mode, jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,)))
+        mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+        return Devices(self.mode, mesh, self.shard, microbatches)
+
+
+def split_axis(shape: tuple[int, ...], count: int) -> int | None:
+    """The axis along which an array is split over `count` devices: the largest that divides; None for a small array.
+
+    >>> split_axis((3, 3, 64, 128), 8), split_axis((4096, 50257), 8), split_axis((128,), 8)
+    (3, 0, None)
+    """
+    fitting = [axis for axis, size in enumerate(shape) if size % count == 0]
+    return max(fitting, key=shape.__getitem__) if fitting and math.prod(shape) >= SMALL else None
+
+
+def _spec(x: Any, count: int) -> P:
+    axis = split_axis(x.shape, count)
+    return P() if axis is None else P(*[None] * axis, AXIS)
+
+
+def shardings(state: Any, mesh: Mesh, shard: str) -> Any:
+    """Where each leaf of a `TrainState`, of arrays or `jax.ShapeDtypeStruct`s, lies on the devices of `mesh`."""
+    whole = NamedSharding(mesh, P())
+    return type(state)(
+        **{
+            field.name: jax.tree.map(
+                lambda x, split=field.name in SPLIT[shard]: (
+                    NamedSharding(mesh, _spec(x, mesh.size)) if split else whole
+                ),
+                getattr(state, field.name),
+            )
+            for field in dataclasses.fields(state)
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +114,54 @@ class Replicas:
     """Inside a step: how the examples of one batch are spread, and how what they give comes together again."""
 
     axis_name: str | None = None
-    """mapped axis, None where there is one replica"""
+    """mapped axis, None where there is one replica, or one program for all (`fsdp`)"""
     mesh: Mesh | None = None
     """devices to map the gradient over, under `jit`; None under `pmap`, where the whole step is mapped"""
     reduce_dtype: Any = jnp.float32
     """dtype of the gradient collective"""
+    shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
+    """what of the state is split"""
+
+    @property
+    def several(self) -> bool:
+        """Inside the mapped region: whether there are other replicas than this one."""
+        return self.axis_name is not None and jax.lax.axis_size(self.axis_name) > 1
 
     def spread(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, model_state, scale, batch, key)` on each replica's share of the batch."""
-        if self.mesh is None:
+        """`function(params, model_state, scale, batch, key) -> (grads, ...)` on each replica's share of the batch."""
+        if self.mesh is None or self.axis_name is None:
             return function
-        # check_vma=True would put a psum at each use of a replicated weight, in half, inside scans (trap T16).
-        specs = (P(), P(), P(), P(AXIS), P())
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
+        mesh = self.mesh
+
+        def spread(params: Any, *args: Any) -> Any:
+            grads = jax.tree.map(self._spec, params)
+            # check_vma=True would put a psum at each use of a replicated weight, in half, inside scans (trap T16).
+            return jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=(P(), P(), P(), P(AXIS), P()),
+                out_specs=(grads, P(), P()),
+                check_vma=False,
+            )(params, *args)
+
+        return spread
+
+    def microbatches(self, batch: dict[str, Any], count: int) -> dict[str, Any]:
+        """This replica's rows in `count` parts, along a new first axis; `Devices` has dealt them out for that."""
+        if self.shard != "fsdp" or self.mesh is None:
+            return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        # One program sees the rows of all devices, one device after the other: each gives a share to each part.
+        devices, spec = self.mesh.size, NamedSharding(self.mesh, P(None, AXIS))
+        batch = jax.tree.map(lambda x: x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[3:]), batch)
+        return jax.lax.with_sharding_constraint(parts, spec)
+
+    def places(self, rows: int, microbatches: int) -> jax.Array:
+        """The places in the whole batch of this replica's `rows`: int32 (microbatches, rows of one)."""
+        size = rows // microbatches
+        replica, count = (jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS)) if self.axis_name else (0, 1)
+        first = (jnp.arange(microbatches, dtype=jnp.int32) * count + replica) * size
+        return first[:, None] + jnp.arange(size, dtype=jnp.int32)
 
     def sum(self, tree: Any) -> Any:
         """The sum over replicas of a pytree of float32 arrays."""
@@ -67,9 +174,12 @@ class Replicas:
         return jax.tree.map(lambda x: jax.lax.pmean(x, self.axis_name) if _is_inexact(x) else x, tree)
 
     def sum_gradients(self, grads: Any) -> Any:
-        """The sum of the gradients over replicas, one collective in the reduce dtype; leaves without one stay."""
+        """The sum of the gradients over replicas, one collective in the reduce dtype; leaves without one stay.
+
+        Where the state is split, each device comes out with its share of the sum.
+        """
         if self.axis_name is None:
-            return grads
+            return self.in_shares(grads)
         leaves, structure = jax.tree.flatten(grads)
         where = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
         for i, leaf in zip(where, self._reduce([leaves[i] for i in where]), strict=True):
@@ -79,18 +189,43 @@ class Replicas:
     def _reduce(self, grads: list[jax.Array]) -> list[jax.Array]:
         dtype = jnp.dtype(self.reduce_dtype)
         if dtype.itemsize >= 4:
-            return jax.lax.psum([g.astype(jnp.promote_types(g.dtype, dtype)) for g in grads], self.axis_name)
+            return self._sum_shares([g.astype(jnp.promote_types(g.dtype, dtype)) for g in grads])
         # A power of two, so that the division is exact, and no smaller than the number of replicas, so that a sum of
         # values that fit the dtype fits it too (trap T3).
         share = 2.0 ** -math.ceil(math.log2(jax.lax.axis_size(self.axis_name)))
-        summed = jax.lax.psum([(g.astype(jnp.float32) * share).astype(dtype) for g in grads], self.axis_name)
+        summed = self._sum_shares([(g.astype(jnp.float32) * share).astype(dtype) for g in grads])
         return [g.astype(jnp.float32) / share for g in summed]
 
-    def own_key(self, key: jax.Array) -> jax.Array:
-        """A key that differs between replicas; `key` itself where there is one."""
-        if self.axis_name is None or jax.lax.axis_size(self.axis_name) == 1:
-            return key
-        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+    def _sum_shares(self, grads: list[jax.Array]) -> list[jax.Array]:
+        """The sums, whole or, where the state is split, in shares: a reduce-scatter is half of an all-reduce."""
+        axes = [next((i for i, name in enumerate(self._spec(g)) if name), None) for g in grads]
+        whole = iter(jax.lax.psum([g for g, axis in zip(grads, axes, strict=True) if axis is None], self.axis_name))
+        return [
+            next(whole) if axis is None else jax.lax.psum_scatter(g, self.axis_name, scatter_dimension=axis, tiled=True)
+            for g, axis in zip(grads, axes, strict=True)
+        ]
+
+    def _spec(self, x: Any) -> P:
+        split = self.shard != "replicated" and self.mesh is not None and _is_inexact(x)
+        return _spec(x, self.mesh.size) if split else P()  # type: ignore[union-attr]
+
+    def in_shares(self, tree: Any) -> Any:
+        """Each device with its share of arrays like the parameters, where the state is split."""
+        if self.shard == "replicated" or self.mesh is None:
+            return tree
+        mesh = self.mesh
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._spec(x))) if _is_inexact(x) else x,
+            tree,
+        )
+
+    def place(self, state: Any) -> Any:
+        """A new `TrainState` where the old one lay, so that it can take its memory."""
+        if self.shard == "replicated" or self.mesh is None:
+            return state
+        # First in shares: each device adds the updates to its share of the weights, and those are gathered.
+        state = dataclasses.replace(state, params=self.in_shares(state.params))
+        return jax.lax.with_sharding_constraint(state, shardings(state, self.mesh, self.shard))
 
 
 single = Replicas()
@@ -103,6 +238,8 @@ class Devices:
 
     mode: Literal["jit", "pmap"]
     mesh: Mesh
+    shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
+    microbatches: int = 1
 
     @property
     def count(self) -> int:
@@ -113,13 +250,21 @@ class Devices:
         """What the step is to know of these devices."""
         if self.mode == "pmap":
             return Replicas(AXIS, None, reduce_dtype)
-        return single if self.count == 1 else Replicas(AXIS, self.mesh, reduce_dtype)
+        if self.shard == "fsdp" and jnp.dtype(reduce_dtype) != jnp.float32:
+            raise InputError(
+                f"precision reduce={jnp.dtype(reduce_dtype).name}: with parallel.shard=fsdp XLA places the gradient "
+                "collectives, in the dtype of the products; expected parallel.shard=replicated or zero1 with it"
+            )
+        if self.count == 1:
+            return single
+        return Replicas(None if self.shard == "fsdp" else AXIS, self.mesh, reduce_dtype, self.shard)
 
     def compile(self, program: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
         """`program` compiled, its first argument donated. `in_axes`: 0 for what was put, None for a plain number."""
         if self.mode == "jit":
             return jax.jit(program, donate_argnums=0, compiler_options=self._compiler_options)
-        return jax.pmap(program, AXIS, in_axes=in_axes, donate_argnums=0)
+        devices = list(self.mesh.devices.flat)
+        return jax.pmap(program, AXIS, in_axes=in_axes, donate_argnums=0, devices=devices)
 
     @property
     def _compiler_options(self) -> dict[str, Any]:
@@ -139,15 +284,35 @@ class Devices:
         stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.count, *jnp.shape(x))), tree)
         return jax.device_put(stack, NamedSharding(self.mesh, P(AXIS)))
 
+    def put_state(self, state: Any) -> Any:
+        """A `TrainState` on the devices, each with its share of what is split."""
+        return self.put(state) if self.shard == "replicated" else jax.device_put(state, self.shardings(state))
+
+    def shardings(self, state: Any) -> Any:
+        """Where the leaves of a `TrainState` lie, for a program that is not mapped."""
+        return shardings(state, self.mesh, self.shard)
+
     def get(self, tree: Any) -> Any:
         """The arrays that were put, or that a program returned; one replica's of equal ones."""
         return tree if self.mode == "jit" else jax.tree.map(lambda x: x[0], tree)
 
     def put_batch(self, batch: Any) -> Any:
-        """A batch of host arrays, each device with its share of the rows."""
+        """A batch of host arrays, each device with its share of the rows, dealt out for its microbatches."""
+        batch = self.deal(batch)
         if self.mode == "pmap":
             batch = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), batch)
         return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
+
+    def deal(self, rows: Any) -> Any:
+        """The rows of a batch in the order in which devices take them.
+
+        The microbatches of a batch are its parts in order, however many devices share each: so every device gets a
+        piece of each part, and not one of its own.
+        """
+        if self.count == 1 or self.microbatches == 1:
+            return rows
+        shape = self.microbatches, self.count, -1
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), rows)
 
     def spread_rows(self, batch: Any) -> Any:
         """A batch of host arrays for a program that is not mapped, spread over the devices."""
@@ -159,9 +324,9 @@ class Devices:
             return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, P(AXIS)))
         return jax.tree.map(lambda x: _own(x, self.count), rows)
 
-    def first_row(self, rows: jax.Array) -> Any:
-        """Inside a program: the place in the whole batch of the first of this program's `rows`."""
-        return 0 if self.mode == "jit" else jax.lax.axis_index(AXIS) * rows.shape[0]
+    def places(self, batch_size: int) -> jax.Array:
+        """Inside a program: the places in the whole batch of this program's rows, int32."""
+        return self.share(self.deal(jnp.arange(batch_size, dtype=jnp.int32)))
 
 
 def _own(x: Any, count: int) -> jax.Array:

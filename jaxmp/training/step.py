@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmp.errors import InputError
-from jaxmp.scaling.transform import LossScalingState, find_state, last_step_finite, loss_scale
+from jaxmp.scaling.transform import (
+    LossScalingState,
+    find_state,
+    keep_where,
+    largest_magnitude,
+    last_step_finite,
+    loss_scale,
+)
 from jaxmp.training.metrics import Mean, Metrics
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.training.state import TrainState
-from jaxmp.training.tasks import Batch, LossFn
+from jaxmp.training.tasks import PLACE, Batch, LossFn
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Batch], Metrics]
+
+
+class _Measured(NamedTuple):
+    """What comes with the gradients of a part of a batch."""
+
+    loss: jax.Array
+    """its share of the mean loss"""
+    metrics: Metrics
+    model_state: Any
 
 
 def make_train_step(
@@ -26,6 +43,8 @@ def make_train_step(
     *,
     ema_decay: float | None = None,
     rounding: str = "nearest",
+    accumulate_steps: int = 1,
+    accumulate_overflow: Literal["window", "microbatch"] = "window",
     replicas: Replicas = single,
 ) -> TrainStep:
     """The pure step `(state, batch) -> (state, metrics)`, to be jitted (and donated its state) by whoever runs it.
@@ -42,6 +61,11 @@ def make_train_step(
       ema_decay: decay of the moving average of the parameters, for a state that keeps one.
       rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" wants a state
         that was created for it.
+      accumulate_steps: into how many microbatches, one after the other, a batch is split (on each replica, its share):
+        less memory for the same update, to rounding. The model state goes from one to the next.
+      accumulate_overflow: what is dropped where the gradient of a microbatch is not finite: the whole "window", which
+        skips the step; or only that "microbatch" (on that replica), and the gradient is divided by the weight of those
+        that were kept. The scaler hears of the overflow either way. A NaN loss always skips the step.
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
 
     Returns:
@@ -53,28 +77,75 @@ def make_train_step(
     _refuse_outside_of_probe(tx)
     tx = optax.with_extra_args_support(tx)
 
-    def gradients(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
+    def differentiate(
+        params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array, all_weight: Any = None
+    ) -> tuple[Any, _Measured]:
+        """The scaled gradients of a part of a batch, of the loss divided by the weight of all of it."""
+
         def scaled_loss(params: Any) -> Any:
             total, (weight, metrics, new_model_state) = loss_fn(params, model_state, batch, key)
             total, weight = total.astype(jnp.float32), weight.astype(jnp.float32)
-            all_weight = replicas.sum(weight)
+            whole = replicas.sum(weight) if all_weight is None else all_weight
             # A batch without a single counted example has no gradient, rather than 0/0.
-            loss = total / jnp.where(all_weight == 0, 1, all_weight)
-            return loss * scale, (loss, {"loss": Mean(total, weight), **metrics}, new_model_state)
+            loss = total / jnp.where(whole == 0, 1, whole)
+            return loss * scale, _Measured(loss, {"loss": Mean(total, weight), **metrics}, new_model_state)
 
-        key = replicas.own_key(key)
-        grads, (loss, metrics, model_state) = jax.grad(scaled_loss, has_aux=True, allow_int=True)(params)
-        return replicas.sum_gradients(grads), replicas.sum((loss, metrics)), replicas.mean(model_state)
+        return jax.grad(scaled_loss, has_aux=True, allow_int=True)(params)
 
-    gradients = replicas.spread(gradients)
+    def of_batch(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
+        if replicas.several:
+            batch = {**batch, PLACE: replicas.places(len(batch["weight"]), 1)[0]}
+        grads, measured = differentiate(params, model_state, scale, batch, key)
+        loss, metrics = replicas.sum((measured.loss, measured.metrics))
+        return replicas.sum_gradients(grads), (loss, metrics, None), replicas.mean(measured.model_state)
+
+    def of_microbatches(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
+        places = replicas.places(len(batch["weight"]), accumulate_steps)
+        parts = {**replicas.microbatches(batch, accumulate_steps), PLACE: places}
+
+        def weigh(part: Batch) -> jax.Array:
+            # Of all that this computes, XLA keeps what the weight is made from: in general, nothing of the model.
+            return loss_fn(params, model_state, part, key)[1][0].astype(jnp.float32)
+
+        # Before the first gradient: no collective inside the loop, and gradients as large as those of one batch.
+        all_weight = replicas.sum(jnp.sum(jax.lax.map(weigh, parts)))
+
+        def add(carry: tuple[list[jax.Array], Any], part: Batch) -> Any:
+            sums, model_state = carry
+            grads, measured = differentiate(params, model_state, scale, part, key, all_weight)
+            # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
+            # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
+            new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(params, grads), strict=True)]
+            carry_on, kept = (new, measured.model_state), jnp.bool_(True)
+            if accumulate_overflow == "microbatch":
+                kept = jnp.isfinite(largest_magnitude(grads)) | jnp.isnan(measured.loss)
+                carry_on = keep_where(kept, carry_on, carry)
+            return carry_on, (kept, measured.loss, measured.metrics)
+
+        nothing = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in _with_gradient(params, params)]
+        (sums, model_state), (kept, losses, metrics) = jax.lax.scan(add, (nothing, model_state), parts)
+        loss, metrics = jax.tree.map(lambda x: jnp.sum(jnp.where(kept, x, 0)), (losses, metrics))
+        loss, metrics, dropped = replicas.sum((loss, metrics, jnp.sum(~kept, dtype=jnp.float32)))
+        grads, model_state = replicas.sum_gradients(_rebuild(params, sums)), replicas.mean(model_state)
+        if accumulate_overflow == "window":
+            return grads, (loss, metrics, None), model_state
+        # Exactly 1 where all were kept. Where nothing was that counts, there is no step to take.
+        weight = metrics["loss"].weight
+        of_kept = jnp.where(weight == 0, 1, all_weight / weight)
+        grads = jax.tree.map(lambda g: g * of_kept if g.dtype == jnp.float32 else g, grads)
+        loss = jnp.where((weight == 0) & (dropped > 0), jnp.inf, loss * of_kept)
+        return grads, (loss, metrics, dropped > 0), model_state
+
+    gradients = replicas.spread(of_batch if accumulate_steps == 1 else of_microbatches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _refuse_outside(state.opt_state)
         key = jax.random.fold_in(state.key, state.step)
-        grads, (loss, metrics), model_state = gradients(
+        grads, (loss, metrics, overflowed), model_state = gradients(
             state.params, state.model_state, loss_scale(state.opt_state), batch, key
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        told = {} if overflowed is None else {"overflowed": overflowed}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **told)
         state = state.commit(
             last_step_finite(opt_state),
             updates=updates,
@@ -83,9 +154,26 @@ def make_train_step(
             ema_decay=ema_decay,
             rounding=rounding,
         )
-        return state, metrics
+        return replicas.place(state), metrics
 
     return train_step
+
+
+def _with_gradient(params: Any, tree: Any) -> list[Any]:
+    """The leaves of `tree` at the places of the parameters that have a gradient."""
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(tree), strict=True)
+    return [x for param, x in leaves if jnp.issubdtype(param.dtype, jnp.inexact)]
+
+
+def _rebuild(params: Any, grads: list[jax.Array]) -> Any:
+    """The gradients as a tree like the parameters, with JAX's own zeros where there are none."""
+    rest = iter(grads)
+
+    def leaf(param: Any) -> Any:
+        inexact = jnp.issubdtype(param.dtype, jnp.inexact)
+        return next(rest) if inexact else np.zeros(param.shape, jax.dtypes.float0)
+
+    return jax.tree.map(leaf, params)
 
 
 def make_eval_step(loss_fn: LossFn) -> EvalStep:

@@ -12,18 +12,25 @@ import optax
 
 from jaxmp.errors import InputError
 from jaxmp.precision.flax import mode_argument, with_policy
+from jaxmp.precision.nnx import FromNNX
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.metrics import Mean, Metrics
+from jaxmp.training.noise import by_example
+from jaxmp.training.remat import rematerialised
 
 Batch = dict[str, jax.Array]
 """Arrays with the examples along axis 0, and `"weight"`, float32 (examples,): 0 for a row that only fills the batch."""
+
+PLACE = "place in the batch"
+"""in what is a part of a batch, a replica's or a microbatch: the place of each row in the whole, int32 (examples,)"""
 
 LossFn = Callable[[Any, Any, Batch, Any], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
 """`loss_fn(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`.
 
 A sum and a weight rather than a mean, both float32 scalars: masked losses, a smaller last batch and replicas then agree
-to rounding."""
+to rounding. The key is the same for all parts of a batch: fold `batch[PLACE]` in, where there is one, for noise that
+differs between them. Where a batch comes in microbatches, the weight must not depend on the parameters."""
 
 
 class Task(Protocol):
@@ -70,12 +77,20 @@ class Classification:
 
 
 def make_loss(
-    model: Any, task: Task, policy: Policy | PolicyTree | str, *, train: bool = True, axis_name: str | None = None
+    model: Any,
+    task: Task,
+    policy: Policy | PolicyTree | str,
+    *,
+    train: bool = True,
+    axis_name: str | None = None,
+    remat: tuple[str, ...] = (),
+    remat_policy: str = "nothing_saveable",
 ) -> LossFn:
     """The loss function of a Flax Linen module under a policy.
 
     The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. Its random keys
-    of every name come from the one `key`; its collections other than `params` are the model state.
+    of every name come from the one `key`, and dropout draws by the example (see `jaxmp.training.noise`); its
+    collections other than `params` are the model state.
 
     Args:
       model: a Linen module.
@@ -83,20 +98,37 @@ def make_loss(
       policy: a `Policy`, a `PolicyTree`, or the text of one.
       train: False for evaluation: no dropout, and the model state is read only.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
+      remat: modules that the backward pass computes again, see `jaxmp.training.remat`.
+      remat_policy: what is kept of them nevertheless.
+
+    Raises (when called): InputError where a pattern of `remat`, or a rule of the policy, names no module.
     """
-    apply = with_policy(model.apply, policy, axis_name=axis_name)
     mode = mode_argument(model, train)
+    of_nnx = isinstance(model, FromNNX)
+    if of_nnx and remat:
+        raise InputError(
+            f"parallel.remat={remat}: a model made by from_nnx has no modules to name; use nnx.remat in it"
+        )
+    evaluated = with_policy(model.apply, policy, axis_name=axis_name)
+
+    def trained(key: jax.Array, places: jax.Array | None, rows: int) -> Any:
+        """`model.apply` in training, and its key."""
+        if of_nnx:
+            return evaluated, key if places is None else jax.random.fold_in(key, places[0])
+        apply = with_policy(by_example(model.apply, places, rows), policy, axis_name=axis_name)
+        return rematerialised(apply, remat, remat_policy), key
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
         variables = {"params": params, **model_state}
         inputs = [batch[name] for name in task.inputs]
         if train:
             # One key for all names: Linen falls back on "params" for a collection that it is given no key for.
+            apply, key = trained(key, batch.get(PLACE), len(batch["weight"]))
             rngs = {"params": key}
             outputs, model_state = apply(variables, *inputs, rngs=rngs, mutable=list(model_state), **mode)
             model_state = _without_sown(model_state)
         else:
-            outputs = apply(variables, *inputs, **mode)
+            outputs = evaluated(variables, *inputs, **mode)
         loss, metrics = task(outputs, batch)
         return loss.total, (loss.weight, metrics, model_state)
 
