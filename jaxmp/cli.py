@@ -173,6 +173,9 @@ class AuditOptions:
     """Exit with 1 where there is a finding."""
     json: str | None = None
     """File to write the audit to as well, as JSON."""
+    target: str | None = None
+    """GPUs to compile the step for as well, which need not be there: h100, or h100x8 for eight of them. Takes the CUDA
+    build of JAX."""
 
 
 def audit(arguments: list[str]) -> int:
@@ -186,14 +189,20 @@ def audit(arguments: list[str]) -> int:
     import jax
 
     from jaxmp.instruments import audit as instrument
+    from jaxmp.instruments.target import Target
     from jaxmp.training.build import Training
     from jaxmp.training.parallel import Parallel
 
+    target = None if options.target is None else Target.parse(options.target)
+    # Otherwise JAX does not load its CUDA build where there is no GPU.
+    if target is not None and not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
     # pmap runs the same step, which wants its arrays stacked.
-    training = Training(dataclasses.replace(override(experiment, overrides, prog=prog), parallel=Parallel("jit")))
+    experiment = dataclasses.replace(override(experiment, overrides, prog=prog), parallel=Parallel("jit"))
+    training = Training(experiment, None if target is None else target.mesh())
     step = training.devices.compile(training.train_step, (0, 0))
-    policy = training.experiment.policy
-    report = instrument.audit(step, jax.eval_shape(training.init), training.example, policy=policy)
+    policy, modules = experiment.policy, training.explain()
+    report = instrument.audit(step, *training.arguments, policy=policy, modules=modules, target=target)
     print(report)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n")
@@ -210,7 +219,7 @@ def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
 
 
 _TRAIN_USAGE = "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]"
-_AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE]"
+_AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE] [--target h100]"
 
 
 def _config_argument(arguments: list[str], synopsis: str = _TRAIN_USAGE) -> tuple[ConfigFile, list[str]]:

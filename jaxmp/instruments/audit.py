@@ -7,6 +7,8 @@ about one operation and the facts of its operands, so that what is usual in half
 connection, a sum that JAX itself runs in float32) raises no alarm.
 
 The rules are the traps and defects that a jaxpr shows; what depends on values, such as an overflow, it cannot show.
+With a target, the function is compiled as well, for GPUs that need not be there, and what XLA made of it is read too
+(`Program`): the collectives that its partitioner adds, and sums and products whose dtype it changes, stand in no jaxpr.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,14 @@ from jax._src import source_info_util
 from jax.extend.core import Literal
 
 from jaxmp.errors import InputError
-from jaxmp.precision.policy import FLOAT32, Policy
-from jaxmp.precision.policy_tree import PolicyTree, as_tree
+from jaxmp.instruments.program import Program, in_library
+from jaxmp.instruments.target import COMPILER_OPTIONS, Target
+from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
+from jaxmp.precision.policy_tree import PolicyTree, as_tree, path_and_above
 from jaxmp.precision.rounding import HALF
+
+if TYPE_CHECKING:
+    from jaxmp.precision.flax import Row
 
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
@@ -55,7 +61,6 @@ _CALLBACKS = {
 }
 _WITH_SCALAR_FUNCTIONS = {"reduce", "reduce_window", "select_and_scatter", "scatter", "scatter-mul", "sort"} | _SCATTERS
 """Operations that hold a function of single numbers, of which each is one operation."""
-_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages", "jaxmp"))
 
 
 class Finding(NamedTuple):
@@ -118,6 +123,10 @@ class Audit:
     """what the figures leave out"""
     policy: PolicyTree | None = None
     """what `findings` holds the function to; without one, float32 dots are no finding"""
+    modules: Mapping[str, Policy] | None = None
+    """the policy of each module by its path, for rules by class, which a path alone does not show"""
+    program: Program | None = None
+    """what the function was compiled to, where it was audited for a target"""
 
     @property
     def dot_flops_by_dtype(self) -> dict[str, int]:
@@ -137,18 +146,36 @@ class Audit:
         return (*kept, *_merged(self._wide_dots(self.policy)))
 
     def _wide_dots(self, policy: PolicyTree) -> Iterator[Finding]:
-        # Which module is of which class cannot be seen here: rules by class might have asked for any dot in float32.
-        if any(rule.pattern.startswith("@") and rule.policy.compute_dtype not in HALF for rule in policy.rules):
+        by_class = any(rule.pattern.startswith("@") and rule.policy.compute_dtype not in HALF for rule in policy.rules)
+        if by_class and self.modules is None:  # any dot might be meant to be in float32
             return
+        traced = set()
         for dot in self.dots:
-            compute = _lookup(policy, dot.path).compute_dtype
-            if compute in HALF and np.dtype(dot.dtype) not in HALF and jnp.issubdtype(dot.dtype, jnp.floating):
+            compute = self._lookup(policy, dot.path).compute_dtype
+            if compute in HALF and _is_wide(dot.dtype):
+                traced.add(dot.path)
                 what = f"{dot.primitive} of {dot.dtype} operands where the policy computes in {compute.name}"
                 yield Finding("float32 dot", what, dot.path, dot.source, dot.dtype, dot.times)
+        for kernel in () if self.program is None else self.program.kernels:
+            path = _scopes(kernel.path)
+            compute = self._lookup(policy, path).compute_dtype
+            product = kernel.kind in ("product", "convolution", "attention") and path not in traced
+            if product and compute in HALF and _is_wide(kernel.dtype):
+                what = f"compiled to {kernel.name} of {kernel.dtype} where the policy computes in {compute.name}"
+                yield Finding("float32 dot", what, path, kernel.source, kernel.dtype, kernel.times)
 
-    def under(self, policy: Policy | PolicyTree | str | None) -> Audit:
-        """The same, held to `policy`."""
-        return dataclasses.replace(self, policy=None if policy is None else as_tree(policy))
+    def _lookup(self, policy: PolicyTree, path: str) -> Policy:
+        """The policy of the module at `path`, which begins with the class of the model."""
+        module = "/".join(name.partition(".")[0] for name in path.split("/")[1:])  # cell.method is within cell
+        if self.modules is None:
+            return policy.lookup(module)
+        known = [self.modules[at] for at in path_and_above(module) if at in self.modules]
+        return known[-1] if known else policy.default
+
+    def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
+        """The same, held to `policy`; for `modules` see `audit`."""
+        table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
+        return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
 
     def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
         """For tests.
@@ -171,6 +198,7 @@ class Audit:
             "casts": [cast._asdict() for cast in self.casts],
             "notes": list(self.notes),
             "policy": None if self.policy is None else str(self.policy),
+            **({} if self.program is None else {"program": self.program.to_json()}),
         }
 
     def __str__(self) -> str:
@@ -190,13 +218,22 @@ class Audit:
         yield "casts" if changes else "casts\n  none"
         for (before, after), n in changes.most_common():
             yield f"  {before} to {after}: {n}, of {elements[before, after]:,} elements"
+        if self.program is not None:
+            yield str(self.program)
         yield "findings" if self.findings else "findings\n  none"
         for finding in self.findings:
             yield f"  {finding}"
         yield from (f"note: {note}" for note in self.notes)
 
 
-def audit(fn: Callable[..., Any], *args: Any, policy: Policy | PolicyTree | str | None = None, **kwargs: Any) -> Audit:
+def audit(
+    fn: Callable[..., Any],
+    *args: Any,
+    policy: Policy | PolicyTree | str | None = None,
+    modules: Iterable[Row] | None = None,
+    target: Target | str | None = None,
+    **kwargs: Any,
+) -> Audit:
     """Which dtypes `fn(*args, **kwargs)` runs in, and what is wrong with that. It is traced; nothing runs.
 
     The rules, each the `rule` of its findings:
@@ -218,23 +255,30 @@ def audit(fn: Callable[..., Any], *args: Any, policy: Policy | PolicyTree | str 
     Args:
       fn: any function that JAX traces; a jitted one is looked at with its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.
-      policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths. Where a rule by class
-        computes in float32, float32 dots are not reported.
+      policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths.
+      modules: the rows of `policy.explain(model, batch)`, for rules by class: where one of those computes in float32,
+        float32 dots are not reported without.
+      target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Arguments are
+        on each of them whole, but for a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
+        `Audit.program`, and the findings are those of the program as well.
       kwargs: further arguments of `fn`.
 
     Returns:
       The audit. The body of a scan counts times its length, that of a while loop once, of a conditional the branch with
-      most FLOPs, and a function that is mapped over devices counts on each.
+      most FLOPs (of one between platforms that of the target, or of the local devices), and a function that is mapped
+      over devices counts on each.
 
     Raises:
-      InputError: `fn` cannot be traced with these arguments.
+      InputError: `fn` cannot be traced with these arguments, or this JAX cannot compile for the target.
 
     >>> x = jax.ShapeDtypeStruct((8, 4), jnp.float16)
     >>> w = jax.ShapeDtypeStruct((4, 2), jnp.float16)
     >>> audit(jnp.dot, x, w).dot_flops_by_dtype
     {'float16': 128}
     """
-    tree = None if policy is None else as_tree(policy)
+    if target is not None:
+        target = Target.parse(target) if isinstance(target, str) else target
+        args, kwargs = target.place((args, kwargs))
     jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
     try:
         traced = jitted.trace(*args, **kwargs)
@@ -246,13 +290,18 @@ def audit(fn: Callable[..., Any], *args: Any, policy: Policy | PolicyTree | str 
             "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
         ) from error
     jaxpr = _opened(traced.jaxpr)
-    walk = _Walk()
+    walk = _Walk("cuda" if target is not None else jax.default_backend())
     out = walk.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
     boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
     findings = [f for f in walk.findings if f.rule != "half loss" or walk.differentiated]
-    return Audit(
-        tuple(walk.dots), tuple(walk.casts), tuple(_merged([*findings, *boundary])), tuple(sorted(walk.notes)), tree
-    )
+    found = _merged([*findings, *boundary])
+    program = None
+    if target is not None:
+        program = Program.read(traced.lower().compile(compiler_options=COMPILER_OPTIONS), str(target))
+        found += _merged(_compiled(program, found))
+        walk.notes.add("compiled without a GPU: kernels are XLA's defaults, not the fastest that it would have timed")
+    report = Audit(tuple(walk.dots), tuple(walk.casts), tuple(found), tuple(sorted(walk.notes)), program=program)
+    return report.under(policy, modules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +347,8 @@ class _Place:
 class _Walk:
     """Reads jaxprs, and collects what is found on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, platform: str) -> None:
+        self.platform = "cuda" if platform == "gpu" else platform
         self.dots: list[Dot] = []
         self.casts: list[Cast] = []
         self.findings: list[Finding] = []
@@ -322,8 +372,8 @@ class _Walk:
         place = dataclasses.replace(place, names=names, source=_source(eqn) or place.source)
         self.differentiated |= "transpose(" in names
         name = eqn.primitive.name
-        if name == "pallas_call":
-            self.notes.add("what a Pallas kernel computes is not counted")
+        if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
+            self.notes.add(f"what is inside of {name} is not counted")
         elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(_functions(eqn))):
             return self._nested(eqn, inner, given, place)
         self._count(eqn, place)
@@ -403,8 +453,8 @@ class _Walk:
 
     def _cond(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
         branches, results = [], []
-        for branch in eqn.params["branches"]:
-            walk = _Walk()
+        for branch in self._possible(eqn):
+            walk = _Walk(self.platform)
             results.append(walk.function(_opened(branch), given[1:], place))
             branches.append(walk)
             self.findings += walk.findings
@@ -417,6 +467,14 @@ class _Walk:
             self.notes.add("of a conditional the branch with most FLOPs is counted")
         guarded = given[0].flag
         return [dataclasses.replace(f, guarded=f.guarded or guarded) for f in results[branches.index(largest)]]
+
+    def _possible(self, eqn: Any) -> Sequence[Any]:
+        """The branches of a conditional; of one between platforms only the one that lowering keeps."""
+        platforms = eqn.params.get("branches_platforms")
+        if not platforms:
+            return eqn.params["branches"]
+        named = [i for i, names in enumerate(platforms) if names is not None and self.platform in names]
+        return [eqn.params["branches"][(named or [platforms.index(None)])[0]]]
 
     # Single operations
 
@@ -726,6 +784,28 @@ def _key(key: Any) -> str:
     return str(key)
 
 
+# What the compiled program shows
+
+
+def _compiled(program: Program, traced: list[Finding]) -> Iterator[Finding]:
+    """Sums in half that stand in the program and not, at the same place, in the jaxpr."""
+    known = {(finding.rule, finding.source) for finding in traced}
+    for each in program.collectives:
+        sums = each.kind in ("all-reduce", "reduce-scatter") and np.dtype(each.dtype) in HALF
+        if sums and ("half collective", each.source) not in known:
+            what = f"compiled to {each.kind} in {each.dtype}"
+            yield Finding("half collective", what, _scopes(each.path), each.source, each.dtype, each.times)
+    for total in program.half_sums:
+        if total.terms > 1 and ("half accumulation", total.source) not in known:
+            what = f"compiled to a sum over {total.terms} terms in {total.dtype}"
+            yield Finding("half accumulation", what, _scopes(total.path), total.source, total.dtype, total.times)
+
+
+def _scopes(operation: str) -> str:
+    """The path of the module that an operation of the program stands in; its last name is that of the primitive."""
+    return _path(operation.rpartition("/")[0])
+
+
 # Names
 
 
@@ -753,15 +833,10 @@ def _path(names: str) -> str:
     return "/".join(parts)
 
 
-def _lookup(policy: PolicyTree, path: str) -> Policy:
-    """The policy of a module, whose path in a name stack begins with the class of the model."""
-    return policy.lookup(path.partition("/")[2])
-
-
 def _source(eqn: Any) -> str:
     """file:line of the innermost frame outside of installed libraries, or of the innermost one."""
     frames = list(source_info_util.user_frames(eqn.source_info.traceback))
-    own = [frame for frame in frames if not any(library in frame.file_name for library in _LIBRARIES)]
+    own = [frame for frame in frames if not in_library(frame.file_name)]
     for frame in (*own[:1], *frames[:1]):
         return f"{frame.file_name}:{frame.start_line}"
     return ""
@@ -781,6 +856,10 @@ def _count(n: int, noun: str) -> str:
 
 def _typed(aval: Any) -> str:
     return f"{'weakly typed ' if getattr(aval, 'weak_type', False) else ''}{aval.dtype.name}"
+
+
+def _is_wide(dtype: str) -> bool:
+    return dtype in ("float32", "float64")
 
 
 def _is_float(dtype: Any) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmp.data.dataset import Source, Split
 from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
@@ -18,7 +21,7 @@ from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
 from jaxmp.training.metrics import Mean, Metrics, merge, zeros_like
-from jaxmp.training.parallel import Devices
+from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_eval_step, make_train_step
 from jaxmp.training.tasks import LossFn, init_model, make_loss
@@ -32,6 +35,8 @@ class Training:
     """What an experiment trains with; every piece is made on first use, and each is usable alone."""
 
     experiment: Experiment
+    mesh: Mesh | None = None
+    """devices to build for, along an axis `data`, which need not be there; by default the local ones"""
 
     @functools.cached_property
     def source(self) -> Source:
@@ -51,8 +56,13 @@ class Training:
 
     @functools.cached_property
     def devices(self) -> Devices:
-        """The local devices."""
-        return self.experiment.parallel.make(self.experiment.data.batch_size, self.experiment.loop.accumulate_steps)
+        """The devices."""
+        experiment, mesh = self.experiment, self.mesh
+        return experiment.parallel.make(
+            experiment.data.batch_size,
+            experiment.loop.accumulate_steps,
+            devices=None if mesh is None else list(mesh.devices.flat),
+        )
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -108,6 +118,17 @@ class Training:
                     f"task.{field} names {name!r}; the data has {', '.join(sorted(raw))}{nearest(name, raw)}"
                 )
         return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+
+    @functools.cached_property
+    def arguments(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+        """What the compiled step takes, abstractly: the state and a batch, each where it lies on the devices."""
+        state = jax.eval_shape(self.init)
+        if self.devices.mode == "pmap":
+            count = self.devices.count
+            state = _shaped(state, lambda shape: (count, *shape))
+            return state, _shaped(self.example, lambda shape: (count, shape[0] // count, *shape[1:]))
+        whole, split = (NamedSharding(self.devices.mesh, spec) for spec in (P(), P(AXIS)))
+        return _shaped(state, sharding=whole), _shaped(self.example, sharding=split)
 
     @property
     def columns(self) -> list[str]:
@@ -225,3 +246,7 @@ class Training:
             return merge(metrics, step(params, model_state, prepared(batch, None)))
 
         return evaluation
+
+
+def _shaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s, sharding: Any = None) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x.shape), x.dtype, sharding=sharding), tree)

@@ -1,0 +1,100 @@
+"""`Target`: GPUs to compile for that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmp.errors import InputError, nearest
+
+GPUS = {"h100": Path(__file__).with_name("h100.txtpb")}
+"""XLA's description of each GPU, by name"""
+
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+"""Without a GPU no kernel can be timed, so XLA takes its default kernels; dtypes, memory and collectives stay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One or more GPUs of a kind. Programs can be compiled for them, which takes the CUDA build of JAX but no GPU.
+
+    >>> Target.parse("h100x8")
+    Target(gpu='h100', count=8)
+    """
+
+    gpu: str
+    """which GPU, one of `GPUS`"""
+    count: int = 1
+    """how many, in one machine"""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The target that `text` names: `h100`, or `h100x8` for eight of them.
+
+        Raises: InputError where there is no such GPU, or no such number of them.
+        """
+        gpu, count = re.fullmatch(r"(.*?)(?:x(\d+))?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        if gpu not in GPUS or count == "0":
+            raise InputError(
+                f"target {text!r}: expected {' or '.join(GPUS)}, with the number of GPUs behind it where there are "
+                f"several, such as h100x8{nearest(gpu, GPUS)}"
+            )
+        return cls(gpu, int(count or 1))
+
+    def __str__(self) -> str:
+        return self.gpu if self.count == 1 else f"{self.gpu}x{self.count}"
+
+    @functools.cached_property
+    def devices(self) -> tuple[Any, ...]:
+        """Devices that a program can be compiled for, and nothing be put on.
+
+        Raises: InputError where the installed JAX cannot compile for GPUs.
+        """
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda", target_config=GPUS[self.gpu].read_text(), topology=f"1x1x{self.count}"
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            raise InputError(f"target {self}: {_remedy()} ({str(error).partition(chr(10))[0]})") from error
+        return tuple(topology.devices)
+
+    def mesh(self, axis: str = "data") -> Mesh:
+        """The devices along one axis, for what is to be spread over them."""
+        return Mesh(np.array(self.devices), (axis,), axis_types=(AxisType.Auto,))
+
+    def place(self, tree: Any) -> Any:
+        """Arrays and `jax.ShapeDtypeStruct`s as the latter, on each of these GPUs, but for those with a place on them.
+
+        Args:
+          tree: what a function takes; leaves that are neither stay.
+        """
+        whole = NamedSharding(self.mesh(), P())
+
+        def placed(x: Any) -> Any:
+            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+                return x
+            sharding = getattr(x, "sharding", None)
+            here = sharding is not None and sharding.device_set <= set(self.devices)
+            weak = getattr(x, "weak_type", False)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if here else whole, weak_type=weak)
+
+        return jax.tree.map(placed, tree)
+
+
+def _remedy() -> str:
+    if any(importlib.util.find_spec(f"jax_{extra}_plugin") for extra in ("cuda12", "cuda13")):
+        return "JAX could not load its CUDA build; without a GPU that takes JAX_PLATFORMS=cpu in the environment"
+    return (
+        "compiling for a GPU takes the CUDA build of JAX (4.5 GB), but no GPU; expected it installed, by "
+        "`uv sync --extra cuda12` or pip install 'jaxmp[cuda12]' (or cuda13)"
+    )
