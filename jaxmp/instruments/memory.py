@@ -1,0 +1,229 @@
+"""`memory`: what lies in memory during a training step, predicted from shapes: nothing is compiled, nothing runs.
+
+What the forward pass keeps for the backward pass is read from the jaxpr of `jax.vjp`, as JAX's own
+`jax.ad_checkpoint.print_saved_residuals` does. An argument that is kept costs nothing more; a weight that was only cast
+is told apart from activations, since it is what master weights cost beside themselves.
+
+The compiler may do with less, by computing again, or with more, for what it needs on the way.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxmp.errors import InputError
+
+MIB = 2**20
+
+SAME_VALUES = {
+    *("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "copy", "copy_p", "optimization_barrier"),
+    *("convert_element_type", "reduce_precision", "name", "sharding_constraint", "stop_gradient", "pvary"),
+}
+"""operations that hand on the values of their operand, rounded at most"""
+
+
+class Item(NamedTuple):
+    """Arrays of one kind and dtype."""
+
+    name: str
+    """master weights (that the loss casts to less), parameters (the others), moments, other state, batch, gradients,
+    weights cast for compute, or saved activations"""
+    dtype: str
+    arrays: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes by kind and dtype. Printed, it is a table in MiB, of what is more than 0.00 of them."""
+
+    items: tuple[Item, ...]
+
+    def nbytes(self, *names: str) -> int:
+        """Bytes of the kinds that are named, of all dtypes; of everything where none is named."""
+        return sum(item.nbytes for item in self.items if not names or item.name in names)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The same in lists, dicts, strings and whole numbers."""
+        return [item._asdict() for item in self.items]
+
+    def __str__(self) -> str:
+        rows = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]
+        rest = self.nbytes() - sum(nbytes for *_, nbytes in rows)
+        rows += [("the rest", "", rest)] if rest else []
+        return "\n".join(f"{name:<26}{dtype:<12}{nbytes / MIB:12,.2f}" for name, dtype, nbytes in rows)
+
+
+def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = None, state: Any = None) -> Memory:
+    """What a step that differentiates `loss(params, *args)` by `params` holds in memory.
+
+    Args:
+      loss: a scalar function.
+      params: what it is differentiated by, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as
+        integers, are state.
+      args: its further arguments, such as the batch.
+      opt_state: the optimizer's state: floats in arrays are moments, all else is other state.
+      state: what else persists between steps, such as batch statistics or an average of the weights.
+
+    Returns:
+      The items, in the order in which a step comes by them. Arrays with a sharding count with the share of one device,
+      but for what the loss makes of them, which counts as traced: give `args` the shapes of one device.
+
+    Raises:
+      InputError: `loss` cannot be differentiated with these arguments.
+
+    >>> w, x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32), jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16)
+    >>> half = lambda w, x: jnp.sum(jnp.tanh(x @ w.astype(x.dtype)), dtype=jnp.float32)
+    >>> print(memory(half, w, x))
+    master weights            float32             4.00
+    batch                     bfloat16            0.12
+    gradients                 float32             4.00
+    saved activations         bfloat16            0.25
+    """
+    leaves, structure = jax.tree.flatten(params)
+    diff = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def of(leaves_and_args: tuple[Any, ...]) -> Any:
+        own, others, args = leaves_and_args
+
+        def differentiated(own: Any) -> Any:
+            filled = dict(enumerate(others)) | dict(zip(diff, own, strict=True))
+            return loss(jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]), *args)
+
+        # The function that vjp returns is a pytree, of all that it needs for the backward pass.
+        return jax.vjp(differentiated, own)[1]
+
+    own = [leaves[i] for i in diff]
+    others = [jnp.zeros((), jnp.int8) if i in diff else leaf for i, leaf in enumerate(leaves)]
+    try:
+        jaxpr: Any = jax.make_jaxpr(of)((own, others, args))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"memory: the loss cannot be differentiated with these arguments ({type(error).__name__}: {first})"
+        ) from error
+    flow = _Flow(len(own))
+    roots = [_Root(i) for i in range(len(jaxpr.jaxpr.invars))]
+    kept = flow.function(jaxpr.jaxpr, roots)
+
+    items = _Items()
+    for i, leaf in enumerate(leaves):
+        place = diff.index(i) if i in diff else None
+        items.add("other state" if place is None else "master weights" if place in flow.masters else "parameters", leaf)
+    for leaf in jax.tree.leaves(opt_state):
+        items.add("moments" if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.inexact) else "other state", leaf)
+    for leaf in jax.tree.leaves(state):
+        items.add("other state", leaf)
+    for leaf in jax.tree.leaves(args):
+        items.add("batch", leaf)
+    for leaf in own:
+        items.add("gradients", leaf)
+    for name, aval in _saved(kept, [v.aval for v in jaxpr.jaxpr.outvars], len(own)):
+        items.add(name, aval)
+    return items.memory()
+
+
+class _Root(NamedTuple):
+    """What a value is a copy of."""
+
+    key: Any
+    """place among the arguments, or the variable that was computed"""
+    cast: bool = False
+    """whether it was rounded on the way"""
+    spread: bool = False
+    """whether it has more elements than what it is a copy of"""
+
+
+class _Flow:
+    """Follows values through a jaxpr and the functions in it, as long as they are only handed on."""
+
+    def __init__(self, params: int) -> None:
+        self.params = params
+        self.masters: set[int] = set()
+
+    def function(self, jaxpr: Any, given: Sequence[_Root]) -> list[_Root]:
+        """What the results are copies of; on the way, which parameters are cast to a narrower dtype."""
+        env: dict[Any, _Root] = dict(zip(jaxpr.invars, given, strict=True))
+
+        def read(v: Any) -> _Root:
+            return _Root(object()) if isinstance(v, Literal) else env.get(v, _Root(v))
+
+        for eqn in jaxpr.eqns:
+            for v, root in zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars]), strict=True):
+                env[v] = root
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, given: list[_Root]) -> list[_Root]:
+        name = eqn.primitive.name
+        if name in SAME_VALUES:
+            before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+            (key, cast, spread), narrower = given[0], after.dtype.itemsize < before.dtype.itemsize
+            if narrower and isinstance(key, int) and key < self.params:
+                self.masters.add(key)
+            return [_Root(key, cast or before.dtype != after.dtype, spread or before.size != after.size)]
+        made = [_Root(v) for v in eqn.outvars]
+        for inner in _functions(eqn):
+            values = given[-len(inner.invars) :] if len(inner.invars) else []  # a conditional's first is the choice
+            if len(values) != len(inner.invars):
+                continue
+            out = self.function(inner, values)
+            # What a loop returns is of other turns than what it was given.
+            if len(out) == len(made) and name not in ("scan", "while", "cond"):
+                return out
+        return made
+
+
+def _functions(eqn: Any) -> Iterator[Any]:
+    for parameter in eqn.params.values():
+        for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _saved(kept: list[_Root], avals: list[Any], params: int) -> Iterator[tuple[str, Any]]:
+    """What is kept beside the arguments, each once, however often it is kept under another shape."""
+    seen = set()
+    for root, aval in zip(kept, avals, strict=True):
+        is_argument = isinstance(root.key, int)
+        key = root.key, aval.dtype, aval.size
+        whole = is_argument and not root.spread
+        if key in seen or (whole and not root.cast) or aval.dtype == jax.dtypes.float0:
+            continue
+        seen.add(key)
+        yield "weights cast for compute" if whole and root.key < params else "saved activations", aval
+
+
+class _Items:
+    """Adds up arrays by name and dtype."""
+
+    def __init__(self) -> None:
+        self.arrays: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.sizes: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def add(self, name: str, leaf: Any) -> None:
+        key = name, str(leaf.dtype)
+        self.arrays[key] += 1
+        self.sizes[key] += device_nbytes(leaf)
+
+    def memory(self) -> Memory:
+        return Memory(tuple(Item(*key, n, self.sizes[key]) for key, n in self.arrays.items()))
+
+
+def device_nbytes(leaf: Any) -> int:
+    """Bytes of an array, or `jax.ShapeDtypeStruct`, on one of its devices."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), leaf.dtype))
+        return math.prod(shape) * words.size * words.dtype.itemsize
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
