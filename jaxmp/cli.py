@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> int:
         return DONE
     for words in (2, 1):
         command, rest = " ".join(arguments[:words]), arguments[words:]
-        if command in ("train", "audit"):
+        if command in ("train", "audit", "compare"):
             return COMMANDS[command](rest)
         if command in COMMANDS:
             import tyro
@@ -209,6 +209,77 @@ def audit(arguments: list[str]) -> int:
     return FAILED if options.strict and report.findings else DONE
 
 
+@dataclass(frozen=True)
+class CompareOptions:
+    """What `jaxmp compare` takes beside the fields of the experiment."""
+
+    precision: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16")
+    """Precisions to train under; the others are compared with the first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each is trained under every precision."""
+    output: str | None = None
+    """HTML file to write, and a JSON file beside it; WORKDIR/CONFIG/compare.html by default."""
+    workdir: str = "runs"
+    """Folder of the run folders; runs that are there are resumed, or read."""
+    gradients: int = 0
+    """At how many steps of the first run to compare gradients as well."""
+    gradients_against: Literal["float64", "float32"] = "float64"
+    """float64, without random masks; or float32, with those of training."""
+
+
+def compare(arguments: list[str]) -> int:
+    """Trains a config under several precisions and seeds, and writes what that shows as one HTML file."""
+    config, arguments = _config_argument(arguments, _COMPARE_USAGE)
+    experiment = config.experiment()
+    prog = f"jaxmp compare {config.name}"
+    both = _with_options(experiment, CompareOptions)
+    override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
+    options, overrides = _split_off_options(arguments, prog, CompareOptions)
+    if any(argument.partition("=")[0] == "--seed" for argument in overrides):
+        raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
+    from jaxmp.runs import compare as runs
+
+    comparison = runs.compare(
+        config,
+        options.precision,
+        options.seeds,
+        overrides=overrides,
+        workdir=options.workdir,
+        gradients=options.gradients,
+        gradients_against=options.gradients_against,
+    )
+    if comparison is None:
+        return STOPPED
+    output = Path(options.output or Path(options.workdir) / config.name / "compare.html")
+    runs.save(comparison, output)
+    print(f"{'report':<16} {output}")
+    failures = runs.failures(comparison)
+    for failure in failures:
+        print(f"jaxmp: failed: {failure}", file=sys.stderr)
+    return FAILED if failures else DONE
+
+
+def report(runs: tuple[str, ...], *, output: str | None = None) -> int:
+    """Writes what one or more runs did as one HTML file.
+
+    Args:
+      runs: Run folders, or folders with one run in them.
+      output: File to write; of a single run, report.html in its folder by default.
+    """
+    from jaxmp.runs.report import report as page
+    from jaxmp.runs.run import Run
+
+    found = [Run(run) for run in runs]
+    if not found:
+        raise InputError("report: expected RUN..., one or more run folders")
+    if output is None and len(found) > 1:
+        raise InputError(f"report: of {len(found)} runs there is no one folder for it; expected --output FILE")
+    path = Path(output) if output is not None else found[0].path / "report.html"
+    page(found).write(path)
+    print(path)
+    return DONE
+
+
 def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
     """One line a number, those of nested mappings under both names; tables are left to the file."""
     for name, value in summary.items():
@@ -220,6 +291,7 @@ def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
 
 _TRAIN_USAGE = "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]"
 _AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE] [--target h100]"
+_COMPARE_USAGE = "usage: jaxmp compare CONFIG [--precision A B C] [--seeds 0 1 2] [--output FILE] [--FIELD VALUE ...]"
 
 
 def _config_argument(arguments: list[str], synopsis: str = _TRAIN_USAGE) -> tuple[ConfigFile, list[str]]:
@@ -239,9 +311,13 @@ def _config_argument(arguments: list[str], synopsis: str = _TRAIN_USAGE) -> tupl
 
 
 def _with_options(experiment: Any, options: type = TrainOptions) -> Any:
-    """`experiment` as a value of a class that has the fields of the `options` too."""
-    both = dataclasses.make_dataclass("Arguments", [], bases=(options, type(experiment)), frozen=True)
-    return both(**{field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)})
+    """`experiment` as a value of a class that has the fields of the `options` too, or in the place of its own."""
+    own = {field.name for field in dataclasses.fields(options)}
+    fields = {field.name for field in dataclasses.fields(experiment)}
+    # Of an experiment with other fields, the experiment's own checks make no sense.
+    checks = {"__post_init__": lambda self: None} if own & fields else {}
+    both = dataclasses.make_dataclass("Arguments", [], bases=(options, type(experiment)), frozen=True, namespace=checks)
+    return both(**{name: getattr(experiment, name) for name in fields - own})
 
 
 def _split_off_options(arguments: list[str], prog: str, options: Any = TrainOptions) -> tuple[Any, list[str]]:
@@ -341,6 +417,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "eval": evaluate,
     "audit": audit,
+    "compare": compare,
+    "report": report,
     "configs": configs,
     "data list": data_list,
     "data prepare": data_prepare,
