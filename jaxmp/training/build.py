@@ -125,10 +125,11 @@ class Training:
         state = jax.eval_shape(self.init)
         if self.devices.mode == "pmap":
             count = self.devices.count
-            state = _shaped(state, lambda shape: (count, *shape))
-            return state, _shaped(self.example, lambda shape: (count, shape[0] // count, *shape[1:]))
-        whole, split = (NamedSharding(self.devices.mesh, spec) for spec in (P(), P(AXIS)))
-        return _shaped(state, sharding=whole), _shaped(self.example, sharding=split)
+            state = _reshaped(state, lambda shape: (count, *shape))
+            return state, _reshaped(self.example, lambda shape: (count, shape[0] // count, *shape[1:]))
+        rows = NamedSharding(self.devices.mesh, P(AXIS))
+        placed = jax.tree.map(_placed, state, self.devices.shardings(state))
+        return placed, jax.tree.map(lambda x: _placed(x, rows), self.example)
 
     @property
     def columns(self) -> list[str]:
@@ -248,5 +249,9 @@ class Training:
         return evaluation
 
 
-def _shaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s, sharding: Any = None) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x.shape), x.dtype, sharding=sharding), tree)
+def _reshaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x.shape), x.dtype), tree)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
