@@ -89,8 +89,8 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_with_the_bits_and_lines_of_an_undisturbed_one(kills, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_bits_and_lines_of_an_undisturbed_one(tmp_path, kills=10):
     (tmp_path / "noise.py").write_text(CONFIG)
     undisturbed = start(tmp_path, "whole")
     while undisturbed.poll() is None and not size(tmp_path / "whole"):
