@@ -35,7 +35,7 @@ def _lines(training: Training) -> Iterator[str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     yield f"experiment  {experiment.hash}, seed {experiment.seed}"
     yield f"precision   {experiment.policy}, {experiment.make_scaler()}"
-    yield f"devices     {devices.count} x {jax.local_devices()[0].device_kind}, {devices.mode}"
+    yield f"devices     {devices.count} x {jax.local_devices()[0].device_kind}, {devices.mode}, {devices.shard}"
     yield f"rows        {sizes}"
     yield f"batch       {shapes}"
     yield f"steps       {batches.per_epoch} batches an epoch, {training.steps} steps in {epochs:.4g} epochs"

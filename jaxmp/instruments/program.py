@@ -70,6 +70,8 @@ class Collective(NamedTuple):
     path: str
     source: str
     times: int
+    in_loop: bool = False
+    """whether it stands in a loop, whose turns XLA may not know the number of"""
 
 
 class HalfSum(NamedTuple):
@@ -221,7 +223,7 @@ class _Reader:
         self.collectives: list[Collective] = []
         self.half_sums: list[HalfSum] = []
 
-    def computation(self, name: str, times: int) -> None:
+    def computation(self, name: str, times: int, in_loop: bool = False) -> None:
         """Everything that running a computation launches."""
         body = self.computations[name]
         for instruction in body.values():
@@ -230,21 +232,23 @@ class _Reader:
             if opcode in _NO_KERNEL or (opcode.endswith("-done") and kind in _COLLECTIVES):
                 continue
             if kind in _COLLECTIVES:
-                self._collective(kind, instruction, body, times)
+                self._collective(kind, instruction, body, times, in_loop)
             elif opcode in ("while", "call", "conditional", "async-start"):
                 turns = _turns(instruction) if opcode == "while" else 1
                 for inner in _called(instruction):
-                    self.computation(inner, times * turns)
+                    self.computation(inner, times * turns, in_loop or opcode == "while")
             else:
                 self._kernel(instruction, body, times)
 
-    def _collective(self, kind: str, instruction: _Instruction, body: Mapping[str, _Instruction], times: int) -> None:
+    def _collective(
+        self, kind: str, instruction: _Instruction, body: Mapping[str, _Instruction], times: int, in_loop: bool
+    ) -> None:
         given = [shape for operand in instruction.operands for shape in body[operand].shapes]
         # What starts one returns what it was given beside what it will get.
         got = instruction.shapes[len(given) :] if instruction.opcode.endswith("-start") else instruction.shapes
         larger = max(given, got or given, key=_nbytes)
         path, source = self._place(instruction)
-        self.collectives.append(Collective(kind, _widest(larger), _nbytes(larger), path, source, times))
+        self.collectives.append(Collective(kind, _widest(larger), _nbytes(larger), path, source, times, in_loop))
 
     def _kernel(self, instruction: _Instruction, body: Mapping[str, _Instruction], times: int) -> None:
         # What a fusion computes stands in a computation of its own.

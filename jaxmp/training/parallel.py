@@ -22,7 +22,7 @@ from jaxmp.errors import InputError
 AXIS = "data"
 """name of the mapped axis over which a batch is spread"""
 
-SMALL = 2**12
+SMALL = 2**8
 """numbers in an array below which every device keeps it whole: split, it would save less than its collective costs"""
 
 SPLIT = {

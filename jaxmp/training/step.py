@@ -115,14 +115,18 @@ def make_train_step(
             grads, measured = differentiate(params, model_state, scale, part, key, all_weight)
             # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
             # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
-            new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(params, grads), strict=True)]
+            leaves = _with_gradient(params, grads)
+            new = [s + g.astype(s.dtype) for s, g in zip(sums, leaves, strict=True)]
             carry_on, kept = (new, measured.model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
-                kept = jnp.isfinite(largest_magnitude(grads)) | jnp.isnan(measured.loss)
+                kept = jnp.isfinite(largest_magnitude(leaves)) | jnp.isnan(measured.loss)
                 carry_on = keep_where(kept, carry_on, carry)
             return carry_on, (kept, measured.loss, measured.metrics)
 
-        nothing = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in _with_gradient(params, params)]
+        masters = _with_gradient(params, params)
+        nothing = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in masters]
+        if replicas.axis_name is None:
+            nothing = replicas.in_shares(nothing)
         (sums, model_state), (kept, losses, metrics) = jax.lax.scan(add, (nothing, model_state), parts)
         loss, metrics = jax.tree.map(lambda x: jnp.sum(jnp.where(kept, x, 0)), (losses, metrics))
         loss, metrics, dropped = replicas.sum((loss, metrics, jnp.sum(~kept, dtype=jnp.float32)))
@@ -132,7 +136,7 @@ def make_train_step(
         # Exactly 1 where all were kept. Where nothing was that counts, there is no step to take.
         weight = metrics["loss"].weight
         of_kept = jnp.where(weight == 0, 1, all_weight / weight)
-        grads = jax.tree.map(lambda g: g * of_kept if g.dtype == jnp.float32 else g, grads)
+        grads = jax.tree.map(lambda g: g * of_kept if jnp.issubdtype(g.dtype, jnp.inexact) else g, grads)
         loss = jnp.where((weight == 0) & (dropped > 0), jnp.inf, loss * of_kept)
         return grads, (loss, metrics, dropped > 0), model_state
 
