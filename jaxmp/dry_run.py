@@ -13,7 +13,6 @@ from jaxmp.data.pipeline import nbytes
 from jaxmp.experiment import Experiment
 from jaxmp.instruments.memory import Memory, memory
 from jaxmp.training.build import Training
-from jaxmp.training.tasks import make_loss
 
 MIB = 2**20
 
@@ -49,13 +48,13 @@ def _lines(training: Training) -> Iterator[str]:
 def step_memory(training: Training) -> Memory:
     """What lies on each device during a step, predicted from shapes."""
     state, _ = training.arguments
-    experiment, count = training.experiment, training.devices.count
+    parts = training.devices.count * training.devices.microbatches
     if training.devices.mode == "pmap":  # stacked, one a device
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
     rows = {
-        name: jax.ShapeDtypeStruct((x.shape[0] // count, *x.shape[1:]), x.dtype) for name, x in training.example.items()
+        name: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype) for name, x in training.example.items()
     }
-    loss_fn = make_loss(experiment.model, experiment.task, experiment.policy)
+    loss_fn = training.make_loss()
 
     def loss(params: Any, batch: Any) -> Any:
         model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.model_state)

@@ -72,7 +72,7 @@ def loss_scaling(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScalingState:
-        inner_state = _strongly_typed(inner.init(_inner_view(params)))
+        inner_state = _strongly_typed(inner.init(inner_view(params)))
         if find_state(inner_state) is not None:
             raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
         return LossScalingState(
@@ -91,7 +91,7 @@ def loss_scaling(
         overflowed: Any = None,
         **extra: Any,
     ) -> tuple[Any, LossScalingState]:
-        grads = _inner_view(scaled_grads)
+        grads = inner_view(scaled_grads)
         grad_max = largest_magnitude(grads)
         # max() hands on inf and NaN alike, so that one reduction serves the flag and the scaler. The square root only
         # keeps XLA from computing the flag again in the kernel of each leaf that is selected by it (64 leaves on a CPU:
@@ -106,7 +106,7 @@ def loss_scaling(
         # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
-        inner_params = None if params is None else _inner_view(params)
+        inner_params = None if params is None else inner_view(params)
         updates, inner_state = inner.update(grads, state.inner_state, inner_params, **extra)
 
         like = scaled_grads if params is None else params
@@ -182,7 +182,7 @@ def _has_gradient(path: Any, x: Any) -> bool:
     return not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
 
 
-def _inner_view(tree: Any) -> Any:
+def inner_view(tree: Any) -> Any:
     """What the inner optimizer sees of a tree: float32 or wider; a scalar 0 in the place of a leaf without a gradient.
 
     A scalar rather than a hole: masks and labels that the user made for the whole tree still fit it.

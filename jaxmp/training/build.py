@@ -73,9 +73,10 @@ class Training:
     def loss_fn(self) -> LossFn:
         """The training loss on one replica's share of a batch."""
         together = self.experiment.loop.batch_norm == "global"
-        return self._make_loss(axis_name=self.devices.replicas().axis_name if together else None)
+        return self.make_loss(axis_name=self.devices.replicas().axis_name if together else None)
 
-    def _make_loss(self, **kwargs: Any) -> LossFn:
+    def make_loss(self, **kwargs: Any) -> LossFn:
+        """The loss of this model, task and precision; for `kwargs` see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
         return make_loss(
             experiment.model,
@@ -163,7 +164,7 @@ class Training:
     def _forward(self) -> tuple[Any, Metrics]:
         """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
         state = jax.eval_shape(self.init)
-        loss_fn = self._make_loss()
+        loss_fn = self.make_loss()
         trace = jax.make_jaxpr(loss_fn, return_shape=True)
         jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.example, state.key)
         return jaxpr, metrics
@@ -216,7 +217,7 @@ class Training:
 
     @functools.cached_property
     def _repeated(self) -> Any:
-        loss_fn = self._make_loss()
+        loss_fn = self.make_loss()
 
         @jax.jit
         def repeated(state: TrainState, batch: dict[str, jax.Array], step: Any) -> Any:

@@ -14,6 +14,7 @@ from jaxmp.errors import InputError
 from jaxmp.scaling.transform import (
     LossScalingState,
     find_state,
+    inner_view,
     keep_where,
     largest_magnitude,
     last_step_finite,
@@ -115,11 +116,10 @@ def make_train_step(
             grads, measured = differentiate(params, model_state, scale, part, key, all_weight)
             # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
             # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
-            leaves = _with_gradient(params, grads)
-            new = [s + g.astype(s.dtype) for s, g in zip(sums, leaves, strict=True)]
+            new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(params, grads), strict=True)]
             carry_on, kept = (new, measured.model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
-                kept = jnp.isfinite(largest_magnitude(leaves)) | jnp.isnan(measured.loss)
+                kept = jnp.isfinite(largest_magnitude(inner_view(grads))) | jnp.isnan(measured.loss)
                 carry_on = keep_where(kept, carry_on, carry)
             return carry_on, (kept, measured.loss, measured.metrics)
 
