@@ -72,8 +72,11 @@ class Training:
     @functools.cached_property
     def loss_fn(self) -> LossFn:
         """The training loss on one replica's share of a batch."""
-        together = self.experiment.loop.batch_norm == "global"
-        return self.make_loss(axis_name=self.devices.replicas().axis_name if together else None)
+        devices, together = self.devices, self.experiment.loop.batch_norm == "global"
+        return self.make_loss(
+            axis_name=devices.replicas().axis_name if together else None,
+            rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
+        )
 
     def make_loss(self, **kwargs: Any) -> LossFn:
         """The loss of this model, task and precision; for `kwargs` see `jaxmp.make_loss`."""

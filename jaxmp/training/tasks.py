@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxmp.errors import InputError
 from jaxmp.precision.flax import mode_argument, with_policy
 from jaxmp.precision.nnx import FromNNX
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.training.activations import kept_with_rows
 from jaxmp.training.metrics import Mean, Metrics
 from jaxmp.training.noise import by_example
 from jaxmp.training.remat import rematerialised
@@ -85,6 +87,7 @@ def make_loss(
     axis_name: str | None = None,
     remat: tuple[str, ...] = (),
     remat_policy: str = "nothing_saveable",
+    rows: NamedSharding | None = None,
 ) -> LossFn:
     """The loss function of a Flax Linen module under a policy.
 
@@ -100,6 +103,7 @@ def make_loss(
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
       remat: modules that the backward pass computes again, see `jaxmp.training.remat`.
       remat_policy: what is kept of them nevertheless.
+      rows: where the rows of a batch lie, for a program that XLA partitions; see `jaxmp.training.activations`.
 
     Raises (when called): InputError where a pattern of `remat`, or a rule of the policy, names no module.
     """
@@ -111,11 +115,12 @@ def make_loss(
         )
     evaluated = with_policy(model.apply, policy, axis_name=axis_name)
 
-    def trained(key: jax.Array, places: jax.Array | None, rows: int) -> Any:
+    def trained(key: jax.Array, places: jax.Array | None, count: int) -> Any:
         """`model.apply` in training, and its key."""
         if of_nnx:
             return evaluated, key if places is None else jax.random.fold_in(key, places[0])
-        apply = with_policy(by_example(model.apply, places, rows), policy, axis_name=axis_name)
+        apply = with_policy(by_example(model.apply, places, count), policy, axis_name=axis_name)
+        apply = apply if rows is None else kept_with_rows(apply, rows, count)
         return rematerialised(apply, remat, remat_policy), key
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:

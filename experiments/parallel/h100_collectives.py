@@ -1,0 +1,151 @@
+"""What eight H100s say to each other in one train step, and what each of them holds: compiled, without a GPU.
+
+    JAX_PLATFORMS=cpu python experiments/parallel/h100_collectives.py --output experiments/parallel/h100_collectives.json
+
+takes the CUDA build of JAX (`uv sync --extra cuda12`), and two minutes on 2 CPU cores. The model is a causal
+transformer of 12 scanned layers of width 768 (GPT-2's, with 8,192 words and 256 places), under mixed_bfloat16 with
+AdamW, in each sharding, also with four microbatches and with the gradient reduced in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmp import AdamW, Arrays, Experiment, Loop
+from jaxmp.instruments.program import Program
+from jaxmp.instruments.target import COMPILER_OPTIONS, Target
+from jaxmp.training.build import Training
+from jaxmp.training.metrics import Mean
+from jaxmp.training.parallel import Parallel
+from jaxmp.training.provenance import provenance
+
+WORDS, LENGTH, WIDTH, HEADS, LAYERS, BATCH = 8192, 256, 768, 12, 12, 64
+
+CASES: dict[str, tuple[str, Parallel, Loop]] = {
+    "replicated": ("mixed_bfloat16", Parallel(), Loop(steps=1)),
+    "replicated, reduce=bf16": ("mixed_bfloat16,reduce=bf16", Parallel(), Loop(steps=1)),
+    "replicated, 4 microbatches": ("mixed_bfloat16", Parallel(), Loop(steps=1, accumulate_steps=4)),
+    "replicated, remat": ("mixed_bfloat16", Parallel(remat=("layers",)), Loop(steps=1)),
+    "zero1": ("mixed_bfloat16", Parallel(shard="zero1"), Loop(steps=1)),
+    "zero1, 4 microbatches": ("mixed_bfloat16", Parallel(shard="zero1"), Loop(steps=1, accumulate_steps=4)),
+    "fsdp": ("mixed_bfloat16", Parallel(shard="fsdp"), Loop(steps=1)),
+}
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward layer, each after a norm and added to what came in."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
+        """`x` (batch, length, width)."""
+        attention = nn.MultiHeadDotProductAttention(HEADS, deterministic=not train)
+        y = attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
+        x = x + nn.Dropout(0.1, deterministic=not train)(y)
+        y = nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x))))
+        return x + nn.Dropout(0.1, deterministic=not train)(y), None
+
+
+class Transformer(nn.Module):
+    """A causal language model, its layers scanned."""
+
+    @nn.compact
+    def __call__(self, words: jax.Array, *, train: bool = False) -> jax.Array:
+        """Words (batch, length) to logits (batch, length, words)."""
+        place = self.param("place", nn.initializers.normal(0.02), (LENGTH, WIDTH))
+        axes, keys = {"params": 0}, {"params": True, "dropout": True}
+        layers = nn.scan(Layer, variable_axes=axes, split_rngs=keys, in_axes=nn.broadcast, length=LAYERS)
+        x, _ = layers(name="layers")(nn.Embed(WORDS, WIDTH)(words) + place, train)
+        return nn.Dense(WORDS, use_bias=False)(nn.LayerNorm()(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class NextWord:
+    """Cross-entropy of the next word."""
+
+    inputs: tuple[str, ...] = ("words",)
+    target: str = "next"
+
+    def __call__(self, logits: jax.Array, batch: dict[str, jax.Array]) -> tuple[Mean, dict[str, Mean]]:
+        """See `jaxmp.training.tasks.Task`."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["next"])
+        return Mean.of(losses, jnp.broadcast_to(batch["weight"][:, None], losses.shape)), {}
+
+
+def load(split: str) -> dict[str, np.ndarray]:
+    """Words at random: nothing is trained here."""
+    words = np.random.default_rng(0).integers(0, WORDS, (BATCH, LENGTH), dtype=np.int32)
+    return {"words": words, "next": words}
+
+
+def compiled(precision: str, parallel: Parallel, loop: Loop, target: Target) -> dict[str, Any]:
+    """The collectives and the memory of one step on each device, and what they would be at best."""
+    experiment = Experiment(
+        model=Transformer(),
+        data=Arrays(load, batch_size=BATCH, images=()),
+        task=NextWord(),
+        optimizer=AdamW(3e-4, clip_norm=1.0),
+        precision=precision,
+        parallel=parallel,
+        loop=loop,
+    )
+    training = Training(experiment, target.mesh())
+    step = jax.jit(training.train_step, donate_argnums=0)
+    lowered = step.lower(*training.arguments)
+    program = Program.read(lowered.compile(compiler_options=COMPILER_OPTIONS), str(target))
+    state, batch = training.arguments
+    params, optimizer = nbytes(state.params), nbytes(state.opt_state)
+    ideal = {
+        "replicated": params + optimizer,
+        "zero1": params + optimizer / target.count,
+        "fsdp": (params + optimizer) / target.count,
+    }[parallel.shard]
+    arguments = program.memory.arguments - nbytes(batch) // target.count
+    sums: dict[tuple[str, str, bool], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for each in program.collectives:
+        key = each.kind, each.dtype, each.in_loop
+        sums[key] = [sums[key][0] + each.times, sums[key][1] + each.times * each.nbytes]
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "collectives": [
+            {"kind": kind, "dtype": dtype, "in_loop": in_loop, "times": times, "bytes": size}
+            for (kind, dtype, in_loop), (times, size) in sorted(sums.items())
+        ],
+        "memory": dataclasses.asdict(program.memory) | {"peak": program.memory.peak},
+        "state and optimizer, of the ideal": arguments / ideal,
+    }
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays, whole."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def main() -> None:
+    """Compiles each case and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--target", default="h100x8")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    options = parser.parse_args()
+    target = Target.parse(options.target)
+    results = {}
+    for name in options.cases:
+        results[name] = compiled(*CASES[name], target)
+        print(name, json.dumps(results[name]), flush=True)
+    record = provenance(patch=False) | {"target": str(target), "cases": results}
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
