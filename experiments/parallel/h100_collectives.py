@@ -1,6 +1,7 @@
 """What eight H100s say to each other in one train step, and what each of them holds: compiled, without a GPU.
 
-    JAX_PLATFORMS=cpu python experiments/parallel/h100_collectives.py --output experiments/parallel/h100_collectives.json
+    cd experiments/parallel
+    JAX_PLATFORMS=cpu uv run python h100_collectives.py --output h100_collectives.json
 
 takes the CUDA build of JAX (`uv sync --extra cuda12`), and two minutes on 2 CPU cores. The model is a causal
 transformer of 12 scanned layers of width 768 (GPT-2's, with 8,192 words and 256 places), under mixed_bfloat16 with
