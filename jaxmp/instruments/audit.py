@@ -692,8 +692,25 @@ def _adds(eqn: Any) -> bool:
 # What lies at the edge of the function
 
 
+def _trees(traced: Any) -> tuple[Any, Any]:
+    """The pytrees of the arguments and of the results, of plain objects.
+
+    `Traced.args_info` and `out_info` put descriptions there, which a user's class that looks at its leaves (as those of
+    jmp do) may refuse; a plain object is what JAX asks such classes to let pass.
+    """
+    structures = traced._in_tree, traced.out_tree  # `in_tree` would be public, and is read from `args_info`
+    given, results = (jax.tree.unflatten(each, [object()] * each.num_leaves) for each in structures)
+    return given, results
+
+
+def _arguments(traced: Any, jaxpr: Any) -> list[Any]:
+    """The variables of the arguments; those of arrays that the function closes over may stand before them."""
+    return jaxpr.invars[len(jaxpr.invars) - traced._in_tree.num_leaves :]
+
+
 def _weak(traced: Any, jaxpr: Any) -> Iterator[Finding]:
-    names = [("argument", traced.args_info, jaxpr.invars), ("result", traced.out_info, jaxpr.outvars)]
+    given, results = _trees(traced)
+    names = [("argument", given, _arguments(traced, jaxpr)), ("result", results, jaxpr.outvars)]
     for kind, tree, variables in names:
         for path, v in zip(_paths(kind, tree), variables, strict=True):
             if getattr(v.aval, "weak_type", False):
@@ -702,21 +719,22 @@ def _weak(traced: Any, jaxpr: Any) -> Iterator[Finding]:
 
 
 def _of_state(traced: Any, jaxpr: Any, out: list[_Facts], *, jitted: bool) -> Iterator[Finding]:
-    infos = jax.tree.leaves(traced.args_info)
-    paths = _paths("argument", traced.args_info)
+    invars = _arguments(traced, jaxpr)
+    donated = traced._params["donated_invars"][-len(invars) :] if invars else ()
+    paths = _paths("argument", _trees(traced)[0])
     pairs = list(_state(traced, jaxpr))
     guards = any(out[after].guarded for _, after in pairs)
     kept = []
     for before, after in pairs:
-        old, new, path = jaxpr.invars[before].aval, jaxpr.outvars[after].aval, paths[before]
+        old, new, path = invars[before].aval, jaxpr.outvars[after].aval, paths[before]
         if _typed(old) != _typed(new):
             what = f"goes in as {_typed(old)} and comes out as {_typed(new)}: the next call compiles again"
             yield Finding("compiles twice", what, path, "", new.dtype.name, 1)
-        changed = jaxpr.outvars[after] is not jaxpr.invars[before]
+        changed = jaxpr.outvars[after] is not invars[before]
         if guards and changed and not out[after].guarded and _is_float(new.dtype):
             what = "is replaced whether gradients are finite or not, unlike the rest of the state"
             yield Finding("unguarded state", what, path, "", new.dtype.name, 1)
-        if jitted and changed and not infos[before].donated:
+        if jitted and changed and not donated[before]:
             kept.append((path, old.size * old.dtype.itemsize))
     if kept:
         what = f"{_count(len(kept), 'array')} of {sum(size for _, size in kept):,} bytes replaced and not donated"
@@ -729,17 +747,18 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
     A state is an argument that comes out again as the result, or at its own place in a tuple of results, with the same
     structure and shapes, and of which some leaf is added to, selected, or handed on. Gradients look the same otherwise.
     """
-    given, results = traced.args_info[0], traced.out_info
+    (given, _), results = _trees(traced)
     whole = bool(given) and _same_structure(given[0], results)
     outs = [results] if whole or type(results) not in (tuple, list) else results
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    invars = _arguments(traced, jaxpr)
     before = after = 0
     for i, old in enumerate(given):
         size = len(jax.tree.leaves(old))
         if i < len(outs):
             pairs = [(before + n, after + n) for n in range(size)]
             if size and _same_structure(old, outs[i]):
-                variables = [(jaxpr.invars[a], jaxpr.outvars[b]) for a, b in pairs]
+                variables = [(invars[a], jaxpr.outvars[b]) for a, b in pairs]
                 single = size > 1 or getattr(variables[0][0].aval, "weak_type", False)
                 same = all(a.aval.shape == b.aval.shape for a, b in variables)
                 if single and same and any(_renewed(a, b, made) for a, b in variables):
