@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -16,6 +18,7 @@ from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.instruments.audit import audit
+from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.build import Training
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -101,14 +104,23 @@ def test_forward_flops_are_those_of_a_hand_count(name):
 @pytest.mark.parametrize("name", ["mlp", "lstm", "transformer"])
 def test_a_gradient_by_weights_and_inputs_has_three_times_the_flops(name):
     model, shape, count = MODELS[name]
-    loss = jax.grad(lambda v, x: jnp.sum(model.apply(v, x).astype(F32)), argnums=(0, 1))
+    # Of a square: for the gradient of a sum the last product itself is not needed, and is not computed.
+    loss = jax.grad(lambda v, x: jnp.sum(model.apply(v, x).astype(F32) ** 2), argnums=(0, 1))
     expected = {dtype: 3 * n for dtype, n in count(2).items()}
     assert audit(loss, *traced(model, shape)).dot_flops_by_dtype == expected
 
 
+def test_what_is_not_needed_is_not_computed_and_not_counted():
+    def loss(w, x):
+        return jnp.sum((x @ w).astype(F32)), jnp.cumsum(x @ w, 0)  # the second in the jaxpr alone
+
+    report = audit(lambda w, x: jax.grad(loss, has_aux=True)(w, x)[0], of((4, 3)), of((2, 4)))
+    assert report.dot_flops_by_dtype == {"float16": 2 * 2 * 4 * 3} and not report.findings
+
+
 def test_a_gradient_of_strided_and_grouped_convolutions_is_counted_with_its_padding():
     variables, x = traced(CNN(), (2, 8, 8, 4))
-    report = audit(jax.grad(lambda v, x: jnp.sum(CNN().apply(v, x).astype(F32))), variables, x)
+    report = audit(jax.grad(lambda v, x: jnp.sum(CNN().apply(v, x) ** 2)), variables, x)
     first, second, of_input = 16 * 8 * 9 * 4, 4 * 8 * 9 * 2, 16 * 8 * 9 * 2
     assert report.dot_flops_by_dtype == {
         "float16": 2 * 2 * (2 * first + 2 * second + of_input),
@@ -211,6 +223,225 @@ def test_the_train_step_of_every_config_is_clean(path, precision):
     report = audit(step, jax.eval_shape(training.init), training.example, policy=training.experiment.policy)
     report.assert_clean()
     assert list(report.dot_flops_by_dtype) == [precision.removeprefix("mixed_")]
+
+
+# Nested functions: a product of 2 * 4 * 4 * 4 FLOPs in each, and where its fault is found.
+
+W, H = of((4, 4)), of((2, 4))
+PRODUCT = 2 * 2 * 4 * 4
+
+
+def product(w, x):
+    return x @ w
+
+
+@jax.custom_jvp
+def with_jvp(w, x):
+    return product(w, x)
+
+
+with_jvp.defjvp(lambda primals, tangents: (with_jvp(*primals), product(tangents[0], primals[1])))
+
+
+@jax.custom_vjp
+def with_vjp(w, x):
+    return product(w, x)
+
+
+with_vjp.defvjp(lambda w, x: (product(w, x), (w, x)), lambda kept, g: (kept[1].T @ g, (g @ kept[0].T) @ kept[0]))
+
+
+def branches(w, x):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)
+
+
+def counted_to(n):
+    def loop(w, x):
+        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+
+    return loop
+
+
+def gradient(fn):
+    return jax.grad(lambda w, x: jnp.sum(fn(w, x).astype(F32) ** 2), argnums=(0, 1))
+
+
+MESH = jax.sharding.AbstractMesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+P = jax.sharding.PartitionSpec
+
+
+def sharded(w, x):
+    return jax.shard_map(product, mesh=MESH, in_specs=(P(), P()), out_specs=P("d"), check_vma=False)(w, x)
+
+
+NESTED = {
+    "jit": (jax.jit(product), 1),
+    "jit of jit": (jax.jit(jax.jit(product)), 1),
+    "vmap": (jax.vmap(product, (None, 0)), 1),
+    "cond": (branches, 2),
+    "switch": (lambda w, x: jax.lax.switch(1, [lambda: x, lambda: x @ w, lambda: x @ w @ w]), 2),
+    "while": (counted_to(5), 1),
+    "scan": (lambda w, x: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=5)[0], 5),
+    "fori": (lambda w, x: jax.lax.fori_loop(0, 5, lambda i, c: c @ w, x), 5),
+    "scan of scan": (
+        lambda w, x: jax.lax.scan(
+            lambda c, _: (jax.lax.scan(lambda c, _: (c @ w, None), c, None, length=3)[0], None), x, None, length=5
+        )[0],
+        15,
+    ),
+    "remat": (jax.checkpoint(product), 1),
+    "gradient": (gradient(lambda w, x: jnp.tanh(product(w, x))), 3),
+    # The forward pass again in the backward pass.
+    "gradient of remat": (gradient(jax.checkpoint(lambda w, x: jnp.tanh(product(w, x)))), 4),
+    "custom_jvp": (with_jvp, 1),
+    "gradient of custom_jvp": (jax.grad(lambda w, x: jnp.sum(with_jvp(w, x).astype(F32) ** 2)), 2),
+    "custom_vjp": (with_vjp, 1),
+    "gradient of custom_vjp": (gradient(with_vjp), 4),
+    "shard_map": (sharded, 8),
+    "platform": (
+        lambda w, x: jax.lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w @ w),
+        1,
+    ),
+    "other platform": (lambda w, x: jax.lax.platform_dependent(w, x, cuda=lambda w, x: x @ w @ w, default=product), 1),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_products_in_nested_functions_are_counted_as_often_as_they_run(name):
+    fn, times = NESTED[name]
+    if name == "platform" or name == "other platform":
+        assert jax.default_backend() == "cpu"
+    report = audit(fn, W, H)
+    flops = report.dot_flops_by_dtype["float16"]
+    assert flops == times * PRODUCT, report.dots
+    assert all(Path(__file__).name in dot.source for dot in report.dots)
+
+
+def test_a_pmapped_function_counts_on_each_device():
+    report = audit(jax.pmap(product, in_axes=(None, 0)), W, of((1, 2, 4)))
+    assert report.dot_flops_by_dtype == {"float16": PRODUCT}
+    # More devices than there are here are in the jaxpr alone.
+    jaxpr = jax.make_jaxpr(sharded)(W, H)
+    assert "shard_map" in str(jaxpr)
+
+
+def test_what_is_not_counted_is_said():
+    assert audit(counted_to(5), W, H).notes == ("the body of a while loop is counted once",)
+    assert audit(branches, W, H).notes == ("of a conditional the branch with most FLOPs is counted",)
+    call = jax.ffi.ffi_call("kernel", of((2,)))
+    assert audit(lambda x: call(x), of((2,))).notes == ("what is inside of ffi_call is not counted",)
+    groups = of((2,), jnp.int32)
+    assert "ragged dots are not counted" in audit(jax.lax.ragged_dot, of((6, 4)), of((2, 4, 5)), groups).notes
+
+
+FAULTY = jax.named_scope("layer")(summed)
+INSIDE = {
+    "jit": lambda x: jax.jit(FAULTY)(x),
+    "cond": lambda x: jax.lax.cond(x[0] > 0, lambda: FAULTY(x), lambda: x[0]),
+    "while": lambda x: jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (FAULTY(x), c[1] * 2), (x[0], x[1]))[0],
+    "the condition of while": lambda x: jax.lax.while_loop(lambda c: c < FAULTY(x), lambda c: c * 2, x[0]),
+    "scan": lambda x: jax.lax.scan(lambda c, _: (c, FAULTY(x)), None, None, length=3)[1],
+    "remat": lambda x: jax.checkpoint(FAULTY)(x),
+    "custom_jvp": lambda x: _custom(jax.custom_jvp, "defjvp", lambda p, t: (FAULTY(p[0]), FAULTY(t[0])))(x),
+    "custom_vjp": lambda x: _custom(jax.custom_vjp, "defvjp", lambda x: (FAULTY(x), x), lambda x, g: (g * x,))(x),
+    "shard_map": lambda x: jax.shard_map(FAULTY, mesh=MESH, in_specs=P(), out_specs=P(), check_vma=False)(x),
+    "pmap": lambda x: jax.pmap(FAULTY)(x[None]),
+}
+
+
+def _custom(transform, define, *rules):
+    fn = transform(FAULTY)
+    getattr(fn, define)(*rules)
+    return fn
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_fault_in_a_nested_function_is_found_with_its_scope_and_line(name):
+    times = {"scan": 3, "shard_map": 8}
+    findings = audit(INSIDE[name], X).findings
+    assert [(f.rule, f.path, f.times) for f in findings] == [("half accumulation", "layer", times.get(name, 1))]
+    assert Path(__file__).name in findings[0].source
+
+
+def test_a_fault_in_a_custom_backward_pass_is_found():
+    fn = _custom(jax.custom_vjp, "defvjp", lambda x: (jnp.max(x), x), lambda x, g: (FAULTY(x) * x,))
+    (finding,) = audit(jax.grad(lambda x: fn(x).astype(F32)), X).findings
+    assert finding.rule == "half accumulation" and finding.path.endswith("layer")
+
+
+def test_a_sum_that_a_while_loop_carries_in_half_is_found():
+    def mean(x):
+        return jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, c[1] + x[c[0]]), (0, jnp.zeros((), F16)))[1]
+
+    (finding,) = audit(mean, X).findings
+    assert "a loop carries a sum over its turns in float16" in finding.what
+
+
+def test_a_decision_outside_guards_what_a_conditional_chooses():
+    def step(state, x):
+        grads = jax.grad(lambda p: jnp.sum(x @ p))(state["params"])
+        new = {"params": state["params"] - grads, "mean": 0.9 * state["mean"] + x.mean(0)}
+        return jax.lax.cond(jnp.all(jnp.isfinite(grads)), lambda: new, lambda: state)
+
+    state = {"params": of((4,), F32), "mean": of((4,), F32)}
+    assert "unguarded state" not in rules(audit(step, state, of((2, 4), F32)))
+
+
+def stablehlo_flops(fn, *args):
+    """FLOPs of the products in the lowered program, from its text: nothing of the audit's own."""
+    flops = {}
+    names = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+    types = r"\(tensor<(\S+)>, tensor<\S+>\) -> tensor<(\S+)>"
+    pattern = r"stablehlo\.dot_general .*contracting_dims = \[([\d, ]*)\] x .*: " + types
+    for contracted, operand, result in re.findall(pattern, jax.jit(fn).lower(*args).as_text()):
+        (*shape, dtype), (*out, _) = operand.split("x"), result.split("x")
+        n = 2 * math.prod(map(int, out)) * math.prod(int(shape[int(d)]) for d in contracted.split(","))
+        flops[names[dtype]] = flops.get(names[dtype], 0) + n
+    return flops
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_the_products_are_those_of_the_lowered_program(name):
+    model, shape, _ = MODELS[name]
+    loss = jax.grad(lambda v, x: jnp.sum(model.apply(v, x).astype(F32)), argnums=(0, 1))
+    assert audit(loss, *traced(model, shape)).dot_flops_by_dtype == stablehlo_flops(loss, *traced(model, shape))
+
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, dtype=F32, name="inner")(nn.LayerNorm(dtype=F32)(x))
+
+
+class WithNorm(nn.Module):
+    inner: object = F16
+
+    @nn.compact
+    def __call__(self, x):
+        x = Norm(name="norm")(nn.Dense(4, dtype=self.inner)(x))
+        return nn.RNN(nn.OptimizedLSTMCell(4, dtype=F16), name="rnn")(x[:, None])
+
+
+def test_rules_by_class_are_followed_where_the_modules_are_known():
+    policy = PolicyTree.parse("@Norm=float32; mixed_float16")
+    model, (variables, x) = WithNorm(F32), traced(WithNorm(F32), (2, 5))
+    report = audit(model.apply, variables, x)
+    assert not report.under(policy).findings  # any of them might be a Norm
+    held = report.under(policy, policy.explain(model, x)).findings
+    assert [(f.rule, f.path) for f in held] == [("float32 dot", "WithNorm/Dense_0")]
+    assert len(report.under("mixed_float16").findings) == 2
+    report.under("@RNN=float32; @Norm=float32; Dense_0=float32; mixed_float16").assert_clean()
+
+
+@pytest.mark.parametrize("rule", ["@OptimizedLSTMCell", "@RNN"])
+def test_a_rule_for_a_recurrent_layer_covers_its_cell(rule):
+    model = WithNorm()
+    policy = PolicyTree.parse(f"{rule}=mixed_bfloat16; @Norm=float32; mixed_float16")
+    variables, x = traced(model, (2, 5))
+    report = audit(model.apply, variables, x, policy=policy, modules=policy.explain(model, x))
+    paths = {dot.path: report._lookup(policy, dot.path).compute_dtype for dot in report.dots}
+    assert {name for path, name in paths.items() if "LSTMCell" in path} == {jnp.dtype(BF16)}
+    assert paths["WithNorm/norm/inner"] == F32
 
 
 def test_haikus_unscaling_in_float16_is_found():  # B3

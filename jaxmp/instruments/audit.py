@@ -26,12 +26,13 @@ import numpy as np
 # Not public, and used to read alone: the line of the user's code and the named scopes of an operation.
 from jax._src import source_info_util
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
 from jaxmp.instruments.program import Program, in_library
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
-from jaxmp.precision.policy_tree import PolicyTree, as_tree, path_and_above
+from jaxmp.precision.policy_tree import PolicyTree, as_tree
 from jaxmp.precision.rounding import HALF
 
 if TYPE_CHECKING:
@@ -166,11 +167,14 @@ class Audit:
 
     def _lookup(self, policy: PolicyTree, path: str) -> Policy:
         """The policy of the module at `path`, which begins with the class of the model."""
-        module = "/".join(name.partition(".")[0] for name in path.split("/")[1:])  # cell.method is within cell
+        names = [name.partition(".")[0] for name in path.split("/")[1:]]  # cell.method is within cell
         if self.modules is None:
-            return policy.lookup(module)
-        known = [self.modules[at] for at in path_and_above(module) if at in self.modules]
-        return known[-1] if known else policy.default
+            return policy.lookup("/".join(names))
+        # The path is one of calls: a cell that stands beside its nn.RNN is called within it.
+        called = ("/".join(names[start:end]) for end in range(len(names), 0, -1) for start in range(end))
+        return next(
+            (self.modules[module] for module in called if module in self.modules), self.modules.get("", policy.default)
+        )
 
     def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
         """The same, held to `policy`; for `modules` see `audit`."""
@@ -290,10 +294,18 @@ def audit(
             "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
         ) from error
     jaxpr = _opened(traced.jaxpr)
-    walk = _Walk("cuda" if target is not None else jax.default_backend())
+    # What nothing depends on is in the jaxpr and not in the lowered program, such as the last product of a forward pass
+    # of which the gradient alone is wanted.
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    platform = "cuda" if target is not None else jax.default_backend()
+    walk, whole = _Walk(platform), _Walk(platform)
+    whole.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
+    jaxpr = live
     out = walk.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
     boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
-    findings = [f for f in walk.findings if f.rule != "half loss" or walk.differentiated]
+    # A loss of which only the gradient is wanted is not computed, but its dtype is that in which the gradient begins.
+    losses = [f for f in whole.findings if f.rule == "half loss" and whole.differentiated]
+    findings = [*losses, *(f for f in walk.findings if f.rule != "half loss")]
     found = _merged([*findings, *boundary])
     program = None
     if target is not None:
@@ -509,8 +521,6 @@ class _Walk:
             and not out.shape
         ):
             self._found("half loss", f"a loss in {out.dtype.name}", out.dtype, place)
-        if all(type(v).__name__ == "DropVar" for v in eqn.outvars):  # never computed
-            return
         if name in _COLLECTIVE_SUMS:
             for dtype in {v.aval.dtype for v in eqn.invars if _half(v.aval)}:
                 self._found("half collective", f"{name} over devices in {dtype.name}", dtype, place)
