@@ -1,0 +1,74 @@
+"""What XLA makes of the train steps of configs for H100s, in several precisions, compiled without a GPU.
+
+    JAX_PLATFORMS=cpu python experiments/benchmarks/h100_program.py --output h100_program.json
+
+Takes the CUDA build of JAX. For each config, precision and target: how many kernels a step launches, by kind and dtype,
+the memory of a GPU in bytes, and the collectives. Nothing runs, so there are no times; and no kernel is autotuned, so
+that which kernel computes a product may differ from a run, but not its dtype, the memory or the collectives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxmp.config_file import ConfigFile
+from jaxmp.instruments.audit import audit
+from jaxmp.instruments.target import Target
+from jaxmp.training.build import Training
+from jaxmp.training.provenance import provenance
+
+
+def summary(config: str, precision: str, target: Target) -> dict[str, Any]:
+    """The program of one config's step, in figures."""
+    experiment = dataclasses.replace(ConfigFile.find(config).experiment(), precision=precision)
+    training = Training(experiment, target.mesh())
+    step = training.devices.compile(training.train_step, (0, 0))
+    policy, modules = experiment.policy, training.explain()
+    report = audit(step, *training.arguments, policy=policy, modules=modules, target=target)
+    assert report.program is not None
+    program = report.program.to_json()
+    return {
+        "batch size": experiment.data.batch_size,
+        "flops of products": report.dot_flops_by_dtype,
+        "kernels": sum(row["times"] for row in program["launches"]),
+        "kernels by kind and dtype": {f"{row['kind']} {row['dtype']}": row["times"] for row in program["launches"]},
+        "memory of a GPU, in bytes": program["memory"],
+        "collectives": [f"{each['kind']} {each['dtype']} {each['nbytes']} bytes" for each in program["collectives"]],
+        "findings": [f"{finding.rule}: {finding.what} [{finding.path}]" for finding in report.findings],
+    }
+
+
+def measure(
+    configs: tuple[str, ...] = ("digits_cnn", "mnist_cnn"),
+    precisions: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16"),
+    targets: tuple[str, ...] = ("h100", "h100x8"),
+    output: Path | None = None,
+) -> None:
+    """Compiles every combination and prints, or writes, the figures.
+
+    Args:
+      configs: which configs.
+      precisions: in which precisions.
+      targets: for which GPUs.
+      output: file to write the figures to.
+    """
+    results = {
+        config: {
+            target: {precision: summary(config, precision, Target.parse(target)) for precision in precisions}
+            for target in targets
+        }
+        for config in configs
+    }
+    text = json.dumps({**provenance(patch=False), "results": results}, indent=1)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(measure)
