@@ -191,14 +191,14 @@ def audit(arguments: list[str]) -> int:
     from jaxmp.instruments import audit as instrument
     from jaxmp.instruments.target import Target
     from jaxmp.training.build import Training
-    from jaxmp.training.parallel import Parallel
 
     target = None if options.target is None else Target.parse(options.target)
     # Otherwise JAX does not load its CUDA build where there is no GPU.
     if target is not None and not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     # pmap runs the same step, which wants its arrays stacked.
-    experiment = dataclasses.replace(override(experiment, overrides, prog=prog), parallel=Parallel("jit"))
+    experiment = override(experiment, overrides, prog=prog)
+    experiment = dataclasses.replace(experiment, parallel=dataclasses.replace(experiment.parallel, mode="jit"))
     training = Training(experiment, None if target is None else target.mesh())
     step = training.devices.compile(training.train_step, (0, 0))
     policy, modules = experiment.policy, training.explain()

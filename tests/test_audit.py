@@ -471,6 +471,10 @@ def test_flaxs_weak_scale_and_unguarded_statistics_are_found():  # B11, B13
 def test_what_does_not_trace_is_one_message():
     with pytest.raises(InputError, match="does not trace"):
         audit(lambda x: x @ x, of((2, 3)))
+    with pytest.raises(InputError, match=r"audit: int does not trace .*expected a function"):
+        audit(3, of((2, 3)))
+    with pytest.raises(InputError, match=r"does not trace .*TracerBoolConversionError"):
+        audit(lambda x: x if x > 0 else -x, of(()))
 
 
 def test_the_command(tmp_path, capsys):
@@ -478,3 +482,13 @@ def test_the_command(tmp_path, capsys):
     assert main(["audit", "digits_mlp", "--precision", "mixed_bfloat16", "--strict", "--json", str(file)]) == 0
     assert "bfloat16" in capsys.readouterr().out
     assert list(json.loads(file.read_text())["dot_flops_by_dtype"]) == ["bfloat16"]
+
+
+def test_the_command_with_a_rule_by_class(capsys):
+    assert main(["audit", "digits_mlp", "--precision", "@Dense=float32; mixed_float16", "--strict"]) == 0
+    assert "float32" in capsys.readouterr().out
+
+
+def test_the_command_with_an_unknown_target_is_bad_input(capsys):
+    assert main(["audit", "digits_mlp", "--target", "h200"]) == 2
+    assert "target 'h200': expected h100" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmp.cli import main
 from jaxmp.errors import InputError
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.program import Program
@@ -262,6 +264,15 @@ def test_a_product_is_a_kernel_in_its_own_dtype(dtype):
     # Where it is split along the sum, the parts are added up in a kernel of their own.
     assert {kernel.dtype for kernel in kernels if kernel.kind == "product"} == {jnp.dtype(dtype).name}
     assert {kernel.dtype for kernel in kernels if kernel.kind == "reduction"} <= {"float32"}
+
+
+@with_cuda
+def test_the_command_compiles_the_step_of_a_config(tmp_path, capsys):
+    file = tmp_path / "audit.json"
+    assert main(["audit", "digits_mlp", "--target", "h100x8", "--strict", "--json", str(file)]) == 0
+    assert "compiled for h100x8" in capsys.readouterr().out
+    program = json.loads(file.read_text())["program"]
+    assert [(each["kind"], each["dtype"]) for each in program["collectives"]] == [("all-reduce", "float32")] * 2
 
 
 @with_cuda

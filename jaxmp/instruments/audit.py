@@ -283,8 +283,8 @@ def audit(
     if target is not None:
         target = Target.parse(target) if isinstance(target, str) else target
         args, kwargs = target.place((args, kwargs))
-    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
     try:
+        jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
         traced = jitted.trace(*args, **kwargs)
     except Exception as error:
         name = getattr(fn, "__name__", type(fn).__name__)
