@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxmp.data.pipeline import nbytes
 from jaxmp.experiment import Experiment
-from jaxmp.instruments.memory import Memory, memory
 from jaxmp.training.build import Training
 
 MIB = 2**20
@@ -45,35 +42,8 @@ def _lines(training: Training) -> Iterator[str]:
     yield from _memory(training)
 
 
-def step_memory(training: Training) -> Memory:
-    """What lies on each device during a step, predicted from shapes."""
-    state, _ = training.arguments
-    parts = training.devices.count * training.devices.microbatches
-    if training.devices.mode == "pmap":  # stacked, one a device
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-    rows = {
-        name: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype) for name, x in training.example.items()
-    }
-    loss_fn = training.make_loss()
-
-    def loss(params: Any, batch: Any) -> Any:
-        model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.model_state)
-        total, (weight, _, _) = loss_fn(params, model_state, batch, jax.random.key(0))
-        return total / weight
-
-    others = [getattr(state, field.name) for field in dataclasses.fields(state)]
-    return memory(
-        loss,
-        state.params,
-        rows,
-        opt_state=state.opt_state,
-        state=[x for x in others if x is not state.params and x is not state.opt_state],
-    )
-
-
 def _memory(training: Training) -> Iterator[str]:
     """What lies on each device during a step, in MiB: as predicted, and by the compiler's own account."""
-    predicted = step_memory(training)
     step: Any = training.devices.compile(training.train_step, (0, 0))
     compiled = step.lower(*training.arguments).compile().memory_analysis()
     resident = nbytes(training.source) <= training.experiment.data.device_limit * MIB
@@ -83,7 +53,7 @@ def _memory(training: Training) -> Iterator[str]:
         "training set": nbytes(training.source) if resident else 0,
     }
     yield "memory of a device, in MiB: predicted from shapes"
-    yield str(predicted)
+    yield str(training.memory())
     yield "and as compiled for these devices"
     for name, size in (*parts.items(), ("together", sum(parts.values()))):
         yield f"{name:<38}{size / MIB:12,.2f}{'  streamed' if name == 'training set' and not resident else ''}"

@@ -152,6 +152,8 @@ PLANTED = [
     ("half accumulation", used_twice, (of((4, 4), F32), of((2, 4)))),
     ("half accumulation", lambda x, i: x.at[i].add(1), (X, of((3,), jnp.int32))),
     ("half exponential", jax.nn.softmax, (X,)),
+    ("half exponential", jax.nn.logsumexp, (X,)),
+    ("half exponential", lambda x: jnp.log(summed(x)), (X,)),
     ("half loss", jax.grad(lambda x: jnp.mean(x * x)), (X,)),
     ("weakly typed", lambda x: x + 1, (of((), F32, weak_type=True),)),
     ("vanished constant", lambda m, v: m / (jnp.sqrt(v) + 1e-8), (X, X)),
@@ -195,6 +197,14 @@ NO_FAULT = {
     "float32 loss": jax.grad(lambda x: jnp.mean(jnp.square(x.astype(F32)))),
     "sum": jnp.sum,
     "relu and where": lambda x: jnp.where(x > 1, jax.nn.relu(x), jnp.maximum(x, 0)),
+    "gradient of a pooling layer": jax.grad(
+        lambda x: jnp.sum(nn.max_pool(x.reshape(1, 1000, 1), (2,), (2,)).astype(F32))
+    ),
+    "scatter to places of its own": lambda x: x.at[jnp.arange(3)].add(1, unique_indices=True),
+    "softmax over a short axis": lambda x: jax.nn.softmax(x[:100]),
+    "logsumexp over a short axis": lambda x: jax.nn.logsumexp(x[:100]),
+    "gradient in half times an array": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x) * x,
+    "unscaling in bfloat16": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x.astype(BF16)) * 2.0**-15,
     "residual": jax.grad(lambda x: jnp.sum((x + jnp.tanh(x)).astype(F32))),
 }
 
@@ -202,6 +212,10 @@ NO_FAULT = {
 @pytest.mark.parametrize("name", NO_FAULT)
 def test_no_false_alarm(name):
     audit(NO_FAULT[name], X).assert_clean()
+
+
+def test_a_logarithm_of_few_terms_in_half_is_no_finding_of_its_own():
+    assert rules(audit(lambda x: jnp.log(summed(x[:100])), X)) == {"half accumulation"}
 
 
 def test_casts_have_a_path_and_a_line():

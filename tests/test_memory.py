@@ -11,7 +11,6 @@ import pytest
 
 from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
-from jaxmp.dry_run import step_memory
 from jaxmp.errors import InputError
 from jaxmp.instruments.memory import memory
 from jaxmp.training.build import Training
@@ -124,6 +123,13 @@ def of_config(name, precision):
     return Training(dataclasses.replace(experiment, data=data, precision=precision))
 
 
+def test_microbatches_keep_their_own_activations_alone():
+    experiment = of_config("digits_mlp", "mixed_float16").experiment
+    parts = dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, accumulate_steps=2))
+    whole, half = (Training(each).memory().nbytes("saved activations") for each in (experiment, parts))
+    assert half < 0.6 * whole
+
+
 def compiled_gradients(training):
     """Bytes of the gradients, as the compiler hands them out."""
     experiment, (state, batch) = training.experiment, training.arguments
@@ -143,7 +149,7 @@ CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bf
 )
 def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name, precision):
     training = of_config(name, precision)
-    predicted = step_memory(training)
+    predicted = training.memory()
     step = training.devices.compile(training.train_step, (0, 0))
     compiled = step.lower(*training.arguments).compile().memory_analysis()
     assert predicted.nbytes(*STATE, "batch") == pytest.approx(compiled.argument_size_in_bytes, rel=0.05)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmp.data.dataset import Source, Split
 from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
 from jaxmp.errors import InputError, nearest
+from jaxmp.instruments.memory import Memory, memory
 from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
@@ -134,6 +135,28 @@ class Training:
         rows = NamedSharding(self.devices.mesh, P(AXIS))
         placed = jax.tree.map(_placed, state, self.devices.shardings(state))
         return placed, jax.tree.map(lambda x: _placed(x, rows), self.example)
+
+    def memory(self) -> Memory:
+        """What lies on each device during a step, predicted from shapes.
+
+        Activations are those of a microbatch. The float32 sum of several microbatches' gradients is not among the
+        gradients: what the compiler makes of it is in its temporaries.
+        """
+        state, parts = self.arguments[0], self.experiment.loop.accumulate_steps
+        if self.devices.mode == "pmap":  # stacked, one a device
+            state = _reshaped(state, lambda shape: shape[1:])
+        share = _reshaped(self.example, lambda shape: (shape[0] // self.devices.count, *shape[1:]))
+        loss_fn = self._make_loss()
+
+        def loss(params: Any, batch: Any) -> Any:
+            model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.model_state)
+            part = batch if parts == 1 else {name: x[: x.shape[0] // parts] for name, x in batch.items()}
+            total, (weight, _, _) = loss_fn(params, model_state, part, jax.random.key(0))
+            return total / weight
+
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        params, opt_state = fields.pop("params"), fields.pop("opt_state")
+        return memory(loss, params, share, opt_state=opt_state, state=fields)
 
     @property
     def columns(self) -> list[str]:
