@@ -157,6 +157,8 @@ PLANTED = [
     ("half loss", jax.grad(lambda x: jnp.mean(x * x)), (X,)),
     ("weakly typed", lambda x: x + 1, (of((), F32, weak_type=True),)),
     ("vanished constant", lambda m, v: m / (jnp.sqrt(v) + 1e-8), (X, X)),
+    ("vanished constant", lambda m, v: m / jnp.sqrt(v + 1e-8), (X, X)),
+    ("vanished constant", lambda v: jax.lax.rsqrt(v + 1e-8), (X,)),
     ("vanished constant", lambda v, g: 0.999 * v + g, (of((9,), BF16), of((9,), BF16))),
     ("host callback", lambda x: jax.pure_callback(lambda y: y, X, x), (X,)),
     ("not donated", jax.jit(lambda s, x: {"a": s["a"] - x, "n": s["n"] + 1}), ({"a": X, "n": of((), jnp.int32)}, X)),
@@ -205,6 +207,7 @@ NO_FAULT = {
     "logsumexp over a short axis": lambda x: jax.nn.logsumexp(x[:100]),
     "gradient in half times an array": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x) * x,
     "unscaling in bfloat16": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x.astype(BF16)) * 2.0**-15,
+    "a constant that vanishes and divides nothing": lambda x: jnp.log1p(x + 1e-8) / (x + 1),
     "residual": jax.grad(lambda x: jnp.sum((x + jnp.tanh(x)).astype(F32))),
 }
 

@@ -598,7 +598,7 @@ def _vanishing(eqn: Any, place: _Place) -> dict[str, Any]:
     if name == "add" and float(constants[0]) == 0:
         what = f"a constant that is 0 in {dtype.name} is added to a divisor (eps?)"
         return {"eps": _finding("vanished constant", what, dtype, place)}
-    if name == "mul" and float(constants[0]) == 1 and "transpose(" not in place.names:
+    if name == "mul" and float(constants[0]) == 1:
         what = f"a factor that is 1 in {dtype.name}, of a value that is added to (b2?)"
         return {"unit": _finding("vanished constant", what, dtype, place)}
     return {}
