@@ -82,12 +82,12 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
       InputError: `loss` cannot be differentiated with these arguments.
 
     >>> w, x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32), jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16)
-    >>> half = lambda w, x: jnp.sum(jnp.tanh(x @ w.astype(x.dtype)), dtype=jnp.float32)
+    >>> half = lambda w, x: jnp.sum(jnp.exp(x @ w.astype(x.dtype)), dtype=jnp.float32)
     >>> print(memory(half, w, x))
     master weights            float32             4.00
     batch                     bfloat16            0.12
     gradients                 float32             4.00
-    saved activations         bfloat16            0.25
+    saved activations         bfloat16            0.12
     """
     leaves, structure = jax.tree.flatten(params)
     diff = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
