@@ -207,6 +207,7 @@ NO_FAULT = {
     "logsumexp over a short axis": lambda x: jax.nn.logsumexp(x[:100]),
     "gradient in half times an array": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x) * x,
     "unscaling in bfloat16": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x.astype(BF16)) * 2.0**-15,
+    "derivative forward": lambda x: jax.jvp(lambda x: jnp.mean(x * x), (x,), (x,))[1],
     "a constant that vanishes and divides nothing": lambda x: jnp.log1p(x + 1e-8) / (x + 1),
     "residual": jax.grad(lambda x: jnp.sum((x + jnp.tanh(x)).astype(F32))),
 }
@@ -215,6 +216,17 @@ NO_FAULT = {
 @pytest.mark.parametrize("name", NO_FAULT)
 def test_no_false_alarm(name):
     audit(NO_FAULT[name], X).assert_clean()
+
+
+def test_the_gradient_of_a_scalar_in_half_is_no_loss():
+    report = audit(jax.grad(lambda s, x: jnp.sum((x * s).astype(F32))), of(()), X)
+    assert rules(report) == {"half accumulation"}
+
+
+def test_a_loss_in_half_is_found_once_where_it_is_formed():
+    report = audit(jax.grad(lambda x: jnp.sum((jnp.sum(x) * x).astype(F32))), X)
+    (found,) = (finding for finding in report.findings if finding.rule == "half loss")
+    assert found.times == 1
 
 
 def test_a_logarithm_of_few_terms_in_half_is_no_finding_of_its_own():
@@ -394,6 +406,11 @@ def test_a_sum_that_a_while_loop_carries_in_half_is_found():
     assert "a loop carries a sum over its turns in float16" in finding.what
 
 
+def test_a_state_without_any_guard_is_no_finding():
+    report = audit(lambda state, x: {"a": state["a"] + x, "b": state["b"] * 2}, {"a": X, "b": X}, X)
+    assert not report.findings
+
+
 def test_a_decision_outside_guards_what_a_conditional_chooses():
     def step(state, x):
         grads = jax.grad(lambda p: jnp.sum(x @ p))(state["params"])
@@ -475,14 +492,16 @@ def test_flaxs_weak_scale_and_unguarded_statistics_are_found():  # B11, B13
         finite = jnp.all(jnp.isfinite(grads))
         params = jnp.where(finite, optax.apply_updates(state["params"], -grads), state["params"])
         scale = jnp.where(finite, state["scale"], state["scale"] * jnp.float32(0.5))
-        return {"params": params, "scale": scale, "mean": 0.9 * state["mean"] + 0.1 * x.mean(0)}
+        mean = 0.9 * state["mean"] + 0.1 * x.mean(0)
+        return {"params": params, "scale": scale, "mean": mean, "mask": state["mask"]}
 
     state = {"params": of((4,), F32), "scale": of((), F32, weak_type=True), "mean": of((4,), F32)}
+    state["mask"] = of((4,), F32)
     report = audit(step, state, of((2, 4), F32))
     found = {(finding.rule, finding.path) for finding in report.findings}
     assert {("weakly typed", "argument 0/scale"), ("compiles twice", "argument 0/scale")} <= found
     assert ("unguarded state", "argument 0/mean") in found
-    assert ("unguarded state", "argument 0/params") not in found
+    assert not {("unguarded state", f"argument 0/{name}") for name in ("params", "mask")} & found
 
 
 def test_what_does_not_trace_is_one_message():

@@ -864,11 +864,12 @@ def _path(names: str) -> str:
 
 def _source(eqn: Any) -> str:
     """file:line of the innermost frame outside of installed libraries, or of the innermost one."""
-    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
-    own = [frame for frame in frames if not in_library(frame.file_name)]
-    for frame in (*own[:1], *frames[:1]):
-        return f"{frame.file_name}:{frame.start_line}"
-    return ""
+    innermost = None
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if not in_library(frame.file_name):
+            return f"{frame.file_name}:{frame.start_line}"
+        innermost = innermost or frame
+    return f"{innermost.file_name}:{innermost.start_line}" if innermost else ""
 
 
 def _merged(findings: Any) -> list[Finding]:

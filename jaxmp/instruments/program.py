@@ -312,6 +312,7 @@ class _Sources:
         return innermost
 
 
+@functools.cache
 def in_library(file: str) -> bool:
     """Whether a file belongs to an installed package, or to jaxmp but for its models: not to what is looked at."""
     if file.startswith(_OWN):
