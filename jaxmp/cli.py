@@ -259,12 +259,13 @@ def compare(arguments: list[str]) -> int:
     return FAILED if failures else DONE
 
 
-def report(runs: tuple[str, ...], *, output: str | None = None) -> int:
+def report(runs: tuple[str, ...], *, output: str | None = None, look: bool = False) -> int:
     """Writes what one or more runs did as one HTML file.
 
     Args:
       runs: Run folders, or folders with one run in them.
       output: File to write; of a single run, report.html in its folder by default.
+      look: Of a run without --loop.ranges-every, do one step after its last checkpoint again, and show its ranges.
     """
     from jaxmp.runs.report import report as page
     from jaxmp.runs.run import Run
@@ -275,7 +276,7 @@ def report(runs: tuple[str, ...], *, output: str | None = None) -> int:
     if output is None and len(found) > 1:
         raise InputError(f"report: of {len(found)} runs there is no one folder for it; expected --output FILE")
     path = Path(output) if output is not None else found[0].path / "report.html"
-    page(found).write(path)
+    page(found, look=look).write(path)
     print(path)
     return DONE
 

@@ -131,8 +131,9 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits that name the run's folder: of everything but the seed and the devices."""
+        """12 hexadecimal digits that name the run's folder: of everything but seed, devices and looking on."""
         content = {name: value for name, value in self.to_json().items() if name not in ("seed", "parallel")}
         content["precision"] = str(self.policy)  # however it was spelled
+        content["loop"] = {name: value for name, value in content["loop"].items() if name != "ranges_every"}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -391,7 +391,9 @@ def test_every_scalar_leaf_can_be_overridden_and_changes_the_hash():
         changed = override(base, arguments)
         assert at(changed, path) == value, path
         assert at(base, path) != value, path
-        assert (changed.hash == base.hash) == (path[0] in ("seed", "parallel")), path
+        assert (changed.hash == base.hash) == (path[0] in ("seed", "parallel") or path == ("loop", "ranges_every")), (
+            path
+        )
         others = [other for other, _ in leaves(base) if other != path]
         assert all(at(changed, other) is at(base, other) or at(changed, other) == at(base, other) for other in others)
         paths.add(".".join(path))

@@ -10,8 +10,10 @@ is broadcast in float32 and then cast (T2), an embedding is gathered in float32 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +34,11 @@ AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn
 # A module under nn.jit is traced once for all calls that jax.jit takes to be equal. As a part of jit's cache key, the
 # policy makes calls under different policies different.
 _policy_in_force = jax.make_user_context(None)
+
+Observer = Callable[[str, Any], Any]
+"""`(path, outputs) -> outputs`: looks at what the module at `path` hands on."""
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+_observations = itertools.count()
 
 
 def with_policy(
@@ -77,8 +84,10 @@ def with_policy(
             variables = {**variables, "params": whole.cast_to_compute(variables.get("params", {}))}
         cast_args, cast_kwargs = whole.cast_to_compute((args, kwargs))
         call.remember((args, kwargs), (cast_args, cast_kwargs))
+        # An observer is of one trace: no other may meet what it left under nn.jit.
+        trace = str(tree) if call.observer is None else f"{tree} observed {next(_observations)}"
         with (
-            _policy_in_force(str(tree)),
+            _policy_in_force(trace),
             _matmul_precision(whole),
             nn.intercept_methods(call.intercept),
         ):
@@ -89,6 +98,19 @@ def with_policy(
         return whole.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
 
     return applied
+
+
+@contextlib.contextmanager
+def observed_modules(observer: Observer) -> Iterator[None]:
+    """Within: what each Linen module's `__call__` under `with_policy` returns goes through `observer`, when traced.
+
+    It is what the module hands on, after its policy; the whole model's, "", before the cast to the output dtype.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 class Row(NamedTuple):
@@ -251,6 +273,7 @@ class _Call:
 
     def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any):
         self.tree, self.axis_name, self.model = tree, axis_name, model
+        self.observer = _observer.get()
         self.modules = Modules()
         if isinstance(model, nn.Module):
             self.modules.meet("", model)
@@ -284,7 +307,13 @@ class _Call:
     def intercept(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        """Runs one method of one module under its policy."""
+        """Runs one method of one module under its policy, before the eyes of an observer where there is one."""
+        out = self._run(next_fun, args, kwargs, context)
+        if self.observer is None or context.method_name != "__call__":
+            return out
+        return self.observer("/".join(context.module.path), out)
+
+    def _run(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module, method = context.module, context.method_name
         if method == "<lambda>":  # Flax's own, around a transformed class: no module of the user's
             return next_fun(*args, **kwargs)

@@ -382,7 +382,7 @@ class DelayedScaling:
 
     def _power_of_two_scale(self, amax: jax.Array) -> jax.Array:
         """The largest power of two S with S * amax <= max / 2^margin, by exponents: a division might round up."""
-        amax_bits, top = _float32_bits(amax).astype(jnp.int32), int(np.float32(_as_format(self.format).max).view("i4"))
+        amax_bits, top = float32_bits(amax).astype(jnp.int32), int(np.float32(_as_format(self.format).max).view("i4"))
         exponent = (top >> 23) - (amax_bits >> 23) - ((amax_bits & _MANTISSA) > (top & _MANTISSA)) - self.margin
         return bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
 
@@ -401,7 +401,7 @@ _CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16")
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
     """`quantize`, given 32 random bits for each number, or None to round to nearest."""
-    return _from_float32_bits(_round_bits(_float32_bits(x), noise, format, saturate), x.dtype)
+    return _from_float32_bits(_round_bits(float32_bits(x), noise, format, saturate), x.dtype)
 
 
 @_quantize.defjvp
@@ -470,8 +470,11 @@ def _drop_bits(value: jax.Array, count: jax.Array, noise: jax.Array | None) -> j
     return (value + carry) >> count
 
 
-def _float32_bits(x: jax.Array) -> jax.Array:
-    """The bits of `x` in float32. Not by a cast: XLA might hand on what was there before `x` was rounded to 16 bits."""
+def float32_bits(x: jax.Array) -> jax.Array:
+    """The bits of `x`, float32, bfloat16 or float16, in float32, as uint32.
+
+    Not by a cast: XLA might hand on what was there before `x` was rounded to 16 bits.
+    """
     if x.dtype == np.float32:
         return bitcast_convert_type(x, jnp.uint32)
     bits = bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)

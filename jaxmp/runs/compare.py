@@ -302,8 +302,8 @@ def _summary(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 number(versus["p"], ".3g") if versus else "",
                 f"{sum(_skipped(r) for r in runs):,}",
                 f"{sum(bool(r['failed']) for r in runs)} of {len(runs)}",
-                number(1e3 * statistics.median(seconds) if seconds else None, ".3g"),
-                number(measured["memory"]["temporary_bytes"] / MIB, ",.3g"),
+                number(1e3 * statistics.median(seconds) if seconds else None, ",.2f"),
+                number(measured["memory"]["temporary_bytes"] / MIB, ",.2f"),
             ]
         )
     return header, rows
@@ -394,7 +394,7 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
         rows.append(
             [
                 precision,
-                number(1e3 * median if median else None, ".3g"),
+                number(1e3 * median if median else None, ",.2f"),
                 number(rate, ",.0f"),
                 number(median / base if median and base else None, ".2f"),
                 *(number(sizes[name] / MIB, ",.2f") for name in ("arguments_bytes", "temporary_bytes")),
@@ -414,7 +414,7 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
     if times:
         bars = [(precision, [("median", statistics.median(values))]) for precision, values, _ in times]
         figures.append(("Time of a step", bar_figure(Axis("milliseconds, median over seeds"), bars, name="Time"), ""))
-    caption = "Blue: arguments (state and batch). Orange: temporaries (activations, gradients)."
+    caption = "Left part: arguments (state and batch). Right part: temporaries (activations, gradients)."
     figures.append(("Memory of a step", bar_figure(Axis("MiB"), memory, name="Memory of a step"), caption))
     result.figures(figures)
     note = "Time: of each run the median over its lines but the first, which includes compiling; data and writing of "
@@ -456,17 +456,20 @@ def _precision(result: Page, comparison: dict[str, Any]) -> None:
         "What ran in which dtype", "From the traced step (`jaxmp audit`): dots and convolutions by operands."
     )
     dtypes = list(dict.fromkeys(dtype for m in comparison["measured"] for dtype in m["dot_flops_share"]))
-    rows = [
-        [m["precision"], *(number(m["dot_flops_share"].get(dtype, 0.0), ".1%") for dtype in dtypes),
-         f"{m['dot_flops']:,}", str(m["casts"]), str(len(m["findings"])), m["policy"], m["scaler"]]
-        for m in comparison["measured"]
-    ]  # fmt: skip
+    rows = []
+    for m in comparison["measured"]:
+        shares = [number(m["dot_flops_share"].get(dtype, 0.0), ".1%") for dtype in dtypes]
+        rows.append([m["precision"], *shares, f"{m['dot_flops']:,}", str(m["casts"]), str(len(m["findings"]))])
     header = ["precision", *(f"FLOPs in {dtype}" for dtype in dtypes), "FLOPs a step", "casts", "findings"]
-    result.table([*header, "policy", "loss scaler"], rows)
+    result.table(header, rows)
     for m in comparison["measured"]:
         for finding in m["findings"]:
             result.paragraph(f"{m['precision']}: {finding}", "bad")
     ended = {r["precision"]: r["summary"] for r in reversed(comparison["runs"]) if not r["failed"]}
+    result.table(
+        ["precision", "policy", "loss scaler"],
+        [[m["precision"], m["policy"], m["scaler"]] for m in comparison["measured"]],
+    )
     policy_tables(result, {precision: ended[precision] for precision in comparison["precisions"] if precision in ended})
 
 

@@ -141,49 +141,57 @@ def bar_figure(x: Axis, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]],
 
 def histogram_figure(
     x: Axis,
-    counts: Sequence[tuple[float, float]],
+    bars: Sequence[tuple[float, float]],
     zones: Sequence[tuple[float, float, str]],
     zeros: float,
     *,
+    marks: Sequence[tuple[float, str]] = (),
     name: str,
 ) -> str:
-    """Shares by power of two, with what a float format can hold of them, as an `<svg>` element.
+    """Shares by power of two, before zones that say what becomes of them, as an `<svg>` element.
 
     Args:
       x: the horizontal axis; its values are exponents of two.
-      counts: exponent and share in percent of each bar, in order. Each bar reaches from its exponent to the next.
-      zones: from, to (exponents) and name of each zone that is shaded behind the bars, from left to right.
-      zeros: share of zeros, which have a bar of their own on the left.
+      bars: exponent and share in percent of each bar, in order. Each reaches from its exponent to the next.
+      zones: from, to (exponents, infinity for no end) and name of each zone behind the bars, from left to right.
+      zeros: share of zeros, in percent, which have a bar of their own on the left.
+      marks: exponents at which a line stands, with what it says.
       name: what the figure shows.
     """
-    low = min([e for e, _ in counts] + [a for a, b, _ in zones if math.isfinite(a)], default=0)
-    high = max([e + 1 for e, _ in counts] + [b for a, b, _ in zones if math.isfinite(b)], default=1)
-    across = _Scale(x, [low - 2, high + 2], LEFT + 56, WIDTH - 24)
-    height = HEIGHT + 20
-    bottom = height - BOTTOM
-    top = TOP + 22
-    up = _Scale(Axis("share of all values, %", include=(0.0,)), [*(c for _, c in counts), zeros], bottom, top)
+    borders = [e for zone in zones for e in zone[:2] if math.isfinite(e)]
+    reached = [*borders, *(e for e, _ in bars), *(e + 1 for e, _ in bars), *(e for e, _ in marks)]
+    low, high = min(reached, default=0) - 3, max(reached, default=1) + 3
+    height, top, right = HEIGHT + 30, TOP + 26, WIDTH - 16
+    bottom, left = height - BOTTOM, LEFT + 50
+    across = _Scale(x, [low, high], left, right)
+    up = _Scale(Axis("share of all values, %", include=(0.0,)), [share for _, share in bars], bottom, top, padded=True)
     parts = []
     for k, (start, end, label) in enumerate(zones):
-        left, right = (across(min(max(v, low - 2), high + 2)) for v in (start, end))
+        begin, finish = across(max(start, low)), across(min(end, high))
         parts.append(
-            f'<rect class="zone z{k % 4}" x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="{bottom - top}"/>'
+            f'<rect class="zone z{k % 4}" x="{begin:.1f}" y="{top}" width="{finish - begin:.1f}" '
+            f'height="{bottom - top}"><title>{_escape(label)}</title></rect>'
         )
-        if right - left > 30:
-            parts.append(_text((left + right) / 2, top - 6, label, "mute middle small"))
-    parts.append(_frame(across, up, LEFT, WIDTH - 24, top, height))
-    for exponent, share in counts:
-        left, right, y = across(exponent), across(exponent + 1), up(share)
+        if finish - begin > LETTER * len(label):
+            parts.append(_text((begin + finish) / 2, top - 6, label, "mute middle small"))
+    parts.append(_frame(across, up, LEFT, right, top, height))
+    for exponent, share in bars:
+        begin, finish, y = across(exponent), across(exponent + 1), up(share)
         parts.append(
-            f'<rect class="c0 fill" x="{left + 0.4:.1f}" y="{y:.1f}" width="{max(right - left - 0.8, 0.6):.1f}" '
-            f'height="{bottom - y:.1f}"><title>2^{exponent:g}: {share:.3g} %</title></rect>'
+            f'<rect class="c0 fill" x="{begin + 0.4:.1f}" y="{y:.1f}" width="{max(finish - begin - 0.8, 0.6):.1f}" '
+            f'height="{bottom - y:.1f}" data-x="{exponent:g}" data-y="{share:.7g}">'
+            f"<title>2^{exponent:g}: {share:.3g} %</title></rect>"
         )
+    zero_top = max(up(zeros), top)  # they can be most of all values: then their bar is cut, and says how many
     parts.append(
-        f'<rect class="c1 fill" x="{LEFT + 14}" y="{up(zeros):.1f}" width="22" height="{bottom - up(zeros):.1f}">'
-        f"<title>zeros: {zeros:.3g} %</title></rect>"
+        f'<rect class="c1 fill" x="{LEFT + 8}" y="{zero_top:.1f}" width="20" height="{bottom - zero_top:.1f}" '
+        f'data-y="{zeros:.7g}"><title>zeros: {zeros:.3g} %</title></rect>'
     )
-    parts.append(_text(LEFT + 25, bottom + 16, "0", "tick middle"))
-    parts.append(_text(LEFT + 25, up(zeros) - 5, f"{zeros:.1f}", "mute middle small"))
+    parts.append(_text(LEFT + 18, bottom + 17, "0", "tick middle"))
+    parts.append(_text(LEFT + 18, zero_top - 5, f"{zeros:.3g} %", "mute middle small"))
+    for exponent, label in marks:
+        parts.append(_rule(across(exponent), top, across(exponent), bottom, "zero"))
+        parts.append(_text(across(exponent) + 5, top + 13, label, "mute small"))
     return _svg(parts, name, height)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from jaxmp.errors import InputError
 
+NO_VALUE = "\N{EN DASH}"
+"""what stands in a table where there is no number"""
+
 
 @dataclass
 class Page:
@@ -126,4 +129,4 @@ def _cell(tag: str, text: str, kind: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return not text or (text[0] in "+-0123456789.\N{MINUS SIGN}\N{EN DASH}" and not text[1:2].isalpha())
+    return not text or (text[0] in "+-<0123456789.\N{MINUS SIGN}\N{EN DASH}" and not text[1:2].isalpha())

@@ -80,7 +80,7 @@ def method(pairs: int) -> str:
     if pairs < 2:
         return "One seed has no interval: it cannot tell a difference between precisions from chance."
     how = (
-        f"all {pairs}^{pairs} resamples counted exactly"
+        f"all {pairs**pairs:,} resamples counted exactly"
         if pairs <= EXACT_UP_TO
         else f"{RESAMPLES:,} resamples from a fixed seed"
     )

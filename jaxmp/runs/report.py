@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 
 from jaxmp.data.dataset import Split
+from jaxmp.runs.exponents import add_ranges
 from jaxmp.runs.figure import Axis, Series, line_figure
-from jaxmp.runs.page import Page, provenance_rows
+from jaxmp.runs.page import NO_VALUE, Page, provenance_rows
 from jaxmp.runs.run import Run
 
 BOOKKEEPING = {
     *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "examples_per_second", "wall_seconds")
 }
 """fields of a line of metrics that are no metric of the task"""
-
-NO_VALUE = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def unit(metric: str) -> tuple[float, str]:
     return 1.0, metric.replace("_", " ")
 
 
-def report(runs: Sequence[Run]) -> Page:
+def report(runs: Sequence[Run], *, look: bool = False) -> Page:
     """A page about runs: curves, loss scale, skipped steps, speed, policies, and where all of it comes from.
 
     Runs that differ by their seed alone are drawn in one colour, with their mean. A run that has not ended is shown as
@@ -60,6 +59,7 @@ def report(runs: Sequence[Run]) -> Page:
 
     Args:
       runs: one or more, in the order in which they are to appear.
+      look: whether to do a step of each run again that has no `ranges`, from its last checkpoint, and look at it.
     """
     names = _names(runs)
     curves = [Curve(name, run.config["seed"], run.metrics) for name, run in zip(names, runs, strict=True)]
@@ -74,9 +74,16 @@ def report(runs: Sequence[Run]) -> Page:
 
     page.section("Training")
     page.figures(curve_figures(curves))
+    looks = [run.ranges or ([run.look()] if look else []) for run in runs]
+    labels = (
+        names if len(set(names)) == len(names) else [f"{n}, seed {c.seed}" for n, c in zip(names, curves, strict=True)]
+    )
+    if any(looks):
+        add_ranges(page, {name: lines for name, lines in zip(labels, looks, strict=True) if lines})
     _policies(page, runs, names)
     _origin(page, runs)
-    page.data({"runs": [{"run": str(run.path), "metrics": run.metrics} for run in runs]})
+    data = zip(runs, looks, strict=True)
+    page.data({"runs": [{"run": str(run.path), "metrics": run.metrics, "ranges": lines} for run, lines in data]})
     return page
 
 

@@ -19,6 +19,7 @@ from jaxmp.data.pipeline import prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment import Experiment
 from jaxmp.precision.flax import mode_argument, with_policy
+from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
 from jaxmp.training.metrics import compute
@@ -57,7 +58,22 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order; a DataFrame is `pandas.DataFrame(run.metrics)`. None: not finite."""
+        """The lines of metrics.jsonl, in order; a DataFrame is `pandas.DataFrame(run.metrics)`. None: not finite.
+
+        But for those of `ranges`.
+        """
+        return [line for line in self._lines if line["split"] != "ranges"]
+
+    @property
+    def ranges(self) -> list[dict[str, Any]]:
+        """What was seen of single steps, where `loop.ranges_every` asked for it: `step`, `loss_scale`, `ranges`.
+
+        `line["ranges"]["output_gradients"]["Dense_0"]` is what `jaxmp.instruments.ranges.Range.to_json` says of it.
+        """
+        return [line for line in self._lines if line["split"] == "ranges"]
+
+    @property
+    def _lines(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -130,6 +146,21 @@ class Run:
         if found is None:
             raise InputError(f"{self.path} has no checkpoint yet")
         return found[1]["state"]
+
+    def look(self, step: int | Literal["last", "best"] = "last") -> dict[str, Any]:
+        """A line of `ranges` of the step that would follow a checkpoint: that step is done again, and looked at.
+
+        Raises: InputError where there is no such checkpoint.
+        """
+        training = self._training
+        devices = training.devices
+        state = devices.get(devices.put(self.state(step)))
+        at = int(state.step)
+        feed = training.feed(many=False)
+        looked = training.look(state, feed.batch(at))
+        feed.close()
+        scale = float(loss_scale(state.opt_state))
+        return {"step": at + 1, "split": "ranges", "loss_scale": scale, "ranges": looked.read()}
 
     @functools.cached_property
     def _last_state(self) -> TrainState:

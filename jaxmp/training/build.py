@@ -18,6 +18,7 @@ from jaxmp.data.dataset import Source, Split
 from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.memory import Memory, memory
+from jaxmp.instruments.ranges import Looked, count_each, count_swallowed, grad_and_module_counts
 from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
@@ -254,6 +255,49 @@ class Training:
             return jax.grad(scaled, has_aux=True, allow_int=True)(state.params)
 
         return repeated
+
+    def look(self, state: TrainState, batch: dict[str, jax.Array]) -> Looked:
+        """Magnitudes of what the step from `state` on `batch` is made of, counted on the device and not waited for.
+
+        Args:
+          state: on these devices, as `Devices.get` gives it. It is not changed.
+          batch: prepared, of the whole batch size.
+
+        Returns:
+          `parameters`, `gradients`, `scaled_gradients` and `updates` by the parameter's path, `outputs` and
+          `output_gradients` (scaled) by the module's; and how many updates are lost in rounding the parameter to
+          nearest.
+        """
+        return self._looking(state, self.devices.spread_rows(batch))
+
+    @functools.cached_property
+    def _looking(self) -> Any:
+        loss_fn = self.make_loss()
+
+        @jax.jit
+        def looking(state: TrainState, batch: dict[str, jax.Array]) -> Looked:
+            scale = loss_scale(state.opt_state)
+            key = jax.random.fold_in(state.key, state.step)
+
+            def scaled(params: Any) -> Any:
+                total, (weight, _, _) = loss_fn(params, state.model_state, batch, key)
+                loss = total / jnp.where(weight == 0, 1, weight)
+                return loss * scale, loss
+
+            grads, loss, modules = grad_and_module_counts(scaled, state.params)
+            updates, _ = self.tx.update(grads, state.opt_state, state.params, value=loss)
+            unscaled = jax.tree.map(lambda g: g / scale if jnp.issubdtype(g.dtype, jnp.floating) else g, grads)
+            counted = {
+                "parameters": count_each(state.params),
+                "scaled_gradients": count_each(grads),
+                "gradients": count_each(unscaled),
+                "updates": count_each(updates),
+                "outputs": {path: counts.outputs for path, counts in modules.items()},
+                "output_gradients": {path: counts.gradients for path, counts in modules.items()},
+            }
+            return Looked.of(counted, count_swallowed(state.params, updates))
+
+        return looking
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError where a rule matches none."""

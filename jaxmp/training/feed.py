@@ -58,6 +58,13 @@ class Resident:
         self._prepare = _preparation(data, batches)
         counted = _counted(step)
 
+        @jax.jit
+        def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
+            raw = {name: jnp.take(column, rows, axis=0) for name, column in columns.items()}
+            return self._prepare({**raw, "weight": weight}, step)
+
+        self._batch = batch
+
         def advance(carry: Any, columns: Any, rows: jax.Array) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
@@ -91,8 +98,7 @@ class Resident:
         """See `Feed.batch`."""
         rows, weight = self._batches.rows(step)
         columns = self._devices.get(self._columns)
-        raw = {name: jnp.asarray(np.asarray(column)[rows]) for name, column in columns.items()}
-        return self._prepare({**raw, "weight": jnp.asarray(weight)}, step)
+        return self._batch(columns, rows, weight, np.int32(step))
 
     def close(self) -> None:
         """Nothing reads ahead."""

@@ -1,9 +1,9 @@
 """The training loop: `steps`, a generator, and `fit`, which evaluates, saves, writes and stops around it.
 
-Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, while this one
-runs; then, where this step is due for it, evaluate, write, save; then the next batch and the next dispatch. A line is
-on disk before a checkpoint of its step is begun, so that a run that is killed at any moment and resumed ends with the
-same lines.
+Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, and what was seen
+of the first of its steps where that was looked at, while this one runs; then, where this step is due for it, evaluate,
+write, save; then the next batch, a look at it where one is due, and the next dispatch. A line is on disk before a
+checkpoint of its step is begun, so that a run that is killed at any moment and resumed ends with the same lines.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
+from jaxmp.instruments.ranges import Looked
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.build import Training
@@ -80,6 +81,8 @@ class Loop:
     """steps skipped in a row after which the run has failed"""
     steps_per_dispatch: int | None = None
     """most steps in one dispatch; by default all up to the next thing to do, or one where that is faster"""
+    ranges_every: int | None = None
+    """steps between two looks at exponents, under- and overflow; changes no bit, and is no part of the run's hash"""
     wandb: bool = False
     """also report to Weights & Biases"""
 
@@ -87,7 +90,7 @@ class Loop:
         """Refuses what could not run."""
         for name in ("epochs", "log_every", "keep", "max_consecutive_skips", "accumulate_steps"):
             self._require(name, _is_positive(getattr(self, name)), "a whole number of at least 1")
-        for name in ("steps", "eval_every", "save_every", "patience", "steps_per_dispatch"):
+        for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch"):
             value = getattr(self, name)
             self._require(name, value is None or _is_positive(value), "a whole number of at least 1")
         self._require(
@@ -154,10 +157,15 @@ class Schedule:
         """Whether the run is asked after this step if it can go on: often enough that no row of skips is overlooked."""
         return self.writes(step) or step % self.loop.max_consecutive_skips == 0
 
+    def looks(self, step: int) -> bool:
+        """Whether the step after this one is looked at: the first, and each that the loop's `ranges_every` says."""
+        return self.loop.ranges_every is not None and step % self.loop.ranges_every == 0
+
     def next_stop(self, step: int, most: int) -> int:
         """The step that a dispatch from `step` on runs to: the next that something is due after, in this epoch."""
         loop = self.loop
         every = [loop.log_every, loop.eval_every, loop.save_every, loop.max_consecutive_skips, self.per_epoch]
+        every.append(loop.ranges_every)
         due = [step + n - step % n for n in every if n]
         return min(*due, self.last, step + most)
 
@@ -181,14 +189,26 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
         yield StepInfo(info.step, devices.get(info.state), devices.get(info.metrics))
 
 
-def _dispatches(training: Training, feed: Feed, state: Any, metrics: Any, first: int) -> Iterator[StepInfo]:
-    """The dispatches from step `first` to the end, as placed on the devices. `metrics` begins anew after each line."""
+def _dispatches(
+    training: Training,
+    feed: Feed,
+    state: Any,
+    metrics: Any,
+    first: int,
+    look: Callable[[int, Any], None] = lambda step, state: None,
+) -> Iterator[StepInfo]:
+    """The dispatches from step `first` to the end, as placed on the devices. `metrics` begins anew after each line.
+
+    `look(step, state)` sees the state before a step that is to be looked at.
+    """
     loop = training.experiment.loop
     schedule = Schedule(loop, training.batches.per_epoch, training.steps)
     nothing = training.devices.put(training.no_metrics)
     step = first
     try:
         while step < training.steps:
+            if schedule.looks(step):
+                look(step, state)
             stop = schedule.next_stop(step, loop.steps_per_dispatch or training.steps)
             state, metrics = feed.run(state, metrics, step, stop - step)
             step = stop
@@ -274,6 +294,7 @@ class _Session:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
         self.writers: list[Writer] = []
         self.read = jax.jit(_read)
+        self.looked: list[tuple[int, Looked, jax.Array]] = []  # step, what was seen of it, scale: not written yet
         self.evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
         self.seconds_before = 0.0  # of the sessions before this one
         self.began = self.line_at = time.perf_counter()
@@ -315,7 +336,7 @@ class _Session:
         placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: _Line | None = None
-        dispatches = _dispatches(training, self.feed, placed, devices.put(metrics), step)
+        dispatches = _dispatches(training, self.feed, placed, devices.put(metrics), step, self._look)
         for info in () if self._out_of_patience() else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
             before, waiting = waiting, None
@@ -324,6 +345,7 @@ class _Session:
                 waiting = _Line(step, schedule.writes(step), metrics, self.read(state.opt_state))
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             problem = self._write(before)
+            self._write_ranges()
             if not (problem or schedule.saves(step) or stop()):
                 continue
             problem, waiting = self._write(waiting) or problem, None
@@ -363,6 +385,27 @@ class _Session:
             scaler = type(self.training.experiment.make_scaler()).__name__
             return f"the loss scale came to its floor, where {scaler} gives up, at or before step {line.step}"
         return None
+
+    def _look(self, step: int, state: Any) -> None:
+        """Dispatches the counting of what the next step is made of; it is fetched when the step is under way."""
+        state = self.training.devices.get(state)
+        looked = self.training.look(state, self.feed.batch(step))
+        self.looked.append((step + 1, looked, self.read(state.opt_state)["loss_scale"]))
+
+    def _write_ranges(self) -> None:
+        """Writes what was seen of steps that are under way by now, each as a record of its own."""
+        for step, looked, scale in self.looked:
+            record = {
+                "step": step,
+                "epoch": step / self.training.batches.per_epoch,
+                "split": "ranges",
+                "loss_scale": float(scale),
+                "wall_seconds": self._seconds(),
+                "ranges": looked.read(),
+            }
+            for writer in self.writers:
+                writer.write(record)
+        self.looked = []
 
     def _evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         values = compute(self.training.evaluate(state, split))

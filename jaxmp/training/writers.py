@@ -12,6 +12,9 @@ A record is one flat mapping. Its fields:
     examples_per_second  float
     ...                  any other metric of the task, a float
 
+A record of split "ranges" has what was seen of one step instead: `ranges` is a mapping of kind (parameters, gradients,
+...) and name to what `jaxmp.instruments.ranges.Range.to_json` says.
+
 `step` and `split` are always there. A loss that is not finite is written as such, in the way each format has for it.
 """
 
@@ -55,11 +58,20 @@ def _or_input_error(path: Path) -> Iterator[None]:
 
 
 def _numbers(record: Record) -> dict[str, float]:
-    return {name: float(value) for name, value in record.items() if not isinstance(value, str)}
+    return {name: float(value) for name, value in record.items() if not isinstance(value, str | Mapping)}
+
+
+def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
+    """The histograms of a record: name, base 2 logarithms at which bins begin, and how many numbers are in each."""
+    for kind, ranges in record.get("ranges", {}).items():
+        for name, seen in ranges.items():
+            low, counts = seen["lowest_exponent"], seen["counts"]
+            if counts:
+                yield f"{record['split']}/{kind}/{name or '(model)'}", list(range(low, low + len(counts))), counts
 
 
 class JsonLines:
-    """One JSON object a line, every field of the record; a number that is not finite is null, as JSON has none.
+    """One JSON object a line, every field of the record; a metric that is not finite is null, as JSON has none.
 
     Each line is handed to the system before `write` returns, so a `kill -9` costs at most the one being written.
 
@@ -98,7 +110,7 @@ class JsonLines:
 
 
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, str | int):  # bool too
+    if isinstance(value, str | int | Mapping):  # bool too
         return value
     return float(value) if math.isfinite(value) else None
 
@@ -128,6 +140,7 @@ class TensorBoard:
 
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
+        self._histogram_type = summary_pb2.HistogramProto
         # Not tensorboardX's name, which a run that is resumed within the same second would share and overwrite.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         self.path = Path(folder) / f"events.out.tfevents.{seconds}.{nanoseconds:09}"
@@ -146,12 +159,27 @@ class TensorBoard:
             for name, value in _numbers(record).items()
             if name != "step"
         ]
+        values += [self._histogram(*histogram) for histogram in _histograms(record)]
         self._append(step=record["step"], summary=self._summary(value=values))
 
     def close(self) -> None:
         """Closes the file."""
         with _or_input_error(self.path):
             self._file.close()
+
+    def _histogram(self, tag: str, exponents: list[int], counts: list[int]) -> Any:
+        """A histogram over the base 2 logarithm of the magnitude."""
+        middles = [e + 0.5 for e in exponents]
+        histogram = self._histogram_type(
+            min=exponents[0],
+            max=exponents[-1] + 1,
+            num=sum(counts),
+            sum=sum(n * m for n, m in zip(counts, middles, strict=True)),
+            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
+            bucket_limit=[e + 1 for e in exponents],
+            bucket=counts,
+        )
+        return self._summary.Value(tag=f"{tag} log2", histo=histogram)
 
     def _append(self, **fields: Any) -> None:
         """One record of a TFRecord file: length, its checksum, data, its checksum."""
@@ -209,8 +237,18 @@ class WeightsAndBiases:
 
     def write(self, record: Record) -> None:
         """Logs all numbers of the record."""
+        import numpy as np
+        from wandb import Histogram
+
         split = record["split"]
-        self._run.log({name if name == "step" else f"{split}/{name}": v for name, v in _numbers(record).items()})
+        fields: dict[str, Any] = {
+            name if name == "step" else f"{split}/{name}": v for name, v in _numbers(record).items()
+        }
+        for tag, exponents, counts in _histograms(record):
+            fields[f"{tag} log2"] = Histogram(
+                np_histogram=(np.array(counts), np.array([*exponents, exponents[-1] + 1]))
+            )
+        self._run.log(fields)
 
     def close(self) -> None:
         """Ends the run and, where online, waits for the upload."""
@@ -251,7 +289,9 @@ class Console:
             self._progress.start()
 
     def write(self, record: Record) -> None:
-        """Shows the record."""
+        """Shows the record, but for ranges."""
+        if record["split"] == "ranges":
+            return
         numbers = self._numbers(record)
         if self._progress is None or record["split"] != "train":
             line = f"{record['split']:10}  {numbers}"

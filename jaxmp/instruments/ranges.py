@@ -1,0 +1,354 @@
+"""`ranges`: how large the numbers of a computation are, and what each float format would lose of them.
+
+    counts = jax.jit(count)(x)       # on the device: a histogram of exponents, the smallest and the largest magnitude
+    Range.read(counts).underflow     # {"float16": 0.031, ...}: share of the non-zero numbers that would become 0
+
+Numbers are told apart by the bits that they have in float32, in integers: so float32's subnormals count as what they
+are, though XLA's arithmetic flushes them (trap T10), and a cast to half that has happened is seen (T6). All that is
+counted is exact. Nothing here changes what is computed, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.precision.flax import observed_modules
+from jaxmp.precision.formats import Format, float32_bits, parse_format
+from jaxmp.precision.rounding import apply_updates
+
+FORMATS = ("float16", "bfloat16", "e4m3", "e5m2")
+"""Formats whose under- and overflow is counted."""
+
+LOWEST = -149
+"""Base 2 logarithm of the smallest number in float32."""
+
+_INFINITY = 0x7F800000
+_LANES = 256
+
+
+class Counts(NamedTuple):
+    """What `count` saw, on the device."""
+
+    counts: jax.Array
+    """numbers between two neighbours of `EDGES`, int32 (len(EDGES),)"""
+    smallest: jax.Array
+    """smallest non-zero magnitude, float32 scalar; infinity where there is none"""
+    largest: jax.Array
+    """largest finite magnitude, float32 scalar"""
+    uses: jax.Array
+    """how many arrays these are, float32 scalar; of several, `smallest` and `largest` are no extremes"""
+
+
+class _Losses(NamedTuple):
+    """Bits of magnitudes in float32: what a format loses, rounding to nearest, ties to even."""
+
+    kept: int
+    """the least that does not become 0"""
+    normal: int
+    """the least that keeps a full mantissa"""
+    overflowing: int
+    """the least that is beyond the largest number once it is rounded"""
+
+
+def _losses(format: Format) -> _Losses:
+    half_step = 2.0 ** (format.max_exponent - format.mantissa_bits - 1)
+    # Halfway to the number that would come after the largest: a tie goes to the even one of the two.
+    largest_is_even = format.max / (2 * half_step) % 2 == 0
+    return _Losses(
+        kept=_bits(format.smallest_subnormal / 2) + 1,  # half of the smallest is a tie, and goes to 0
+        normal=_bits(format.smallest_normal),
+        overflowing=_bits(format.max + half_step) + largest_is_even,
+    )
+
+
+def _bits(magnitude: float) -> int:
+    value = np.float32(magnitude)
+    assert value == magnitude, f"{magnitude} is no float32"
+    return int(value.view(np.uint32))
+
+
+_LOSSES = {name: _losses(parse_format(name)) for name in FORMATS}
+_POWERS = [0, *(1 << k for k in range(23)), *(k << 23 for k in range(1, 256))]  # 0, 2^-149, ..., 2^127, infinity
+_OTHERS = sorted({_INFINITY + 1, *itertools.chain(*_LOSSES.values())} - set(_POWERS))  # NaN, and where formats end
+EDGES = np.array(sorted([*_POWERS, *_OTHERS]), np.uint32)
+"""Bits of the float32 magnitudes at which a bin of `Counts.counts` begins, ascending."""
+
+
+def _place(bits: int) -> int:
+    return int(np.searchsorted(EDGES, bits))
+
+
+_INFINITE = _place(_INFINITY)
+_POWER_PLACES = [_place(bits) for bits in _POWERS[1:]]
+_BETWEEN = {
+    "underflow": {name: (1, _place(losses.kept)) for name, losses in _LOSSES.items()},
+    "subnormal": {name: (_place(losses.kept), _place(losses.normal)) for name, losses in _LOSSES.items()},
+    "overflow": {name: (_place(losses.overflowing), _INFINITE) for name, losses in _LOSSES.items()},
+}
+"""The places of the edges between which numbers are lost, by kind and format."""
+
+
+def count(x: Any) -> Counts:
+    """The magnitudes of all floats in `x`, a pytree of arrays, together; in and out of jit. Other leaves do not count.
+
+    float64 is rounded to float32 first.
+    """
+    return _together([_count(leaf) for leaf in jax.tree.leaves(x) if _is_float(leaf)])
+
+
+def count_each(tree: Any) -> dict[str, Counts]:
+    """`count` of each float leaf of a pytree, by its path, `/` between the names."""
+    return {_name(path): count(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if _is_float(leaf)}
+
+
+def count_swallowed(params: Any, updates: Any) -> dict[str, jax.Array]:
+    """How many non-zero updates change nothing, by the parameter's path: int32 scalars.
+
+    `p + u == p` to the bit, where the sum is rounded to the nearest number of p's dtype, as `apply_updates` does.
+    """
+
+    def swallowed(param: jax.Array, update: jax.Array, new: jax.Array) -> jax.Array:
+        same = float32_bits(new) == float32_bits(param)
+        return jnp.sum(same & (_magnitudes(update) != 0), dtype=jnp.int32)
+
+    trees = params, updates, apply_updates(params, updates)
+    found = jax.tree.map(lambda p, *rest: swallowed(p, *rest) if _is_float(p) else None, *trees)
+    return {_name(path): number for path, number in jax.tree_util.tree_leaves_with_path(found)}
+
+
+class ModuleCounts(NamedTuple):
+    """What a module hands on, and the gradient that comes back to it, under the scale that the loss has."""
+
+    outputs: Counts
+    gradients: Counts
+
+
+def grad_and_module_counts(loss: Callable[[Any], Any], params: Any) -> tuple[Any, Any, dict[str, ModuleCounts]]:
+    """`jax.grad(loss, has_aux=True, allow_int=True)(params)`, and the ranges of the Flax modules on the way.
+
+    Args:
+      loss: `params -> (loss, aux)`; runs Linen modules under `jaxmp.with_policy`. Under scan, remat and the like too.
+      params: what to differentiate by.
+
+    Returns:
+      The gradients, aux, and by path of each module whose `__call__` runs, "" the outermost, what it hands on and what
+      comes back. A module that runs several times (in a scan, or with tied weights) has all its uses counted together;
+      of these, smallest and largest magnitude are known to a power of two.
+    """
+    met: dict[str, None] = {}
+
+    def note(path: str, outputs: Any) -> Any:
+        met[path] = None
+        return outputs
+
+    with observed_modules(note):
+        jax.eval_shape(lambda params: loss(params), params)  # a function of its own: of `loss`, JAX may know the shapes
+    # What is counted comes out as the gradient of an input that changes nothing, and so out of any transformation: a
+    # scan adds up the gradients of its turns, and counts want to be added up.
+    sinks = {path: jnp.zeros((2, 2 * len(EDGES) + 3), jnp.float32) for path in met}
+
+    def observed(params: Any, sinks: dict[str, jax.Array]) -> Any:
+        with observed_modules(lambda path, outputs: _through(outputs, sinks[path])):
+            return loss(params)
+
+    (grads, found), aux = jax.grad(observed, argnums=(0, 1), has_aux=True, allow_int=True)(params, sinks)
+    return grads, aux, {path: ModuleCounts(_decoded(both[0]), _decoded(both[1])) for path, both in found.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """All that was counted of a step, in few arrays: fetching many small ones takes longer than counting."""
+
+    counts: Counts
+    """with a leading axis, one row for each of `names`"""
+    swallowed: jax.Array
+    """of each of `updates`, int32 (updates,)"""
+    names: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
+    """kind (gradients, say) and name of each row"""
+    updates: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, counted: Mapping[str, Mapping[str, Counts]], swallowed: Mapping[str, jax.Array]) -> Looked:
+        """From counts by kind and name, and the number of swallowed updates by name; to be traced."""
+        names = tuple((kind, name) for kind, of in counted.items() for name in of)
+        rows = [counted[kind][name] for kind, name in names]
+        return cls(jax.tree.map(lambda *x: jnp.stack(x), *rows), jnp.stack([*swallowed.values()]), names, (*swallowed,))
+
+    def read(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """As JSON, fetched from the device: kind, name, `Range.to_json`. Updates have the number `swallowed` too."""
+        counts, swallowed = jax.device_get((self.counts, self.swallowed))
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for (kind, name), range in zip(self.names, _ranges(*counts), strict=True):
+            found.setdefault(kind, {})[name] = range.to_json()
+        for name, number in zip(self.updates, swallowed.tolist(), strict=True):
+            found["updates"][name]["swallowed"] = number
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """How large the numbers of an array, or of several, are."""
+
+    size: int
+    """how many numbers"""
+    zeros: int
+    infinite: int
+    nan: int
+    smallest: float | None
+    """smallest non-zero magnitude, None where there is none; see `exact`"""
+    largest: float | None
+    """largest finite magnitude"""
+    exact: bool
+    """whether `smallest` and `largest` are; else they are rounded down to powers of two"""
+    lowest_exponent: int
+    """base 2 logarithm, rounded down, of the smallest"""
+    counts: tuple[int, ...]
+    """how many finite non-zero numbers there are from 2^e on, below 2^(e+1), for each e from `lowest_exponent` on"""
+    underflow: Mapping[str, float | None]
+    """share of the finite non-zero numbers that would become 0 in a format, rounded to nearest; None where none is"""
+    subnormal: Mapping[str, float | None]
+    """share that would lose bits, but not become 0"""
+    overflow: Mapping[str, float | None]
+    """share that would be beyond the largest number of the format"""
+
+    @classmethod
+    def read(cls, counts: Counts) -> Range:
+        """What was counted, fetched from the device."""
+        bins, *rest = jax.device_get(counts)
+        (range,) = _ranges(bins[None], *(np.asarray(part)[None] for part in rest))
+        return range
+
+    @property
+    def exponents(self) -> dict[int, int]:
+        """`counts` by exponent, where there are any."""
+        return {self.lowest_exponent + i: n for i, n in enumerate(self.counts) if n}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, in lists, dicts and numbers."""
+        return {**vars(self), "counts": list(self.counts)}
+
+
+def _ranges(counts: np.ndarray, smallest: np.ndarray, largest: np.ndarray, uses: np.ndarray) -> Iterator[Range]:
+    """One for each row; by all rows at once, as far as may be."""
+    # As many numbers as there are below each edge, and all in the end.
+    below = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1, dtype=np.int64)], axis=1)
+    finite = below[:, _INFINITE] - below[:, 1]
+    shares = {
+        kind: {name: _share(below[:, end] - below[:, start], finite) for name, (start, end) in of.items()}
+        for kind, of in _BETWEEN.items()
+    }
+    exponents = np.diff(below[:, _POWER_PLACES], axis=1)
+    for i, row in enumerate(exponents):
+        there = np.flatnonzero(row)
+        low, high = (int(there[0]), int(there[-1])) if len(there) else (-LOWEST, -LOWEST - 1)
+        exact = bool(uses[i] == 1)
+        extremes = (float(smallest[i]), float(largest[i])) if exact else (2.0 ** (low + LOWEST), 2.0 ** (high + LOWEST))
+        yield Range(
+            size=int(below[i, -1]),
+            zeros=int(counts[i, 0]),
+            infinite=int(counts[i, _INFINITE]),
+            nan=int(below[i, -1] - below[i, _INFINITE + 1]),
+            smallest=extremes[0] if len(there) else None,
+            largest=extremes[1] if len(there) else None,
+            exact=exact,
+            lowest_exponent=low + LOWEST,
+            counts=tuple(row[low : high + 1].tolist()),
+            **{kind: {name: share[i] for name, share in of.items()} for kind, of in shares.items()},
+        )
+
+
+def _share(some: np.ndarray, of: np.ndarray) -> list[float | None]:
+    return [a / b if b else None for a, b in zip(some.tolist(), of.tolist(), strict=True)]
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _magnitudes(x: jax.Array) -> jax.Array:
+    """The bits of |x| in float32, uint32."""
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x = x.astype(jnp.float32)
+    return float32_bits(x) & 0x7FFFFFFF
+
+
+def _count(x: jax.Array) -> Counts:
+    bits = _magnitudes(x).ravel()
+    stored = (bits >> 23).astype(jnp.int32)
+    place = jnp.where(stored > 0, stored + 23, 32 - jax.lax.clz(bits).astype(jnp.int32))
+    for edge in _OTHERS:
+        place += (bits >= edge).astype(jnp.int32)
+    # Off a CPU, additions to one address wait for each other, and most numbers share a few exponents: some rows for
+    # them to spread over.
+    lanes = 1 if jax.default_backend() == "cpu" else _LANES
+    where = place if lanes == 1 else place + len(EDGES) * (jnp.arange(bits.size) % lanes)
+    counts = jnp.zeros(lanes * len(EDGES), jnp.int32).at[where].add(1, mode="promise_in_bounds")
+    # One reduction for both extremes: on a CPU a third of the time of two.
+    magnitude, infinity = bits.astype(jnp.int32), np.int32(_INFINITY)
+    finite = magnitude < infinity
+    smallest, largest = jax.lax.reduce(
+        (jnp.where(finite & (magnitude > 0), magnitude, infinity), jnp.where(finite, magnitude, 0)),
+        (infinity, np.int32(0)),
+        lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+        (0,),
+    )
+    extremes = jax.lax.bitcast_convert_type(jnp.stack([smallest, largest]), jnp.float32)
+    return Counts(counts.reshape(lanes, -1).sum(0), extremes[0], extremes[1], jnp.float32(1))
+
+
+def _together(parts: list[Counts]) -> Counts:
+    if len(parts) == 1:
+        return parts[0]
+    zero = Counts(jnp.zeros(len(EDGES), jnp.int32), jnp.float32(0), jnp.float32(0), jnp.float32(0))
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), zero, *parts)
+
+
+def _through(outputs: Any, sink: jax.Array) -> Any:
+    """`outputs`, whose floats are counted on their way, and their cotangents on the way back, into `sink`'s."""
+    leaves, structure = jax.tree.flatten(outputs)
+    floats = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    for i, leaf in zip(floats, _tap([leaves[i] for i in floats], sink), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.custom_vjp
+def _tap(x: list[jax.Array], sink: jax.Array) -> list[jax.Array]:
+    return x
+
+
+def _tap_forward(x: list[jax.Array], sink: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    return x, _encoded(count(x))
+
+
+def _tap_backward(outputs: jax.Array, cotangents: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    return cotangents, jnp.stack([outputs, _encoded(count(cotangents))])
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _encoded(counts: Counts) -> jax.Array:
+    """Counts as float32 whose sums over up to 4096 uses are exact: low 12 bits and the rest apart."""
+    low, high = counts.counts & 0xFFF, counts.counts >> 12
+    extremes = jnp.stack([counts.smallest, counts.largest, counts.uses])
+    return jnp.concatenate([low.astype(jnp.float32), high.astype(jnp.float32), extremes])
+
+
+def _decoded(both: jax.Array) -> Counts:
+    bins = len(EDGES)
+    counts = both[:bins].astype(jnp.int32) + (both[bins : 2 * bins].astype(jnp.int32) << 12)
+    return Counts(counts, *both[2 * bins :])
