@@ -75,9 +75,11 @@ def jitted():
     return jax.jit(count)
 
 
+@pytest.mark.parametrize("parity", [0, 1])  # large arrays are counted by halves, where they have them
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=str)
-def test_counts_are_those_of_numpy_with_subnormals_zeros_infinities_and_nan(jitted, dtype):
+def test_counts_are_those_of_numpy_with_subnormals_zeros_infinities_and_nan(jitted, dtype, parity):
     x = numbers(dtype)
+    x = x[(x.size + parity) % 2 :]
     found = Range.read(jitted(jnp.asarray(x)))
     assert fields(found) == reference(x) and found.exact
     assert fields(Range.read(count(jnp.asarray(x)))) == fields(found)  # without jit
@@ -100,6 +102,12 @@ def test_what_a_format_loses_is_what_rounding_to_it_loses(jitted, format):
     assert 0 < zero.sum() and 0 < lost.sum()
     ours = np.asarray(quantize(jnp.asarray(x), format, saturate=False))
     np.testing.assert_array_equal(ours[finite] == 0, rounded[finite] == 0)
+
+
+def test_the_smallest_may_be_a_subnormal_of_float32():
+    for size in (5, 2**14):
+        found = Range.read(count(jnp.asarray(np.array([3 * 2.0**-149, 2.0**-140] + [0.0] * (size - 2), np.float32))))
+        assert (found.smallest, found.largest, found.exponents) == (3 * 2.0**-149, 2.0**-140, {-148: 1, -140: 1})
 
 
 def test_nothing_and_integers_have_no_range(jitted):
@@ -349,3 +357,30 @@ def test_tensorboard_has_the_histograms(looked):
 def test_ranges_every_has_to_be_a_number_of_steps():
     with pytest.raises(jaxmp.InputError, match="ranges_every=0"):
         Loop(ranges_every=0)
+
+
+# In a report.
+
+
+def test_the_report_has_the_figure_of_activation_gradients(looked):
+    import xml.etree.ElementTree as ElementTree
+
+    from jaxmp.runs.report import report
+
+    for path, look in zip(looked, (False, True), strict=True):
+        run = Run(path, experiment())
+        text = str(report([run], look=look))
+        figures = [part.partition("</svg>")[0] for part in text.split("<svg")[1:]]
+        (svg,) = [figure for figure in figures if "Activation gradients" in figure]
+        figure = ElementTree.fromstring(f"<svg{svg}</svg>")
+        lines = run.ranges or [run.look()]
+        seen = [s for line in lines for s in line["ranges"]["output_gradients"].values()]
+        size = sum(s["size"] for s in seen)
+        bars = {float(r.get("data-x")): float(r.get("data-y")) for r in figure.iter("rect") if r.get("data-x")}
+        (zeros,) = [float(r.get("data-y")) for r in figure.iter("rect") if r.get("data-y") and not r.get("data-x")]
+        assert zeros == pytest.approx(100 * sum(s["zeros"] for s in seen) / size, rel=1e-6)
+        assert sum(bars.values()) + zeros == pytest.approx(100, rel=1e-5)
+        lowest = min(s["lowest_exponent"] for s in seen if s["counts"])
+        assert min(bars) == lowest
+        assert "0 without the scale" in svg and "swallowed" in text
+    assert "Activation gradients" not in str(report([run]))
