@@ -147,7 +147,7 @@ class Training:
         if self.devices.mode == "pmap":  # stacked, one a device
             state = _reshaped(state, lambda shape: shape[1:])
         share = _reshaped(self.example, lambda shape: (shape[0] // self.devices.count, *shape[1:]))
-        loss_fn = self._make_loss()
+        loss_fn = self.make_loss()
 
         def loss(params: Any, batch: Any) -> Any:
             model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.model_state)
