@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,10 @@ import numpy as np
 import optax
 
 import jaxmp
+from jaxmp.cli import main
 from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
+from jaxmp.errors import InputError
 from jaxmp.experiment import Experiment, Scaling
 from jaxmp.instruments.program import Program
 from jaxmp.training.build import Training
@@ -357,6 +360,42 @@ def test_on_eight_devices(case):
 @pytest.mark.parametrize("case", [case.__name__ for case in SLOW])
 def test_slowly_on_eight_devices(case):
     assert outcome("slow")[case] == "passed", outcome("slow")[case]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel": ("pmap", "zero1")}, "parallel.shard=zero1 needs parallel.mode=jit; it is pmap"),
+        ({"parallel": ("pmap", "fsdp")}, "parallel.shard=fsdp needs parallel.mode=jit; it is pmap"),
+        ({"parallel": ("jit", "fsdp"), "loop": Loop(batch_norm="replica")}, "loop.batch_norm=replica: with .*fsdp"),
+    ],
+)
+def test_what_no_mode_can_do_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(LAYERS, **fields | {"parallel": Parallel(*fields["parallel"])})
+
+
+def test_fsdp_has_no_reduce_dtype_of_its_own():
+    experiment = dataclasses.replace(LAYERS, precision="float32,reduce=bf16", parallel=Parallel(shard="fsdp"))
+    with pytest.raises(InputError, match=r"precision reduce=bfloat16: with parallel.shard=fsdp"):
+        _ = Training(experiment).train_step
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--parallel.mode pmap --parallel.shard zero1", "parallel.shard=zero1 needs parallel.mode=jit"),
+        (
+            "--parallel.remat Dens_0 --dry-run",
+            "parallel.remat 'Dens_0' names no module; there are .*did you mean 'Dense_0'",
+        ),
+        ("--loop.accumulate-steps 3 --dry-run", r"3 microbatches .*nearest that does: 63 or 66"),
+        ("--loop.accumulate-steps 0", "loop.accumulate_steps=0: expected a whole number of at least 1"),
+    ],
+)
+def test_the_command_line_ends_with_2(arguments, message, capsys):
+    assert main(["train", "digits_mlp", *arguments.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def run(case):
