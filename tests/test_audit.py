@@ -346,12 +346,19 @@ def test_products_in_nested_functions_are_counted_as_often_as_they_run(name):
     assert all(Path(__file__).name in dot.source for dot in report.dots)
 
 
-def test_a_pmapped_function_counts_on_each_device():
-    report = audit(jax.pmap(product, in_axes=(None, 0)), W, of((1, 2, 4)))
-    assert report.dot_flops_by_dtype == {"float16": PRODUCT}
-    # More devices than there are here are in the jaxpr alone.
-    jaxpr = jax.make_jaxpr(sharded)(W, H)
-    assert "shard_map" in str(jaxpr)
+def test_a_pmapped_function_is_one_that_is_sharded_over_devices():
+    # There is one device here; those of `sharded` are on paper.
+    assert "shard_map" in str(jax.make_jaxpr(jax.pmap(product, in_axes=(None, 0)))(W, of((1, 2, 4))))
+    assert audit(jax.pmap(product, in_axes=(None, 0)), W, of((1, 2, 4))).dot_flops_by_dtype == {"float16": PRODUCT}
+
+
+def test_a_function_that_is_mapped_over_some_axes_counts_on_those():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def fn(w, x):
+        return jax.shard_map(product, mesh=mesh, in_specs=(P(), P("a")), out_specs=P("a"), axis_names={"a"})(w, x)
+
+    assert audit(fn, W, of((4, 4))).dot_flops_by_dtype == {"float16": 2 * PRODUCT}
 
 
 def test_what_is_not_counted_is_said():
@@ -406,19 +413,53 @@ def test_a_sum_that_a_while_loop_carries_in_half_is_found():
     assert "a loop carries a sum over its turns in float16" in finding.what
 
 
+def accumulations(body, outside=lambda h, w: h):
+    """What is found in the gradient by a half weight that a scan uses in each turn."""
+
+    def loss(w, x):
+        h = jax.lax.scan(lambda h, _: (body(h, w), None), x, None, length=3)[0]
+        return jnp.sum(outside(h, w).astype(F32) ** 2)
+
+    return {(f.rule, f.what.split(" in ")[0]) for f in audit(jax.grad(loss), W, H).findings}
+
+
+CARRIED = ("half accumulation", "a loop carries a sum over its 3 turns")
+ADDED = ("half accumulation", "gradients of a weight's uses add up")
+
+
+def test_the_gradient_of_a_weight_that_a_scan_uses_is_one_finding_for_each_sum():  # T1
+    assert accumulations(lambda h, w: jnp.tanh(h @ w)) == {CARRIED}
+    assert accumulations(lambda h, w: jnp.tanh(h @ w), lambda h, w: h @ w) == {CARRIED, ADDED}
+    assert ADDED in accumulations(lambda h, w: jnp.tanh(h @ w) * (h[::-1] @ w))
+    assert accumulations(lambda h, w: jnp.tanh((h @ w.astype(F32)).astype(F16))) == {CARRIED}
+
+
 def test_a_state_without_any_guard_is_no_finding():
     report = audit(lambda state, x: {"a": state["a"] + x, "b": state["b"] * 2}, {"a": X, "b": X}, X)
     assert not report.findings
 
 
+def test_what_is_handed_on_need_not_be_donated():
+    step = jax.jit(lambda s, x: {"a": s["a"] + x, "table": s["table"]})
+    (finding,) = audit(step, {"a": X, "table": of((50,), F32)}, X).findings
+    assert finding.rule == "not donated" and finding.what.startswith("1 array of 2,000 bytes")
+
+
 def test_a_decision_outside_guards_what_a_conditional_chooses():
     def step(state, x):
-        grads = jax.grad(lambda p: jnp.sum(x @ p))(state["params"])
-        new = {"params": state["params"] - grads, "mean": 0.9 * state["mean"] + x.mean(0)}
-        return jax.lax.cond(jnp.all(jnp.isfinite(grads)), lambda: new, lambda: state)
+        params, grads = state["params"], jax.grad(lambda p: jnp.sum(x @ p))(state["params"])
+        params = jax.lax.cond(jnp.all(jnp.isfinite(grads)), lambda: params - grads, lambda: params)
+        return {"params": params, "mean": 0.9 * state["mean"] + x.mean(0)}
 
-    state = {"params": of((4,), F32), "mean": of((4,), F32)}
-    assert "unguarded state" not in rules(audit(step, state, of((2, 4), F32)))
+    report = audit(step, {"params": of((4,), F32), "mean": of((4,), F32)}, of((2, 4), F32))
+    assert [(f.rule, f.path) for f in report.findings] == [("unguarded state", "argument 0/mean")]
+
+
+def test_what_a_branch_differentiates_and_leaves_out_is_said():
+    half = jax.grad(lambda x: jnp.mean(x * x))
+    assert "half loss" in rules(audit(lambda x: jax.lax.cond(x[0] > 0, half, jnp.negative, x), X))
+    report = audit(lambda w, x: jax.lax.cond(x[0, 0] > 0, counted_to(5), product, w, x), W, H)
+    assert "the body of a while loop is counted once" in report.notes
 
 
 def stablehlo_flops(fn, *args):

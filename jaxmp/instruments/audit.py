@@ -650,12 +650,10 @@ def _is_number(v: Any, eqn: Any) -> bool:
 
 def _devices(eqn: Any) -> int:
     """On how many devices a nested function runs."""
-    if "axis_size" in eqn.params:  # pmap
-        return eqn.params["axis_size"]
-    if eqn.primitive.name != "shard_map":
+    if eqn.primitive.name != "shard_map":  # which pmap is as well
         return 1
     sizes = dict(eqn.params["mesh"].shape)
-    return math.prod(sizes[axis] for axis in eqn.params.get("manual_axes", sizes))
+    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _functions(eqn: Any) -> Iterator[Any]:
