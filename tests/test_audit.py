@@ -208,6 +208,7 @@ NO_FAULT = {
     "gradient in half times an array": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x) * x,
     "unscaling in bfloat16": lambda x: jax.grad(lambda x: jnp.sum(x.astype(F32) ** 2))(x.astype(BF16)) * 2.0**-15,
     "derivative forward": lambda x: jax.jvp(lambda x: jnp.mean(x * x), (x,), (x,))[1],
+    "residuals of a loop": lambda x: jax.lax.fori_loop(0, 9, lambda i, h: h + jnp.tanh(h), x),
     "a constant that vanishes and divides nothing": lambda x: jnp.log1p(x + 1e-8) / (x + 1),
     "residual": jax.grad(lambda x: jnp.sum((x + jnp.tanh(x)).astype(F32))),
 }
