@@ -424,6 +424,10 @@ def accumulations(body, outside=lambda h, w: h):
     return {(f.rule, f.what.split(" in ")[0]) for f in audit(jax.grad(loss), W, H).findings}
 
 
+def repeated(h, w, times):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), h, None, length=times)[0]
+
+
 CARRIED = ("half accumulation", "a loop carries a sum over its 3 turns")
 ADDED = ("half accumulation", "gradients of a weight's uses add up")
 
@@ -431,6 +435,7 @@ ADDED = ("half accumulation", "gradients of a weight's uses add up")
 def test_the_gradient_of_a_weight_that_a_scan_uses_is_one_finding_for_each_sum():  # T1
     assert accumulations(lambda h, w: jnp.tanh(h @ w)) == {CARRIED}
     assert accumulations(lambda h, w: jnp.tanh(h @ w), lambda h, w: h @ w) == {CARRIED, ADDED}
+    assert accumulations(lambda h, w: jnp.tanh(h @ w), lambda h, w: repeated(h, w, 5)) >= {CARRIED, ADDED}
     assert ADDED in accumulations(lambda h, w: jnp.tanh(h @ w) * (h[::-1] @ w))
     assert accumulations(lambda h, w: jnp.tanh((h @ w.astype(F32)).astype(F16))) == {CARRIED}
 
