@@ -419,9 +419,7 @@ class _Walk:
         place = dataclasses.replace(place, times=place.times * eqn.params["length"])
         own, start, slices = given[:consts], given[consts : consts + carries], given[consts + carries :]
         adding = self._carries(jaxpr, jaxpr.invars[consts : consts + carries], place, eqn.params["length"])
-        out = self._loop(jaxpr, own, start, slices, place, adding)
-        # A carry that adds up over all turns is the gradient of a weight that all turns use.
-        return [dataclasses.replace(f, product=f.product or i in adding) for i, f in enumerate(out)]
+        return self._loop(jaxpr, own, start, slices, place, adding)
 
     def _while(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
         self.notes.add("the body of a while loop is counted once")
