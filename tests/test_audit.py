@@ -514,6 +514,20 @@ def test_rules_by_class_are_followed_where_the_modules_are_known():
     report.under("@RNN=float32; @Norm=float32; Dense_0=float32; mixed_float16").assert_clean()
 
 
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        embed = nn.Embed(5, 4, name="tokens")
+        return embed.attend(embed(x))
+
+
+def test_another_method_of_a_module_is_of_that_module():
+    x = of((2,), jnp.int32)
+    report = audit(Tied().apply, jax.eval_shape(Tied().init, jax.random.key(0), x), x)
+    assert [f.path for f in report.under("mixed_float16").findings] == ["Tied/tokens.attend"]
+    report.assert_clean("tokens=float32; mixed_float16")
+
+
 @pytest.mark.parametrize("rule", ["@OptimizedLSTMCell", "@RNN"])
 def test_a_rule_for_a_recurrent_layer_covers_its_cell(rule):
     model = WithNorm()
