@@ -2,16 +2,15 @@
 
     python experiments/benchmarks/ranges_cost.py --output experiments/benchmarks/ranges_cost_cpu.json
 
-Rounds of 100 steps with a look and without, in turns, in one process, each step dispatched as training dispatches it.
-A look is all that `--loop.ranges-every 100` adds: the batch again, forward and backward with counting, fetching,
-metrics.jsonl and TensorBoard. What counts is the ratio of the fastest rounds, and the median of the ratios round by
-round; both are noisy where the machine is busy, as is the time of one look by itself beside that of one step.
+In one process and in turns: some steps, dispatched as training dispatches them, and one look, which is all that
+`--loop.ranges-every` adds to a step: the batch once more, forward and backward with counting, fetching, metrics.jsonl
+and TensorBoard. The share is the time of a look over that of 100 steps, of the fastest rounds, by the clock and by the
+processor time of all threads. (In training, fetching and writing go on while the device computes.)
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,16 +21,15 @@ import jax
 import tyro
 
 from jaxmp.config_file import ConfigFile
-from jaxmp.instruments.ranges import Looked
 from jaxmp.training.build import Training
 from jaxmp.training.provenance import provenance
 from jaxmp.training.writers import JsonLines, TensorBoard
 
-EVERY = 100
+EVERY, STEPS = 100, 10
 
 
 def measure(config: str, rounds: int) -> dict[str, Any]:
-    """Seconds of `EVERY` steps with and without a look at the first of them, and of one look alone."""
+    """Milliseconds of a step and of a look, and what share of the steps a look is."""
     training = Training(ConfigFile.find(config).experiment())
     devices, many = training.devices, training.many_steps_pay
     feed = training.feed(many=many)
@@ -40,55 +38,38 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
     carry: Any = devices.put(training.init()), devices.put(training.no_metrics)
     step = 0
 
-    def write(looked: Looked) -> None:
-        record = {"step": step, "split": "ranges", "ranges": looked.read()}
-        for writer in writers:
-            writer.write(record)
-
-    def run(look: bool) -> float:
+    def steps() -> None:
         nonlocal carry, step
-        began, end = time.perf_counter(), step + EVERY
-        looked = training.look(devices.get(carry[0]), feed.batch(step)) if look else None
-        while step < end:
-            stop = min(end, step - step % training.batches.per_epoch + training.batches.per_epoch)
-            carry = feed.run(*carry, step, stop - step)
-            step = stop
-        if looked is not None:
-            write(looked)
+        carry = feed.run(*carry, step, STEPS)  # all of one epoch: its data are what matters, not their order
         jax.block_until_ready(carry)
-        return time.perf_counter() - began
 
-    def look_alone() -> float:
-        began = time.perf_counter()
-        write(training.look(devices.get(carry[0]), feed.batch(step)))
-        return time.perf_counter() - began
+    def look() -> None:
+        seen = training.look(devices.get(carry[0]), feed.batch(step)).read()
+        for writer in writers:
+            writer.write({"step": step, "split": "ranges", "ranges": seen})
 
-    functions: dict[str, Callable[[], float]] = {
-        "without": lambda: run(False),
-        "with": lambda: run(True),
-        "look": look_alone,
-    }
-    for function in functions.values():  # compile
+    def timed(function: Callable[[], None]) -> tuple[float, float]:
+        began = time.perf_counter(), time.process_time()
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(function())
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    shares = [a / b for a, b in zip(seconds["look"], seconds["without"], strict=True)]
-    return {
-        "steps_in_one_dispatch": many,
-        "milliseconds": {name: 1e3 * min(values) for name, values in seconds.items()},
-        "ratio_of_fastest": min(seconds["with"]) / min(seconds["without"]),
-        "median_ratio": statistics.median(ratios),
-        "look_by_itself": {
-            "of_fastest": min(seconds["look"]) / min(seconds["without"]),
-            "median": statistics.median(shares),
-        },
-    }
+        return time.perf_counter() - began[0], time.process_time() - began[1]
+
+    found: dict[str, list[tuple[float, float]]] = {"steps": [], "look": []}
+    for done in range(rounds + 1):
+        for name, function in (("steps", steps), ("look", look)):
+            seconds = timed(function)
+            if done:  # the first round compiles
+                found[name].append(seconds)
+    results: dict[str, Any] = {"steps_in_one_dispatch": many}
+    for i, clock in enumerate(("wall", "processor")):
+        one = min(seconds[i] for seconds in found["steps"]) / STEPS
+        other = min(seconds[i] for seconds in found["look"])
+        results[clock] = {"step_ms": 1e3 * one, "look_ms": 1e3 * other, "share": other / (EVERY * one)}
+    return results
 
 
-def main(configs: tuple[str, ...] = ("digits_mlp", "digits_cnn"), rounds: int = 9, output: Path | None = None) -> None:
+def main(
+    configs: tuple[str, ...] = ("digits_mlp", "digits_cnn", "mnist_cnn"), rounds: int = 15, output: Path | None = None
+) -> None:
     """Measures and prints.
 
     Args:
@@ -99,7 +80,7 @@ def main(configs: tuple[str, ...] = ("digits_mlp", "digits_cnn"), rounds: int = 
     results = {}
     for config in configs:
         results[config] = measure(config, rounds)
-        print(config, json.dumps(results[config], indent=1))
+        print(config, json.dumps(results[config]), flush=True)
     if output is not None:
         origin = provenance()
         git = origin.pop("git")

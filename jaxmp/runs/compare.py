@@ -187,9 +187,8 @@ def _of_precision(cell: Cell) -> dict[str, Any]:
     # pmap runs the same step, which wants its arrays stacked.
     training = Training(dataclasses.replace(cell.experiment, parallel=Parallel("jit")))
     step: Any = training.devices.compile(training.train_step, (0, 0))
-    arguments = jax.eval_shape(training.init), training.example
-    memory = step.lower(*arguments).compile().memory_analysis()
-    seen = audit(step, *arguments, policy=cell.experiment.policy)
+    memory = step.lower(*training.arguments).compile().memory_analysis()
+    seen = audit(step, *training.arguments, policy=cell.experiment.policy, modules=training.explain())
     flops = seen.dot_flops_by_dtype
     return {
         "precision": cell.precision,
