@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment import Experiment, Scaling
     from jaxmp.instruments.audit import audit
+    from jaxmp.instruments.blame import blame
     from jaxmp.instruments.memory import memory
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.flax import with_policy
@@ -55,6 +56,7 @@ _HOME = {
     "jaxmp.errors": ["InputError", "RunFailed"],
     "jaxmp.experiment": ["Experiment", "Scaling"],
     "jaxmp.instruments.audit": ["audit"],
+    "jaxmp.instruments.blame": ["blame"],
     "jaxmp.instruments.memory": ["memory"],
     "jaxmp.precision.autocast": ["APEX_O1", "TORCH", "OperationLists", "autocast"],
     "jaxmp.precision.flax": ["with_policy"],

@@ -401,7 +401,8 @@ _CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16")
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
     """`quantize`, given 32 random bits for each number, or None to round to nearest."""
-    return _from_float32_bits(_round_bits(float32_bits(x), noise, format, saturate), x.dtype)
+    with jax.named_scope(f"quantize_{format}"):  # one operation to profiles and to `blame`
+        return _from_float32_bits(_round_bits(float32_bits(x), noise, format, saturate), x.dtype)
 
 
 @_quantize.defjvp

@@ -78,6 +78,51 @@ def make_train_step(
     _refuse_outside_of_probe(tx)
     tx = optax.with_extra_args_support(tx)
 
+    gradients = replicas.spread(
+        scaled_gradients(
+            loss_fn,
+            accumulate_steps=accumulate_steps,
+            accumulate_overflow=accumulate_overflow,
+            replicas=replicas,
+        )
+    )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        _refuse_outside(state.opt_state)
+        key = jax.random.fold_in(state.key, state.step)
+        grads, (loss, metrics, overflowed), model_state = gradients(
+            state.params, state.model_state, loss_scale(state.opt_state), batch, key
+        )
+        told = {} if overflowed is None else {"overflowed": overflowed}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **told)
+        state = state.commit(
+            last_step_finite(opt_state),
+            updates=updates,
+            model_state=model_state,
+            opt_state=opt_state,
+            ema_decay=ema_decay,
+            rounding=rounding,
+        )
+        return replicas.place(state), metrics
+
+    return train_step
+
+
+def scaled_gradients(
+    loss_fn: LossFn,
+    *,
+    accumulate_steps: int = 1,
+    accumulate_overflow: Literal["window", "microbatch"] = "window",
+    replicas: Replicas = single,
+) -> Callable[..., Any]:
+    """The first half of a step, on one replica, to be spread over all: for arguments see `make_train_step`.
+
+    Returns:
+      `(params, model_state, scale, batch, key) -> (grads, (loss, metrics, overflowed), model_state)`: gradients of the
+      loss times `scale`, the loss itself, and whether a microbatch was dropped (None where none can be); summed over
+      replicas, the model state averaged.
+    """
+
     def differentiate(
         params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array, all_weight: Any = None
     ) -> tuple[Any, _Measured]:
@@ -89,7 +134,9 @@ def make_train_step(
             whole = replicas.sum(weight) if all_weight is None else all_weight
             # A batch without a single counted example has no gradient, rather than 0/0.
             loss = total / jnp.where(whole == 0, 1, whole)
-            return loss * scale, _Measured(loss, {"loss": Mean(total, weight), **metrics}, new_model_state)
+            with jax.named_scope("loss_scale"):  # the name that `blame` knows it by
+                scaled = loss * scale
+            return scaled, _Measured(loss, {"loss": Mean(total, weight), **metrics}, new_model_state)
 
         return jax.grad(scaled_loss, has_aux=True, allow_int=True)(params)
 
@@ -140,27 +187,7 @@ def make_train_step(
         loss = jnp.where((weight == 0) & (dropped > 0), jnp.inf, loss * of_kept)
         return grads, (loss, metrics, dropped > 0), model_state
 
-    gradients = replicas.spread(of_batch if accumulate_steps == 1 else of_microbatches)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        _refuse_outside(state.opt_state)
-        key = jax.random.fold_in(state.key, state.step)
-        grads, (loss, metrics, overflowed), model_state = gradients(
-            state.params, state.model_state, loss_scale(state.opt_state), batch, key
-        )
-        told = {} if overflowed is None else {"overflowed": overflowed}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **told)
-        state = state.commit(
-            last_step_finite(opt_state),
-            updates=updates,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema_decay=ema_decay,
-            rounding=rounding,
-        )
-        return replicas.place(state), metrics
-
-    return train_step
+    return of_batch if accumulate_steps == 1 else of_microbatches
 
 
 def _with_gradient(params: Any, tree: Any) -> list[Any]:

@@ -1,0 +1,87 @@
+"""Where an equation of a jaxpr stands: in which module, on which line, in the forward or the backward pass."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+# Not public, and used to read alone: the line of the user's code.
+from jax._src import source_info_util
+
+QUANTIZE = "quantize_"
+"""how the scope begins around the equations that round to an emulated format; its name follows"""
+LOSS_SCALE = "loss_scale"
+"""scope around the multiplication of the loss by the loss scale"""
+
+_NO_MODULES = {"checkpoint", "rematted_computation", "shard_map", "while", "body", "cond", LOSS_SCALE}
+_CALLS = ("jit", "pjit", "pmap", "xla_pmap")
+_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_OWN_MODELS = (os.path.join(_OWN, "models"), os.path.join(_OWN, "training", "tasks.py"))
+
+
+def scopes(eqn: Any, outer: str = "") -> str:
+    """The name stack of an equation, below that of the equations around it."""
+    return "/".join(filter(None, (outer, str(eqn.source_info.name_stack))))
+
+
+def module_path(names: str) -> str:
+    """The path of modules and scopes in a name stack, the class of the model first: `transpose(jvp(Net))/head`
+    is Net/head.
+
+    Methods other than `__call__` (`LSTMCell_0.scan_fn`) are left out, and so are the functions that JAX names.
+    """
+    parts: list[str] = []
+    previous_wrapped = False
+    for part in names.split("/"):
+        name, wrapped = part, False
+        while name.endswith(")") and "(" in name:
+            transform, name = name[:-1].split("(", 1)
+            wrapped = True
+            if transform in _CALLS:
+                name = ""
+        name = name.partition(".")[0]
+        # Under remat the backward pass names the outermost scope twice, and a method stands before its module.
+        repeated = parts and parts[-1] == name and (not wrapped or previous_wrapped)
+        if name and not repeated and name not in _NO_MODULES and not name.startswith(QUANTIZE):
+            parts.append(name)
+        previous_wrapped = wrapped
+    return "/".join(parts)
+
+
+def quantized(names: str) -> str:
+    """The emulated format that a name stack says an equation rounds to, or ""."""
+    found = re.findall(rf"{QUANTIZE}([\w-]+)", names)
+    return found[-1] if found else ""
+
+
+def is_scaling(names: str) -> bool:
+    """Whether an equation multiplies the loss by the loss scale, or transposes that."""
+    return LOSS_SCALE in re.split(r"[/()]", names)
+
+
+def is_backward(names: str) -> bool:
+    """Whether the equation was made by transposition: a cotangent, or something on the way to one."""
+    return "transpose(" in names and "rematted_computation" not in names
+
+
+def source_line(eqn: Any) -> str:
+    """file:line of the innermost frame in code of the user, else in a model of ours, else in any library."""
+    frames = [(frame.file_name, frame.start_line) for frame in source_info_util.user_frames(eqn.source_info.traceback)]
+
+    def is_library(file: str) -> bool:
+        return any(name in file for name in _LIBRARIES) or file.startswith(_OWN)
+
+    users = [frame for frame in frames if not is_library(frame[0])]
+    models = [frame for frame in frames if frame[0].startswith(_OWN_MODELS)]
+    # The script or test that calls a model of ours is the user's code too, and says less.
+    inner = next((frame for frame in frames if frame in users or frame in models), None)
+    for file, line in [inner] if inner else frames[:1]:
+        return f"{file}:{line}"
+    return ""
+
+
+def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr and its constants; one class in JAX 0.12, two before."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
