@@ -341,6 +341,27 @@ def evaluate(run: str, *, split: Literal["train", "validation", "test"] = "test"
     return DONE
 
 
+def blame(run: str, *, step: int | None = None, json: str | None = None) -> int:
+    """Names what overflowed in a skipped step of a run, and the loss scale and the rule that would have prevented it.
+
+    Args:
+      run: A run folder, or a folder with one run in it.
+      step: The step to repeat, counted from 1; by default the last that was skipped. Of one that was not, it says how
+        far it is from float32.
+      json: File to write the answer to as well, as JSON.
+    """
+    from json import dumps
+
+    from jaxmp.runs.blame import blame_run
+    from jaxmp.runs.run import Run
+
+    found = blame_run(Run(run), step)
+    print(found)
+    if json is not None:
+        Path(json).write_text(dumps(found.to_json(), indent=1) + "\n")
+    return DONE
+
+
 def configs() -> int:
     """Lists the configs that can be trained by name: those in ./configs, then those that come with jaxmp."""
     found = config_file.available()
@@ -418,6 +439,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "eval": evaluate,
     "audit": audit,
+    "blame": blame,
     "compare": compare,
     "report": report,
     "configs": configs,

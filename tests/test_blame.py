@@ -1,7 +1,5 @@
 """`blame`: overflows that were planted are found where they were planted, and nothing else is blamed."""
 
-import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -10,8 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxmp.errors import InputError
-from jaxmp.instruments.blame import Replay, blame
+from jaxmp.instruments.blame import blame
 from jaxmp.precision.flax import with_policy
 from jaxmp.precision.formats import fake_quantize, quantize
 

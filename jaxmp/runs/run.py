@@ -162,6 +162,11 @@ class Run:
         scale = float(loss_scale(state.opt_state))
         return {"step": at + 1, "split": "ranges", "loss_scale": scale, "ranges": looked.read()}
 
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, ascending."""
+        folder = self.path / "checkpoints"
+        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
     @functools.cached_property
     def _last_state(self) -> TrainState:
         return self.state()

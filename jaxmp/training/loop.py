@@ -352,7 +352,10 @@ class _Session:
             if problem:
                 self._save(step, state, since_line)
                 self.checkpoints.wait()
-                raise RunFailed(f"{problem}; {self._culprit(step, state)}. The state is saved in {self.folder}")
+                raise RunFailed(
+                    f"{problem}; {self._culprit(step, state)}. The state is saved in {self.folder}; what made it, and "
+                    f"what would have prevented it: jaxmp blame {self.folder}"
+                )
             measured = self._evaluate(step, state, "validation") if schedule.evaluates(step) else None
             self._save(step, state, since_line, measured)
             if schedule.evaluates(step) and self._out_of_patience():

@@ -1,0 +1,437 @@
+"""`blame_run`: what overflowed in a step of a run, by repeating that step as it was.
+
+A run keeps all that this takes: a skipped step leaves the state as it was, a batch is a function of seed and step, and
+the steps from a checkpoint on come out the same to the bit. The gradient is the one that training takes; where a batch
+was spread over devices, the replicas are repeated side by side on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import InputError
+from jaxmp.instruments.blame import Blame, Replay
+from jaxmp.precision.flax import Row, mode_argument, with_policy
+from jaxmp.precision.formats import parse_format
+from jaxmp.precision.nnx import FromNNX
+from jaxmp.precision.policy import Policy
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.runs.run import Run
+from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
+from jaxmp.training.build import Training
+from jaxmp.training.parallel import AXIS, Replicas, single
+from jaxmp.training.state import TrainState
+from jaxmp.training.step import scaled_gradients
+from jaxmp.training.tasks import make_loss
+
+SMALLEST_SCALE = -24
+"""power of two of the smallest loss scale that is tried"""
+MOST_RULES = 12
+"""rules that are tried at most, each by a replay of the step"""
+UNDERFLOW = 0.01
+"""share of a gradient's numbers that are 0, and not in float32, from which on it is named: what is lost there is lost
+in every step alike, unlike a rounding error, whose sign changes"""
+EXCESS = 8
+"""A value that k modules led to is named where its relative error is above `EXCESS * u * sqrt(k)`, u the unit roundoff.
+
+A module rounds its operands, its weights, a product, a bias and an activation: five errors of at most u, independent of
+each other, so that k modules give u * sqrt(5 * k) at most on average. `EXCESS` leaves three and a half times that."""
+
+
+class Beside(NamedTuple):
+    """A value of a step beside what float32 gives on the same batch."""
+
+    module: str
+    """path of the module, "" for the model itself"""
+    what: str
+    """`output`, or `gradient of kernel`"""
+    error: float
+    """norm of the difference over the norm in float32"""
+    threshold: float
+    """the error from which on it is named"""
+    underflow: float
+    """share of what is not 0 in float32, and is here"""
+
+    @property
+    def excess(self) -> bool:
+        """Whether it is worse than rounding explains."""
+        return not self.error <= self.threshold or self.underflow > UNDERFLOW
+
+    def __str__(self) -> str:
+        lost = f", {self.underflow:.2%} of it underflow to 0" if self.underflow else ""
+        return f"{self.what} of {self.module or 'the model'}: relative error {self.error:.2g} (expected up to " + (
+            f"{self.threshold:.2g}){lost}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBlame:
+    """What became of one step of a run. Printed, a table; `to_json` is for machines."""
+
+    run: str
+    """the run folder"""
+    step: int
+    """the step, counted from 1"""
+    precision: str
+    """the run's precision"""
+    scale: float
+    """the loss scale of the step"""
+    found: Blame | None
+    """the first non-finite value; None where all were finite"""
+    module: str = ""
+    """the module of the model that `found` is in, "" where it is in none below the model itself"""
+    passing_scale: float | None = None
+    """the largest power of two with which the step is finite; None where none is, or was looked for"""
+    rule: str | None = None
+    """the precision with the one rule more that prevents it; None where no single rule does"""
+    float32_helps: bool | None = None
+    """whether float32 throughout prevents it"""
+    beside: tuple[Beside, ...] = ()
+    """where all was finite: outputs from the first module on, then gradients from the last on, beside float32"""
+
+    @property
+    def worst(self) -> Beside | None:
+        """The first value that is worse than rounding explains."""
+        return next((each for each in self.beside if each.excess), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in dicts, lists, strings and numbers."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found = None if self.found is None else self.found.to_json()
+        return fields | {"found": found, "beside": [each._asdict() | {"excess": each.excess} for each in self.beside]}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12}{text}".rstrip() for name, text in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "step", f"{self.step} of {self.run}"
+        yield "precision", f"{self.precision}, loss scale {self.scale:g}"
+        if self.found is None:
+            yield from self._finite_rows()
+            return
+        yield from self.found.rows()
+        if self.found.primitive != "argument":
+            yield "module", self.module or "none: the model's own code, or the cast of its input or output"
+            yield "scale", self._scale_says()
+        yield "rule", self._rule_says()
+
+    def _scale_says(self) -> str:
+        if self.passing_scale is not None:
+            return f"the step is finite with a loss scale of {self.passing_scale:g} at most (replayed)"
+        if self.found and not self.found.backward and not self.found.note:
+            return "no loss scale prevents it: this is before the loss is scaled"
+        return f"no loss scale down to 2^{SMALLEST_SCALE} prevents it (replayed)"
+
+    def _rule_says(self) -> str:
+        if self.rule is not None:
+            return f'--precision "{self.rule}" prevents it (replayed)'
+        if self.float32_helps is None:
+            return "none was looked for: the value was given, not computed"
+        if self.float32_helps:
+            return "no single rule prevents it; --precision float32 does (replayed)"
+        return (
+            "none: with --precision float32 the step is not finite either (replayed), so it is no matter of precision"
+        )
+
+    def _finite_rows(self) -> Iterator[tuple[str, str]]:
+        yield "first", "all values that reach the loss and the gradients are finite"
+        if not self.beside:
+            return
+        if self.worst:
+            yield "float32", f"beside float32 on the same batch, the first that is worse than rounding: {self.worst}"
+        else:
+            largest = max(self.beside, key=lambda each: each.error / each.threshold)
+            yield "float32", f"beside float32 on the same batch, nothing is worse than rounding; most is the {largest}"
+
+
+def blame_run(
+    run: Run, step: int | None = None, *, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> StepBlame:
+    """Repeats a step of a run, and says what overflowed in it; or, where nothing did, how far it is from float32.
+
+    Args:
+      run: the run.
+      step: which step, counted from 1; by default the last that was skipped.
+      say: takes each message about progress.
+
+    Raises:
+      InputError: the run has no such step, or, without `step`, has skipped none; its folder or experiment cannot be
+        read (see `Run`).
+    """
+    past = _Past(run, say)
+    try:
+        step, state = past.last_skipped() if step is None else (step, past.before(step))
+        batch = past.feed.batch(step - 1)
+    finally:
+        past.feed.close()
+    return _Step(past.training, state, batch).blame(str(run.path), step)
+
+
+class _Past:
+    """The steps of a run, taken again."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]):
+        if "many_steps" not in run.config:
+            raise InputError(
+                f"{run.path / 'config.json'} lacks many_steps: it was not written by this version of jaxmp"
+            )
+        self.run, self.say = run, say
+        self.training = Training(run.experiment)
+        self.feed = self.training.feed(many=run.config["many_steps"])
+        devices = len(run.config.get("devices", ())) or self.training.devices.count
+        if devices != self.training.devices.count:
+            say(f"this run began on {devices} devices; on {self.training.devices.count}, sums are rounded otherwise")
+
+    def before(self, step: int) -> TrainState:
+        """The state that a step began with."""
+        checkpoints = self.run.checkpoint_steps()
+        last = max([*checkpoints, *(line["step"] for line in self.run.metrics)], default=0)
+        if not 1 <= step <= last:
+            raise InputError(f"--step {step}: expected one of the steps of {self.run.path}, 1 to {last}")
+        start = max((at for at in checkpoints if at < step), default=0)
+        state = self.run.state(start) if start else self.training.init()
+        if start < step - 1:
+            origin = f"the checkpoint of step {start}" if start else "the start"
+            self.say(f"taking steps {start + 1} to {step - 1} again, from {origin}")
+        return self.advance(state, start, step - 1)
+
+    def last_skipped(self) -> tuple[int, TrainState]:
+        """The last step that was skipped, and the state that it began with."""
+        at_hand = self._at_hand()
+        if at_hand is not None:
+            return at_hand
+        before, after = self._lines_around_a_skip()
+        state, found = self.before(before + 1), None
+        for at in range(before, after):
+            kept = jax.tree.map(jnp.copy, state)  # the step is given the state's buffers
+            state = self.advance(state, at, at + 1)
+            if skipped_steps(state.opt_state) > skipped_steps(kept.opt_state):
+                found = at + 1, kept
+        if found is None:
+            raise InputError(
+                f"{self.run.path} skipped a step from {before + 1} to {after}, which taken again are all finite: on "
+                "other devices, or with other versions, rounding differs; --step N looks at one of them"
+            )
+        return found
+
+    def _at_hand(self) -> tuple[int, TrainState] | None:
+        """The last checkpoint turned back by one step, where that was skipped and did not change the loss scale."""
+        steps = self.run.checkpoint_steps()
+        state = self.run.state() if steps else None
+        if state is None or not consecutive_skips(state.opt_state):
+            return None
+        scaling = find_state(state.opt_state)
+        if scaling is not None:
+            scaler = self.training.experiment.make_scaler()
+            after = scaler.update(scaling.scaler, jnp.bool_(False), jnp.float32(jnp.inf))
+            if after.scale != scaling.scaler.scale:
+                return None
+        step = int(state.step)
+        return step, self._on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
+
+    def _lines_around_a_skip(self) -> tuple[int, int]:
+        """The steps of two lines of metrics, with the last skipped step after the first and not after the second."""
+        found, at, skipped = None, 0, 0
+        for line in self.run.metrics:
+            if line.get("skipped_steps", skipped) > skipped:
+                found = at, line["step"]
+            at, skipped = line["step"], line.get("skipped_steps", skipped)
+        if found is None:
+            raise InputError(f"{self.run.path}: none of its {at} steps was skipped; --step N compares one with float32")
+        return found
+
+    def advance(self, state: TrainState, first: int, last: int) -> TrainState:
+        """The state after the steps up to `last`, from the one before step `first` (counted from 0)."""
+        devices, per_epoch = self.training.devices, self.training.batches.per_epoch
+        placed, metrics = devices.put(state), devices.put(self.training.no_metrics)
+        while first < last:
+            count = min(last - first, per_epoch - first % per_epoch)
+            placed, metrics = self.feed.run(placed, metrics, first, count)
+            first += count
+        return self._on_one_device(devices.get(placed))
+
+    def _on_one_device(self, state: TrainState) -> TrainState:
+        return jax.device_put(state, jax.local_devices()[0])
+
+
+class _Step:
+    """One step, as it was: its state and batch."""
+
+    def __init__(self, training: Training, state: TrainState, batch: dict[str, jax.Array]):
+        self.training, self.experiment = training, training.experiment
+        self.scale = loss_scale(state.opt_state)
+        key = jax.random.fold_in(state.key, state.step)
+        self.params, self.model_state, self.batch, self.key = state.params, state.model_state, batch, key
+
+    def blame(self, run: str, step: int) -> StepBlame:
+        """See `blame_run`."""
+        tree, scale = self.experiment.policy, float(self.scale)
+        result = StepBlame(run, step, self.experiment.precision, scale, None)
+        replay = self._replay(tree)
+        found = self._blamed(replay, scale)
+        if found is None:
+            return dataclasses.replace(result, beside=tuple(self._beside_float32()))
+        if found.primitive == "argument":
+            return dataclasses.replace(result, found=found)
+        rows = [] if isinstance(self.experiment.model, FromNNX) else list(self.training.explain())
+        module = _module(found.path, [row.module for row in rows])
+        scaled = found.backward or bool(found.note)
+        helps = self._prevents("float32")
+        return dataclasses.replace(
+            result,
+            found=found,
+            module=module,
+            passing_scale=self._passing_scale(replay) if scaled else None,
+            rule=next(filter(self._prevents, self._rules(module, rows, found.backward)), None) if helps else None,
+            float32_helps=helps,
+        )
+
+    def gradients(self, tree: PolicyTree) -> Callable[..., Any]:
+        """`(params, model_state, loss_scale, batch, key)` to scaled gradients and loss, as the step computes them."""
+        count, experiment = self.training.devices.count, self.experiment
+        mapped = self.training.devices.replicas().axis_name is not None
+        loss_fn = make_loss(experiment.model, experiment.task, tree, axis_name=AXIS if mapped else None)
+        step = scaled_gradients(loss_fn, Replicas(AXIS, None, tree.reduce) if mapped else single)
+
+        def gradients(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
+            grads, (loss, _), _ = step(params, model_state, loss_scale, batch, key)
+            return {"gradients": grads, "loss": loss}
+
+        if not mapped:
+            return gradients
+
+        def of_all(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
+            batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+            replicas = jax.vmap(gradients, (None, None, None, 0, None), axis_name=AXIS)
+            return jax.tree.map(lambda x: x[0], replicas(params, model_state, loss_scale, batch, key))
+
+        return of_all
+
+    def _arguments(self, scale: float) -> tuple[Any, ...]:
+        return self.params, self.model_state, jnp.float32(scale), self.batch, self.key
+
+    def _replay(self, tree: PolicyTree) -> Replay:
+        return Replay(self.gradients(tree), *self._arguments(1))
+
+    def _blamed(self, replay: Replay, scale: float) -> Blame | None:
+        found = replay.blame(*self._arguments(scale))
+        if found is None:
+            return None
+        return dataclasses.replace(found, reaches=tuple(name.removeprefix("result/") for name in found.reaches))
+
+    def _passing_scale(self, replay: Replay) -> float | None:
+        """The largest power of two below the step's scale with which it is finite, by bisection."""
+        passes, fails = SMALLEST_SCALE, math.ceil(math.log2(float(self.scale)))
+        if self._blamed(replay, 2.0**passes):
+            return None
+        while fails - passes > 1:
+            middle = (passes + fails) // 2
+            passes, fails = (passes, middle) if self._blamed(replay, 2.0**middle) else (middle, fails)
+        return 2.0**passes
+
+    def _prevents(self, precision: str) -> bool:
+        """Whether the step is finite under another precision, at the same loss scale."""
+        try:
+            return self._blamed(self._replay(PolicyTree.parse(precision)), float(self.scale)) is None
+        except InputError:  # a rule that the tree has already, or that never wins
+            return False
+
+    def _rules(self, module: str, rows: Sequence[Row], backward: bool) -> list[str]:
+        """Precisions with one rule more: for the module, then for those around it, its class, and the others."""
+        above = [module]
+        while above[-1]:
+            above.append(above[-1].rpartition("/")[0])
+        classes = [f"@{row.type}" for row in rows if row.module == module and module]
+        others = [row.module for row in rows if row.parameters and row.module not in above]
+        # In the backward pass what is near the loss comes first; so it does for what has just been computed.
+        patterns = [*above, *classes, *(reversed(others) if backward or not module else others)]
+        return [f"{pattern}=float32; {self.experiment.precision}" for pattern in patterns if pattern][:MOST_RULES]
+
+    def _beside_float32(self) -> Iterator[Beside]:
+        """Outputs from the first module on, then gradients from the last on, beside those of float32."""
+        tree, float32 = self.experiment.policy, PolicyTree.parse("float32")
+        unit = max(_unit_roundoff(policy) for policy in tree.policies)
+        rows = [] if isinstance(self.experiment.model, FromNNX) else [row.module for row in self.training.explain()]
+        here, there = (self._outputs(each) if rows else {} for each in (tree, float32))
+        order = sorted(here, key=lambda path: (path == "", rows.index(path) if path in rows else len(rows)))
+        for k, path in enumerate(order, 1):
+            yield _beside(path, "output", here[path], there[path], EXCESS * unit * math.sqrt(k))
+        grads, expected = (
+            jax.jit(self.gradients(each))(*self._arguments(float(self.scale)))["gradients"] for each in (tree, float32)
+        )
+        leaves = jax.tree_util.tree_leaves_with_path(grads)
+        by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        others = dict(zip(by_path, jax.tree.leaves(expected), strict=True))
+        owners = {path: _module(f"/{path.rpartition('/')[0]}", rows) for path in by_path}
+        depth = {module: k for k, module in enumerate(reversed(rows), 1)}
+        for path in sorted(by_path, key=lambda path: depth.get(owners[path], 0)):
+            if jnp.issubdtype(by_path[path].dtype, jnp.inexact):
+                k = len(rows) + depth.get(owners[path], 1)
+                what = f"gradient of {path.removeprefix(owners[path]).strip('/')}"
+                yield _beside(owners[path], what, by_path[path], others[path], EXCESS * unit * math.sqrt(k))
+
+    def _outputs(self, tree: PolicyTree) -> dict[str, list[Any]]:
+        """What each module returns, by its path; not of those inside scans, whose results Flax does not hand out."""
+        experiment = self.experiment
+        apply: Any = with_policy(experiment.model.apply, tree)
+
+        @functools.partial(jax.jit)
+        def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+            inputs = [batch[name] for name in experiment.task.inputs]
+            _, state = apply(
+                {"params": params, **model_state},
+                *inputs,
+                rngs={"params": key},
+                mutable=[*model_state, "intermediates"],
+                capture_intermediates=True,
+                **mode_argument(experiment.model, True),
+            )
+            return state.get("intermediates", {})
+
+        found: dict[str, list[Any]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            outputs(self.params, self.model_state, self.batch, self.key)
+        ):
+            names = [str(getattr(key, "key", "")) for key in path]
+            if "__call__" in names and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                found.setdefault("/".join(names[: names.index("__call__")]), []).append(leaf)
+        return found
+
+
+def _beside(module: str, what: str, here: Any, there: Any, threshold: float) -> Beside:
+    here, there = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(each)]) for each in (here, there)
+    )
+    norm = np.linalg.norm(there)
+    error = float(np.linalg.norm(here - there) / norm) if norm else float(np.any(here != 0))
+    lost = float(np.sum((here == 0) & (there != 0)) / max(np.sum(there != 0), 1)) if what != "output" else 0.0
+    return Beside(module, what, error, threshold, lost)
+
+
+def _unit_roundoff(policy: Policy) -> float:
+    formats = [f for f in (policy.operands, policy.cotangents) if f] or [parse_format(policy.compute_dtype.name)]
+    return max(format.unit_roundoff for format in formats)
+
+
+def _module(path: str, modules: Sequence[str]) -> str:
+    """The module that a path of names belongs to: the longest whose names stand in it in this order.
+
+    A path has more names than the module's: the class of the model first, scopes of the user's own, and those of a
+    method that calls a module which stands elsewhere in the model (`rnn/cell` for the module `cell`).
+    """
+    names = path.split("/")[1:]
+
+    def stands(module: str) -> bool:
+        rest = iter(names)
+        return all(part in rest for part in module.split("/"))
+
+    return max((module for module in modules if module and stands(module)), key=lambda m: m.count("/") + 1, default="")
