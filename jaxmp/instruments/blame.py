@@ -54,8 +54,8 @@ _LOOPS = ("scan", "while")
 ON_HOST = 2**16
 """numbers in an array up to which it is looked at on the host, where that compiles nothing; on a CPU, all are"""
 
-# Every operation is rounded to its dtype, inside compiled loops as well (trap T6).
-_AS_WRITTEN = {"xla_allow_excess_precision": False}
+AS_WRITTEN = {"xla_allow_excess_precision": False}
+"""options for `jax.jit` with which every operation is rounded to its dtype, inside compiled loops as well (trap T6)"""
 
 
 class Range(NamedTuple):
@@ -356,14 +356,14 @@ class _Machine:
     def whole(self, eqn: Any) -> Callable[..., list[Any]]:
         """A loop or a function as one operation, compiled once."""
         if eqn not in self.compiled:
-            self.compiled[eqn] = jax.jit(functools.partial(_bound, eqn), compiler_options=_AS_WRITTEN)
+            self.compiled[eqn] = jax.jit(functools.partial(_bound, eqn), compiler_options=AS_WRITTEN)
         return self.compiled[eqn]
 
     def turns(self, eqn: Any, results: list[_Value], given: list[_Value], place: _Place, places: set[int]) -> _Traced:
         """Where bad results of a loop come from: the turn is looked for from the last to the first."""
         loop = _Loop.of(eqn)
         if ("turn", eqn) not in self.compiled:
-            self.compiled["turn", eqn] = jax.jit(loop.turn, compiler_options=_AS_WRITTEN)
+            self.compiled["turn", eqn] = jax.jit(loop.turn, compiler_options=AS_WRITTEN)
         turn = self.compiled["turn", eqn]
         values = [x.value for x in given]
         seen = _seen_of_turns(loop, turn, values, [x.state for x in given])
