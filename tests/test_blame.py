@@ -293,6 +293,19 @@ PLANTED = {
         lambda: loss_and(Net(), ONES, head_kernel=-jnp.inf),
         *("-inf", "argument", "params/head/kernel", False, ()),
     ),
+    "overflow beside a mask": (
+        lambda: (lambda x: jax.nn.softmax(jnp.where(x > 5, x, -jnp.inf) * 400), half(200, 1)),
+        *("inf and -inf", "mul", "", False, ()),
+    ),
+    "overflow beside a mask that was given": (
+        lambda: (lambda x, mask: jax.nn.softmax((x + mask) * 400), half(200, 1), half(0, -jnp.inf)),
+        *("inf and -inf", "mul", "", False, ()),
+    ),
+    "carry that is still at -inf": (lambda: (running_maximum, half(7, 3)), "inf", "mul", "", False, ((0, 2),)),
+    "a mask of a whole row that was given": (
+        lambda: (lambda x, mask: jax.nn.softmax(x + mask), half(200, 1), half(-jnp.inf, -jnp.inf)),
+        *("-inf", "argument", "mask", False, ()),
+    ),
     "a row that is masked as a whole": (
         lambda: (lambda x: jax.nn.softmax(jnp.where(x > 5, x, -jnp.inf)), half(1, 2)),
         *("NaN", "sub", "", False, ()),
@@ -361,6 +374,12 @@ def test_ranges_are_those_of_the_operands_and_the_limit_is_the_formats():
     assert found.reaches == ("result",)
     assert str(found).splitlines()[0].split(maxsplit=1) == ["first", "-inf from mul, forward"]
     assert json.loads(json.dumps(found.to_json()))["operands"][0]["largest"] == 3
+
+
+def test_rounding_to_an_emulated_format_is_one_operation():
+    found = blame(lambda x: quantize(x, "e4m3", saturate=False), jnp.array([500.0, 1.0]))
+    (operand,) = found.operands
+    assert (operand.dtype, operand.largest, found.result.dtype, found.result.limit) == ("float32", 500, "e4m3", 448)
 
 
 def test_a_line_is_that_of_the_user():

@@ -210,13 +210,9 @@ class Replay:
         reaches = tuple(name for name, out in zip(self._results, run.out, strict=True) if out.state)
         if not reaches:
             return None
-        traced = run.suspect({i for i, out in enumerate(run.out) if out.state is BAD})
-        arguments = [i - len(self._consts) for i in sorted(traced.inputs)]
-        if arguments:
-            found = _argument(names[arguments[0]], given[arguments[0]].value)
-        else:  # where no operation is suspect, what was put there came through as it was
-            found = traced.suspect or next(out.state.suspect for out in run.out if out.state)
-        return dataclasses.replace(found, reaches=reaches)
+        suspect = run.suspect({i for i, out in enumerate(run.out) if out.state is BAD}).suspect
+        # Where no operation is suspect, what was put there came through as it was.
+        return dataclasses.replace(suspect or next(x.state.suspect for x in run.out if x.state), reaches=reaches)
 
 
 # What is known of a value: None where it is finite, BAD where some operation made it so, and `_Put` where somebody did.
@@ -343,9 +339,8 @@ class _Machine:
         if bad_operands:
             return results, lambda _: _Traced(None, bad_operands)
         first = next(i for i, state in enumerate(states) if state is BAD)
-        # What an operation makes of an infinite argument is the argument's fault.
-        put = next((x.state for x in given if isinstance(x.state, _Put) and x.state.given), None)
-        suspect = put.suspect if put else _observed(eqn, given, out[first], place)
+        suspect = _argument_among(given) if not _is_fresh(out[first], values) else None
+        suspect = suspect or _observed(eqn, given, out[first], place)
         return results, lambda _: _Traced(suspect, set())
 
     def inside(self, jaxpr: Any, consts: list[Any], given: list[_Value], place: _Place) -> tuple[list[_Value], Any]:
@@ -542,11 +537,12 @@ def _constant(x: Any, aval: Any = None) -> _Value:
 
 
 def _given(x: Any, name: str) -> _Value:
-    """An argument. One that holds -inf and neither inf nor NaN may be a mask."""
-    if _is_finite(x):
-        return _Value(x, None)
-    nan, inf, _ = flags = _flags_of_array(x)
-    return _Value(x, BAD if nan or inf else _Put(_argument(name, x), flags, given=True))
+    return _Value(x, None if _is_finite(x) else _Put(_argument(name, x), _flags_of_array(x), given=True))
+
+
+def _argument_among(given: list[_Value]) -> Blame | None:
+    """The argument whose infinities or NaN an operation was given: what it makes of them is the argument's fault."""
+    return next((x.state.suspect for x in given if isinstance(x.state, _Put) and x.state.given), None)
 
 
 def _inside(x: Any, outside: Any) -> _Value:
