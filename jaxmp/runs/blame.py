@@ -24,14 +24,12 @@ from jaxmp.precision.flax import Row, mode_argument, with_policy
 from jaxmp.precision.formats import Format, parse_format, quantize
 from jaxmp.precision.nnx import FromNNX
 from jaxmp.precision.policy import Policy, is_float
-from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.run import Run
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training.build import Training
 from jaxmp.training.parallel import AXIS, Replicas, single
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import scaled_gradients
-from jaxmp.training.tasks import make_loss
 
 SMALLEST_SCALE = -24
 """power of two of the smallest loss scale that is tried"""
@@ -257,7 +255,7 @@ class _Past:
     def advance(self, state: TrainState, first: int, last: int) -> TrainState:
         """The state after the steps up to `last`, from the one before step `first` (counted from 0)."""
         devices, per_epoch = self.training.devices, self.training.batches.per_epoch
-        placed, metrics = devices.put(state), devices.put(self.training.no_metrics)
+        placed, metrics = devices.put_state(state), devices.put(self.training.no_metrics)
         while first < last:
             count = min(last - first, per_epoch - first % per_epoch)
             placed, metrics = self.feed.run(placed, metrics, first, count)
@@ -279,9 +277,9 @@ class _Step:
 
     def blame(self, run: str, step: int) -> StepBlame:
         """See `blame_run`."""
-        tree, scale = self.experiment.policy, float(self.scale)
+        scale = float(self.scale)
         result = StepBlame(run, step, self.experiment.precision, scale, None)
-        replay = self._replay(tree)
+        replay = self._replay(self.experiment.precision)
         found = self._blamed(replay, scale)
         if found is None:
             return dataclasses.replace(result, beside=tuple(self._beside_float32()))
@@ -300,32 +298,37 @@ class _Step:
             float32_helps=helps,
         )
 
-    def gradients(self, tree: PolicyTree) -> Callable[..., Any]:
-        """`(params, model_state, loss_scale, batch, key)` to scaled gradients and loss, as the step computes them."""
-        count, experiment = self.training.devices.count, self.experiment
-        mapped = self.training.devices.replicas().axis_name is not None
-        loss_fn = make_loss(experiment.model, experiment.task, tree, axis_name=AXIS if mapped else None)
-        step = scaled_gradients(loss_fn, Replicas(AXIS, None, tree.reduce) if mapped else single)
+    def gradients(self, precision: str) -> Callable[..., Any]:
+        """`(params, model_state, loss_scale, batch, key)` to scaled gradients and loss, as the step computes them.
+
+        Replicas are mapped by `vmap` on one device. How the state was split is left out: it changes no number.
+        """
+        training = Training(dataclasses.replace(self.experiment, precision=precision))
+        devices, loop = training.devices, self.experiment.loop
+        mapped = devices.replicas().axis_name is not None
+        step = scaled_gradients(
+            training.loss_fn,
+            accumulate_steps=loop.accumulate_steps,
+            accumulate_overflow=loop.accumulate_overflow,
+            replicas=Replicas(AXIS, None, training.experiment.policy.reduce) if mapped else single,
+        )
 
         def gradients(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
-            grads, (loss, _), _ = step(params, model_state, loss_scale, batch, key)
+            grads, (loss, *_), _ = step(params, model_state, loss_scale, batch, key)
             return {"gradients": grads, "loss": loss}
 
-        if not mapped:
-            return gradients
-
         def of_all(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
-            batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+            shares = jax.tree.map(lambda x: x.reshape(devices.count, -1, *x.shape[1:]), devices.deal(batch))
             replicas = jax.vmap(gradients, (None, None, None, 0, None), axis_name=AXIS)
-            return jax.tree.map(lambda x: x[0], replicas(params, model_state, loss_scale, batch, key))
+            return jax.tree.map(lambda x: x[0], replicas(params, model_state, loss_scale, shares, key))
 
-        return of_all
+        return of_all if mapped else gradients
 
     def _arguments(self, scale: float) -> tuple[Any, ...]:
         return self.params, self.model_state, jnp.float32(scale), self.batch, self.key
 
-    def _replay(self, tree: PolicyTree) -> Replay:
-        return Replay(self.gradients(tree), *self._arguments(1))
+    def _replay(self, precision: str) -> Replay:
+        return Replay(self.gradients(precision), *self._arguments(1))
 
     def _blamed(self, replay: Replay, scale: float) -> Blame | None:
         found = replay.blame(*self._arguments(scale))
@@ -346,7 +349,7 @@ class _Step:
     def _prevents(self, precision: str) -> bool:
         """Whether the step is finite under another precision, at the same loss scale."""
         try:
-            return self._blamed(self._replay(PolicyTree.parse(precision)), float(self.scale)) is None
+            return self._blamed(self._replay(precision), float(self.scale)) is None
         except InputError:  # a rule that the tree has already, or that never wins
             return False
 
@@ -363,10 +366,9 @@ class _Step:
 
     def _beside_float32(self) -> Iterator[Beside]:
         """Outputs from the first module on, then gradients from the last on, beside those of float32."""
-        tree, float32 = self.experiment.policy, PolicyTree.parse("float32")
-        format = _coarsest(tree.policies)
-        here = self._values(tree)(self.params, self.batch)
-        in_float32 = self._values(float32)
+        format = _coarsest(self.experiment.policy.policies)
+        here = self._values(self.experiment.precision)(self.params, self.batch)
+        in_float32 = self._values("float32")
         expected = in_float32(self.params, self.batch)
         draws = [in_float32(*self._rounded(format, draw)) for draw in range(DRAWS)]
         for (module, what), value in here.items():
@@ -390,7 +392,7 @@ class _Step:
         inputs = {name: rounded(self.batch[name]) for name in self.experiment.task.inputs}
         return jax.tree.map(rounded, self.params), {**self.batch, **inputs}
 
-    def _values(self, tree: PolicyTree) -> Callable[[Any, Any], dict[tuple[str, str], np.ndarray]]:
+    def _values(self, precision: str) -> Callable[[Any, Any], dict[tuple[str, str], np.ndarray]]:
         """A function of parameters and batch to what modules return, in the order of calls, and gradients, last first.
 
         By the path of the module and what it is. Modules inside scans are left out, whose results Flax does not keep.
@@ -399,7 +401,8 @@ class _Step:
         rows = [row.module for row in self.training.explain()] if linen else []
         place = {module: k for k, module in enumerate(rows)}
         outputs, gradients = (
-            jax.jit(function, compiler_options=AS_WRITTEN) for function in (self._outputs(tree), self.gradients(tree))
+            jax.jit(function, compiler_options=AS_WRITTEN)
+            for function in (self._outputs(precision), self.gradients(precision))
         )
 
         def values(params: Any, batch: Any) -> dict[tuple[str, str], np.ndarray]:
@@ -424,10 +427,10 @@ class _Step:
 
         return values
 
-    def _outputs(self, tree: PolicyTree) -> Callable[..., Any]:
+    def _outputs(self, precision: str) -> Callable[..., Any]:
         """`(params, model_state, batch, key)` to what each module returns."""
         task, model = self.experiment.task, self.experiment.model
-        apply: Any = with_policy(model.apply, tree)
+        apply: Any = with_policy(model.apply, precision)
 
         def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
             inputs = [batch[name] for name in task.inputs]
