@@ -70,10 +70,13 @@ class Recurrent(nn.Module):
         return Dropped()(nn.RNN(nn.SimpleCell(4))(x))
 
 
+JittedDropped = nn.jit(Dropped)  # once: what it has traced, it keeps
+
+
 class Jitted(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.jit(Dropped)()(x)
+        return JittedDropped()(x)
 
 
 class Odd(nn.Module):
@@ -140,6 +143,13 @@ def test_dropout_draws_by_the_example(model):
 def test_the_parts_of_a_batch_draw_what_the_whole_draws():
     x = inputs()
     np.testing.assert_array_equal(np.concatenate(parts(Dropped(), x, 2)), applied(Dropped(), x))
+
+
+def test_what_nn_jit_has_traced_serves_no_other_places():
+    x, places = inputs(), jnp.arange(ROWS)
+    first, second = (jax.jit(lambda x, at, c=c: compiled(Jitted()).__wrapped__({}, x, at) + c) for c in (0, 0.0))
+    np.testing.assert_array_equal(first(x, places), second(x, places))
+    assert not np.array_equal(first(x, places), second(x, places + 1))
 
 
 def test_the_share_that_is_dropped_is_the_rate():
