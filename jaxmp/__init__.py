@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxmp.experiment import Experiment, Scaling
     from jaxmp.instruments.audit import audit
     from jaxmp.instruments.blame import blame
+    from jaxmp.instruments.find_policy import find_policy
     from jaxmp.instruments.memory import memory
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.flax import with_policy
@@ -57,6 +58,7 @@ _HOME = {
     "jaxmp.experiment": ["Experiment", "Scaling"],
     "jaxmp.instruments.audit": ["audit"],
     "jaxmp.instruments.blame": ["blame"],
+    "jaxmp.instruments.find_policy": ["find_policy"],
     "jaxmp.instruments.memory": ["memory"],
     "jaxmp.precision.autocast": ["APEX_O1", "TORCH", "OperationLists", "autocast"],
     "jaxmp.precision.flax": ["with_policy"],

@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> int:
         return DONE
     for words in (2, 1):
         command, rest = " ".join(arguments[:words]), arguments[words:]
-        if command in ("train", "audit", "compare"):
+        if command in ("train", "audit", "compare", "find-policy"):
             return COMMANDS[command](rest)
         if command in COMMANDS:
             import tyro
@@ -259,6 +259,47 @@ def compare(arguments: list[str]) -> int:
     return FAILED if failures else DONE
 
 
+@dataclass(frozen=True)
+class FindPolicyOptions:
+    """What `jaxmp find-policy` takes beside the fields of the experiment."""
+
+    budget: float = 0.1
+    """The most that the error of any parameter's gradient may be, in units."""
+    unit: Literal["noise", "gradient", "float32"] = "noise"
+    """What that error is a multiple of: the spread of the gradient over batches, its norm, or the error of float32."""
+    half: str = "mixed_float16"
+    """The policy of modules in half: mixed_float16 or mixed_bfloat16."""
+    batches: int = 4
+    """Training batches to take gradients on, at each state."""
+    warmup_steps: int = 100
+    """Float32 steps to a second state to take them at, beside the fresh one."""
+    run: str | None = None
+    """A run of the same model, to take them at the states of its checkpoints instead."""
+    loss_scale: float | None = None
+    """Loss scale, a power of two; by default the first of the scaler."""
+    json: str | None = None
+    """File to write what was measured to, as JSON."""
+
+
+def find_policy(arguments: list[str]) -> int:
+    """Finds which modules of a config's model can compute in half, by the error that this makes in the gradient."""
+    config, arguments = _config_argument(arguments, _FIND_POLICY_USAGE)
+    experiment = config.experiment()
+    prog = f"jaxmp find-policy {config.name}"
+    both = _with_options(experiment, FindPolicyOptions)
+    override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
+    options, overrides = _split_off_options(arguments, prog, FindPolicyOptions)
+    from jaxmp.runs import find_policy as runs
+
+    chosen = dataclasses.asdict(options)
+    file = chosen.pop("json")
+    found = runs.find_policy(override(experiment, overrides, prog=prog), **chosen)
+    print(f"\n{found}")
+    if file is not None:
+        runs.save(found, config.name, Path(file))
+    return DONE
+
+
 def report(runs: tuple[str, ...], *, output: str | None = None, look: bool = False) -> int:
     """Writes what one or more runs did as one HTML file.
 
@@ -292,6 +333,9 @@ def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
 
 _TRAIN_USAGE = "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]"
 _AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE] [--target h100]"
+_FIND_POLICY_USAGE = (
+    "usage: jaxmp find-policy CONFIG [--budget 0.1] [--half mixed_float16] [--json FILE] [--FIELD VALUE ...]"
+)
 _COMPARE_USAGE = "usage: jaxmp compare CONFIG [--precision A B C] [--seeds 0 1 2] [--output FILE] [--FIELD VALUE ...]"
 
 
@@ -441,6 +485,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "audit": audit,
     "blame": blame,
     "compare": compare,
+    "find-policy": find_policy,
     "report": report,
     "configs": configs,
     "data list": data_list,

@@ -1,0 +1,605 @@
+"""`find_policy`: which modules of a model may compute in half, found by what that does to the gradient.
+
+Each module is put in half by itself, and the gradient on real batches is compared with the one of float64 arithmetic
+from the same float32 parameters and inputs. Then modules are added to a `PolicyTree`, those first that cost the least
+error for their FLOPs, as long as the error stays within a budget. Every tree is measured as it would be written down,
+so what is found was measured too.
+
+The error of a parameter's gradient is given as a multiple of a unit, and a tree is as good as the parameter with which
+it does worst: a branch with small gradients counts as much as one with large ones, as it does under Adam.
+By default the unit is the noise that the gradient has anyway, because a batch is a sample. Where rounding adds e times
+that noise, independently, the variance of the gradient grows by 1 + e**2, as much as if the batch were smaller by that
+factor (McCandlish et al. 2018, An Empirical Model of Large-Batch Training, section 2.2, with the noise as in equation
+2.6, for each parameter). The default budget of 0.1 allows what a batch smaller by 1 % would do.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import InputError, nearest
+from jaxmp.instruments.audit import Dot, audit
+from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, parse_policy
+from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
+from jaxmp.precision.policy_tree import names as pattern_names
+from jaxmp.precision.rounding import HALF
+from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
+
+if TYPE_CHECKING:
+    from jaxmp.precision.flax import Row
+
+UNITS = ("noise", "gradient", "float32")
+"""what the error of a parameter's gradient can be a multiple of"""
+
+UNRESOLVED = 0.01
+"""relative error in float32 from which on a parameter's gradient is rounding noise in float32 already, as that of a
+bias before a normalisation is, which is 0: it says nothing of half precision, and is not judged"""
+
+
+class Point(NamedTuple):
+    """Parameters, and batches on which to take the gradient there."""
+
+    params: Any
+    batches: Sequence[tuple[Any, ...]]
+    """the arguments of the loss after the parameters, a tuple a batch; all batches of one size"""
+
+
+_Gradients = Callable[[Point], Iterator[tuple[float, dict[str, np.ndarray]]]]
+_EXACT = PolicyTree((), Policy(np.float64, np.float64, np.float64))
+_FULL = parse_policy("float32")
+
+
+class Gap(NamedTuple):
+    """How far the loss and its gradient under a policy are from exact ones, over all points and batches."""
+
+    error: float
+    """of the worst parameter at the worst point: root mean square over the batches, in units; inf where anything is not
+    finite"""
+    parameter: str
+    """path of that parameter"""
+    relative_error: float
+    """of the whole gradient, at the worst point: root mean square error over that of its norm"""
+    loss_error: float
+    """the largest relative error of the loss"""
+    underflow: float
+    """share of the numbers in the gradient that came out 0, among those that are not"""
+    overflow: float
+    """share of the numbers in the gradient that are not finite"""
+
+
+class Flip(NamedTuple):
+    """A module, what it does by itself in half, and what was found for it."""
+
+    module: str
+    """its path, "" for the model itself: its own code, which runs under the default of the tree"""
+    type: str
+    parameters: int
+    """numbers in its own parameters"""
+    flops: int
+    """FLOPs of its own products in one loss and gradient"""
+    alone: Gap | None
+    """of it alone in half; None for a module without parameters and FLOPs, which goes along with the model itself"""
+    half: bool
+    """whether it is in half in the tree that was found"""
+
+
+class Trial(NamedTuple):
+    """One step of the search: modules put in half beside those that were taken before."""
+
+    added: tuple[str, ...]
+    half_flops: int
+    """FLOPs of all modules in half"""
+    gap: Gap
+    taken: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundPolicy:
+    """What `find_policy` found. Printed, it is a table for people; `to_json` is for machines."""
+
+    precision: str
+    """the tree as text, for `--precision`"""
+    budget: float
+    unit: str
+    loss_scale: float
+    modules: tuple[Flip, ...]
+    """in the order in which they are called"""
+    trials: tuple[Trial, ...]
+    """the search, in order; none for a module whose error alone is above the budget"""
+    gap: Gap
+    """of the tree"""
+    float32: Gap
+    """of float32 for all"""
+    flops_by_dtype: Mapping[str, int]
+    """FLOPs of all products in one loss and gradient under the tree, as audited"""
+    unresolved: tuple[str, ...]
+    """parameters that were not judged, since their gradient is rounding noise in float32 already"""
+
+    @property
+    def tree(self) -> PolicyTree:
+        """The tree."""
+        return PolicyTree.parse(self.precision)
+
+    @property
+    def half_flops_share(self) -> float:
+        """Share of the FLOPs of products that run in half under the tree."""
+        half = sum(self.flops_by_dtype.get(dtype.name, 0) for dtype in HALF)
+        return half / (sum(self.flops_by_dtype.values()) or 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in dicts, lists, strings and numbers; None for what is not finite."""
+        found = {
+            "precision": self.precision,
+            "half_flops_share": self.half_flops_share,
+            "flops_by_dtype": dict(self.flops_by_dtype),
+            "budget": self.budget,
+            "unit": self.unit,
+            "loss_scale": self.loss_scale,
+            "gap": self.gap._asdict(),
+            "float32": self.float32._asdict(),
+            "modules": [
+                {**flip._asdict(), "alone": None if flip.alone is None else flip.alone._asdict()}
+                for flip in self.modules
+            ],
+            "trials": [{**trial._asdict(), "gap": trial.gap._asdict()} for trial in self.trials],
+            "unresolved": list(self.unresolved),
+        }
+        return _finite(found)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        total = sum(flip.flops for flip in self.modules)
+        of = {"noise": "its noise", "gradient": "its norm", "float32": "the error of float32"}[self.unit]
+        yield f"gradient errors of modules in half, of the worst parameter as a multiple of {of}; loss scale " + (
+            f"{self.loss_scale:g}"
+        )
+        header = ("module", "class", "parameters", "FLOPs", "error", "whole", "underflow", "overflow", "found", "worst")
+        rows = []
+        for flip in self.modules:
+            measured = [""] * 4 if flip.alone is None else _cells(flip.alone)
+            share = f"{flip.flops / total:.1%}" if total else ""
+            worst = "" if flip.alone is None else flip.alone.parameter
+            found = "half" if flip.half else "float32"
+            rows.append((flip.module or "(model)", flip.type, f"{flip.parameters:,}", share, *measured, found, worst))
+        yield from _table([header, *rows], right=range(2, 8))
+        yield ""
+        yield f"search, within {self.budget:g}"
+        names = ("half FLOPs", "error", "whole", "underflow", "overflow", "", "added")
+        yield from _table(
+            [
+                names,
+                *(
+                    (
+                        f"{trial.half_flops / total:.1%}" if total else "",
+                        *_cells(trial.gap),
+                        "taken" if trial.taken else "left",
+                        ", ".join(name or "(model)" for name in trial.added),
+                    )
+                    for trial in self.trials
+                ),
+            ],
+            right=range(5),
+        )
+        yield ""
+        if self.unresolved:
+            yield f"not judged, rounding noise in float32 already: {', '.join(self.unresolved)}"
+        yield f"{'error':<16} {self.gap.error:.3g} ({self.gap.parameter}); float32: {self.float32.error:.3g}"
+        yield f"{'half FLOPs':<16} {self.half_flops_share:.2%}"
+        yield f"{'precision':<16} {self.precision}"
+
+
+def find_policy(
+    loss: Callable[[PolicyTree], Callable[..., jax.Array]],
+    explain: Callable[[PolicyTree], Iterable[Row]],
+    points: Iterable[Point | tuple[Any, Sequence[tuple[Any, ...]]]],
+    *,
+    half: Policy | str = "mixed_float16",
+    budget: float = 0.1,
+    unit: str = "noise",
+    loss_scale: float | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> FoundPolicy:
+    """The PolicyTree with the most FLOPs in half of which the gradient stays within a budget of error.
+
+    The search is greedy, by error for FLOPs, and tries several modules at once: where they do not fit together, first
+    the one half of them, then the other. It compiles the gradient about once a module.
+
+        loss = lambda tree: lambda params, x, y: cross_entropy(jaxmp.with_policy(model.apply, tree)(params, x), y)
+        explain = lambda tree: tree.explain(model, x)
+        print(jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])]))
+
+    What the loss or the model cast to float32 by themselves stays in float32 in the reference as well.
+
+    Args:
+      loss: makes, of a tree, the loss `loss(tree)(params, *batch)`, a scalar: a mean over the batch. It has to be a
+        function of its arguments alone: no random masks, which would be others in float64.
+      explain: the modules, and the policy of each under a tree, as `PolicyTree.explain` gives them.
+      points: where to take gradients: float32 parameters, and at least two batches for each. Nothing of it is asked for
+        before all else was found to be in order.
+      half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters.
+      budget: the most that the error may be, in units, of any parameter's gradient at any point.
+      unit: what the error of a parameter's gradient is a multiple of, at each point: "noise", the standard deviation
+        of the exact gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
+      loss_scale: what the loss is multiplied by, a power of two; by default 2**15 for float16, else 1. What overflows
+        at this scale is beyond any budget.
+      say: takes a line for each module that was measured.
+
+    Returns:
+      The tree and the evidence. Rules name paths, float32 ones before a half default, or half ones before a float32
+      default: what the model's own code, which no path names, can bear.
+
+    Raises: InputError for a budget that is not positive or below the error of float32, a policy that is not half, too
+      few batches or modules, and where no module that computes can be half.
+    """
+    name = half if isinstance(half, str) else str(half)
+    policy = _require_half(half)
+    if not (math.isfinite(budget) and budget > 0):
+        raise InputError(f"budget {budget:g}: expected a positive number, the largest error in units of {unit}")
+    if unit not in UNITS:
+        raise InputError(f"unit {unit!r}: expected one of {', '.join(UNITS)}{nearest(unit, UNITS)}")
+    if loss_scale is None:
+        loss_scale = DynamicScaler.init_scale if policy.wants_scaling else 1.0
+    require_power_of_two("loss_scale", loss_scale)
+    full = PolicyTree((), _FULL)
+    rows = list(explain(full))
+    if len(rows) < 2:
+        raise InputError(
+            f"find_policy: {rows[0].type if rows else 'the model'} has one module only, so there is nothing to choose "
+            f"between; train it under {name} as a whole"
+        )
+    at = [Point(*point) for point in points]
+    fewest = 2 if unit == "noise" else 1
+    if not at or min(len(point.batches) for point in at) < fewest:
+        raise InputError(f"find_policy: the unit {unit} takes {fewest} batches or more at each point, and one point")
+    flops = _flops(loss(full), rows, at[0])
+    measure = _Measure(loss, at, loss_scale, unit)
+    own = measure.of(full)
+    say(f"float32: {own.error:.3g}")
+    if own.error > budget:
+        raise InputError(
+            f"budget {budget:g}: float32 itself has an error of {own.error:.3g} ({own.parameter}), in units of {unit}; "
+            "expected more than that"
+        )
+    search = _Search(rows, flops, policy, explain, measure, budget, say)
+    taken = search.run()
+    if not any(flops[path] for path in taken):
+        least = min((row.module for row in rows if flops[row.module]), key=lambda path: search.alone[path].error)
+        gap = search.alone[least]
+        nearly = f"{least} comes nearest, with {gap.error:.3g}" if math.isfinite(gap.error) else "all of them overflow"
+        raise InputError(
+            f"budget {budget:g}: no module with FLOPs can be in half within it, in units of {unit}, under "
+            f"{name} at loss scale {loss_scale:g}; {nearly}"
+        )
+    tree = search.tree(taken)
+    return FoundPolicy(
+        precision=_spelled(tree, {policy: name, _FULL: "float32"}),
+        budget=budget,
+        unit=unit,
+        loss_scale=loss_scale,
+        modules=tuple(
+            Flip(
+                row.module,
+                row.type,
+                row.parameters,
+                flops[row.module],
+                search.alone.get(row.module),
+                row.module in taken,
+            )
+            for row in rows
+        ),
+        trials=tuple(search.trials),
+        gap=search.gap(taken),
+        float32=own,
+        flops_by_dtype=audit(_gradient(loss(tree)), at[0].params, *at[0].batches[0]).dot_flops_by_dtype,
+        unresolved=tuple(measure.unresolved),
+    )
+
+
+def _require_half(half: Policy | str) -> Policy:
+    policy = parse_policy(half) if isinstance(half, str) else half
+    if policy.compute_dtype not in HALF or policy.param_dtype != FLOAT32:
+        raise InputError(
+            f"half {half}: expected a policy that computes in half from float32 parameters, such as mixed_float16 or "
+            "mixed_bfloat16"
+        )
+    return policy
+
+
+def _flops(loss: Callable[..., Any], rows: Sequence[Row], point: Point) -> dict[str, int]:
+    """FLOPs of the products of the loss and its gradient that each module runs itself, by path."""
+    flops = dict.fromkeys((row.module for row in rows), 0)
+    for dot in audit(_gradient(loss), point.params, *point.batches[0]).dots:
+        module = _module(dot, rows[0].type, flops)
+        if module is not None:
+            flops[module] += dot.flops
+    return flops
+
+
+def _module(dot: Dot, model: str, modules: Mapping[str, int]) -> str | None:
+    """The innermost of the modules that a product stands in; None outside of the model."""
+    scopes = [name.partition(".")[0] for name in dot.path.split("/")]  # cell.method is within cell
+    if model not in scopes:
+        return None
+    within = "/".join(scopes[scopes.index(model) + 1 :])
+    return next((path for path in reversed(path_and_above(within)) if path in modules), "")
+
+
+def _gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.value_and_grad(loss, allow_int=True)
+
+
+class _Measure:
+    """The exact gradients, and how far others are from them."""
+
+    def __init__(self, loss: Any, points: Sequence[Point], loss_scale: float, unit: str):
+        self._loss, self._points, self._scale = loss, points, loss_scale
+        with jax.enable_x64(True):
+            exact = self._compile(_EXACT, 1.0)
+            self._exact = [list(exact(Point(*_in_float64(point)))) for point in points]
+        gradients = [[grads for _, grads in exact] for exact in self._exact]
+        self._norms = [_root_mean_square(each) for each in gradients]
+        float32 = self._compile(PolicyTree((), _FULL), loss_scale)
+        own = [self._errors(float32, i)[0] for i in range(len(points))]
+        self.unresolved = [
+            path
+            for path in self._norms[0]
+            if all(error[path] > UNRESOLVED * norm[path] for error, norm in zip(own, self._norms, strict=True))
+        ]
+        if unit == "noise":
+            self._units = [_deviation(each) for each in gradients]
+        else:
+            self._units = self._norms if unit == "gradient" else own
+        if not all(math.isfinite(n) for norms in self._norms for n in norms.values()):
+            raise InputError("find_policy: the gradient of the loss is not finite in float64; look at the loss first")
+        if len(self.unresolved) == len(self._norms[0]):
+            raise InputError(
+                "find_policy: the gradient of every parameter is rounding noise in float32 already; expected points "
+                "where the loss has a gradient"
+            )
+
+    def of(self, tree: PolicyTree) -> Gap:
+        """The errors under a tree."""
+        gradients = self._compile(tree, self._scale)
+        gaps = [self._at(gradients, i) for i in range(len(self._points))]
+        worst = max(gaps, key=lambda gap: gap.error)
+        largest = [max(column) for column in zip(*(gap[2:4] for gap in gaps), strict=True)]
+        shares = [sum(column) / len(gaps) for column in zip(*(gap[4:] for gap in gaps), strict=True)]
+        return Gap(worst.error, worst.parameter, *largest, *shares)
+
+    def _at(self, gradients: _Gradients, i: int) -> Gap:
+        errors, loss_error, underflow, overflow = self._errors(gradients, i)
+        judged = {p: _ratio(e, self._units[i][p]) for p, e in errors.items() if p not in self.unresolved}
+        parameter = max(judged, key=lambda path: judged[path])
+        whole = _ratio(math.hypot(*errors.values()), math.hypot(*self._norms[i].values()))
+        error = judged[parameter] if math.isfinite(loss_error) and not overflow else math.inf
+        return Gap(error, parameter, whole, loss_error, underflow, overflow)
+
+    def _errors(self, gradients: _Gradients, i: int) -> tuple[dict[str, float], float, float, float]:
+        """Root mean square error of each parameter's gradient; the largest relative error of the loss; the shares of
+        underflow and overflow."""
+        squares: dict[str, float] = collections.defaultdict(float)
+        worst = 0.0
+        numbers = overflowed = nonzero = lost = 0
+        for (loss, grads), (true_loss, true) in zip(gradients(self._points[i]), self._exact[i], strict=True):
+            worst = max(worst, _ratio(abs(loss - true_loss), abs(true_loss)))
+            for path, grad in grads.items():
+                infinite, there = ~np.isfinite(grad), true[path] != 0
+                numbers, overflowed = numbers + grad.size, overflowed + int(np.sum(infinite))
+                nonzero, lost = nonzero + int(np.sum(there)), lost + int(np.sum(there & (grad == 0)))
+                squares[path] += math.inf if infinite.any() else float(np.sum(np.square(grad - true[path])))
+        count = len(self._exact[i])
+        errors = {path: math.sqrt(total / count) for path, total in squares.items()}
+        return errors, worst, lost / (nonzero or 1), overflowed / (numbers or 1)
+
+    def _compile(self, tree: PolicyTree, scale: float) -> _Gradients:
+        """The loss and the gradients of each batch at a point, unscaled, in float64."""
+        loss = self._loss(tree)
+
+        def scaled(params: Any, *batch: Any) -> Any:
+            value = loss(params, *batch)
+            return value * jnp.asarray(scale, value.dtype)
+
+        gradient = jax.jit(_gradient(scaled))
+
+        def gradients(point: Point) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+            for batch in point.batches:
+                value, grads = gradient(point.params, *batch)
+                yield (
+                    float(value) / scale,
+                    {
+                        _name(path): np.asarray(leaf).astype(np.float64) / scale
+                        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+                        if jnp.issubdtype(leaf.dtype, jnp.floating)
+                    },
+                )
+
+        return gradients
+
+
+class _Search:
+    """The greedy search: which modules are in half."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        flops: Mapping[str, int],
+        half: Policy,
+        explain: Callable[[PolicyTree], Iterable[Row]],
+        measure: _Measure,
+        budget: float,
+        say: Callable[[str], None],
+    ):
+        self._rows, self._flops, self._half, self._explain = rows, flops, half, explain
+        self._measure, self._budget, self._say = measure, budget, say
+        self.alone: dict[str, Gap] = {}
+        self.trials: list[Trial] = []
+        self._trees: dict[frozenset[str], PolicyTree] = {}
+        self._gaps: dict[frozenset[str], Gap] = {}
+
+    def run(self) -> frozenset[str]:
+        """The modules in half."""
+        own = [row.module for row in self._rows if row.parameters or self._flops[row.module]]
+        for path in own:
+            self.alone[path] = gap = self.gap(frozenset([path]))
+            self._say(f"{path or '(model)'} in half: {gap.error:.3g}")
+        fit = [path for path in own if self.alone[path].error <= self._budget]
+        # The model's own code, and what goes along with it, brings no FLOPs: last.
+        passive = [row.module for row in self._rows if row.module not in own]
+        return self._grow(frozenset(), [*sorted(fit, key=self._cost), *passive])
+
+    def _cost(self, path: str) -> tuple[bool, float]:
+        """What puts modules in order: error for FLOPs, and after all that have some, error."""
+        flops, error = self._flops[path], self.alone[path].error
+        return not flops, error / (flops or 1)
+
+    def _grow(self, taken: frozenset[str], more: list[str]) -> frozenset[str]:
+        """`taken` with those of `more` that fit, in their order. Where all fit, each fits after those before it."""
+        if not more:
+            return taken
+        together = taken | set(more)
+        gap = self.gap(together)
+        fits = gap.error <= self._budget
+        self.trials.append(Trial(tuple(more), sum(self._flops[path] for path in together), gap, fits))
+        self._say(f"{len(together)} modules in half: {gap.error:.3g}")
+        if fits or len(more) == 1:
+            return together if fits else taken
+        middle = len(more) // 2
+        return self._grow(self._grow(taken, more[:middle]), more[middle:])
+
+    def gap(self, in_half: frozenset[str]) -> Gap:
+        """The errors with these modules in half and all others in float32."""
+        if in_half not in self._gaps:
+            self._gaps[in_half] = self._measure.of(self.tree(in_half))
+        return self._gaps[in_half]
+
+    def tree(self, in_half: frozenset[str]) -> PolicyTree:
+        """The shortest tree found that puts these modules in half and all others in float32."""
+        if in_half not in self._trees:
+            want = {row.module: self._half if row.module in in_half else _FULL for row in self._rows}
+            self._trees[in_half] = shortest_tree(want, self._explain)
+        return self._trees[in_half]
+
+
+def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[Row]]) -> PolicyTree:
+    """A tree that gives every module the policy that is wanted, by rules for paths, as few as were found.
+
+    Args:
+      want: policies by path; that of the model itself, "", is the default, for no path names it.
+      explain: the policy of each module under a tree, which has the last word.
+
+    Raises: InputError where paths do not tell the modules apart.
+    """
+    default, rules = want[""], list[Rule]()
+    # From above, since a rule covers all below; the rules of those below then stand before it.
+    for path in sorted(want, key=lambda path: len(path_and_above(path))):
+        if _policy(rules, default, path) != want[path]:
+            rules.insert(0, Rule(path, want[path]))
+    tree = PolicyTree(tuple(_merged(rules, want)), default)
+    for _ in want:
+        wrong = [row.module for row in explain(tree) if parse_policy(row.policy) != want[row.module]]
+        if not wrong:
+            return tree
+        # A recurrent cell, which stands beside its nn.RNN and goes along with it unless a rule before says otherwise.
+        first = Rule(wrong[0], want[wrong[0]])
+        tree = PolicyTree((first, *(rule for rule in tree.rules if rule.pattern != first.pattern)), default)
+    raise InputError(f"find_policy: no rule by path gives {wrong[0]!r} a policy of its own")
+
+
+def _merged(rules: list[Rule], want: Mapping[str, Policy]) -> list[Rule]:
+    """With `*` in the place of several rules, where that changes the policy of no module."""
+    while True:
+        shorter = [found for rule in rules for found in _with_globs(rule, rules, want) if len(found) < len(rules)]
+        if not shorter:
+            return rules
+        rules = min(shorter, key=len)
+
+
+def _with_globs(rule: Rule, rules: list[Rule], want: Mapping[str, Policy]) -> Iterator[list[Rule]]:
+    parts = rule.pattern.split("/")
+    # Numbers first: Dense_* says more of what it means than *.
+    wider = ["/".join(re.sub(r"\d+", "*", part) for part in parts)]
+    for sub in (r"\d+", r".+"):
+        wider += ["/".join([*parts[:i], re.sub(sub, "*", parts[i]), *parts[i + 1 :]]) for i in range(len(parts))]
+    for pattern in dict.fromkeys(wider):
+        same = [r for r in rules if r.policy == rule.policy and pattern_names(pattern, r.pattern, {})]
+        if len(same) < 2:
+            continue
+        for place in (rules.index(same[-1]), rules.index(same[0])):
+            found = [*rules[:place], Rule(pattern, rule.policy), *rules[place:]]
+            found = [r for r in found if r not in same]
+            if all(_policy(found, want[""], path) == want[path] for path in want):
+                yield found
+
+
+def _policy(rules: Sequence[Rule], default: Policy, path: str) -> Policy:
+    return PolicyTree(tuple(rules), default).lookup(path)
+
+
+def _spelled(tree: PolicyTree, presets: Mapping[Policy, str]) -> str:
+    """The tree as text, with the names of presets."""
+    rules = [f"{rule.pattern}={presets[rule.policy]}" for rule in tree.rules]
+    return "; ".join([*rules, presets[tree.default]])
+
+
+def _in_float64(point: Point) -> Any:
+    return cast_floats(jax.device_get((point.params, list(point.batches))), np.float64)
+
+
+def _root_mean_square(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Of the norm of each parameter's array, over the batches."""
+    sums: dict[str, float] = collections.defaultdict(float)
+    for arrays in batches:
+        for path, array in arrays.items():
+            sums[path] += float(np.sum(np.square(array))) / len(batches)
+    return {path: math.sqrt(total) for path, total in sums.items()}
+
+
+def _deviation(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Standard deviation of each parameter's array over the batches: the root of the trace of its covariance."""
+    found = {}
+    for path in batches[0]:
+        mean = sum(arrays[path] for arrays in batches) / len(batches)
+        squares = sum(float(np.sum(np.square(arrays[path] - mean))) for arrays in batches)
+        found[path] = math.sqrt(squares / (len(batches) - 1))
+    return found
+
+
+def _ratio(error: float, unit: float) -> float:
+    if math.isnan(error):
+        return math.inf
+    return error / unit if unit else math.inf if error else 0.0
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(gap: Gap) -> list[str]:
+    return [f"{gap.error:.2g}", f"{gap.relative_error:.2g}", f"{gap.underflow:.2%}", f"{gap.overflow:.2%}"]
+
+
+def _table(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
+    """Lines of a table, some columns of which are set to the right."""
+    widths, right = [max(map(len, column)) for column in zip(*rows, strict=True)], set(right)
+    for row in rows:
+        cells = (f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row))
+        yield f"  {'  '.join(cells)}".rstrip()
