@@ -15,6 +15,7 @@ import pytest
 
 import jaxmp
 from jaxmp.cli import main
+from jaxmp.config_file import ConfigFile
 from jaxmp.errors import InputError
 from jaxmp.instruments.find_policy import shortest_tree
 from jaxmp.precision.flax import Row
@@ -49,7 +50,7 @@ class Power(nn.Module):
 
 
 class Faint(nn.Module):
-    """A branch with gradients of 1e-14, which a loss scale of 2**15 does not lift into float16."""
+    """A branch with gradients of 1e-14, which no usual loss scale lifts into float16."""
 
     @nn.compact
     def __call__(self, x):
@@ -138,7 +139,7 @@ def test_the_modules_that_half_breaks_stay_in_float32_and_no_others():
     ],
 )
 def test_each_planted_fault_is_found_alone(planted, module, precision):
-    found = jaxmp.find_policy(*pieces(Model(**{planted: True})))
+    found = jaxmp.find_policy(*pieces(Model(**{planted: True})), loss_scale=2.0**10)
     assert in_float32(found) == [module]
     assert found.precision == precision
 
@@ -397,7 +398,9 @@ def test_the_command_writes_the_tree_and_the_evidence(configs, capsys):
     assert found["loss_scale"] == 2.0**15
     assert [flip["module"] for flip in found["modules"] if not flip["half"]] == ["loud"]
     assert found["half_flops_share"] == pytest.approx(2 * 8 * 8 / (2 * 8 * 8 + 3 * 8 * 3))
-    assert main(["train", str(configs / "net.py"), "--dry-run", "--precision", found["precision"]]) == 0
+    trained = ConfigFile.find(str(configs / "net.py")).experiment(["--precision", found["precision"]])
+    table = trained.policy.explain(trained.model, jax.ShapeDtypeStruct((1, 2, 4, 1), jnp.float32))
+    assert [row.module for row in table if row.policy == str(FULL)] == ["loud"]
 
 
 @pytest.mark.slow
