@@ -20,8 +20,9 @@ from jaxmp.instruments.target import Target
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 # As XLA prints a program for GPUs, with one of each kind of kernel: a fused product of converted operands, a library's
-# product and convolution, a sum in half and one in float32, a conversion, a copy, a loop of three turns around a
-# collective that starts and ends apart, a collective within an async computation, and what launches nothing.
+# product, of which one operand is wider, and convolution, a sum in half and one in float32, a maximum, a conversion, a
+# copy, a loop of three turns around a collective that starts and ends apart, a collective within an async computation,
+# and what launches nothing.
 TEXT = """\
 HloModule jit_step, is_scheduled=true
 
@@ -65,6 +66,20 @@ StackFrames
   ROOT %reduce.1 = f16[2]{0} reduce(%p2, %zero), dimensions={0}, to_apply=%add, metadata={op_name="jit(step)/jvp(Net)/Dense_0/reduce_sum" stack_frame_id=2}
 }
 
+%add_wide (a.2: f32[], b.2: f32[]) -> f32[] {
+  %a.2 = f32[] parameter(0)
+  %b.2 = f32[] parameter(1)
+  ROOT %sum.2 = f32[] add(%a.2, %b.2)
+}
+
+%fused_reduce_wide (p6: f16[8,2]) -> f16[2] {
+  %p6 = f16[8,2]{1,0} parameter(0)
+  %wide = f32[8,2]{1,0} convert(%p6)
+  %zero.2 = f32[] constant(0)
+  %reduce.3 = f32[2]{0} reduce(%wide, %zero.2), dimensions={0}, to_apply=%add_wide
+  ROOT %narrow = f16[2]{0} convert(%reduce.3)
+}
+
 %fused_max (p3: f16[8,2]) -> f16[2] {
   %p3 = f16[8,2]{1,0} parameter(0)
   %low = f16[] constant(-inf)
@@ -101,10 +116,11 @@ ENTRY %main (w: f32[4,2], x.1: f16[8,4], y: bf16[4], g: f32[16]) -> (f32[2], bf1
   %y = bf16[4]{0} parameter(2)
   %g = f32[16]{0} parameter(3)
   %gemm_fusion_dot.12 = f16[8,2]{1,0} fusion(%x.1, %w), kind=kCustom, calls=%fused_dot, metadata={op_name="jit(step)/jvp(Net)/Dense_0/dot_general" stack_frame_id=2}
-  %cublas-gemm.1 = (f32[4,4]{1,0}, s8[64]{0}) custom-call(%w, %w), custom_call_target="__cublas$gemm", metadata={op_name="jit(step)/jvp(Net)/head/dot_general" stack_frame_id=1}
+  %cublas-gemm.1 = (f32[4,4]{1,0}, s8[64]{0}) custom-call(%x.1, %w), custom_call_target="__cublas$gemm", metadata={op_name="jit(step)/jvp(Net)/head/dot_general" stack_frame_id=1}
   %cudnn-conv.1 = (f16[8,4]{1,0}, u8[0]{0}) custom-call(%x.1, %x.1), custom_call_target="__cudnn$convForward"
   %input_reduce_fusion = f16[2]{0} fusion(%gemm_fusion_dot.12), kind=kInput, calls=%fused_reduce
   %input_reduce_fusion.1 = f16[2]{0} fusion(%gemm_fusion_dot.12), kind=kInput, calls=%fused_max
+  %input_reduce_fusion.2 = f16[2]{0} fusion(%gemm_fusion_dot.12), kind=kInput, calls=%fused_reduce_wide
   %wrapped_convert = f32[2]{0} fusion(%input_reduce_fusion), kind=kLoop, calls=%fused_convert
   %copy.1 = bf16[4]{0} copy(%y)
   %zero.1 = s32[] constant(0)
@@ -140,6 +156,7 @@ def test_kernels_are_told_apart_by_what_they_compute_and_in_which_dtype():
         ("convolution", "float16", "__cudnn$convForward"),
         ("reduction", "float16", "input_reduce_fusion"),
         ("reduction", "float16", "input_reduce_fusion"),
+        ("reduction", "float32", "input_reduce_fusion"),  # of what comes out in half
         ("conversion", "float32", "wrapped_convert"),
         ("copy", "bfloat16", "copy"),
     ]
@@ -173,7 +190,7 @@ def test_the_peak_counts_results_in_the_place_of_arguments_once():
 
 def test_the_table_shows_what_was_read():
     text = str(PROGRAM)
-    assert "compiled for h100x4: 7 kernels a call" in text and "__cublas$gemm 1" in text
+    assert "compiled for h100x4: 8 kernels a call" in text and "__cublas$gemm 1" in text
     assert "all-reduce of bfloat16: 3, of 24 bytes" in text
 
 

@@ -338,7 +338,6 @@ def _computations(lines: list[str]) -> Iterator[tuple[str, dict[str, _Instructio
 
 def _instruction(name: str, text: str, *, root: bool) -> _Instruction:
     """`TYPE OPCODE(OPERANDS), ATTRIBUTES`, of which TYPE may be a tuple."""
-    text = re.sub(r"/\*.*?\*/", "", text)
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     opcode, _, _ = text[end:].strip().partition("(")
     start = text.index("(", end)
