@@ -209,14 +209,13 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(compared, folder, tmp
     command = ["compare", str(folder / "net.py"), "--workdir", str(tmp_path)]
     command += ["--precision", *PRECISIONS, "--seeds", "0", "--gradients", "3"]
     root = Path(__file__).parent.parent
-    child = subprocess.Popen([sys.executable, "-um", "jaxmp", *command], cwd=root, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("[2/2]"):
-            child.kill()
-            break
-    child.stdout.read()
-    child.wait(timeout=60)
+    command_line = [sys.executable, "-um", "jaxmp", *command]
+    with subprocess.Popen(command_line, cwd=root, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("[2/2]"):
+                child.kill()
+                break
     summaries = list(tmp_path.glob("net/*/summary.json"))
     assert len(summaries) == 1 and not (tmp_path / "net" / "compare.html").exists()
     before = summaries[0].stat().st_mtime_ns
@@ -410,8 +409,8 @@ def test_chromium_shows_the_page_without_an_error(compared, tmp_path, scheme):
     background = {"light": (255, 255, 255), "dark": (15, 19, 24)}[scheme]
     assert tuple(pixels[2, 2]) == background
     first, second = {"light": ((0, 114, 178), (213, 94, 0)), "dark": ((86, 180, 233), (255, 154, 77))}[scheme]
-    for colour in (first, second):  # both precisions are drawn
-        assert np.sum(np.all(pixels == colour, axis=-1)) > 500
+    for colour in (first, second):  # both precisions are drawn, one beside or below the other
+        assert np.sum(np.all(pixels == colour, axis=-1)) > 100
     if scheme == "dark":
         pdf = tmp_path / "page.pdf"
         done = subprocess.run([*browser, f"--print-to-pdf={pdf}", html.as_uri()], capture_output=True, timeout=120)
