@@ -131,23 +131,46 @@ class TrainOptions:
     """Trace one step without running it: shapes, parameters, policy, memory, batches an epoch."""
     overwrite: bool = False
     """Start again where there is such a run already, instead of resuming it."""
+    distributed: bool = False
+    """Be one of several processes, over whose devices the run goes; Slurm, Open MPI and Kubernetes are found."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the cluster does not say it."""
+    process_count: int | None = None
+    """How many processes there are, where the cluster does not say it."""
+    process_index: int | None = None
+    """Which of them this is, from 0, where the cluster does not say it."""
+    start_timeout: int = 300
+    """Seconds to wait for all processes to be there."""
 
 
 def train(arguments: list[str]) -> int:
     """Trains a config: a name or a Python file. A run that was stopped goes on where it was."""
+    given = arguments
     config, arguments = _config_argument(arguments)
-    experiment = config.experiment()
     prog = f"jaxmp train {config.name}"
+    if "--distributed" in arguments and not {"-h", "--help"} & set(arguments):
+        from jaxmp import parent
+
+        if parent.is_needed():
+            return parent.run(["train", *given])
+        _join(_split_off_options(arguments, prog)[0])  # before the config, which may ask JAX for something
+    experiment = config.experiment()
     # Parsed with the options, for one --help and for messages that know all names; then without them, since what is
     # left is what the run folder records.
     override(_with_options(experiment), arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog)
     experiment = override(experiment, overrides, prog=prog)
+    if not options.distributed:
+        _refuse_without_distributed(options)
+
+    from jaxmp.training import processes
 
     if options.dry_run:
         from jaxmp.dry_run import dry_run
 
-        print(dry_run(experiment))
+        lines = dry_run(experiment)
+        if processes.is_first():
+            print(lines)
         return DONE
     from jaxmp.training.loop import fit
 
@@ -160,9 +183,24 @@ def train(arguments: list[str]) -> int:
     )
     if fitted.stopped:
         return STOPPED
+    if not processes.is_first():
+        return DONE
     _print_summary(fitted.summary)
     print(f"{'run':<16} {fitted.path}")
     return DONE
+
+
+def _join(options: TrainOptions) -> None:
+    from jaxmp.training import processes
+
+    processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
+
+
+def _refuse_without_distributed(options: TrainOptions) -> None:
+    for name in ("coordinator", "process_count", "process_index"):
+        if getattr(options, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {getattr(options, name)}: only with --distributed, which is not given")
 
 
 @dataclass(frozen=True)
@@ -331,7 +369,9 @@ def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
             print(f"{above + name:<16} {value:.6g}" if isinstance(value, float) else f"{above + name:<16} {value}")
 
 
-_TRAIN_USAGE = "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite]"
+_TRAIN_USAGE = (
+    "usage: jaxmp train CONFIG [--FIELD VALUE ...] [--workdir runs] [--dry-run] [--overwrite] [--distributed]"
+)
 _AUDIT_USAGE = "usage: jaxmp audit CONFIG [--FIELD VALUE ...] [--strict] [--json FILE] [--target h100]"
 _FIND_POLICY_USAGE = (
     "usage: jaxmp find-policy CONFIG [--budget 0.1] [--half mixed_float16] [--json FILE] [--FIELD VALUE ...]"

@@ -1,0 +1,82 @@
+"""`python -m jaxmp.child ARGUMENTS`: the process that trains, as started by its parent (parent.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+from jaxmp import cli
+from jaxmp.parent import PIPE
+
+LINGER_SECONDS = 5
+"""how long a first process that failed stays: with it all others end, and they may be about to say why they failed"""
+
+
+def main() -> int:
+    """Runs the command line and returns its exit code; does not return where it failed."""
+    threading.Thread(target=_stop_with_parent, args=(int(os.environ[PIPE]),), daemon=True).start()
+    _keep_standard_output()
+    try:
+        code = cli.main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _wait_for_verdict(error)
+        traceback.print_exc()
+        code = cli.FAILED
+    if code in (cli.DONE, cli.STOPPED):
+        return code  # at its exit, JAX waits for the others
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without waiting for the others, which may be waiting for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _is_joined() and code != 128 + signal.SIGINT:
+        import jax
+
+        if jax.process_index() == 0:
+            time.sleep(LINGER_SECONDS)
+    os._exit(code)
+
+
+def _wait_for_verdict(error: BaseException) -> None:
+    """Lets JAX find out who is gone, and abort this process: where a collective failed, that is why."""
+    if not _is_joined():
+        return
+    from jax.errors import JaxRuntimeError
+
+    from jaxmp.training.processes import HEARTBEAT_SECONDS
+
+    if isinstance(error, JaxRuntimeError):
+        time.sleep(HEARTBEAT_SECONDS + 10)
+
+
+def _is_joined() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _stop_with_parent(pipe: int) -> None:
+    os.read(pipe, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _keep_standard_output() -> None:
+    """What libraries print goes to standard error, where the parent takes out what is of no interest (Gloo's)."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
