@@ -38,7 +38,7 @@ class Training:
 
     experiment: Experiment
     mesh: Mesh | None = None
-    """devices to build for, along an axis `data`, which need not be there; by default the local ones"""
+    """devices to build for, along an axis `data`, which need not be there; by default all there are"""
 
     @functools.cached_property
     def source(self) -> Source:
@@ -58,7 +58,7 @@ class Training:
 
     @functools.cached_property
     def devices(self) -> Devices:
-        """The devices."""
+        """The devices, those of all processes."""
         experiment, mesh = self.experiment, self.mesh
         return experiment.parallel.make(
             experiment.data.batch_size,
@@ -183,7 +183,7 @@ class Training:
             )
 
         key = jax.random.key(experiment.seed)
-        if devices.shard == "replicated":
+        if devices.shard == "replicated" and not devices.several_processes:
             return jax.jit(init)(key)
         return jax.jit(init, out_shardings=devices.shardings(jax.eval_shape(init, key)))(key)
 
@@ -228,12 +228,14 @@ class Training:
         params = state.params if state.ema is None else state.ema
         metrics = self.devices.whole({name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS})
         size = -(-self.experiment.data.eval_batch_size // self.devices.count) * self.devices.count
-        for batch in evaluation_batches(self.experiment.data.source(split), size):
-            metrics = self._evaluation(params, state.model_state, metrics, self.devices.spread_rows(batch))
+        for batch in evaluation_batches(self.experiment.data.source(split), size, self.devices.own_rows(size)):
+            metrics = self._evaluation(params, state.model_state, metrics, self.devices.spread_own_rows(batch))
         return metrics
 
     def first_non_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int) -> str | None:
         """The first non-finite value of a step, repeated from `state` on its `batch`: the loss or a gradient."""
+        if self.devices.several_processes:
+            batch = self.devices.whole(batch)
         grads, loss = self._repeated(state, batch, step)
         at = f"of step {step + 1} at loss scale {float(loss_scale(state.opt_state)):g}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):

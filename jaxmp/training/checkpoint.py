@@ -12,12 +12,14 @@ is none.
 
 Orbax writes the arrays (`AsyncCheckpointer`: one checkpoint, nothing else). Which ones there are, which is best and
 which go is decided here, from what is on the disk: `CheckpointManager` remembers its own list and deletes in place,
-which goes wrong after a kill or with a damaged file. `orbax.checkpoint.experimental.v1` is not stable yet.
+which goes wrong after a kill or with a damaged file. Of several processes, which need a file system in common, each
+writes its own shards, and the first does all the rest. `orbax.checkpoint.experimental.v1` is not stable yet.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import math
@@ -37,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.training import processes
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
@@ -90,19 +93,15 @@ class Checkpoints:
           InputError: this or the save before could not be written (disk full, folder not writable). Those before are
             whole.
         """
-        self.wait()
+        if not processes.is_first():
+            self.wait()
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         named = _named_leaves(tree)
         leaves = {path: _describe(leaf) for path, leaf in named.items()}
         partial = self._path(step, "partial")
         try:
-            if jax.process_index() == 0:
-                self._tidy()
-            if step == self._saved or (self.folder / str(step)).exists():
-                self._add_metrics(step, metrics)
+            if not processes.from_first(lambda: self._begin(step, metrics)):
                 return
-            if jax.process_index() == 0:
-                partial.mkdir()
             arrays = {path: _storable(leaf) for path, leaf in named.items()}
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
             # Nothing is copied here. Orbax fetches from a GPU before it returns; on a CPU it holds views of JAX's own
@@ -130,7 +129,7 @@ class Checkpoints:
         """
         self.wait()
         self._saved = None  # it may turn out to be damaged, and must then be saved again
-        steps = self.steps()
+        steps = processes.from_first(self.steps)
         if step is not None:
             if step not in steps:
                 raise InputError(f"no checkpoint of step {step} in {self.folder}; there are {steps or 'none'}")
@@ -138,11 +137,12 @@ class Checkpoints:
         damage = []
         for candidate in reversed(steps):
             try:
-                manifest = self._manifest(candidate)
-                self._compare(candidate, manifest, template)
+                manifest, why_not = processes.from_first(functools.partial(self._checked, candidate, template))
+                if why_not is not None:
+                    raise _Corrupt(why_not)
                 return candidate, self._read(candidate, manifest, template)
             except _Corrupt as why:
-                if step is None and not (self.folder / str(candidate)).exists():
+                if step is None and not processes.several() and not (self.folder / str(candidate)).exists():
                     return self.restore(template, warn=warn)  # deleted meanwhile, by the run that writes here
                 self._corrupt.add(candidate)
                 damage.append(f"{candidate} ({why})")
@@ -183,13 +183,23 @@ class Checkpoints:
 
     # Writing.
 
+    def _begin(self, step: int, metrics: dict[str, float]) -> bool:
+        """Makes the folder of a checkpoint; False where there is one of that step, which then gets its metrics."""
+        self.wait()
+        self._tidy()
+        if step == self._saved or (self.folder / str(step)).exists():
+            self._add_metrics(step, metrics)
+            return False
+        self._path(step, "partial").mkdir()
+        return True
+
     def _finish(self, manifest: dict) -> None:
         """In the background: the manifest, the rename that makes it a checkpoint, and away with what is too old now."""
         step = manifest["step"]
         partial = self._path(step, "partial")
         try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            self._orbax.wait_until_finished()  # in the first process: until all have written
+            if processes.is_first():
                 files = sorted(path for path in (partial / _ARRAYS).rglob("*") if path.is_file())
                 manifest["files"] = {str(path.relative_to(partial)): _crc32(path) for path in files}
                 _write_manifest(partial / _MANIFEST, manifest)
@@ -198,7 +208,8 @@ class Checkpoints:
         except Exception as error:  # raised again by the next `wait`
             self._failure = step, error
             self._saved = None
-            shutil.rmtree(partial, ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _delete_old(self) -> None:
         manifests = self._manifests()  # what cannot be read neither counts as one of the newest nor is deleted
@@ -223,7 +234,7 @@ class Checkpoints:
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         manifest = self._manifests().get(step)
-        if manifest is not None and metrics and not manifest["metrics"] and jax.process_index() == 0:
+        if manifest is not None and metrics and not manifest["metrics"]:
             _write_manifest(self.folder / str(step) / _MANIFEST, manifest | {"metrics": metrics})
 
     def _not_written(self, step: int, error: Exception) -> InputError:
@@ -265,6 +276,16 @@ class Checkpoints:
             return None
         return (max if self.mode == "max" else min)(sorted(values), key=values.__getitem__)
 
+    def _checked(self, step: int, template: Any) -> tuple[dict | None, str | None]:
+        """The manifest of a checkpoint whose files are as they were written; or None, and what is wrong."""
+        try:
+            manifest = self._manifest(step)
+            self._compare(step, manifest, template)
+            self._verify(step, manifest)
+        except _Corrupt as why:
+            return None, str(why)
+        return manifest, None
+
     def _compare(self, step: int, manifest: dict, template: Any) -> None:
         """Orbax casts to the template's dtype without a word, so the difference is looked for first."""
         saved = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in manifest["leaves"].items()}
@@ -281,7 +302,6 @@ class Checkpoints:
             )
 
     def _read(self, step: int, manifest: dict, template: Any) -> Any:
-        self._verify(step, manifest)
         wanted = _named_leaves(template)
         leaves = manifest["leaves"]
         how = {path: self._restore_args(wanted[path]) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
@@ -290,6 +310,8 @@ class Checkpoints:
                 self.folder / str(step) / _ARRAYS, args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
             )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
+            if processes.several():  # the others may have read it, and would not follow to the one before
+                raise InputError(f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}") from error
             raise _Corrupt(_reason(error)) from error
         restored = []
         for path, like in wanted.items():

@@ -125,9 +125,11 @@ class Streamed:
         """See `Feed.run`."""
         if self._next != first:
             self.close()
-            self._ahead = stream(self._source, self._batches, first, self._last, workers=self._workers)
+            # Of several processes, each reads what its own devices take.
+            places = self._devices.taken(self._batches.batch_size)
+            self._ahead = stream(self._source, self._batches, first, self._last, places=places, workers=self._workers)
         for _ in range(count):
-            state, metrics = self.program(state, metrics, self._devices.put_batch(next(self._ahead)))
+            state, metrics = self.program(state, metrics, self._devices.put_taken(next(self._ahead)))
         self._next = first + count
         return state, metrics
 

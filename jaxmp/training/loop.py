@@ -31,6 +31,7 @@ from jaxmp.errors import InputError, RunFailed, nearest
 from jaxmp.instruments.ranges import Looked
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
+from jaxmp.training import processes
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
 from jaxmp.training.feed import NAN_LOSS, Feed
@@ -245,29 +246,42 @@ def fit(
       InputError: the experiment, its data or the folder cannot be used; nothing was written or lost.
       RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
     """
+    if not processes.is_first():
+        say = _nothing
     folder = Path(workdir) / name / f"{experiment.hash}-s{experiment.seed}"
-    recorded = _recorded(folder, experiment, origin or {}, overwrite)
-    if (folder / "summary.json").exists() and not overwrite:
-        return Fitted(folder, json.loads((folder / "summary.json").read_text()), stopped=False)
+    recorded, summary = processes.from_first(
+        lambda: (_recorded(folder, experiment, origin or {}, overwrite), None if overwrite else _summary(folder))
+    )
+    if summary is not None:
+        return Fitted(folder, summary, stopped=False)
 
     training = Training(experiment)
     many = recorded["many_steps"] if recorded else training.many_steps_pay
     _check(training)
     feed = training.feed(many=many)
     fresh = training.init()
-    if overwrite and folder.exists():
-        with _locked(folder):
-            _delete(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if not recorded:
-            run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
-            whole = run | (origin or {}) | {"experiment": experiment.to_json()} | provenance()
-            _write_json(folder / "config.json", whole)
+    with contextlib.ExitStack() as stack:
+
+        def take_folder() -> None:
+            if overwrite and folder.exists():
+                with _locked(folder):
+                    _delete(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            if not recorded:
+                run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
+                whole = run | (origin or {}) | {"experiment": experiment.to_json()} | provenance()
+                _write_json(folder / "config.json", whole)
+
+        processes.from_first(take_folder)
         _say_what_is_particular(training, recorded, say)
-        session = _Session(training, feed, folder, say)
-        with contextlib.closing(session), _stop_signals() as stop:
-            return session.train(*session.resume(fresh), stop)
+        stop = stack.enter_context(_stop_signals())
+        with _Session(training, feed, folder, say, stop) as session:
+            return session.train(*session.resume(fresh))
+
+
+def _nothing(message: str) -> None:
+    """What a process says that is not the first."""
 
 
 def _say_what_is_particular(training: Training, recorded: dict[str, Any] | None, say: Callable[[str], None]) -> None:
@@ -286,11 +300,19 @@ def _say_what_is_particular(training: Training, recorded: dict[str, Any] | None,
 
 
 class _Session:
-    """One session of `fit` on one run folder: its side effects, in order."""
+    """One session of `fit` on one run folder: its side effects, in order.
 
-    def __init__(self, training: Training, feed: Feed, folder: Path, say: Callable[[str], None]):
+    Of several processes all do the same, but for writing: what they decide by is the same in all of them, since it
+    comes from the devices, where it is replicated, or from the first process.
+    """
+
+    def __init__(
+        self, training: Training, feed: Feed, folder: Path, say: Callable[[str], None], stop: Callable[[], bool]
+    ):
         loop = training.experiment.loop
         self.training, self.feed, self.folder, self.say, self.loop = training, feed, folder, say, loop
+        self.stop_asked = stop  # of this process
+        self.stop_agreed = False  # of all, see `_stops`
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
         self.writers: list[Writer] = []
         self.read = jax.jit(_read)
@@ -300,10 +322,17 @@ class _Session:
         self.began = self.line_at = time.perf_counter()
         self.line_step = 0
 
-    def close(self) -> None:
-        """Ends the writers and waits for the checkpoints, whatever happened."""
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        """Ends the writers and waits for the checkpoints, whatever happened.
+
+        But not where one of several processes may have failed alone: no checkpoint is whole without the others.
+        """
         with contextlib.ExitStack() as stack:
-            stack.callback(self.checkpoints.close)
+            if error is None or not processes.several():
+                stack.callback(self.checkpoints.close)
             for writer in self.writers:
                 stack.callback(writer.close)
 
@@ -315,6 +344,13 @@ class _Session:
         step, tree = (0, template) if found is None else found
         if found is not None:
             self.say(f"resuming {folder} from step {step}")
+        processes.from_first(lambda: self._open_writers(step))
+        self.seconds_before, self.evaluated = processes.from_first(self._so_far)
+        self.line_step = step
+        return step, tree["state"], tree["metrics"]
+
+    def _open_writers(self, step: int) -> None:
+        training, folder = self.training, self.folder
         self.writers = [
             JsonLines(folder / "metrics.jsonl", resume_step=step),
             TensorBoard(folder, resume_step=step),
@@ -322,14 +358,23 @@ class _Session:
         ]
         if self.loop.wandb:
             self.writers.append(WeightsAndBiases(folder, folder.parent.name, training.experiment.to_json()))
-        for record in _records(folder / "metrics.jsonl"):
-            self.seconds_before = record["wall_seconds"]
-            if record["split"] == "validation":
-                self.evaluated.append((record["step"], _number(record[self.loop.monitor])))
-        self.line_step = step
-        return step, tree["state"], tree["metrics"]
 
-    def train(self, step: int, state: TrainState, metrics: Metrics, stop: Callable[[], bool]) -> Fitted:
+    def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
+        """What the lines of the sessions before say: the seconds they took, and what they measured."""
+        records = _records(self.folder / "metrics.jsonl")
+        evaluations = [record for record in records if record["split"] == "validation"]
+        evaluated = [(record["step"], _number(record[self.loop.monitor])) for record in evaluations]
+        return records[-1]["wall_seconds"] if records else 0.0, evaluated
+
+    def _stops(self) -> bool:
+        """Whether a signal stops the run after this dispatch.
+
+        Several processes stop together, though the signal may reach one: each line carries whether any of them was
+        asked to, and all come to know it where they wait for its numbers anyway.
+        """
+        return self.stop_agreed if processes.several() else self.stop_asked()
+
+    def train(self, step: int, state: TrainState, metrics: Metrics) -> Fitted:
         """Trains from `step` to the end, to early stopping, or to a signal."""
         training, devices = self.training, self.training.devices
         schedule = Schedule(self.loop, training.batches.per_epoch, training.steps)
@@ -342,11 +387,12 @@ class _Session:
             before, waiting = waiting, None
             since_line = training.no_metrics if schedule.writes(step) else metrics  # as the next dispatch begins
             if schedule.checks(step):
-                waiting = _Line(step, schedule.writes(step), metrics, self.read(state.opt_state))
+                readings = self.read(state.opt_state) | {"stop": devices.any_process(self.stop_asked())}
+                waiting = _Line(step, schedule.writes(step), metrics, readings)
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             problem = self._write(before)
             self._write_ranges()
-            if not (problem or schedule.saves(step) or stop()):
+            if not (problem or schedule.saves(step) or self._stops()):
                 continue
             problem, waiting = self._write(waiting) or problem, None
             if problem:
@@ -360,7 +406,7 @@ class _Session:
             self._save(step, state, since_line, measured)
             if schedule.evaluates(step) and self._out_of_patience():
                 break
-            if stop() and step < training.steps:
+            if self._stops() and step < training.steps:
                 self.checkpoints.wait()
                 self.say(f"stopped at step {step} and saved in {self.folder}; the same command goes on from there")
                 return Fitted(self.folder, {}, stopped=True)
@@ -373,6 +419,7 @@ class _Session:
         values = compute(line.metrics)
         readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
         in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
+        self.stop_agreed |= readings.pop("stop")
         nan_loss = values.pop(NAN_LOSS)
         if line.due:
             now = time.perf_counter()
@@ -455,7 +502,7 @@ class _Session:
             "precision": str(experiment.policy),
             "policy": [row._asdict() for row in self.training.explain()],
         }
-        _write_json(self.folder / "summary.json", summary)
+        processes.from_first(lambda: _write_json(self.folder / "summary.json", summary))
         return summary
 
     def _best(self) -> tuple[int, float]:
@@ -549,6 +596,12 @@ def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], over
     return config
 
 
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _program(source: str) -> str:
     """What a Python file does: without comments, layout and the docstring, which records results."""
     module = ast.parse(source)
@@ -608,15 +661,25 @@ def _write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within: SIGTERM and Ctrl-C only set a flag, which the yielded function reads; a second one acts as ever."""
+    """Within: SIGTERM and Ctrl-C only set a flag, which the yielded function reads; a second one acts as ever.
+
+    What comes within a second is the same signal again: Slurm sends it to all processes of a step, and a parent
+    (jaxmp/parent.py) hands it on.
+    """
     received = threading.Event()
+    acts_from = math.inf
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield received.is_set
         return
 
     def handle(number: int, frame: Any) -> None:
-        received.set()
-        signal.signal(number, before[number])
+        nonlocal acts_from
+        if not received.is_set():
+            acts_from = time.monotonic() + 1
+            received.set()
+        elif time.monotonic() > acts_from:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

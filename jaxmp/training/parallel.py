@@ -1,4 +1,4 @@
-"""Data parallelism over the local devices: one train step, run by `jit` or by `pmap`, with an explicit reduction.
+"""Data parallelism over the devices: one train step, run by `jit` or by `pmap`, with an explicit reduction.
 
 Three ways to lay out the state (`shard`): `replicated`; `zero1`, which splits what only the optimizer reads, so that
 gradients are scattered and new weights gathered (Rajbhandari et al. 2020, section 5.1, https://arxiv.org/abs/1910.02054);
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,7 @@ SPLIT = {
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How the work is spread over the local devices, and what of it is done twice to save memory."""
+    """How the work is spread over the devices, and what of it is done twice to save memory."""
 
     mode: Literal["jit", "pmap"] = "jit"
     """jit with a manual region around the gradient, or pmap"""
@@ -58,13 +59,18 @@ class Parallel:
         Args:
           batch_size: rows of a batch, over all devices.
           microbatches: how many parts a step takes a batch in.
-          devices: all local ones by default.
+          devices: all by default, those of other processes included.
 
         Raises:
-          InputError: the batch does not divide over the devices and microbatches.
+          InputError: the batch does not divide over the devices and microbatches; or `pmap` over several processes.
         """
-        devices = jax.local_devices() if devices is None else devices
+        devices = jax.devices() if devices is None else devices
         count = len(devices)
+        if self.mode == "pmap" and any(device.process_index != jax.process_index() for device in devices):
+            raise InputError(
+                "parallel.mode=pmap: it stacks what every device holds, which no process can where devices are another "
+                "one's; expected parallel.mode=jit with --distributed"
+            )
         unit = count * microbatches
         if batch_size % unit:
             below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
@@ -273,9 +279,22 @@ class Devices:
         cpu = self.mesh.devices.flat[0].platform == "cpu"
         return {"xla_cpu_copy_insertion_use_region_analysis": True} if cpu else {}
 
+    @property
+    def several_processes(self) -> bool:
+        """Whether some of the devices are another process's."""
+        return self.mesh.is_multi_process
+
+    def _placed(self, tree: Any, shardings: Any) -> Any:
+        """A pytree of arrays, each as its sharding says; of several processes, each has it whole."""
+        if not self.several_processes:
+            return jax.device_put(tree, shardings)
+        if isinstance(shardings, NamedSharding):
+            shardings = jax.tree.map(lambda _: shardings, tree)
+        return jax.tree.map(_of_equal_parts, tree, shardings)
+
     def whole(self, tree: Any) -> Any:
         """A pytree of arrays on every device, for a program that is not mapped."""
-        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+        return self._placed(tree, NamedSharding(self.mesh, P()))
 
     def put(self, tree: Any) -> Any:
         """A pytree of arrays on every device."""
@@ -286,7 +305,7 @@ class Devices:
 
     def put_state(self, state: Any) -> Any:
         """A `TrainState` on the devices, each with its share of what is split."""
-        return self.put(state) if self.shard == "replicated" else jax.device_put(state, self.shardings(state))
+        return self.put(state) if self.shard == "replicated" else self._placed(state, self.shardings(state))
 
     def shardings(self, state: Any) -> Any:
         """Where the leaves of a `TrainState` lie, for a program that is not mapped."""
@@ -298,10 +317,17 @@ class Devices:
 
     def put_batch(self, batch: Any) -> Any:
         """A batch of host arrays, each device with its share of the rows, dealt out for its microbatches."""
-        batch = self.deal(batch)
+        return self.put_taken(jax.tree.map(lambda x: x[self.taken(len(x))], batch))
+
+    def taken(self, batch_size: int) -> np.ndarray:
+        """The places in the whole batch of the rows that this process's devices take, (rows,), in their order."""
+        return self.deal(np.arange(batch_size))[self.own_rows(batch_size)]
+
+    def put_taken(self, rows: Any) -> Any:
+        """The rows of a batch that `taken` names, host arrays, as `put_batch` places them."""
         if self.mode == "pmap":
-            batch = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), batch)
-        return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
+            rows = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), rows)
+        return self.spread_own_rows(rows)
 
     def deal(self, rows: Any) -> Any:
         """The rows of a batch in the order in which devices take them.
@@ -314,9 +340,28 @@ class Devices:
         shape = self.microbatches, self.count, -1
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), rows)
 
+    def own_rows(self, size: int) -> np.ndarray:
+        """Which of `size` rows that are spread over the devices in order are this process's: (rows,), ascending."""
+        places = NamedSharding(self.mesh, P(AXIS)).addressable_devices_indices_map((size,)).values()
+        return np.sort(np.concatenate([np.arange(size)[place] for place in places if place is not None]))
+
+    def spread_own_rows(self, rows: Any) -> Any:
+        """The rows that `own_rows` names, host arrays, for a program that is not mapped, spread over the devices."""
+        spread = NamedSharding(self.mesh, P(AXIS))
+        if not self.several_processes:
+            return jax.device_put(rows, spread)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spread, np.asarray(x)), rows)
+
     def spread_rows(self, batch: Any) -> Any:
-        """A batch of host arrays for a program that is not mapped, spread over the devices."""
-        return jax.device_put(batch, NamedSharding(self.mesh, P(AXIS)))
+        """A batch for a program that is not mapped, spread over the devices; every process has the whole of it."""
+        return self._placed(batch, NamedSharding(self.mesh, P(AXIS)))
+
+    def any_process(self, flag: bool) -> Any:
+        """Whether `flag` is set in any process; where there are several, on the device, and not waited for."""
+        if not self.several_processes:
+            return np.bool_(flag)
+        flags = self.spread_own_rows(np.full(len(self.own_rows(self.count)), flag))
+        return jax.jit(jnp.any, out_shardings=NamedSharding(self.mesh, P()))(flags)
 
     def share(self, rows: Any) -> Any:
         """Inside a program: this replica's rows of arrays that every device has whole."""
@@ -332,6 +377,16 @@ class Devices:
 def _own(x: Any, count: int) -> jax.Array:
     size = x.shape[0] // count
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * size, size)
+
+
+def _of_equal_parts(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array over the devices of several processes, of which each has `x`; one that is there already stays."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_of_equal_parts(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    whole = np.asarray(x)  # jax.device_put would first compare it with that of every other process
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
 
 def _is_inexact(x: Any) -> bool:

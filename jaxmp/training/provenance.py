@@ -29,7 +29,7 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git": git,
-        "devices": [device.device_kind for device in jax.local_devices()],
+        "devices": [device.device_kind for device in jax.devices()],
         "platform": jax.default_backend(),
     }
 
