@@ -445,6 +445,12 @@ def test_a_state_without_any_guard_is_no_finding():
     assert not report.findings
 
 
+def test_gradients_and_new_arrays_are_no_state():
+    squares = jax.jit(jax.grad(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)))
+    audit(squares, {"a": of((3,), F32), "b": of((4,), F32)}).assert_clean()
+    audit(jax.jit(lambda x: x + 1), X).assert_clean()
+
+
 def test_what_is_handed_on_need_not_be_donated():
     step = jax.jit(lambda s, x: {"a": s["a"] + x, "table": s["table"]})
     (finding,) = audit(step, {"a": X, "table": of((50,), F32)}, X).findings
@@ -479,6 +485,23 @@ def stablehlo_flops(fn, *args):
         n = 2 * math.prod(map(int, out)) * math.prod(int(shape[int(d)]) for d in contracted.split(","))
         flops[names[dtype]] = flops.get(names[dtype], 0) + n
     return flops
+
+
+def test_a_product_of_two_dtypes_is_one_of_the_wider():
+    mixed = lambda x, w: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=F32)  # noqa: E731
+    assert audit(mixed, H, of((4, 4), F32)).dot_flops_by_dtype == {"float32": PRODUCT}
+
+
+class Rematted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(MLP)(name="block")(x)
+
+
+def test_the_backward_pass_of_a_remat_has_the_paths_of_the_forward_pass():
+    loss = jax.grad(lambda v, x: jnp.sum(Rematted().apply(v, x).astype(F32) ** 2))
+    paths = {dot.path for dot in audit(loss, *traced(Rematted(), (2, 5))).dots}
+    assert paths == {"Rematted/block/Dense_0", "Rematted/block/head"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer"])

@@ -123,6 +123,7 @@ ENTRY %main (w: f32[4,2], x.1: f16[8,4], y: bf16[4], g: f32[16]) -> (f32[2], bf1
   %input_reduce_fusion.2 = f16[2]{0} fusion(%gemm_fusion_dot.12), kind=kInput, calls=%fused_reduce_wide
   %wrapped_convert = f32[2]{0} fusion(%input_reduce_fusion), kind=kLoop, calls=%fused_convert
   %copy.1 = bf16[4]{0} copy(%y)
+  %all-gather.1 = bf16[16]{0} all-gather(%y), dimensions={0}
   %zero.1 = s32[] constant(0)
   %start = (s32[], bf16[4]{0}) tuple(%zero.1, %copy.1)
   %while.1 = (s32[], bf16[4]{0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
@@ -171,10 +172,15 @@ def test_kernels_and_sums_have_the_path_of_their_operation_and_the_line_of_the_u
 
 def test_collectives_count_their_bytes_and_the_turns_of_a_loop():
     assert [(c.kind, c.dtype, c.nbytes, c.times) for c in PROGRAM.collectives] == [
+        ("all-gather", "bfloat16", 32, 1),
         ("all-reduce", "bfloat16", 8, 3),
         ("reduce-scatter", "float32", 64, 1),
     ]
-    assert PROGRAM.exchanged() == {("all-reduce", "bfloat16"): (3, 24), ("reduce-scatter", "float32"): (1, 64)}
+    assert PROGRAM.exchanged() == {
+        ("all-gather", "bfloat16"): (1, 32),
+        ("all-reduce", "bfloat16"): (3, 24),
+        ("reduce-scatter", "float32"): (1, 64),
+    }
 
 
 def test_sums_in_half_are_found_and_maxima_are_not():
@@ -224,6 +230,19 @@ def test_what_the_compiler_added_is_found():
         ).findings
     ]
     assert rules == ["half accumulation", "float32 dot"]
+
+
+def test_what_the_jaxpr_shows_as_well_is_one_finding():
+    from jaxmp.instruments.audit import Finding, _compiled
+
+    line = "/home/me/model.py:7"
+    known = [Finding(f"half {what}", "", "", at, "", 1) for what, at in (("collective", ""), ("accumulation", line))]
+    assert not list(_compiled(PROGRAM, known))
+    product = jax.named_scope("Net/head")(lambda x: x @ x)
+    found = with_program(product, jax.ShapeDtypeStruct((4, 4), F32), policy="mixed_float16").findings
+    assert [f.what for f in found if f.rule == "float32 dot"] == [
+        "dot_general of float32 operands where the policy computes in float16"
+    ]
 
 
 @pytest.mark.parametrize("text", ["h10", "h100x0", "x8", "h100x", "h100x8x"])

@@ -709,14 +709,9 @@ def _trees(traced: Any) -> tuple[Any, Any]:
     return given, results
 
 
-def _arguments(traced: Any, jaxpr: Any) -> list[Any]:
-    """The variables of the arguments; those of arrays that the function closes over may stand before them."""
-    return jaxpr.invars[len(jaxpr.invars) - traced._in_tree.num_leaves :]
-
-
 def _weak(traced: Any, jaxpr: Any) -> Iterator[Finding]:
     given, results = _trees(traced)
-    names = [("argument", given, _arguments(traced, jaxpr)), ("result", results, jaxpr.outvars)]
+    names = [("argument", given, jaxpr.invars), ("result", results, jaxpr.outvars)]
     for kind, tree, variables in names:
         for path, v in zip(_paths(kind, tree), variables, strict=True):
             if getattr(v.aval, "weak_type", False):
@@ -725,18 +720,17 @@ def _weak(traced: Any, jaxpr: Any) -> Iterator[Finding]:
 
 
 def _of_state(traced: Any, jaxpr: Any, out: list[_Facts], *, jitted: bool) -> Iterator[Finding]:
-    invars = _arguments(traced, jaxpr)
-    donated = traced._params["donated_invars"][-len(invars) :] if invars else ()
+    donated = traced._params["donated_invars"]
     paths = _paths("argument", _trees(traced)[0])
     pairs = list(_state(traced, jaxpr))
     guards = any(out[after].guarded for _, after in pairs)
     kept = []
     for before, after in pairs:
-        old, new, path = invars[before].aval, jaxpr.outvars[after].aval, paths[before]
+        old, new, path = jaxpr.invars[before].aval, jaxpr.outvars[after].aval, paths[before]
         if _typed(old) != _typed(new):
             what = f"goes in as {_typed(old)} and comes out as {_typed(new)}: the next call compiles again"
             yield Finding("compiles twice", what, path, "", new.dtype.name, 1)
-        changed = jaxpr.outvars[after] is not invars[before]
+        changed = jaxpr.outvars[after] is not jaxpr.invars[before]
         if guards and changed and not out[after].guarded and _is_float(new.dtype):
             what = "is replaced whether gradients are finite or not, unlike the rest of the state"
             yield Finding("unguarded state", what, path, "", new.dtype.name, 1)
@@ -757,14 +751,13 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
     whole = bool(given) and _same_structure(given[0], results)
     outs = [results] if whole or type(results) not in (tuple, list) else results
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    invars = _arguments(traced, jaxpr)
     before = after = 0
     for i, old in enumerate(given):
         size = len(jax.tree.leaves(old))
         if i < len(outs):
             pairs = [(before + n, after + n) for n in range(size)]
             if size and _same_structure(old, outs[i]):
-                variables = [(invars[a], jaxpr.outvars[b]) for a, b in pairs]
+                variables = [(jaxpr.invars[a], jaxpr.outvars[b]) for a, b in pairs]
                 single = size > 1 or getattr(variables[0][0].aval, "weak_type", False)
                 same = all(a.aval.shape == b.aval.shape for a, b in variables)
                 if single and same and any(_renewed(a, b, made) for a, b in variables):
