@@ -19,10 +19,12 @@ import jaxmp
 from jaxmp import Arrays, Classification, Experiment, InputError, Loop, Run, Scaling
 from jaxmp.cli import main
 from jaxmp.instruments.blame import Replay, blame
+from jaxmp.instruments.equations import is_backward, is_scaling
 from jaxmp.precision.flax import with_policy
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.runs.blame import blame_run
 from jaxmp.scaling.transform import last_step_finite
+from jaxmp.testing.jaxprs import equations
 from jaxmp.training.build import Training
 from jaxmp.training.step import scaled_gradients
 
@@ -380,6 +382,20 @@ def test_rounding_to_an_emulated_format_is_one_operation():
     found = blame(lambda x: quantize(x, "e4m3", saturate=False), jnp.array([500.0, 1.0]))
     (operand,) = found.operands
     assert (operand.dtype, operand.largest, found.result.dtype, found.result.limit) == ("float32", 500, "e4m3", 448)
+
+
+def test_the_loss_times_the_loss_scale_is_named_as_jaxmps_own():
+    def scaled(loss, scale):
+        with jax.named_scope("loss_scale"):
+            return loss * scale
+
+    assert blame(scaled, F32(1e30), F32(2.0**40)).note == "jaxmp's own: the loss times the loss scale"
+
+    # A train step has it under that name, forward and backward.
+    gradients = scaled_gradients(lambda params, state, batch, key: (params * 2, (F32(1), {}, state)))
+    jaxpr = jax.make_jaxpr(gradients)(F32(1), {}, F32(8), {"weight": jnp.ones(1)}, None)
+    names = [(equation.primitive.name, is_backward(names)) for equation, names in equations(jaxpr) if is_scaling(names)]
+    assert names == [("mul", False), ("mul", True)]
 
 
 def test_a_line_is_that_of_the_user():

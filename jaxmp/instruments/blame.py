@@ -104,7 +104,7 @@ class Blame:
     primitive: str
     """JAX's name of the operation; `argument` where the value was given; jaxmp's own operations by theirs"""
     value: str
-    """inf, NaN, or both"""
+    """which it is: inf, -inf, NaN, or several of them"""
     backward: bool
     """whether in the backward pass"""
     path: str
@@ -252,8 +252,8 @@ class _Place:
 class _Traced(NamedTuple):
     """Where the non-finite results of some equations come from."""
 
-    suspect: Any
-    """the first suspect that leads there, or None"""
+    suspect: Blame | None
+    """the first suspect that leads there"""
     inputs: set[int]
     """the non-finite inputs that lead there"""
 
@@ -278,7 +278,7 @@ class _Run(NamedTuple):
     def suspect(self, outputs: set[int]) -> _Traced:
         """The first suspect that leads to these of the bad outputs, and the inputs (constants first) that do."""
         wanted = {self.jaxpr.outvars[i] for i in outputs if not isinstance(self.jaxpr.outvars[i], Literal)}
-        first = None
+        first: Blame | None = None
         for event in reversed(self.events):
             places = {i for i, v in enumerate(event.eqn.outvars) if v in wanted and v in event.bad}
             if places:

@@ -122,6 +122,11 @@ class StepBlame:
             yield from self._finite_rows()
             return
         yield from self.found.rows()
+        if self.found.backward and self.scale != 1:
+            yield (
+                "scaled",
+                f"in the backward pass, all values are {self.scale:g} times as large: the loss scale is jaxmp's",
+            )
         if self.found.primitive != "argument":
             yield "module", self.module or "none: the model's own code, or the cast of its input or output"
             yield "scale", self._scale_says()
