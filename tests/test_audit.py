@@ -448,6 +448,7 @@ def test_a_state_without_any_guard_is_no_finding():
 def test_gradients_and_new_arrays_are_no_state():
     squares = jax.jit(jax.grad(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)))
     audit(squares, {"a": of((3,), F32), "b": of((4,), F32)}).assert_clean()
+    audit(jax.jit(lambda p: {"a": 2 * p["a"], "b": -p["b"]}), {"a": X, "b": X}).assert_clean()
     audit(jax.jit(lambda x: x + 1), X).assert_clean()
 
 
