@@ -126,6 +126,7 @@ def test_differences_are_paired_by_seed(compared):
     assert before["difference"]["low"] is None  # of one seed there is no interval
 
 
+@pytest.mark.slow
 def test_a_seed_with_a_failed_run_is_no_pair(compared):
     comparison = with_seed(compared[0], 1, 0.25)
     comparison["runs"][2]["failed"] = "diverged"

@@ -108,6 +108,7 @@ def in_float32(found):
     return [flip.module for flip in found.modules if not flip.half]
 
 
+@pytest.mark.slow
 def test_the_modules_that_half_breaks_stay_in_float32_and_no_others():
     model = Model(norm=True, faint=True)
     loss, explain, points = pieces(model)

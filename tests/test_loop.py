@@ -355,6 +355,7 @@ def test_less_of_a_loss_is_better():
     assert Loop(monitor="loss", mode="max").best_is == "max"
 
 
+@pytest.mark.slow
 def test_one_device_gives_one_result_in_both_modes(tmp_path):
     """Dropout and augmentation included; and a run of either mode is read back."""
     # Not Adam: of the gradient of a bias before BatchNorm, which is 0 but for rounding, it makes whole steps.

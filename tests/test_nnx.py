@@ -96,6 +96,7 @@ def rows(split):
     return {"image": (rng.normal(size=(64, 5)) + 2 * label[:, None]).astype(np.float32), "label": label}
 
 
+@pytest.mark.slow
 def test_an_nnx_module_is_a_model_of_an_experiment(tmp_path):
     data = Arrays(rows, batch_size=16, images=())
     experiment = Experiment(

@@ -48,6 +48,7 @@ def on_eight_devices(case):
     """Makes of `case` a test that passes where `case` did, in the process with eight devices."""
     ON_EIGHT_DEVICES.append(case)
 
+    @pytest.mark.slow
     @pytest.mark.xdist_group("catalogue on eight devices")  # so that one worker starts that process once
     def test(outcome):
         assert outcome[case.__name__] == "passed", outcome[case.__name__]
@@ -821,6 +822,7 @@ def test_t13_whether_to_skip_is_decided_after_the_collective():
     assert jaxmp.skipped_steps(state.opt_state) == 1
 
 
+@pytest.mark.slow
 def test_t14_optimizers_compute_in_float32_whatever_the_gradients_are():
     """Adam's eps of 1e-8 is 0 in float16: a zero gradient is 0/0. Its b2 of 0.999 is 1 in bfloat16: no decay."""
     zero = {"w": jnp.zeros((4, 4), f16)}

@@ -188,6 +188,7 @@ def test_module_counts_are_of_what_modules_hand_on_and_get_back_under_scan_and_r
     assert read["scanned/Dense_0"][0].exponents == reference(np.stack(turns))["exponents"]
 
 
+@pytest.mark.slow
 def test_an_observed_trace_is_no_ones_under_nn_jit():
     class Inner(nn.Module):
         @nn.compact
@@ -306,6 +307,7 @@ def test_a_run_without_ranges_is_looked_at_afterwards(looked):
     assert set(again["ranges"]) == set(line["ranges"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_has_each_look_once(looked, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmp.training.loop._stop_signals", stop_after(3))
     assert jaxmp.fit(experiment(5), workdir=tmp_path).stopped
@@ -328,6 +330,7 @@ def stop_after(times):
     return signals
 
 
+@pytest.mark.slow
 def test_the_program_that_looks_is_compiled_once(looked):
     from jaxmp.training.build import Training
 

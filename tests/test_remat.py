@@ -80,7 +80,7 @@ def residuals(**kwargs):
     ("model", "remat", "policy"),
     [
         (Model(), ("encoder/*",), "encoder/block_0=float32; mixed_bfloat16"),
-        (Scanned(), ("@Block",), "float32"),
+        pytest.param(Scanned(), ("@Block",), "float32", marks=pytest.mark.slow),
     ],
 )
 def test_the_gradient_is_the_same(model, remat, policy):

@@ -171,6 +171,7 @@ def test_an_event_file_is_one_that_tensorboardx_could_have_written(tmp_path):
     assert {value.tag: value.simple_value for value in events[1].summary.value}["train/accuracy"] == 0.5
 
 
+@pytest.mark.slow
 def test_weights_and_biases_writes_an_offline_run_and_goes_on_with_it(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     code = f"""
