@@ -178,7 +178,7 @@ def blame_run(
     past = _Past(run, say)
     try:
         step, state = past.last_skipped() if step is None else (step, past.before(step))
-        batch = past.feed.batch(step - 1)
+        batch = _on_one_device(past.feed.batch(step - 1))
     finally:
         past.feed.close()
     return _Step(past.training, state, batch).blame(str(run.path), step)
@@ -244,7 +244,7 @@ class _Past:
             if after.scale != scaling.scaler.scale:
                 return None
         step = int(state.step)
-        return step, self._on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
+        return step, _on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
 
     def _lines_around_a_skip(self) -> tuple[int, int]:
         """The steps of two lines of metrics, with the last skipped step after the first and not after the second."""
@@ -265,10 +265,11 @@ class _Past:
             count = min(last - first, per_epoch - first % per_epoch)
             placed, metrics = self.feed.run(placed, metrics, first, count)
             first += count
-        return self._on_one_device(devices.get(placed))
+        return _on_one_device(devices.get(placed))
 
-    def _on_one_device(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, jax.local_devices()[0])
+
+def _on_one_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.local_devices()[0])
 
 
 class _Step:
@@ -312,7 +313,7 @@ class _Step:
         devices, loop = training.devices, self.experiment.loop
         mapped = devices.replicas().axis_name is not None
         step = scaled_gradients(
-            training.loss_fn,
+            training.make_loss(axis_name=AXIS if mapped and loop.batch_norm == "global" else None),
             accumulate_steps=loop.accumulate_steps,
             accumulate_overflow=loop.accumulate_overflow,
             replicas=Replicas(AXIS, None, training.experiment.policy.reduce) if mapped else single,
