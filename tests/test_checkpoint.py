@@ -406,6 +406,7 @@ def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_shardings(tmp_path):
     result = run(
         """

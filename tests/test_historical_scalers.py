@@ -255,6 +255,7 @@ def test_a_historical_scaler_is_its_original_on_1000_random_traces(scaler):
     assert len(np.unique(np.asarray(states.scale))) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaler", SCALERS, ids=kind)
 def test_jit_scan_and_pmap_agree(scaler):
     """Step by step under jit, in one scan, and under pmap; the last two on all 1000 traces."""

@@ -178,6 +178,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tm
     assert bits(final_state(resumed.path, experiment)) == bits(final_state(finished.path, BASE))
 
 
+@pytest.mark.slow
 def test_a_policy_without_float32_master_weights_is_said(tmp_path):
     said = []
     fit(with_loop(dataclasses.replace(BASE, precision="bfloat16"), steps=1), workdir=tmp_path, say=said.append)
@@ -220,6 +221,7 @@ def test_a_nan_loss_fails_the_run_and_names_the_leaf(precision, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_a_row_of_skips_between_two_lines_is_not_overlooked(tmp_path):
     scaler = Scaling(init_scale=2.0**24)  # eight steps overflow, then all is well
     experiment = with_loop(
@@ -230,6 +232,7 @@ def test_a_row_of_skips_between_two_lines_is_not_overlooked(tmp_path):
     assert fit(with_loop(experiment, max_consecutive_skips=20), workdir=tmp_path).summary["skipped_steps"] > 3
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_all_of_its_lines(tmp_path):
     """Two dispatches are under way when a failure shows; what the second one measured is neither lost nor cut."""
     scaler = Scaling(kind="static", init_scale=2.0**24)
@@ -251,6 +254,7 @@ def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
     assert last["loss"] is None  # the mean over no applied step
 
 
+@pytest.mark.slow
 def test_a_scaler_that_gives_up_at_its_floor_fails_the_run(tmp_path):
     scaler = DeepSpeedScaler(init_scale=2.0**24, min_scale=2.0**24, delayed_shift=1)
     with pytest.raises(RunFailed, match="came to its floor, where DeepSpeedScaler gives up, at or before step 5"):

@@ -515,6 +515,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_tree_is_a_precision_on_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.py").write_text(MY_OWN)
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,8 @@ from jaxmp import Adam, Arrays, Experiment, Loop, Run, quantize
 from jaxmp.instruments.ranges import FORMATS, Range, count, count_each, count_swallowed, grad_and_module_counts
 from jaxmp.precision.flax import with_policy
 
+pytestmark = pytest.mark.xdist_group("ranges")  # one worker: the fixtures train
+
 SPECIAL = [
     0.0,
     -0.0,

@@ -20,6 +20,8 @@ import flax.linen as nn
 import numpy as np
 from jaxmp import Adam, Arrays, Experiment, Loop
 
+pytestmark = pytest.mark.xdist_group("run")  # one worker: the fixtures train
+
 
 class Net(nn.Module):
     width: int = 8
