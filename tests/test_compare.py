@@ -25,12 +25,12 @@ from jaxmp.runs.report import Curve, grouped_figure
 from jaxmp.runs.run import Run
 from jaxmp.training.loop import Fitted
 
+pytestmark = pytest.mark.xdist_group("compare")  # one worker: the fixtures train
+
 CONFIG = '''"""Noisy classes of 4 pixels."""
 import flax.linen as nn
 import numpy as np
 from jaxmp import Adam, Arrays, Experiment, Loop
-
-pytestmark = pytest.mark.xdist_group("compare")  # one worker: the fixtures train
 
 
 class Net(nn.Module):

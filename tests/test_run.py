@@ -15,12 +15,12 @@ from jaxmp import Adam, Arrays, Experiment, InputError, Loop, Run, TrainState
 from jaxmp.cli import main
 from jaxmp.training.tasks import Classification
 
+pytestmark = pytest.mark.xdist_group("run")  # one worker: the fixtures train
+
 CONFIG = """
 import flax.linen as nn
 import numpy as np
 from jaxmp import Adam, Arrays, Experiment, Loop
-
-pytestmark = pytest.mark.xdist_group("run")  # one worker: the fixtures train
 
 
 class Net(nn.Module):
