@@ -19,6 +19,7 @@ import pytest
 
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
@@ -475,6 +476,7 @@ def outcome():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("laws on eight devices")  # so that one worker starts that process once
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_every_law_holds_on_eight_devices(case):
     found = outcome()[case]

@@ -18,6 +18,7 @@ import pytest
 
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn

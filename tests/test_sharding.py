@@ -20,6 +20,7 @@ if __name__ == "__main__":
     # Compiled without LLVM's optimisations, in half the time; XLA's own passes, and so the collectives, are the same.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
