@@ -23,8 +23,6 @@ def main() -> int:
     _keep_standard_output()
     try:
         code = cli.main()
-    except SystemExit:
-        raise
     except BaseException as error:
         _wait_for_verdict(error)
         traceback.print_exc()

@@ -232,10 +232,11 @@ def fit(
     """Trains an experiment in a run folder: `workdir/name/<hash>-s<seed>`.
 
     A run that is there already goes on where it stopped; a finished one is only read. SIGTERM and Ctrl-C save and stop.
+    Where JAX has several processes (`jax.distributed`), all of them call this alike; the first writes and speaks.
 
     Args:
       experiment: what to train.
-      workdir: folder of all runs.
+      workdir: folder of all runs; one that all processes see.
       name: of the experiment; the command line uses the config file's.
       origin: how the experiment can be made again, kept in config.json: the `source` and `file` of its config, and the
         `overrides` of the command line.
