@@ -28,6 +28,8 @@ def main() -> int:
         traceback.print_exc()
         code = cli.FAILED
     if code in (cli.DONE, cli.STOPPED):
+        for number in (signal.SIGTERM, signal.SIGINT):  # all is saved: one that comes now would only change the code
+            signal.signal(number, signal.SIG_IGN)
         return code  # at its exit, JAX waits for the others
     _leave(code)
 

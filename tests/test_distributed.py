@@ -31,6 +31,7 @@ TIMING = {"wall_seconds", "examples_per_second"}
 # gradient is rounding noise, of which Adam makes whole steps.
 CONFIG = """
 from dataclasses import dataclass
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -51,7 +52,7 @@ class Net(nn.Module):
 
 class Noted(Columns):
     def __getitem__(self, rows):
-        with open(f"rows{jax.process_index()}", "a") as file:
+        with Path(__file__).with_name(f"rows{jax.process_index()}").open("a") as file:
             print(*rows, file=file)
         return super().__getitem__(rows)
 
@@ -331,7 +332,6 @@ def test_so_they_have_with_a_transformer_in_shards_and_microbatches(folder):
     assert_losses_agree(found, expected, 2e-5)
 
 
-@pytest.mark.skip(reason="hangs: a process that Slurm and its parent both signal leaves without the others")
 @pytest.mark.slow
 def test_a_stopped_and_a_killed_job_end_as_an_undisturbed_one(undisturbed, folder):
     """A signal to one process stops all after the same step; SIGKILL to one ends the others, with a message."""
@@ -340,8 +340,11 @@ def test_a_stopped_and_a_killed_job_end_as_an_undisturbed_one(undisturbed, folde
         until_step(folder, 15, two)
         [srun] = children(two.pid)
         second = children(srun)[1]
-        for pid in (second, *children(second)):  # Slurm signals every process of a step
-            os.kill(pid, signal.SIGTERM)
+        [child] = children(second)
+        os.kill(second, signal.SIGTERM)
+        time.sleep(0.3)  # Slurm signals every process of a step; this one may be on its way out
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
         done([two], 75)
     finally:
         end(two)

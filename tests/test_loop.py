@@ -178,6 +178,42 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tm
     assert bits(final_state(resumed.path, experiment)) == bits(final_state(finished.path, BASE))
 
 
+@pytest.fixture
+def handlers():
+    """Those of the signals that stop a run, put back after the test."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number in numbers:
+        signal.signal(number, before[number])
+
+
+@pytest.mark.parametrize("again", ["at once", "on the way out"])
+def test_a_signal_that_comes_twice_ends_no_process_before_the_others(handlers, monkeypatch, again):
+    monkeypatch.setattr(loop.processes, "several", lambda: True)
+    with loop._stop_signals() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        if again == "at once":
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+    os.kill(os.getpid(), signal.SIGINT)
+    now = loop.time.monotonic()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now + loop.SAME_SIGNAL_SECONDS)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_acts_as_ever(handlers, monkeypatch):
+    with pytest.raises(KeyboardInterrupt), loop._stop_signals() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # of its parent process, too
+        assert asked()
+        now = loop.time.monotonic()
+        monkeypatch.setattr(loop.time, "monotonic", lambda: now + 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_a_policy_without_float32_master_weights_is_said(tmp_path):
     said = []

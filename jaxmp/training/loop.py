@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 LOCK = "lock"
 """file in a run folder, locked by the process that trains in it"""
 
+SAME_SIGNAL_SECONDS = 10
+"""how much later the same signal can reach one of several processes once more"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -662,10 +665,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within: SIGTERM and Ctrl-C only set a flag, which the yielded function reads; a second one acts as ever.
+    """Within: SIGTERM and Ctrl-C only set a flag, which the yielded function reads; a later one acts as ever.
 
-    What comes within a second is the same signal again: Slurm sends it to all processes of a step, and a parent
-    (jaxmp/parent.py) hands it on.
+    What comes at once is the same signal again: Slurm sends it to all processes of a step, and a parent
+    (jaxmp/parent.py) hands it on. It may come as late as on the way out, where the other processes are waited for.
     """
     received = threading.Event()
     acts_from = math.inf
@@ -676,7 +679,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: Any) -> None:
         nonlocal acts_from
         if not received.is_set():
-            acts_from = time.monotonic() + 1
+            acts_from = time.monotonic() + (SAME_SIGNAL_SECONDS if processes.several() else 1)
             received.set()
         elif time.monotonic() > acts_from:
             signal.signal(number, before[number])
@@ -686,5 +689,6 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield received.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not (received.is_set() and processes.several()):
+            for number, handler in before.items():
+                signal.signal(number, handler)
