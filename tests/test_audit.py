@@ -18,6 +18,7 @@ from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.instruments.audit import audit
+from jaxmp.instruments.equations import module_path
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.build import Training
 
@@ -538,6 +539,18 @@ def test_rules_by_class_are_followed_where_the_modules_are_known():
     report.under("@RNN=float32; @Norm=float32; Dense_0=float32; mixed_float16").assert_clean()
 
 
+class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="body")(nn.Dense(3, name="while")(x))
+
+
+def test_a_module_may_be_called_as_jax_calls_the_parts_of_a_loop():
+    report = audit(Loop().apply, jax.eval_shape(Loop().init, jax.random.key(0), of((2, 3))), of((2, 3)))
+    assert [dot.path for dot in report.dots] == ["Loop/while", "Loop/body"]
+    assert module_path("jit(f)/jvp(Net)/while/body/closed_call/RNN.f/while/cell") == "Net/RNN/while/cell"
+
+
 class Tied(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -548,7 +561,7 @@ class Tied(nn.Module):
 def test_another_method_of_a_module_is_of_that_module():
     x = of((2,), jnp.int32)
     report = audit(Tied().apply, jax.eval_shape(Tied().init, jax.random.key(0), x), x)
-    assert [f.path for f in report.under("mixed_float16").findings] == ["Tied/tokens.attend"]
+    assert [f.path for f in report.under("mixed_float16").findings] == ["Tied/tokens"]
     report.assert_clean("tokens=float32; mixed_float16")
 
 

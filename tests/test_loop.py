@@ -180,12 +180,12 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tm
 
 @pytest.fixture
 def handlers():
-    """Those of the signals that stop a run, put back after the test."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Those that Python begins with, for the signals that stop a run."""
+    first = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in first.items()}
     yield
-    for number in numbers:
-        signal.signal(number, before[number])
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("again", ["at once", "on the way out"])

@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# Not public, and used to read alone: the line of the user's code and the named scopes of an operation.
-from jax._src import source_info_util
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
-from jaxmp.instruments.program import Program, in_library
+from jaxmp.instruments.equations import bare, module_path, scopes, source_line
+from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
@@ -158,7 +156,7 @@ class Audit:
                 what = f"{dot.primitive} of {dot.dtype} operands where the policy computes in {compute.name}"
                 yield Finding("float32 dot", what, dot.path, dot.source, dot.dtype, dot.times)
         for kernel in () if self.program is None else self.program.kernels:
-            path = _scopes(kernel.path)
+            path = _module_of(kernel.path)
             compute = self._lookup(policy, path).compute_dtype
             product = kernel.kind in ("product", "convolution", "attention") and path not in traced
             if product and compute in HALF and _is_wide(kernel.dtype):
@@ -167,7 +165,7 @@ class Audit:
 
     def _lookup(self, policy: PolicyTree, path: str) -> Policy:
         """The policy of the module at `path`, which begins with the class of the model."""
-        names = [name.partition(".")[0] for name in path.split("/")[1:]]  # cell.method is within cell
+        names = path.split("/")[1:]
         if self.modules is None:
             return policy.lookup("/".join(names))
         # The path is one of calls: a cell that stands beside its nn.RNN is called within it.
@@ -293,7 +291,7 @@ def audit(
             f"audit: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a function "
             "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
         ) from error
-    jaxpr = _opened(traced.jaxpr)
+    jaxpr = bare(traced.jaxpr)
     # What nothing depends on is in the jaxpr and not in the lowered program, such as the last product of a forward pass
     # of which the gradient alone is wanted.
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
@@ -380,8 +378,8 @@ class _Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
-        names = "/".join(filter(None, (place.names, str(eqn.source_info.name_stack))))
-        place = dataclasses.replace(place, names=names, source=_source(eqn) or place.source)
+        names = scopes(eqn, place.names)
+        place = dataclasses.replace(place, names=names, source=source_line(eqn) or place.source)
         self.differentiated |= "transpose(" in names
         name = eqn.primitive.name
         if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
@@ -411,7 +409,7 @@ class _Walk:
         return results or [_NOTHING] * len(eqn.outvars)
 
     def _scan(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
-        jaxpr = _opened(eqn.params["jaxpr"])
+        jaxpr = bare(eqn.params["jaxpr"])
         if "num_carry" in eqn.params:
             consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         else:  # JAX 0.12 keeps the structure instead
@@ -423,10 +421,10 @@ class _Walk:
 
     def _while(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
         self.notes.add("the body of a while loop is counted once")
-        body, n = _opened(eqn.params["body_jaxpr"]), eqn.params["cond_nconsts"]
+        body, n = bare(eqn.params["body_jaxpr"]), eqn.params["cond_nconsts"]
         consts = eqn.params["body_nconsts"]
         own, start = given[n : n + consts], given[n + consts :]
-        self.function(_opened(eqn.params["cond_jaxpr"]), [*given[:n], *start], place)
+        self.function(bare(eqn.params["cond_jaxpr"]), [*given[:n], *start], place)
         return self._loop(body, own, start, [], place, self._carries(body, body.invars[consts:], place, 0))
 
     def _loop(
@@ -437,7 +435,7 @@ class _Walk:
         before = len(self.findings)
         out = self.function(jaxpr, [*own, *carried, *rest], place)
         sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
-        lines = {(_source(e) or place.source) for e in jaxpr.eqns if e.outvars and e.outvars[0] in sums}
+        lines = {(source_line(e) or place.source) for e in jaxpr.eqns if e.outvars and e.outvars[0] in sums}
         # The addition of such a carry is one finding, not two.
         self.findings[before:] = [
             f for f in self.findings[before:] if not (f.what.startswith("gradients of a weight") and f.source in lines)
@@ -451,13 +449,13 @@ class _Walk:
             aval = invars[i].aval
             if aval.dtype in HALF:
                 eqn = next(e for e in jaxpr.eqns if e.outvars[0] in _sources(jaxpr, jaxpr.outvars[i]))
-                names = "/".join(filter(None, (place.names, str(eqn.source_info.name_stack))))
+                names = scopes(eqn, place.names)
                 turns = f" {length}" if length else ""
                 self._found(
                     "half accumulation",
                     f"a loop carries a sum over its{turns} turns in {aval.dtype.name}",
                     aval.dtype,
-                    dataclasses.replace(place, names=names, source=_source(eqn) or place.source),
+                    dataclasses.replace(place, names=names, source=source_line(eqn) or place.source),
                 )
         return adding
 
@@ -465,7 +463,7 @@ class _Walk:
         branches, results = [], []
         for branch in self._possible(eqn):
             walk = _Walk(self.platform)
-            results.append(walk.function(_opened(branch), given[1:], place))
+            results.append(walk.function(bare(branch), given[1:], place))
             branches.append(walk)
             self.findings += walk.findings
             self.notes |= walk.notes
@@ -492,7 +490,7 @@ class _Walk:
         self.findings.append(_finding(rule, what, dtype, place))
 
     def _count(self, eqn: Any, place: _Place) -> None:
-        name, path = eqn.primitive.name, _path(place.names)
+        name, path = eqn.primitive.name, module_path(place.names)
         if name in _FLOPS:
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
             self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
@@ -658,13 +656,8 @@ def _functions(eqn: Any) -> Iterator[Any]:
     """The jaxprs that an operation holds."""
     for parameter in eqn.params.values():
         for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
-            if hasattr(_opened(inner), "eqns"):
-                yield _opened(inner)
-
-
-def _opened(jaxpr: Any) -> Any:
-    """Without its constants; one class in JAX 0.12, two before."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
+            if hasattr(bare(inner), "eqns"):
+                yield bare(inner)
 
 
 def _sources(jaxpr: Any, v: Any) -> set[Any]:
@@ -812,16 +805,16 @@ def _compiled(program: Program, traced: list[Finding]) -> Iterator[Finding]:
         sums = each.kind in ("all-reduce", "reduce-scatter") and np.dtype(each.dtype) in HALF
         if sums and ("half collective", each.source) not in known:
             what = f"compiled to {each.kind} in {each.dtype}"
-            yield Finding("half collective", what, _scopes(each.path), each.source, each.dtype, each.times)
+            yield Finding("half collective", what, _module_of(each.path), each.source, each.dtype, each.times)
     for total in program.half_sums:
         if total.terms > 1 and ("half accumulation", total.source) not in known:
             what = f"compiled to a sum over {total.terms} terms in {total.dtype}"
-            yield Finding("half accumulation", what, _scopes(total.path), total.source, total.dtype, total.times)
+            yield Finding("half accumulation", what, _module_of(total.path), total.source, total.dtype, total.times)
 
 
-def _scopes(operation: str) -> str:
+def _module_of(operation: str) -> str:
     """The path of the module that an operation of the program stands in; its last name is that of the primitive."""
-    return _path(operation.rpartition("/")[0])
+    return module_path(operation.rpartition("/")[0])
 
 
 # Names
@@ -829,36 +822,7 @@ def _scopes(operation: str) -> str:
 
 def _finding(rule: str, what: str, dtype: Any, place: _Place) -> Finding:
     name = np.dtype(dtype).name if dtype != "" else ""
-    return Finding(rule, what, _path(place.names), place.source, name, place.times)
-
-
-def _path(names: str) -> str:
-    """The Flax path in a name stack: `transpose(jvp(Net))/jvp(Net)/head` is Net/head."""
-    parts: list[str] = []
-    previous_wrapped = False
-    for part in names.split("/"):
-        name, wrapped = part, False
-        while name.endswith(")") and "(" in name:
-            transform, name = name[:-1].split("(", 1)
-            wrapped = True
-            if transform in ("jit", "pjit", "pmap", "xla_pmap"):
-                name = ""
-        # Under remat the backward pass names the outermost scope twice.
-        repeated = wrapped and previous_wrapped and parts and parts[-1] == name
-        if name and not repeated and name not in ("checkpoint", "rematted_computation", "shard_map", "while", "body"):
-            parts.append(name)
-        previous_wrapped = wrapped
-    return "/".join(parts)
-
-
-def _source(eqn: Any) -> str:
-    """file:line of the innermost frame outside of installed libraries, or of the innermost one."""
-    innermost = None
-    for frame in source_info_util.user_frames(eqn.source_info.traceback):
-        if not in_library(frame.file_name):
-            return f"{frame.file_name}:{frame.start_line}"
-        innermost = innermost or frame
-    return f"{innermost.file_name}:{innermost.start_line}" if innermost else ""
+    return Finding(rule, what, module_path(place.names), place.source, name, place.times)
 
 
 def _merged(findings: Any) -> list[Finding]:

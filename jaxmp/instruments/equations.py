@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from typing import Any
@@ -14,11 +15,11 @@ QUANTIZE = "quantize_"
 LOSS_SCALE = "loss_scale"
 """scope around the multiplication of the loss by the loss scale"""
 
-_NO_MODULES = {"checkpoint", "rematted_computation", "shard_map", "while", "body", "cond", LOSS_SCALE}
+_NO_MODULES = {"checkpoint", "closed_call", "rematted_computation", "shard_map", LOSS_SCALE}
+_LOOP = re.compile(r"(?<![^/])while/(body|cond)(?![^/])/?")  # as the compiled program has a scan
 _CALLS = ("jit", "pjit", "pmap", "xla_pmap")
-_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_OWN_MODELS = (os.path.join(_OWN, "models"), os.path.join(_OWN, "training", "tasks.py"))
+_OWN_MODELS = (os.path.join(_OWN, "models") + os.sep, os.path.join(_OWN, "training", "tasks.py"))
 
 
 def scopes(eqn: Any, outer: str = "") -> str:
@@ -34,7 +35,7 @@ def module_path(names: str) -> str:
     """
     parts: list[str] = []
     previous_wrapped = False
-    for part in names.split("/"):
+    for part in _LOOP.sub("", names).split("/"):
         name, wrapped = part, False
         while name.endswith(")") and "(" in name:
             transform, name = name[:-1].split("(", 1)
@@ -67,21 +68,28 @@ def is_backward(names: str) -> bool:
 
 
 def source_line(eqn: Any) -> str:
-    """file:line of the innermost frame in code of the user, else in a model of ours, else in any library."""
-    frames = [(frame.file_name, frame.start_line) for frame in source_info_util.user_frames(eqn.source_info.traceback)]
+    """file:line of the innermost frame that is in no library, else of the innermost one."""
+    innermost = None
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if not in_library(frame.file_name):
+            return f"{frame.file_name}:{frame.start_line}"
+        innermost = innermost or frame
+    return f"{innermost.file_name}:{innermost.start_line}" if innermost else ""
 
-    def is_library(file: str) -> bool:
-        return any(name in file for name in _LIBRARIES) or file.startswith(_OWN)
 
-    users = [frame for frame in frames if not is_library(frame[0])]
-    models = [frame for frame in frames if frame[0].startswith(_OWN_MODELS)]
-    # The script or test that calls a model of ours is the user's code too, and says less.
-    inner = next((frame for frame in frames if frame in users or frame in models), None)
-    for file, line in [inner] if inner else frames[:1]:
-        return f"{file}:{line}"
-    return ""
+@functools.cache
+def in_library(file: str) -> bool:
+    """Whether a file belongs to an installed package, or to jaxmp but for its models: not to what is looked at."""
+    if file.startswith(_OWN):
+        return not file.startswith(_OWN_MODELS)
+    return any(f"{os.sep}{name}{os.sep}" in file for name in ("site-packages", "dist-packages"))
+
+
+def bare(jaxpr: Any) -> Any:
+    """A jaxpr without its constants; one class in JAX 0.12, two before."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """A jaxpr and its constants; one class in JAX 0.12, two before."""
-    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+    """A jaxpr and its constants."""
+    return bare(jaxpr), list(getattr(jaxpr, "consts", ()))

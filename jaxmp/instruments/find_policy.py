@@ -9,8 +9,8 @@ The error of a parameter's gradient is given as a multiple of a unit, and a tree
 it does worst: a branch with small gradients counts as much as one with large ones, as it does under Adam.
 By default the unit is the noise that the gradient has anyway, because a batch is a sample. Where rounding adds e times
 that noise, independently, the variance of the gradient grows by 1 + e**2, as much as if the batch were smaller by that
-factor (McCandlish et al. 2018, An Empirical Model of Large-Batch Training, section 2.2, with the noise as in equation
-2.6, for each parameter). The default budget of 0.1 allows what a batch smaller by 1 % would do.
+factor: the variance is in inverse proportion to the batch (McCandlish et al. 2018, An Empirical Model of Large-Batch
+Training, section 2.2). The default budget of 0.1 allows what a batch smaller by 1 % would do.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def _flops(loss: Callable[..., Any], rows: Sequence[Row], point: Point) -> dict[
 
 def _module(dot: Dot, model: str, modules: Mapping[str, int]) -> str | None:
     """The innermost of the modules that a product stands in; None outside of the model."""
-    scopes = [name.partition(".")[0] for name in dot.path.split("/")]  # cell.method is within cell
+    scopes = dot.path.split("/")
     if model not in scopes:
         return None
     within = "/".join(scopes[scopes.index(model) + 1 :])

@@ -11,10 +11,11 @@ import collections
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from jaxmp.instruments.equations import in_library
 
 MIB = 2**20
 
@@ -192,8 +193,6 @@ class Program:
         return dict(names.most_common())
 
 
-_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-
 _KINDS = (
     *("product", "convolution", "attention", "library call", "reduction", "scatter", "conversion", "copy"),
     "elementwise",
@@ -310,14 +309,6 @@ class _Sources:
             parent = entry.get("parent_frame_id", 0)
             frame = parent if parent != frame else 0
         return innermost
-
-
-@functools.cache
-def in_library(file: str) -> bool:
-    """Whether a file belongs to an installed package, or to jaxmp but for its models: not to what is looked at."""
-    if file.startswith(_OWN):
-        return not file.startswith(os.path.join(_OWN, "models"))
-    return any(f"{os.sep}{name}{os.sep}" in file for name in ("site-packages", "dist-packages"))
 
 
 def _numbers(text: str) -> dict[str, int]:

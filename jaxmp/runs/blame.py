@@ -45,9 +45,9 @@ inputs were rounded once, stochastically.
 
 That one rounding is the least that a format does, and its effect says how well conditioned the value is: how much of it
 cancels, and how near activations are to where a ReLU or a maximum switches. A policy rounds results and cotangents
-too, about six errors of that size where there were two, independent of each other: 1.7 times as much together. Where a
-few of them switch a maximum the error is larger: 5.8 times, at most, in ten steps of our configs (a bias of digits_cnn,
-in a batch of 28)."""
+too, about six errors of that size where there were two, independent of each other: 1.7 times as much together. Where
+a few of them switch a maximum the error is larger: 5.8 times at most, in three steps of our configs (a bias of
+digits_cnn, in a batch of 28)."""
 
 
 class Beside(NamedTuple):
