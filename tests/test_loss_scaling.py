@@ -13,7 +13,15 @@ import pytest
 
 import jaxmp
 from jaxmp.scaling.scalers import DynamicScaler, NoScaler, StaticScaler
-from jaxmp.scaling.transform import LossScalingState, find_state, keep_where, loss_scaling
+from jaxmp.scaling.transform import (
+    SMALL,
+    TOGETHER,
+    LossScalingState,
+    find_state,
+    keep_where,
+    largest_magnitude,
+    loss_scaling,
+)
 
 BAD = [jnp.inf, -jnp.inf, jnp.nan]
 
@@ -103,6 +111,16 @@ def test_an_overflow_at_any_step_in_any_leaf_changes_nothing_but_scale_and_count
         assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
         state = after
     assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_an_overflow_is_seen_in_each_of_many_leaves_of_one_shape(value):
+    good = {"many": [jnp.ones((2, 3))] * (2 * TOGETHER + 1), "large": jnp.ones(SMALL + 1), "none": jnp.ones((0, 3))}
+    largest = jax.jit(largest_magnitude)
+    assert largest(inject(good, 1, -3)) == largest(inject(good, -2, -3)) == 3
+    for leaf, x in enumerate(jax.tree.leaves(good)):
+        if x.size:
+            assert not np.isfinite(largest(inject(good, leaf, value, place=-1)))
 
 
 def test_an_overflow_in_float16_gradients_is_seen():

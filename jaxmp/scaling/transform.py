@@ -12,6 +12,7 @@ the updates change no parameter. All state is in `opt_state`, so it is checkpoin
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ value, and as such neither scaled nor an optimizer's business"""
 
 SMALL = 2**14
 """numbers in a gradient leaf up to which it is searched for its largest together with others of its shape"""
+TOGETHER = 16
+"""most leaves that are searched together: a kernel takes only so many"""
 
 
 class LossScalingState(NamedTuple):
@@ -214,11 +217,9 @@ def largest_magnitude(grads: Any) -> jax.Array:
     for g in jax.tree.leaves(grads):
         if g.size <= SMALL:
             by_shape.setdefault((g.shape, g.dtype), []).append(g)
-    # Small leaves of one shape together, since a reduction of each would be a kernel of each; large ones are not worth
-    # copying.
-    groups += by_shape.values()
-    stacked = [jnp.stack(group) if len(group) > 1 else group[0] for group in groups]
-    largest = [jnp.max(jnp.abs(g), initial=0.0) for g in stacked]
+    # Small leaves of one shape together, since a reduction of each would be a kernel of each.
+    groups += [of[i : i + TOGETHER] for of in by_shape.values() for i in range(0, len(of), TOGETHER)]
+    largest = [jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, group)), initial=0.0) for group in groups]
     return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
 
 
