@@ -42,7 +42,7 @@ class Scaler(Protocol):
         Args:
           state: the state before it.
           finite: bool scalar: the loss and all gradients of the step were finite.
-          grad_max: float32 scalar: the largest magnitude among the still scaled gradients; inf or NaN where not finite.
+          grad_max: float32 scalar: the largest magnitude among the still scaled gradients; inf where not finite.
         """
         ...
 

@@ -13,10 +13,10 @@ import optax
 from jaxmp.errors import InputError
 from jaxmp.scaling.transform import (
     LossScalingState,
+    all_finite,
     find_state,
     inner_view,
     keep_where,
-    largest_magnitude,
     last_step_finite,
     loss_scale,
 )
@@ -166,7 +166,7 @@ def scaled_gradients(
             new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(params, grads), strict=True)]
             carry_on, kept = (new, measured.model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
-                kept = jnp.isfinite(largest_magnitude(inner_view(grads))) | jnp.isnan(measured.loss)
+                kept = all_finite(inner_view(grads)) | jnp.isnan(measured.loss)
                 carry_on = keep_where(kept, carry_on, carry)
             return carry_on, (kept, measured.loss, measured.metrics)
 
