@@ -343,6 +343,30 @@ def test_the_step_without_a_fault_obeys_every_law_over_replicas():
     assert {row.law for row in laws if row.verdict == "skipped"} == {"random_numbers_advance"}
 
 
+@pytest.mark.slow
+def test_a_flag_made_of_the_largest_gradient_is_found_where_xla_loses_a_nan():
+    """Of 2**12 float32 and more, XLA:CPU's maximum takes no notice of a NaN (jaxlib 0.10 to 0.12)."""
+    if np.isnan(jax.jit(jnp.max)(jnp.ones(2**12).at[0].set(jnp.nan))):
+        pytest.skip("this XLA does not")
+
+    def adapter(size):
+        def sgd(state, batch):
+            def loss_fn(weights):
+                return jnp.mean(weights**2) * batch["x"] * state["scale"]
+
+            grads = jax.grad(loss_fn)(state["weights"])
+            finite = jnp.isfinite(jnp.max(jnp.abs(grads)))
+            weights = jnp.where(finite, state["weights"] - grads / state["scale"], state["weights"])
+            return {"weights": weights, "scale": jnp.where(finite, state["scale"], state["scale"] / 2)}
+
+        first = {"weights": jnp.ones(size), "scale": jnp.float32(8)}
+        kept, scale = (lambda state: state["weights"]), (lambda state: state["scale"])
+        return StepAdapter(lambda: first, jax.jit(sgd), {"x": jnp.float32(1)}, kept=kept, loss_scale=scale)
+
+    verdicts = [step_laws(adapter(size))["bad_gradient_is_skipped"].verdict for size in (2**12 - 1, 2**13 + 1)]
+    assert verdicts == ["holds", "broken"]
+
+
 def test_there_are_enough_faults():
     assert len({*IN_THE_SCALER, *IN_THE_STEP, *WITH_NOISE, *OVER_REPLICAS}) >= 25
 

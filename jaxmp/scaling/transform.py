@@ -208,7 +208,7 @@ def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: ja
 def all_finite(grads: Any) -> jax.Array:
     """Whether no value of any leaf is infinite or NaN, bool scalar.
 
-    Not by the largest magnitude: of 2**14 float32 and more, XLA:CPU's maximum takes no notice of a NaN (jaxlib 0.10 to
+    Not by the largest magnitude: of 2**12 float32 and more, XLA:CPU's maximum takes no notice of a NaN (jaxlib 0.10 to
     0.12).
     """
     groups = [[g] for g in jax.tree.leaves(grads) if g.size > SMALL]
