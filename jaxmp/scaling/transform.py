@@ -26,7 +26,7 @@ OVERWRITTEN = "_overwrite_with_gradient"
 value, and as such neither scaled nor an optimizer's business"""
 
 SMALL = 2**14
-"""numbers in a gradient leaf up to which it is searched for its largest together with others of its shape"""
+"""numbers in a gradient leaf up to which it is searched for inf and NaN together with others of its shape"""
 TOGETHER = 16
 """most leaves that are searched together: a kernel takes only so many"""
 
