@@ -19,6 +19,7 @@ from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.equations import module_path
+from jaxmp.models.mlp import MLP as OurMLP
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.build import Training
 
@@ -549,6 +550,13 @@ def test_a_module_may_be_called_as_jax_calls_the_parts_of_a_loop():
     report = audit(Loop().apply, jax.eval_shape(Loop().init, jax.random.key(0), of((2, 3))), of((2, 3)))
     assert [dot.path for dot in report.dots] == ["Loop/while", "Loop/body"]
     assert module_path("jit(f)/jvp(Net)/while/body/closed_call/RNN.f/while/cell") == "Net/RNN/while/cell"
+
+
+def test_a_model_of_ours_is_shown_by_its_own_lines():
+    model = OurMLP((4,), classes=2)
+    report = audit(model.apply, jax.eval_shape(model.init, jax.random.key(0), of((2, 3))), of((2, 3)))
+    assert len(report.dots) == 2
+    assert all("models/mlp.py:" in dot.source for dot in report.dots)
 
 
 class Tied(nn.Module):

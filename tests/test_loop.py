@@ -178,34 +178,41 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tm
     assert bits(final_state(resumed.path, experiment)) == bits(final_state(finished.path, BASE))
 
 
+class Ended(Exception):
+    """What a signal does that nobody handles."""
+
+
 @pytest.fixture
-def handlers():
-    """Those that Python begins with, for the signals that stop a run."""
-    first = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in first.items()}
+def unhandled():
+    """Signals that stop a run raise Ended, other than in the loop."""
+
+    def end(number, frame):
+        raise Ended
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("again", ["at once", "on the way out"])
-def test_a_signal_that_comes_twice_ends_no_process_before_the_others(handlers, monkeypatch, again):
+def test_a_signal_that_comes_twice_ends_no_process_before_the_others(unhandled, monkeypatch, again):
     monkeypatch.setattr(loop.processes, "several", lambda: True)
     with loop._stop_signals() as asked:
         assert not asked()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         if again == "at once":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
     now = loop.time.monotonic()
     monkeypatch.setattr(loop.time, "monotonic", lambda: now + loop.SAME_SIGNAL_SECONDS)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Ended):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_second_signal_acts_as_ever(handlers, monkeypatch):
-    with pytest.raises(KeyboardInterrupt), loop._stop_signals() as asked:
+def test_a_second_signal_acts_as_ever(unhandled, monkeypatch):
+    with pytest.raises(Ended), loop._stop_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # of its parent process, too
         assert asked()
