@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxmp
 from jaxmp.cli import main
 from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
@@ -634,3 +635,57 @@ def test_the_command_with_a_rule_by_class(capsys):
 def test_the_command_with_an_unknown_target_is_bad_input(capsys):
     assert main(["audit", "digits_mlp", "--target", "h200"]) == 2
     assert "target 'h200': expected h100" in capsys.readouterr().err
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+
+
+def test_batch_statistics_are_guarded_like_the_rest_of_the_state():
+    model, x = Normed(), jnp.ones((4, 5))
+    variables, tx = model.init(jax.random.key(0), x), jaxmp.loss_scaling(optax.adam(1e-3))
+    state = jaxmp.TrainState.create(
+        variables["params"], tx, key=jax.random.key(0), model_state={"batch_stats": variables["batch_stats"]}
+    )
+    loss = jaxmp.make_loss(model, jaxmp.Classification(inputs=("x",)), "mixed_float16")
+    step = jax.jit(jaxmp.make_train_step(loss, tx), donate_argnums=0)
+    audit(step, state, {"x": x, "label": jnp.zeros(4, jnp.int32), "weight": jnp.ones(4)}).assert_clean("mixed_float16")
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_input_gradient_of_a_strided_convolution_has_as_many_flops_as_the_convolution(stride):
+    def convolution(x, kernel):
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=names)
+
+    x, kernel = jax.ShapeDtypeStruct((4, 32, 32, 8), jnp.float32), jax.ShapeDtypeStruct((3, 3, 8, 16), jnp.float32)
+    y = jax.eval_shape(convolution, x, kernel)
+    by_hand = {"float32": 2 * 4 * (32 // stride) ** 2 * 16 * 3 * 3 * 8}
+    assert audit(convolution, x, kernel).dot_flops_by_dtype == by_hand
+    for backward in (
+        lambda x, kernel, y: jax.vjp(lambda x: convolution(x, kernel), x)[1](y),
+        lambda x, kernel, y: jax.vjp(lambda kernel: convolution(x, kernel), kernel)[1](y),
+    ):
+        assert audit(backward, x, kernel, y).dot_flops_by_dtype == by_hand
+
+
+def test_a_general_reduce_that_adds_is_a_sum():
+    def reduced(operation):
+        return audit(lambda x: jax.lax.reduce(x, jnp.float16(0), operation, (0,)), jnp.ones(1000, jnp.float16)).findings
+
+    assert [finding.rule for finding in reduced(jax.lax.add)] == ["half accumulation"]
+    assert not reduced(jax.lax.max)
+
+
+def test_a_factor_of_one_is_a_vanished_decay_only_where_it_multiplies_state():
+    x = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
+    assert not audit(lambda x, y: 1.0 * jnp.tanh(x) + y, x, x).findings
+    assert [f.rule for f in audit(lambda x, y: 0.999 * x + 0.001 * y, x, x).findings] == ["vanished constant"]
+
+    def decayed(m, xs):
+        return jax.lax.scan(lambda m, x: (0.999 * m + 0.001 * x, None), m, xs)[0]
+
+    xs = jax.ShapeDtypeStruct((3, 8, 4), jnp.bfloat16)
+    assert "vanished constant" in [f.rule for f in audit(lambda x, xs: decayed(jnp.tanh(x), xs), x, xs).findings]

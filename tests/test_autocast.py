@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections import Counter
 
 import jax
@@ -705,3 +706,16 @@ def test_bad_input_is_one_message(make, message):
     with pytest.raises(InputError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_what_was_made_of_a_function_goes_with_it():
+    def once(i):
+        big = jnp.full((256, 1024), i, jnp.float32)
+        inner = jax.jit(lambda x: x @ big)
+        autocast(lambda x: inner(x))(jnp.ones((2, 256))).block_until_ready()
+
+    before = len([a for a in jax.live_arrays() if a.nbytes >= 2**20])
+    for i in range(3):
+        once(i)
+    gc.collect()
+    assert len([a for a in jax.live_arrays() if a.nbytes >= 2**20]) == before

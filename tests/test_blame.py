@@ -606,3 +606,23 @@ def test_replicas_are_repeated_on_one_device(spread, config):
     named = jaxmp_("blame", "runs")
     assert named.returncode == 0, named.stderr
     assert re.search("inf from (dot_general in Net/head|convert_element_type), turn [01] of 2, backward", named.stdout)
+
+
+def masked_power(x, weight):
+    return jnp.sum(jnp.where(weight > 0, jnp.exp(200 * jnp.log(x)), 0))
+
+
+@pytest.mark.parametrize("padding", [-1.0, 1.0, 0.0])
+def test_what_a_where_has_masked_in_one_row_hides_nothing_in_another(padding):
+    found = blame(masked_power, jnp.array([2.0, padding]), jnp.array([1.0, 0.0]))  # -1: a NaN from log, masked
+    assert found.primitive == "exp"
+
+
+def test_the_branch_that_is_not_selected_is_not_blamed():
+    def two_branches(x):
+        return jnp.where(x < 5, jnp.exp(100 * x), jnp.log(x))
+
+    assert blame(two_branches, jnp.array([-1.0, 2.0])).primitive == "exp"
+    assert blame(two_branches, jnp.array([-1.0, 7.0])) is None
+    assert blame(lambda x: two_branches(x) * jnp.log(x), jnp.array([-1.0, 2.0])).primitive == "exp"
+    assert blame(lambda x: jnp.log(x) * two_branches(x)[::-1], jnp.array([-1.0, 2.0])).primitive == "log"

@@ -457,3 +457,11 @@ def test_consecutive_skips_start_again_after_a_good_step():
         _, state = update(grads if finite else inject(grads, 0, jnp.inf), state, params())
         seen.append((int(jaxmp.consecutive_skips(state)), int(jaxmp.skipped_steps(state))))
     assert seen == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+
+
+def test_a_skipped_step_leaves_the_signs_of_complex_zeros():
+    params = {"z": jnp.array([complex(-0.0, -0.0), 1 - 2j], jnp.complex64)}
+    tx = jaxmp.loss_scaling(optax.sgd(0.1))
+    updates, _ = tx.update({"z": jnp.array([jnp.inf, 1j], jnp.complex64)}, tx.init(params), params)
+    for new in (optax.apply_updates(params, updates), jaxmp.apply_updates(params, updates)):
+        assert np.asarray(new["z"]).tobytes() == np.asarray(params["z"]).tobytes()

@@ -186,3 +186,16 @@ def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name
     assert predicted.nbytes(*STATE, "batch") == pytest.approx(compiled.argument_size_in_bytes, rel=0.05)
     assert predicted.nbytes(*STATE) == pytest.approx(compiled.alias_size_in_bytes, rel=0.05)
     assert predicted.nbytes("gradients") == pytest.approx(compiled_gradients(training), rel=0.05)
+
+
+def test_weights_that_are_cast_in_each_turn_of_a_scan_are_weights():
+    def loss(weights, x):
+        def layer(x, w):
+            return (x.astype(BF16) @ w.astype(BF16)).astype(F32), None
+
+        return jnp.sum(jnp.square(jax.lax.scan(layer, x, weights)[0]))
+
+    found = sizes(memory(loss, of((10, 64, 64)), of((1, 64))))
+    assert found["master weights", "float32"] == 10 * 64 * 64 * 4
+    assert found["weights cast for compute", "bfloat16"] == 10 * 64 * 64 * 2
+    assert found["saved activations", "bfloat16"] == 10 * 64 * 2

@@ -169,3 +169,21 @@ BATCH = {"image": X, "label": jnp.arange(4) % 2, "weight": jnp.ones(4)}
 test_an_nnx_module_obeys_the_laws_of_policies = jaxmp.testing.policy_laws(
     from_nnx(make_sequence), "mixed_bfloat16", BATCH
 )
+
+
+class WithStatistics(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.head = nnx.BatchNorm(4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(x))
+
+
+def test_state_keeps_its_dtype_whatever_the_output_dtype_is():
+    model = from_nnx(lambda rngs: WithStatistics(rngs))
+    variables = model.init(jax.random.key(0))
+    x = 300 * jax.random.normal(jax.random.key(1), (64, 4))
+    out, new = with_policy(model.apply, "p=f32,c=bf16,o=bf16")(variables, x, train=True, mutable=True)
+    assert out.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {np.dtype(np.float32)}
+    assert not (np.asarray(new["state"]["norm"]["var"]).view(np.uint32) & 0xFFFF == 0).any()  # not rounded to bfloat16

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.training.optim import LAMB, SGD, Adam, AdamW, Constant, Cosine, Linear, Lion, Step, clip_by_global_norm
+from jaxmp.training.optim import LAMB, SGD, Adam, AdamW, Constant, Cosine, Linear, Lion, Step
 
 PEAK, STEPS = 0.3, 1000
 
@@ -153,27 +153,11 @@ def test_a_decay_pattern_that_matches_nothing_is_an_error_with_the_nearest_path(
     AdamW(weight_decay=0.0, decay=("*nothing",)).make(STEPS).init(params)
 
 
-def test_gradients_are_clipped_by_their_float32_norm():
-    clip = clip_by_global_norm(2.0)
-    long = {"a": jnp.full(4, 300.0, jnp.float16), "b": jnp.full((3, 4), 300.0, jnp.bfloat16)}
-    clipped, _ = clip.update(long, clip.init(long))
-    assert [leaf.dtype for leaf in jax.tree.leaves(clipped)] == [jnp.float16, jnp.bfloat16]
-    np.testing.assert_array_equal(np.concatenate([np.ravel(leaf).astype(np.float32) for leaf in clipped.values()]), 0.5)
-
-    short = {"a": jax.random.normal(jax.random.key(0), (50,)) / 50}
-    assert_same_bits(clip.update(short, clip.init(short))[0], short)
-    zero = {"a": jnp.zeros(3)}
-    assert_same_bits(clip.update(zero, clip.init(zero))[0], zero)
-
-
-def test_clipping_does_not_hide_a_nan():
-    clip = clip_by_global_norm(1.0)
-    assert jnp.isnan(clip.update(jnp.array([1.0, jnp.nan]), clip.init(None))[0]).all()
-
-
 def test_clipping_comes_before_the_optimizer():
     tx = SGD(1.0, momentum=0.0, clip_norm=1.0).make(STEPS)
     updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    np.testing.assert_allclose(updates, [-0.6, -0.8], rtol=1e-6)
+    updates, _ = tx.update(jnp.array([3e20, 4e20]), tx.init(jnp.zeros(2)), jnp.zeros(2))  # whose squares are inf
     np.testing.assert_allclose(updates, [-0.6, -0.8], rtol=1e-6)
 
 

@@ -162,19 +162,19 @@ def integer_and_key_leaves_go_through_all_modes():
         assert np.array_equal(jax.random.key_data(out["key"]), jax.random.key_data(extra["key"]))
 
 
+def over_replicas(function, values, dtype=jnp.float32):
+    """What `function` of the replicas and the value of each makes of `values`, one a replica."""
+    mesh = jax.make_mesh((len(values),), ("data",), (AxisType.Auto,), devices=jax.devices()[: len(values)])
+    replicas, spec = Replicas("data", mesh, dtype), jax.sharding.PartitionSpec
+    mapped = jax.shard_map(
+        lambda x: function(replicas, x), mesh=mesh, in_specs=spec("data"), out_specs=spec(), check_vma=False
+    )
+    return jax.jit(mapped)(jnp.asarray(values))
+
+
 def reduced(values, dtype):
     """`values`, one a replica, summed by the gradient collective in `dtype`."""
-    mesh = jax.make_mesh((len(values),), ("data",), (AxisType.Auto,), devices=jax.devices()[: len(values)])
-    replicas = Replicas("data", mesh, dtype)
-    spec = jax.sharding.PartitionSpec
-    total = jax.shard_map(
-        lambda x: replicas.sum_gradients({"w": x, "n": jnp.int32(3)}),
-        mesh=mesh,
-        in_specs=spec("data"),
-        out_specs=spec(),
-        check_vma=False,
-    )
-    out = jax.jit(total)(jnp.asarray(values))
+    out = over_replicas(lambda replicas, x: replicas.sum_gradients({"w": x, "n": jnp.int32(3)}), values, dtype)
     assert out["n"] == 3
     return out["w"]
 
@@ -189,6 +189,12 @@ def a_reduction_in_bfloat16_does_not_overflow_t3():
     np.testing.assert_allclose(of_three, largest, rtol=2e-2)
     np.testing.assert_array_equal(reduced(np.full(8, 40000, np.float16), jnp.float32), [320000])
     assert not np.isfinite(reduced(np.array([1] * 7 + [np.inf], np.float32), jnp.bfloat16))
+    np.testing.assert_array_equal(reduced(np.full(8, 1 - 2j, np.complex64), jnp.bfloat16), [8 - 16j])
+
+
+def the_mean_of_the_model_state_does_not_overflow_in_float16_t3():
+    mean = over_replicas(lambda replicas, x: replicas.mean(x), np.full(8, 40000, np.float16))
+    assert mean.dtype == jnp.float16 and mean.tolist() == [40000]
 
 
 class Random(nn.Module):
@@ -299,6 +305,7 @@ CASES = [
     an_inf_on_one_replica_skips_the_step_on_all_b14,
     integer_and_key_leaves_go_through_all_modes,
     a_reduction_in_bfloat16_does_not_overflow_t3,
+    the_mean_of_the_model_state_does_not_overflow_in_float16_t3,
     one_collective_carries_the_gradient_in_the_reduce_dtype,
     half_reductions_train_as_well,
     all_bytes_of_the_state_are_donated_on_every_device,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError
-from jaxmp.precision.policy import PRESETS, Policy, cast_floats, is_float, parse_policy
+from jaxmp.precision.dtypes import cast_floats, is_float
+from jaxmp.precision.policy import PRESETS, Policy, parse_policy
 
 NAMES = ["f16", "float16", "bf16", "bfloat16", "f32", "float32", "f64", "float64", "full", "half"]
 DTYPES = [jnp.dtype(name) for name in ("float16", "bfloat16", "float32", "float64")]

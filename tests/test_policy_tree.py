@@ -528,3 +528,35 @@ def test_a_tree_is_a_precision_on_the_command_line(tmp_path, monkeypatch, capsys
     assert main(["train", "my.py", "--precision", "haed=float32; mixed_bfloat16"]) == 2
     assert "rule haed=" in (error := capsys.readouterr().err) and "did you mean 'head'" in error
     assert [path.name for path in (tmp_path / "runs/my").iterdir()] == [next((tmp_path / "runs/my").iterdir()).name]
+
+
+class Head(nn.Module):
+    auxiliary: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(x.shape[-1])(x)
+        return (y, jnp.float32(0)) if self.auxiliary else y
+
+
+class WithHead(nn.Module):
+    auxiliary: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x):
+        head = nn.remat(Head) if self.remat else Head
+        return head(self.auxiliary, name="head")(nn.Dense(x.shape[-1], name="body")(x))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_result_with_a_loss_beside_it_is_no_carry(remat):
+    x = jnp.linspace(0.1, 1, 8).reshape(2, 4)
+    variables = WithHead(False, remat).init(KEY, x)
+
+    def result(auxiliary):
+        apply = with_policy(WithHead(auxiliary, remat).apply, "head=float32; p=f32,c=bf16,o=f32")
+        return apply(variables, x)
+
+    assert (result(True)[0] == result(False)).all()
+    assert (result(False) != result(False).astype(jnp.bfloat16)).any()

@@ -218,3 +218,9 @@ def test_the_update_can_be_differentiated_through():
 def test_what_is_missing_or_misspelt_is_said(options, message):
     with pytest.raises(InputError, match=message):
         apply_updates(jnp.bfloat16(1), jnp.float32(1), **options)
+
+
+def test_a_tiny_negative_float64_update_is_no_skipped_step():
+    with jax.enable_x64(True):
+        update = jnp.array([-1e-50, 1e-50])
+        assert apply_updates(jnp.zeros(2), update).tolist() == update.tolist()

@@ -190,3 +190,9 @@ def test_values_that_break_the_contract_are_refused(values, words):
 def test_a_static_scale_that_would_round_gradients_is_refused_b9(scale):
     with pytest.raises(InputError, match=r"StaticScaler\.scale"):
         StaticScaler(scale)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 2**31, 1.5, 0])
+def test_a_count_that_int32_cannot_hold_is_refused(value):
+    with pytest.raises(InputError, match=r"DynamicScaler.growth_interval=.*: expected a whole number from 1 to"):
+        DynamicScaler(growth_interval=value)

@@ -379,3 +379,42 @@ def test_an_evaluation_reads_the_state_and_counts_exactly():
     assert metrics["accuracy"].weight == metrics["loss"].weight == 5
     assert metrics["accuracy"].total == part["accuracy"].total
     assert compute(metrics)["loss"] == pytest.approx(compute(part)["loss"], rel=1e-6)
+
+
+def plain_loss(params, model_state, batch, key):
+    return jnp.sum(params["w"] * batch["x"]), (jnp.float32(batch["x"].size), {}, model_state)
+
+
+def test_a_python_number_among_the_parameters_compiles_once_t7():
+    tx = loss_scaling(optax.sgd(0.1))
+    state = TrainState.create({"w": jnp.asarray(1.0)}, tx, key=jax.random.key(0), model_state={"n": jnp.asarray(1.0)})
+    step = jax.jit(make_train_step(plain_loss, tx))
+    for _ in range(3):
+        state, _ = step(state, {"x": jnp.ones(4)})
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_fp8_leaves_are_set_aside_and_a_batch_needs_no_weight(accumulate_steps):
+    tx = loss_scaling(optax.sgd(1.0))
+    params = {"w": jnp.zeros(()), "q": jnp.ones(3, jnp.float8_e4m3fn)}
+    state = TrainState.create(params, tx, key=jax.random.key(0))
+    step = jax.jit(make_train_step(plain_loss, tx, accumulate_steps=accumulate_steps))
+    state, _ = step(state, {"x": jnp.ones(4)})
+    assert state.params["w"] == -1 and state.params["q"].dtype == jnp.float8_e4m3fn
+    assert state.params["q"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accumulate_steps": 0}, "accumulate_steps=0: expected a whole number of at least 1"),
+        ({"accumulate_steps": 3}, "accumulate_steps=3: a batch of 4 rows has no so many equal parts"),
+        ({"accumulate_overflow": "typo"}, "accumulate_overflow='typo': expected window or microbatch"),
+    ],
+)
+def test_what_cannot_be_accumulated_is_refused(options, words):
+    tx = loss_scaling(optax.sgd(1.0))
+    state = TrainState.create({"w": jnp.zeros(())}, tx, key=jax.random.key(0))
+    with pytest.raises(InputError, match=words):
+        make_train_step(plain_loss, tx, **options)(state, {"x": jnp.ones(4)})

@@ -67,9 +67,10 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
     return results
 
 
-def main(
-    configs: tuple[str, ...] = ("digits_mlp", "digits_cnn", "mnist_cnn"), rounds: int = 15, output: Path | None = None
-) -> None:
+CONFIGS = ("digits_mlp", "digits_cnn", "mnist_mlp", "mnist_cnn", "cifar10_cnn")
+
+
+def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, output: Path | None = None) -> None:
     """Measures and prints.
 
     Args:
@@ -82,9 +83,7 @@ def main(
         results[config] = measure(config, rounds)
         print(config, json.dumps(results[config]), flush=True)
     if output is not None:
-        origin = provenance()
-        git = origin.pop("git")
-        origin["git"] = git and {"revision": git["revision"], "dirty": bool(git["patch"])}
+        origin = provenance(patch=False)
         output.write_text(json.dumps(origin | {"every": EVERY, "rounds": rounds, "results": results}, indent=1) + "\n")
 
 

@@ -26,12 +26,12 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
-from jaxmp.instruments.equations import bare, module_path, scopes, source_line
+from jaxmp.instruments.equations import bare, functions, module_path, scan_counts, scopes, source_line
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
-from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
+from jaxmp.precision.dtypes import FLOAT32, HALF
+from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
-from jaxmp.precision.rounding import HALF
 
 if TYPE_CHECKING:
     from jaxmp.precision.flax import Row
@@ -47,7 +47,7 @@ _TRANSPARENT = {
 """Operations whose result holds the values of their operand."""
 
 _COLLECTIVE_SUMS = {"psum", "psum2", "psum_invariant", "reduce_scatter", "psum_scatter"}
-_CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions"}
+_CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions", "reduce": "dimensions"}
 _SCATTERS = {"scatter-add", "scatter_add", "select_and_scatter_add"}
 _CALLBACKS = {
     "pure_callback",
@@ -297,9 +297,9 @@ def audit(
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     platform = "cuda" if target is not None else jax.default_backend()
     walk, whole = _Walk(platform), _Walk(platform)
-    whole.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
+    whole.function(jaxpr, [_Facts(weight=True, kept=True)] * len(jaxpr.invars), _Place())
     jaxpr = live
-    out = walk.function(jaxpr, [_Facts(weight=True)] * len(jaxpr.invars), _Place())
+    out = walk.function(jaxpr, [_Facts(weight=True, kept=True)] * len(jaxpr.invars), _Place())
     boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
     # A loss of which only the gradient is wanted is not computed, but its dtype is that in which the gradient begins.
     losses = [f for f in whole.findings if f.rule == "half loss" and whole.differentiated]
@@ -320,6 +320,8 @@ class _Facts:
 
     weight: bool = False
     """an argument, cast and reshaped at most"""
+    kept: bool = False
+    """an argument, or what a loop carries, cast and reshaped at most: it may be state"""
     product: bool = False
     """what one use of a weight adds to its gradient: a product of two values that are no weights"""
     gradient: bool = False
@@ -384,7 +386,7 @@ class _Walk:
         name = eqn.primitive.name
         if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
             self.notes.add(f"what is inside of {name} is not counted")
-        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(_functions(eqn))):
+        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(functions(eqn))):
             return self._nested(eqn, inner, given, place)
         self._count(eqn, place)
         self._find(eqn, given, place)
@@ -410,10 +412,7 @@ class _Walk:
 
     def _scan(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
         jaxpr = bare(eqn.params["jaxpr"])
-        if "num_carry" in eqn.params:
-            consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        else:  # JAX 0.12 keeps the structure instead
-            consts, carries = (len(group) for group in eqn.params["ft_in"].unpack()[:2])
+        consts, carries = scan_counts(eqn.params)
         place = dataclasses.replace(place, times=place.times * eqn.params["length"])
         own, start, slices = given[:consts], given[consts : consts + carries], given[consts + carries :]
         adding = self._carries(jaxpr, jaxpr.invars[consts : consts + carries], place, eqn.params["length"])
@@ -431,7 +430,7 @@ class _Walk:
         self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: _Place, adding: set[int]
     ) -> list[_Facts]:
         """One turn. A carry is a weight in the first turn alone."""
-        carried = [dataclasses.replace(f, weight=False) for f in start]
+        carried = [dataclasses.replace(f, weight=False, kept=True) for f in start]
         before = len(self.findings)
         out = self.function(jaxpr, [*own, *carried, *rest], place)
         sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
@@ -539,7 +538,7 @@ class _Walk:
 
     def _find_in_half(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
         name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
-        if name in _CUMULATIVE and not given[0].mask and _terms(eqn) > 1:
+        if _is_sum(eqn) and not given[0].mask and _terms(eqn) > 1:
             self._found("half accumulation", f"{name} over {_terms(eqn)} terms in {dtype.name}", dtype, place)
         elif name in _SCATTERS and not eqn.params.get("unique_indices") and not _disjoint(eqn):
             self._found("half accumulation", f"{name} in {dtype.name}", dtype, place)
@@ -578,14 +577,14 @@ class _Walk:
             if name == "sqrt":
                 shared["eps"] = given[0].eps
         if _half(aval):
-            shared |= _vanishing(eqn, place)
+            shared |= _vanishing(eqn, given, place)
             if name in ("exp", "exp2"):
                 what = f"{name} in {aval.dtype.name}"
                 shared["exponential"] = _finding("half exponential", what, aval.dtype, place)
         return _Facts(**shared)
 
 
-def _vanishing(eqn: Any, place: _Place) -> dict[str, Any]:
+def _vanishing(eqn: Any, given: list[_Facts], place: _Place) -> dict[str, Any]:
     """The fact that a constant of this operation came out as 0 or 1 in half; its use says whether that matters."""
     name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
     constants = [v.val for v in eqn.invars if isinstance(v, Literal)]
@@ -594,8 +593,8 @@ def _vanishing(eqn: Any, place: _Place) -> dict[str, Any]:
     if name == "add" and float(constants[0]) == 0:
         what = f"a constant that is 0 in {dtype.name} is added to a divisor (eps?)"
         return {"eps": _finding("vanished constant", what, dtype, place)}
-    if name == "mul" and float(constants[0]) == 1:
-        what = f"a factor that is 1 in {dtype.name}, of a value that is added to (b2?)"
+    if name == "mul" and float(constants[0]) == 1 and any(facts.kept for facts in given):
+        what = f"a factor that is 1 in {dtype.name}, of state that is added to (b2?)"
         return {"unit": _finding("vanished constant", what, dtype, place)}
     return {}
 
@@ -616,12 +615,22 @@ def _dot_flops(eqn: Any) -> int:
 
 def _convolution_flops(eqn: Any) -> int:
     kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-    return (
-        2 * eqn.outvars[0].aval.size * math.prod(kernel[d] for d in spec[1:])
-    )  # its input channels are those of a group
+    outputs, inputs, *window = (kernel[d] for d in spec)  # the inputs are those of a group
+    if math.prod(eqn.params["lhs_dilation"]) > 1:  # of the zeros in between nothing is computed: each number, spread
+        return 2 * eqn.invars[0].aval.size * (outputs // eqn.params["feature_group_count"]) * math.prod(window)
+    return 2 * eqn.outvars[0].aval.size * inputs * math.prod(window)
 
 
 _FLOPS = {"dot_general": _dot_flops, "conv_general_dilated": _convolution_flops}
+
+
+def _is_sum(eqn: Any) -> bool:
+    """Whether an operation adds up elements; `reduce` is what jax.lax.reduce leaves where its start is an array."""
+    name = eqn.primitive.name
+    if name != "reduce":
+        return name in _CUMULATIVE
+    operations = bare(eqn.params["jaxpr"]).eqns
+    return len(operations) == 1 and operations[0].primitive.name == "add"
 
 
 def _terms(eqn: Any) -> int:
@@ -650,14 +659,6 @@ def _devices(eqn: Any) -> int:
         return 1
     sizes = dict(eqn.params["mesh"].shape)
     return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-
-
-def _functions(eqn: Any) -> Iterator[Any]:
-    """The jaxprs that an operation holds."""
-    for parameter in eqn.params.values():
-        for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
-            if hasattr(bare(inner), "eqns"):
-                yield bare(inner)
 
 
 def _sources(jaxpr: Any, v: Any) -> set[Any]:
@@ -776,7 +777,7 @@ def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
     if after not in made:
         return False
     eqn = made[after]
-    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in _functions(eqn))
+    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in functions(eqn))
     return updates and any(v is before for v in eqn.invars)
 
 

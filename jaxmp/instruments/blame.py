@@ -37,6 +37,7 @@ from jaxmp.instruments.equations import (
     module_path,
     opened,
     quantized,
+    scan_counts,
     scopes,
     source_line,
 )
@@ -50,6 +51,14 @@ _BODIES = {
 """Operations that only call a function, and the parameter that holds it."""
 
 _LOOPS = ("scan", "while")
+
+_BY_ELEMENT = {
+    *("abs", "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "rem", "sign", "square", "clamp", "select_n"),
+    *("exp", "exp2", "expm1", "log", "log1p", "pow", "integer_pow", "sqrt", "rsqrt", "cbrt", "logistic", "tanh"),
+    *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh"),
+    *("erf", "erfc", "erf_inv", "lgamma", "digamma", "floor", "ceil", "round", "convert_element_type", "copy"),
+}
+"""Operations each element of whose result is made of those at its place: there, what is bad is followed by element."""
 
 ON_HOST = 2**16
 """numbers in an array up to which it is looked at on the host, where that compiles nothing; on a CPU, all are"""
@@ -210,7 +219,7 @@ class Replay:
         reaches = tuple(name for name, out in zip(self._results, run.out, strict=True) if out.state)
         if not reaches:
             return None
-        suspect = run.suspect({i for i, out in enumerate(run.out) if out.state is BAD}).suspect
+        suspect = run.suspect({i: None for i, out in enumerate(run.out) if out.state is BAD}).suspect
         # Where no operation is suspect, what was put there came through as it was.
         return dataclasses.replace(suspect or next(x.state.suspect for x in run.out if x.state), reaches=reaches)
 
@@ -249,12 +258,16 @@ class _Place:
         return dataclasses.replace(self, names=scopes(eqn, self.names), source=source_line(eqn) or self.source)
 
 
+_Wanted = dict[int, np.ndarray | None]
+"""bad values that are asked for, by their places: which elements of each, an array of bools, or None for any"""
+
+
 class _Traced(NamedTuple):
     """Where the non-finite results of some equations come from."""
 
     suspect: Blame | None
     """the first suspect that leads there"""
-    inputs: set[int]
+    inputs: _Wanted
     """the non-finite inputs that lead there"""
 
 
@@ -264,8 +277,8 @@ class _Event(NamedTuple):
     eqn: Any
     bad: set[Any]
     """the variables that are bad after it"""
-    came_from: Callable[[set[int]], _Traced]
-    """from the places of bad results among its outputs to where they come from, as places among its operands"""
+    came_from: Callable[[_Wanted], _Traced]
+    """from bad results, by their places among its outputs, to where they come from, by places among its operands"""
 
 
 class _Run(NamedTuple):
@@ -275,18 +288,27 @@ class _Run(NamedTuple):
     out: list[_Value]
     events: list[_Event]
 
-    def suspect(self, outputs: set[int]) -> _Traced:
+    def suspect(self, outputs: _Wanted) -> _Traced:
         """The first suspect that leads to these of the bad outputs, and the inputs (constants first) that do."""
-        wanted = {self.jaxpr.outvars[i] for i in outputs if not isinstance(self.jaxpr.outvars[i], Literal)}
+        wanted: dict[Any, np.ndarray | None] = {}
+
+        def want(v: Any, elements: np.ndarray | None) -> None:
+            if not isinstance(v, Literal):
+                before = wanted.get(v, elements)
+                wanted[v] = None if before is None or elements is None else before | elements
+
+        for i, elements in outputs.items():
+            want(self.jaxpr.outvars[i], elements)
         first: Blame | None = None
         for event in reversed(self.events):
-            places = {i for i, v in enumerate(event.eqn.outvars) if v in wanted and v in event.bad}
+            places = {i: wanted[v] for i, v in enumerate(event.eqn.outvars) if v in wanted and v in event.bad}
             if places:
                 found = event.came_from(places)
                 first = found.suspect or first
-                wanted |= {event.eqn.invars[i] for i in found.inputs if not isinstance(event.eqn.invars[i], Literal)}
+                for i, elements in found.inputs.items():
+                    want(event.eqn.invars[i], elements)
         inputs = [*self.jaxpr.constvars, *self.jaxpr.invars]
-        return _Traced(first, {i for i, v in enumerate(inputs) if v in wanted})
+        return _Traced(first, {i: wanted[v] for i, v in enumerate(inputs) if v in wanted})
 
 
 class _Machine:
@@ -329,6 +351,8 @@ class _Machine:
                 return out, lambda places: _shifted(came_from(places), 1)
             values = [x.value for x in given]
             out = self.whole(eqn)(*values) if name in (*_LOOPS, *_BODIES) else _bind(eqn, values)
+        if name == "select_n":
+            given = _selected(given)
         states = _states(eqn, given, out, place)
         results = [_Value(x, state) for x, state in zip(out, states, strict=True)]
         if BAD not in states:
@@ -337,11 +361,14 @@ class _Machine:
         if name in _LOOPS:
             return results, functools.partial(self.turns, eqn, results, given, place)
         if bad_operands:
-            return results, lambda _: _Traced(None, bad_operands)
+            result = results[0].value
+            if name in _BY_ELEMENT and all(np.shape(x.value) in ((), result.shape) for x in given):
+                return results, _by_element(eqn, given, result, place)
+            return results, lambda _: _Traced(None, dict.fromkeys(bad_operands))
         first = next(i for i, state in enumerate(states) if state is BAD)
         suspect = _argument_among(given) if not _is_fresh(out[first], values) else None
         suspect = suspect or _observed(eqn, given, out[first], place)
-        return results, lambda _: _Traced(suspect, set())
+        return results, lambda _: _Traced(suspect, {})
 
     def inside(self, jaxpr: Any, consts: list[Any], given: list[_Value], place: _Place) -> tuple[list[_Value], Any]:
         """The results of a function that an equation calls."""
@@ -354,7 +381,7 @@ class _Machine:
             self.compiled[eqn] = jax.jit(functools.partial(_bound, eqn), compiler_options=AS_WRITTEN)
         return self.compiled[eqn]
 
-    def turns(self, eqn: Any, results: list[_Value], given: list[_Value], place: _Place, places: set[int]) -> _Traced:
+    def turns(self, eqn: Any, results: list[_Value], given: list[_Value], place: _Place, places: _Wanted) -> _Traced:
         """Where bad results of a loop come from: the turn is looked for from the last to the first."""
         loop = _Loop.of(eqn)
         if ("turn", eqn) not in self.compiled:
@@ -362,9 +389,9 @@ class _Machine:
         turn = self.compiled["turn", eqn]
         values = [x.value for x in given]
         seen = _seen_of_turns(loop, turn, values, [x.state for x in given])
-        found = _turn_to_blame(loop, seen, places)
+        found = _turn_to_blame(loop, seen, set(places))
         if found.turn is None:
-            return _Traced(None, found.inputs)
+            return _Traced(None, dict.fromkeys(found.inputs))
         carry = loop.carry(values)
         for t in range(found.turn):
             carry, _ = turn(values, carry, t)
@@ -372,10 +399,10 @@ class _Machine:
         operands = [_inside(x, given[i].state) for i, x in zip(loop.operands, inputs, strict=True)]
         where = dataclasses.replace(place, turns=(*place.turns, (loop.position(found.turn), loop.length)))
         run = self.run(loop.body, [*map(_constant, opened(loop.closed)[1]), *operands], where)
-        bad = {i for i in found.outputs if run.out[i].state is BAD}
+        bad: _Wanted = {i: None for i in found.outputs if run.out[i].state is BAD}
         # The compiled turn and the one that was run operation by operation may differ in the last bit of a sum.
         suspect = run.suspect(bad).suspect or _observed(eqn, given, results[min(places)].value, where)
-        return _Traced(suspect, found.inputs)
+        return _Traced(suspect, dict.fromkeys(found.inputs))
 
 
 # Loops
@@ -401,10 +428,7 @@ class _Loop:
     def of(cls, eqn: Any) -> _Loop:
         params, count = eqn.params, len(eqn.invars)
         if eqn.primitive.name == "scan":
-            if "num_carry" in params:
-                num_consts, num_carry = params["num_consts"], params["num_carry"]
-            else:  # JAX 0.12 keeps the structure instead
-                num_consts, num_carry = (len(group) for group in params["ft_in"].unpack()[:2])
+            num_consts, num_carry = scan_counts(params)
             body, operands = params["jaxpr"], tuple(range(count))
             return cls(body, operands, num_consts, num_carry, params["length"], params["reverse"])
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
@@ -523,6 +547,44 @@ def _state_of_first(eqn: Any, given: list[_Value], out: Any, place: _Place) -> A
     return _Put(suspect, flags, any(put.given for put in puts))
 
 
+def _selected(given: list[_Value]) -> list[_Value]:
+    """The operands of a `select_n`; what is bad only where it was not selected leads nowhere."""
+    which = np.asarray(given[0].value)
+    cases = (
+        x._replace(state=None) if x.state is BAD and not np.any(_lost(x.value) & (which == i)) else x
+        for i, x in enumerate(given[1:])
+    )
+    return [given[0], *cases]
+
+
+def _by_element(eqn: Any, given: list[_Value], out: Any, place: _Place) -> Callable[[_Wanted], _Traced]:
+    """Where the bad elements of an operation element by element come from, some of whose operands are bad."""
+    lost = _lost(out)
+    which = np.asarray(given[0].value) if eqn.primitive.name == "select_n" else None
+    shapes = [np.shape(x.value) for x in given]
+    of_operands = {
+        i: _lost(x.value) & (True if which is None else which == i - 1) for i, x in enumerate(given) if x.state is BAD
+    }
+    own = functools.reduce(np.logical_and, (~elements for elements in of_operands.values()), lost)
+    # Made here of finite ones, or put there by someone: seldom both, and so not kept until it is asked for.
+    suspect = _observed(eqn, given, out, place) if np.any(own) else None
+
+    def came_from(places: _Wanted) -> _Traced:
+        wanted = lost if places[0] is None else lost & places[0]
+        inputs: _Wanted = {}
+        for i, elements in of_operands.items():
+            if np.any(wanted & elements):
+                inputs[i] = wanted & elements if shapes[i] else None
+        return _Traced(suspect if np.any(wanted & own) else None, inputs)
+
+    return came_from
+
+
+def _lost(x: Any) -> np.ndarray:
+    """Which elements are not finite."""
+    return ~np.isfinite(np.asarray(x))
+
+
 def _is_fresh(out: Any, operands: list[Any]) -> bool:
     """Whether an operation element by element made one that is not finite of such as are."""
     floats = [np.isfinite(np.asarray(x)) for x in operands if _is_float(x)]
@@ -560,7 +622,7 @@ def _places(flags: np.ndarray) -> set[int]:
 
 def _shifted(traced: _Traced, by: int) -> _Traced:
     """With its inputs counted from another place on; those before it are constants, which are never bad."""
-    return _Traced(traced.suspect, {i + by for i in traced.inputs if i + by >= 0})
+    return _Traced(traced.suspect, {i + by: elements for i, elements in traced.inputs.items() if i + by >= 0})
 
 
 # Arrays

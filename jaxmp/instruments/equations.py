@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Not public, and used to read alone: the line of the user's code.
@@ -93,3 +94,19 @@ def bare(jaxpr: Any) -> Any:
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
     """A jaxpr and its constants."""
     return bare(jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def functions(eqn: Any) -> Iterator[Any]:
+    """The jaxprs that an equation holds, without their constants."""
+    for parameter in eqn.params.values():
+        for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+            if hasattr(bare(inner), "eqns"):
+                yield bare(inner)
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a scan, of these parameters, are the same in each turn, and how many are carried."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carries = (len(group) for group in params["ft_in"].unpack()[:2])  # JAX 0.12 keeps the structure instead
+    return consts, carries

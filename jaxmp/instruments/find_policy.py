@@ -28,10 +28,10 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
-from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, parse_policy
+from jaxmp.precision.dtypes import FLOAT32, HALF, cast_floats
+from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
 from jaxmp.precision.policy_tree import names as pattern_names
-from jaxmp.precision.rounding import HALF
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxmp.errors import InputError
+from jaxmp.instruments.equations import functions, scan_counts
 
 MIB = 2**20
 
@@ -147,7 +148,7 @@ class _Flow:
     """Follows values through a jaxpr and the functions in it, as long as they are only handed on."""
 
     def __init__(self, params: int) -> None:
-        self.params = params
+        self.parameters: dict[Any, int] = {i: i for i in range(params)}  # and slices of them, by key
         self.masters: set[int] = set()
 
     def function(self, jaxpr: Any, given: Sequence[_Root]) -> list[_Root]:
@@ -167,27 +168,36 @@ class _Flow:
         if name in SAME_VALUES:
             before, after = eqn.invars[0].aval, eqn.outvars[0].aval
             (key, cast, spread), narrower = given[0], after.dtype.itemsize < before.dtype.itemsize
-            if narrower and isinstance(key, int) and key < self.params:
-                self.masters.add(key)
+            if narrower and key in self.parameters:
+                self.masters.add(self.parameters[key])
             return [_Root(key, cast or before.dtype != after.dtype, spread or before.size != after.size)]
         made = [_Root(v) for v in eqn.outvars]
-        for inner in _functions(eqn):
+        if name == "scan":
+            return self._scan(eqn, given, made)
+        for inner in functions(eqn):
             values = given[-len(inner.invars) :] if len(inner.invars) else []  # a conditional's first is the choice
             if len(values) != len(inner.invars):
                 continue
             out = self.function(inner, values)
             # What a loop returns is of other turns than what it was given.
-            if len(out) == len(made) and name not in ("scan", "while", "cond"):
+            if len(out) == len(made) and name not in ("while", "cond"):
                 return out
         return made
 
-
-def _functions(eqn: Any) -> Iterator[Any]:
-    for parameter in eqn.params.values():
-        for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield inner
+    def _scan(self, eqn: Any, given: list[_Root], made: list[_Root]) -> list[_Root]:
+        """What is cast of a slice in each turn is stacked to a cast of the whole; all else is made by the loop."""
+        (body,) = functions(eqn)
+        consts, carries = scan_counts(eqn.params)
+        slices = {object(): root for root in given[consts + carries :]}
+        turn = [*given[:consts], *(_Root(object()) for _ in range(carries)), *map(_Root, slices)]
+        for inner, outer in slices.items():
+            if outer.key in self.parameters:
+                self.parameters[inner] = self.parameters[outer.key]
+        out = self.function(body, turn)
+        for i in range(carries, len(made)):
+            if (root := slices.get(out[i].key)) is not None:
+                made[i] = _Root(root.key, root.cast or out[i].cast, root.spread or out[i].spread)
+        return made
 
 
 def _saved(kept: list[_Root], avals: list[Any], params: int) -> Iterator[tuple[str, Any]]:

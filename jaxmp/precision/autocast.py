@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,9 +34,8 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.policy import FLOAT32
+from jaxmp.precision.dtypes import FLOAT32, HALF
 
-HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 ELIGIBLE = (*HALF, FLOAT32)
 """The dtypes that are cast. As in torch, what is float64, complex, integer or fp8 keeps its dtype."""
 
@@ -355,8 +355,18 @@ class _Interpreter:
         return jax.tree.unflatten(jax.tree.structure(shapes), self.evaluate(jaxpr, jax.tree.leaves(args))), shapes
 
 
-@functools.lru_cache(maxsize=1024)  # JAX hands out one jaxpr for all calls of a jitted function: keep it one
-def _retraced(interpreter: _Interpreter, jaxpr: Any, given: Any, scalars: Any, dtypes: Any) -> Any:
+# JAX hands out one jaxpr for all calls of a jitted function: what is made of it is one too, and lives as long.
+_RETRACED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _retraced(interpreter: _Interpreter, jaxpr: Any, *how: Any) -> Any:
+    made = _RETRACED.setdefault(jaxpr, {})
+    if (interpreter, *how) not in made:
+        made[interpreter, *how] = _retrace(interpreter, jaxpr, *how)
+    return made[interpreter, *how]
+
+
+def _retrace(interpreter: _Interpreter, jaxpr: Any, given: Any, scalars: Any, dtypes: Any) -> Any:
     # The types of the jaxpr's own inputs: those of a scan's body are the elements of what is scanned over.
     inputs = [v.aval for v in _opened(jaxpr)[0].invars]
     types = [aval.update(dtype=dtype, weak_type=False) for aval, dtype in zip(inputs, given, strict=True)]

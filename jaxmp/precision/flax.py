@@ -14,18 +14,22 @@ import contextvars
 import functools
 import inspect
 import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import flax.core.axes_scan
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
+from jaxmp.precision.dtypes import FLOAT32, cast_floats, is_float
 from jaxmp.precision.formats import fake_quantize, quantize
-from jaxmp.precision.functions import apply_policy
+from jaxmp.precision.functions import by_operations
 from jaxmp.precision.nnx import FromNNX
-from jaxmp.precision.policy import FLOAT32, Policy, cast_floats, is_float
+from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree, path_and_above
 
 AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
@@ -73,7 +77,13 @@ def with_policy(
     tree = as_tree(policy)
     model = getattr(inspect.unwrap(apply, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
     if isinstance(model, FromNNX):
-        return apply_policy(apply, tree)
+        whole, run = by_operations(apply, tree)
+
+        def applied_to_nnx(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            out = run(variables, *args, **kwargs)
+            return _handed_on(whole, variables, out, mutable=bool(kwargs.get("mutable")))
+
+        return applied_to_nnx
 
     def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
         _require_floats(tree, variables, args, kwargs)
@@ -93,11 +103,16 @@ def with_policy(
         ):
             out = apply(variables, *cast_args, **cast_kwargs)
         call.check(variables, cast_args)
-        if kwargs.get("mutable", False) is False:
-            return whole.cast_to_output(out)
-        return whole.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
+        return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
 
     return applied
+
+
+def _handed_on(policy: Policy, variables: Any, out: Any, *, mutable: bool) -> Any:
+    """What `apply` returned, in the output dtype; with mutable collections beside it, these in their own."""
+    if not mutable:
+        return policy.cast_to_output(out)
+    return policy.cast_to_output(out[0]), _in_dtypes_of(variables, out[1])
 
 
 @contextlib.contextmanager
@@ -323,7 +338,8 @@ class _Call:
         policy = self.tree.default if rule is None else rule.policy
         if not self.tree.rules or method == "setup" or not hasattr(type(module), method):
             # One policy for all, or a function that was lifted over the module.
-            return _under(policy, self.axis_name, next_fun, args, kwargs, module, method)
+            out = _under(policy, self.axis_name, next_fun, args, kwargs, module, method)
+            return _with_carry_as_given(out, args) if self.tree.rules else out
         given = args
         carry, args = (
             (args[:1], args[1:]) if isinstance(module, nn.RNNCellBase) and method == "__call__" else ((), args)
@@ -347,7 +363,7 @@ class _Call:
             out = policy.cast_to_output(out)
         elif outside:
             out = cast_floats(out, caller.compute_dtype) if caller != policy else out
-        return _with_carry_as_given(out, given)
+        return _with_carry_as_given(out, given, cell=bool(carry))
 
     def _unrounded(self, x: Any, policy: Policy) -> Any:
         """The model's input that `x` is the rounded form of, where it is one and this policy keeps more of it."""
@@ -355,10 +371,10 @@ class _Call:
         return given if cast is x and policy.compute_dtype.itemsize > x.dtype.itemsize else x
 
 
-def _with_carry_as_given(out: Any, args: Any) -> Any:
-    """A result `(carry, y)` of a method that was called with a carry of the same shapes, in the dtypes of that one.
+def _with_carry_as_given(out: Any, args: Any, *, cell: bool = False) -> Any:
+    """A result `(carry, y)` of a scan's body, or a recurrent cell, in the dtypes of the carry that it was called with.
 
-    What is returned as a scan's body returns it has to go into the next turn, whatever a rule says of outputs.
+    It has to go into the next turn, whatever a rule says of outputs.
     """
     if not (isinstance(out, tuple) and len(out) == 2 and args):
         return out
@@ -367,7 +383,24 @@ def _with_carry_as_given(out: Any, args: Any) -> Any:
     alike = structure == jax.tree.structure(after) and jax.tree.all(
         jax.tree.map(lambda a, b: is_float(a) and is_float(b) and a.shape == b.shape, before, after)
     )
-    return (jax.tree.map(lambda a, b: cast_floats(b, a.dtype), before, after), out[1]) if alike else out
+    if not (alike and (cell or _is_scanned())):
+        return out
+    return jax.tree.map(lambda a, b: cast_floats(b, a.dtype), before, after), out[1]
+
+
+def _is_scanned() -> bool:
+    """Whether `nn.scan` stands between the method that runs and that of the module which called it.
+
+    An interceptor is not told, and `(carry, y)` may as well be a result and a loss beside it: the stack says.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    methods = 0
+    while frame is not None and methods < 2:
+        if frame.f_globals.get("__name__") == flax.core.axes_scan.__name__:
+            return True
+        methods += frame.f_code is _Call.intercept.__code__
+        frame = frame.f_back
+    return False
 
 
 class Modules:

@@ -10,7 +10,8 @@ import jax
 
 from jaxmp.errors import InputError
 from jaxmp.precision.autocast import TORCH, OperationLists, autocast
-from jaxmp.precision.policy import FLOAT32, Policy
+from jaxmp.precision.dtypes import FLOAT32
+from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 
 
@@ -27,8 +28,23 @@ def apply_policy(
       policy: one policy, for there are no modules that rules could name.
       lists: which operations run in the compute dtype and which in float32.
 
+    A policy that computes in float32 or wider leaves every operation in the dtype that `function` gives it.
+
     Raises: InputError for what only layers can do: rules, emulated formats, and gradients that add up in half.
     """
+    policy, inner = by_operations(function, policy, lists)
+
+    @functools.wraps(function)
+    def under_policy(*args: Any, **kwargs: Any) -> Any:
+        return policy.cast_to_output(inner(*args, **kwargs))
+
+    return under_policy
+
+
+def by_operations(
+    function: Callable[..., Any], policy: Policy | PolicyTree, lists: OperationLists = TORCH
+) -> tuple[Policy, Callable[..., Any]]:
+    """The one policy, and `function` under it but for the cast of its results; see `apply_policy`."""
     if isinstance(policy, PolicyTree):
         if policy.rules:
             raise InputError(f"precision {policy}: rules name modules of a Flax Linen model; a function has none")
@@ -40,9 +56,8 @@ def apply_policy(
     half = policy.compute_dtype.itemsize == 2
     inner = autocast(function, lists, dtype=policy.compute_dtype) if half else function
 
-    @functools.wraps(function)
-    def under_policy(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision(policy.matmul_precision):
-            return policy.cast_to_output(inner(*args, **kwargs))
+            return inner(*args, **kwargs)
 
-    return under_policy
+    return policy, run

@@ -6,33 +6,15 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jmp
 import numpy as np
 from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.dtypes import FLOAT32, HALF, cast_floats
 from jaxmp.precision.formats import Format, parse_format
-from jaxmp.precision.rounding import HALF, ROUNDINGS
-
-FLOAT32 = np.dtype(np.float32)
-
-
-def is_float(x: Any) -> bool:
-    """True for an array (or NumPy scalar) whose values may be cast: a real float of two bytes or more.
-
-    False for integers, bools, PRNG keys, float0, complex numbers, Python scalars, and for fp8 and narrower floats,
-    which carry scales or quantised values of their own.
-    """
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return False
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
-
-
-def cast_floats(tree: Any, dtype: Any) -> Any:
-    """`tree` with its floats (see `is_float`) in `dtype`, all else untouched. Idempotent; keeps the structure."""
-    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) and x.dtype != dtype else x, tree)
+from jaxmp.precision.rounding import ROUNDINGS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.policy import FLOAT32, Policy, parse_policy
-from jaxmp.precision.rounding import HALF
+from jaxmp.precision.dtypes import FLOAT32, HALF
+from jaxmp.precision.policy import Policy, parse_policy
 
 Classes = Mapping[str, Iterable[str]]
 """The names of a module's class and its bases, by the module's path; "" is the model itself."""

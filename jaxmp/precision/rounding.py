@@ -11,6 +11,7 @@ often, is 1.0. Stochastic rounding keeps it on average, Kahan summation keeps wh
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, Literal, overload
 
@@ -18,14 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.dtypes import HALF, has_gradient
 from jaxmp.precision.formats import quantize
 
 # Also for float16, whose smallest numbers are too large to hold what it loses itself: same memory, more range.
 COMPENSATION_DTYPE = jnp.bfloat16
 """dtype of Kahan compensations"""
 
-HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-"""the dtypes that lose updates"""
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 """the ways of `apply_updates`"""
 
@@ -49,7 +49,7 @@ def apply_updates(
 
     Args:
       params: any pytree.
-      updates: a pytree of the same structure, with updates in any real dtype.
+      updates: a pytree of the same structure, with updates in any dtype that may be added.
       rounding: `nearest`, ties to even; `stochastic`, to one of the two neighbours, such that the mean is the float32
         sum; or `kahan`: to nearest, and what that loses is kept in the compensation and added in the next step. It is
         kept in bfloat16, so that a step may still lose 2^-10 of a unit in the last place.
@@ -105,7 +105,7 @@ def init_compensation(params: Any) -> Any:
 
 
 def _add_nearest(param: Any, update: Any) -> Any:
-    if not _has_gradient(param):
+    if not has_gradient(param):
         return param
     param = jnp.asarray(param)
     total = _wide(param) + _wide(update) if _is_half(param) else param + update
@@ -137,19 +137,13 @@ def _rounded(total: jax.Array, dtype: Any) -> jax.Array:
 
 def _unless_skipped(update: Any, new: jax.Array, old: Any) -> jax.Array:
     """`new`, but `old` where the update is -0.0. Adding would not do: it flushes subnormals, and rounds anew."""
-    if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
-        return new
-    update = _wide(update)
-    return jnp.where((update == 0) & jnp.signbit(update), old, new)
+    update = jnp.asarray(update)
+    parts = (update.real, update.imag) if jnp.iscomplexobj(update) else (update,)
+    return jnp.where(functools.reduce(jnp.logical_and, [(x == 0) & jnp.signbit(x) for x in parts]), old, new)
 
 
 def _wide(x: Any) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
-
-
-def _has_gradient(x: Any) -> bool:
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
 
 
 def _is_half(x: Any) -> bool:

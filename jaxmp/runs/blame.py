@@ -20,10 +20,11 @@ import numpy as np
 
 from jaxmp.errors import InputError
 from jaxmp.instruments.blame import AS_WRITTEN, Blame, Replay
+from jaxmp.precision.dtypes import is_float
 from jaxmp.precision.flax import Row, mode_argument, with_policy
 from jaxmp.precision.formats import Format, parse_format, quantize
 from jaxmp.precision.nnx import FromNNX
-from jaxmp.precision.policy import Policy, is_float
+from jaxmp.precision.policy import Policy
 from jaxmp.runs.run import Run
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training.build import Training

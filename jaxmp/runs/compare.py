@@ -116,8 +116,6 @@ def compare(
         say("measuring gradients")
         experiments = {cell.precision: cell.experiment for cell in cells[: len(precisions)]}
         errors = gradient_errors(experiments, gradients, against=gradients_against)
-    origin = provenance()
-    git = origin.pop("git")
     return {
         "config": config.name,
         "about": config.docstring.partition("\n")[0],
@@ -125,8 +123,7 @@ def compare(
         "precisions": list(precisions),
         "seeds": list(seeds),
         "command": command(),
-        **{name: value for name, value in origin.items() if name != "command"},
-        "git": git and {"revision": git["revision"], "dirty": bool(git["patch"])},
+        **{name: value for name, value in provenance(patch=False).items() if name != "command"},
         "interval": method(len(seeds)),
         "differences": differences(results, precisions),
         "measured": of_precision,

@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxmp.errors import InputError
 from jaxmp.experiment import Experiment
+from jaxmp.precision.dtypes import cast_floats
 from jaxmp.precision.flax import cast_to_param
-from jaxmp.precision.policy import cast_floats, parse_policy
+from jaxmp.precision.policy import parse_policy
 from jaxmp.training.build import Training
 from jaxmp.training.loop import steps
 from jaxmp.training.parallel import Parallel

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.dtypes import HALF, has_gradient, is_float, strongly_typed, wide
 from jaxmp.precision.formats import quantize
-from jaxmp.precision.policy import is_float
-
-HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 class Float32MathState(NamedTuple):
@@ -79,10 +77,10 @@ def float32_math(
         seen: set[str] = set()
 
         def stored(path: Any, x: Any) -> Any:
-            names = [_name(key) for key in path]
-            seen.update(names)
-            dtype = next((dtypes[name] for name in ("", *names) if name in dtypes), None)
-            return _strong(x) if dtype is None or not is_float(x) or x.ndim == 0 else x.astype(dtype)
+            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have keys
+            seen.update(fields)
+            dtype = next((dtypes[name] for name in ("", *fields) if name in dtypes), None)
+            return strongly_typed(x) if dtype is None or not is_float(x) or x.ndim == 0 else x.astype(dtype)
 
         state = jax.tree_util.tree_map_with_path(stored, state)
         for name in dtypes.keys() - seen - {""}:
@@ -115,7 +113,7 @@ def global_norm(tree: Any) -> jax.Array:
     >>> print(global_norm({"a": jnp.full(4, 300.0, jnp.float16), "b": jnp.float32(3e30)}))
     3e+30
     """
-    magnitudes = [jnp.abs(_wide(x)) for x in jax.tree.leaves(tree) if _has_length(x)]
+    magnitudes = [jnp.abs(wide(x)) for x in jax.tree.leaves(tree) if has_gradient(x)]
     if not magnitudes:
         return jnp.float32(0)
     largest = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in magnitudes]))
@@ -129,7 +127,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` with `global_norm`: for gradients in half precision, or of any magnitude.
 
     Optax's sums the squares of a float16 leaf in float16; inf then clips all gradients to 0. Here a tree whose norm is
-    above `max_norm` is multiplied in float32 by `max_norm / norm`, and keeps its dtypes; any other stays as it is.
+    above `max_norm` is multiplied in float32 by `max_norm / norm`, and keeps its dtypes; one within it stays as it is,
+    to the bit. A NaN anywhere makes all of it NaN, as optax's does.
 
     Source: Pascanu et al. 2013, On the difficulty of training recurrent neural networks, algorithm 1.
     """
@@ -139,9 +138,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         norm = global_norm(updates)
 
         def clipped(x: Any) -> Any:
-            if not _has_length(x):
+            if not has_gradient(x):
                 return x
-            return jnp.where(norm > max_norm, _wide(x) / norm * max_norm, x).astype(x.dtype)
+            return jnp.where(norm <= max_norm, x, wide(x) / norm * max_norm).astype(jnp.result_type(x))
 
         return jax.tree.map(clipped, updates), state
 
@@ -166,27 +165,8 @@ def _stored_dtype(dtype: Any) -> Any:
     return found
 
 
-def _name(key: Any) -> str:
-    """The name of a step in a path of a pytree: a field, or a key of a dict."""
-    return str(getattr(key, "name", getattr(key, "key", "")))
-
-
-def _has_length(x: Any) -> bool:
-    return is_float(x) or jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float(x) else x
-
-
 def _widened(tree: Any) -> Any:
-    return jax.tree.map(_wide, tree)
-
-
-def _strong(x: Any) -> jax.Array:
-    # Of optax's states some hold Python numbers, which would be weakly typed, and compile twice.
-    dtype = jnp.result_type(x)
-    return x if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(x, dtype)
+    return jax.tree.map(wide, tree)
 
 
 def _rounded(x: Any, dtype: Any, key: jax.Array | None) -> jax.Array:
@@ -194,7 +174,9 @@ def _rounded(x: Any, dtype: Any, key: jax.Array | None) -> jax.Array:
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return x
     x = jnp.asarray(x)
-    if x.dtype == jnp.float32 and dtype in HALF:
+    if dtype in HALF and (x.dtype == jnp.float32 or (key is not None and x.dtype == jnp.float64)):
         # By integers: between two steps in one program, XLA folds away a cast to half and back (trap T6).
-        x = quantize(x, jnp.dtype(dtype).name, rounding="nearest" if key is None else "stochastic", key=key)
+        x = quantize(
+            x.astype(jnp.float32), jnp.dtype(dtype).name, rounding="nearest" if key is None else "stochastic", key=key
+        )
     return x.astype(dtype)

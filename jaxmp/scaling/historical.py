@@ -22,7 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
-from jaxmp.scaling.scalers import LARGEST, SMALLEST, ScalerState, require_power_of_two, scaler_state
+from jaxmp.scaling.scalers import (
+    LARGEST,
+    SMALLEST,
+    ScalerState,
+    require_bounds,
+    require_count,
+    require_factors,
+    scaler_state,
+)
 from jaxmp.scaling.transform import find_state
 
 
@@ -44,20 +52,9 @@ class _Factors:
     """cap of the scale"""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        for field in ("init_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
-            require_power_of_two(f"{name}.{field}", getattr(self, field))
-        if not self.min_scale <= self.init_scale <= self.max_scale:
-            raise InputError(
-                f"{name}: init_scale={self.init_scale:g} is outside "
-                f"[min_scale={self.min_scale:g}, max_scale={self.max_scale:g}]"
-            )
-        if self.growth_factor < 1 or self.backoff_factor > 1:
-            raise InputError(
-                f"{name}: growth_factor={self.growth_factor:g} must be at least 1 and "
-                f"backoff_factor={self.backoff_factor:g} at most 1"
-            )
-        _count(f"{name}.growth_interval", self.growth_interval)
+        require_bounds(self)
+        require_factors(self)
+        require_count(f"{type(self).__name__}.growth_interval", self.growth_interval)
 
     def init(self) -> Any:
         """A state at `init_scale`."""
@@ -152,7 +149,7 @@ class ApexScaler(_Factors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _count("ApexScaler.hysteresis", self.hysteresis)
+        require_count("ApexScaler.hysteresis", self.hysteresis)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
         """The rule of the class; see `Scaler.update` for the arguments."""
@@ -192,7 +189,7 @@ class MegatronScaler(_Factors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _count("MegatronScaler.hysteresis", self.hysteresis)
+        require_count("MegatronScaler.hysteresis", self.hysteresis)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
         """The rule of the class; see `Scaler.update` for the arguments."""
@@ -267,7 +264,7 @@ class DeepSpeedScaler(_Factors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _count("DeepSpeedScaler.delayed_shift", self.delayed_shift)
+        require_count("DeepSpeedScaler.delayed_shift", self.delayed_shift)
 
     def init(self) -> DeepSpeedState:
         """A state at `init_scale`."""
@@ -368,8 +365,3 @@ class FairseqScaler(_Factors):
 def _one_more(count: jax.Array, most: int) -> jax.Array:
     """`count + 1`, but no more than `most`: a count that is only compared with `most` cannot run over."""
     return jnp.minimum(count + 1, most)
-
-
-def _count(name: str, value: int) -> None:
-    if value != int(value) or value < 1:
-        raise InputError(f"{name}={value}: expected a whole number of at least 1")

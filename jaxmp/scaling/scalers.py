@@ -76,22 +76,10 @@ class DynamicScaler:
 
     def __post_init__(self) -> None:
         """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
-        for name in ("init_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
-            require_power_of_two(f"DynamicScaler.{name}", getattr(self, name))
-        if not self.min_scale <= self.init_scale <= self.max_scale:
-            raise InputError(
-                f"DynamicScaler: init_scale={self.init_scale:g} is outside "
-                f"[min_scale={self.min_scale:g}, max_scale={self.max_scale:g}]"
-            )
-        if self.growth_factor < 1 or self.backoff_factor > 1:
-            raise InputError(
-                f"DynamicScaler: growth_factor={self.growth_factor:g} must be at least 1 and "
-                f"backoff_factor={self.backoff_factor:g} at most 1"
-            )
+        require_bounds(self)
+        require_factors(self)
         for name in ("growth_interval", "hysteresis"):
-            value = getattr(self, name)
-            if value != int(value) or value < 1:
-                raise InputError(f"DynamicScaler.{name}={value}: expected a whole number of at least 1")
+            require_count(f"DynamicScaler.{name}", getattr(self, name))
 
     def init(self) -> ScalerState:
         """A state at `init_scale`."""
@@ -175,6 +163,36 @@ def require_power_of_two(name: str, value: float) -> None:
         raise InputError(f"{name}={value!r}: expected 2**-126 to 2**126, where S and 1/S are normal float32 numbers")
 
 
+def require_bounds(scaler: Any) -> None:
+    """Raises InputError where a scaler's `init_scale`, `min_scale` and `max_scale` are no powers of two in order."""
+    name = type(scaler).__name__
+    for field in ("init_scale", "min_scale", "max_scale"):
+        require_power_of_two(f"{name}.{field}", getattr(scaler, field))
+    if not scaler.min_scale <= scaler.init_scale <= scaler.max_scale:
+        raise InputError(
+            f"{name}: init_scale={scaler.init_scale:g} is outside "
+            f"[min_scale={scaler.min_scale:g}, max_scale={scaler.max_scale:g}]"
+        )
+
+
+def require_factors(scaler: Any) -> None:
+    """Raises InputError where a scaler's `growth_factor` or `backoff_factor` is no power of two, or the wrong way."""
+    name = type(scaler).__name__
+    for field in ("growth_factor", "backoff_factor"):
+        require_power_of_two(f"{name}.{field}", getattr(scaler, field))
+    if scaler.growth_factor < 1 or scaler.backoff_factor > 1:
+        raise InputError(
+            f"{name}: growth_factor={scaler.growth_factor:g} must be at least 1 and "
+            f"backoff_factor={scaler.backoff_factor:g} at most 1"
+        )
+
+
+def require_count(name: str, value: float, *, least: int = 1, most: int = 2**30) -> None:
+    """Raises InputError where `value`, called `name`, is no whole number from `least` to `most`."""
+    if not (least <= value <= most and value == int(value)):
+        raise InputError(f"{name}={value}: expected a whole number from {least} to {most}")
+
+
 class HeadroomState(NamedTuple):
     """The state of `HeadroomScaler`; strongly typed scalars."""
 
@@ -217,18 +235,10 @@ class HeadroomScaler:
 
     def __post_init__(self) -> None:
         """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
-        for name in ("init_scale", "min_scale", "max_scale"):
-            require_power_of_two(f"HeadroomScaler.{name}", getattr(self, name))
-        if not self.min_scale <= self.init_scale <= self.max_scale:
-            raise InputError(
-                f"HeadroomScaler: init_scale={self.init_scale:g} is outside "
-                f"[min_scale={self.min_scale:g}, max_scale={self.max_scale:g}]"
-            )
+        require_bounds(self)
+        require_count("HeadroomScaler.headroom", self.headroom, least=0, most=30)
         # A longer half-life would be a factor that float32 rounds to 1, or to a much shorter one.
-        for name, least, most in (("headroom", 0, 30), ("half_life", 1, 100_000)):
-            value = getattr(self, name)
-            if value != int(value) or not least <= value <= most:
-                raise InputError(f"HeadroomScaler.{name}={value}: expected a whole number from {least} to {most}")
+        require_count("HeadroomScaler.half_life", self.half_life, most=100_000)
 
     def init(self) -> HeadroomState:
         """A state at `init_scale`."""

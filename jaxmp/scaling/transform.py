@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmp.precision.dtypes import has_gradient, strongly_typed, wide
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
 
 OVERWRITTEN = "_overwrite_with_gradient"
@@ -75,7 +76,7 @@ def loss_scaling(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScalingState:
-        inner_state = _strongly_typed(inner.init(inner_view(params)))
+        inner_state = jax.tree.map(strongly_typed, inner.init(inner_view(params)))
         if find_state(inner_state) is not None:
             raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
         return LossScalingState(
@@ -111,12 +112,11 @@ def loss_scaling(
         updates = jax.tree_util.tree_map_with_path(
             lambda path, u, g, x: _outer_update(path, u, g, x, finite), updates, scaled_grads, like
         )
-        skip = (~finite).astype(jnp.int32)
         return updates, LossScalingState(
             inner_state=keep_where(finite, inner_state, state.inner_state),
             scaler=scaler.update(state.scaler, scale_fits, grad_max),
-            skipped=state.skipped + skip,
-            consecutive_skips=(state.consecutive_skips + skip) * skip,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+            consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -172,12 +172,9 @@ def keep_where(finite: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(finite, n if n.dtype == o.dtype else n.astype(o.dtype), o), new, old)
 
 
-def _has_gradient(path: Any, x: Any) -> bool:
-    """Whether a leaf is a parameter, real or complex: fp8 leaves hold scales and histories, wherever they stand."""
-    dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
-    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize == 1:
-        return False
-    return not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
+def _is_trained(path: Any, x: Any) -> bool:
+    """Whether a leaf is a parameter: what Flax overwrites by its gradient holds scales and histories."""
+    return has_gradient(x) and not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
 
 
 def inner_view(tree: Any) -> Any:
@@ -187,17 +184,15 @@ def inner_view(tree: Any) -> Any:
     """
 
     def view(path: Any, x: Any) -> jax.Array:
-        if not _has_gradient(path, x):
-            return jnp.zeros((), jnp.float32)
-        x = jnp.asarray(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return wide(x) if _is_trained(path, x) else jnp.zeros((), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(view, tree)
 
 
 def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: jax.Array) -> Any:
-    if _has_gradient(path, grad):
-        return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
+    if _is_trained(path, grad):
+        nothing = complex(-0.0, -0.0) if jnp.iscomplexobj(update) else -0.0
+        return jnp.where(finite, update, jnp.asarray(nothing, update.dtype))
     # float0, the gradient of an integer, cannot be added to one: zeros like the parameter can. To a key nothing can be.
     dtype = jnp.result_type(like)
     if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
@@ -226,14 +221,3 @@ def largest_magnitude(grads: Any) -> jax.Array:
     """The largest |g| of all leaves, float32 or wider scalar; 0 for an empty tree. Of finite ones: see `all_finite`."""
     largest = [jnp.max(jnp.abs(g), initial=0.0) for g in jax.tree.leaves(grads)]
     return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)
-
-
-def _strongly_typed(tree: Any) -> Any:
-    """`tree` in arrays, none weakly typed: optax keeps some Python numbers, which would compile twice."""
-
-    def strong(x: Any) -> jax.Array:
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):
-            return x
-        return jnp.asarray(x, jnp.result_type(x))
-
-    return jax.tree.map(strong, tree)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.dtypes import cast_floats, is_float
 from jaxmp.precision.flax import cast_to_param, explain, mode_argument, with_policy
-from jaxmp.precision.policy import Policy, cast_floats, is_float, parse_policy
+from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.testing.jaxprs import equations
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require

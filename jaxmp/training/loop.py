@@ -38,6 +38,7 @@ from jaxmp.training.feed import NAN_LOSS, Feed
 from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.provenance import provenance
 from jaxmp.training.state import TrainState
+from jaxmp.training.step import OVERFLOWS
 from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ class Loop:
         for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch"):
             value = getattr(self, name)
             self._require(name, value is None or _is_positive(value), "a whole number of at least 1")
-        self._require(
-            "accumulate_overflow", self.accumulate_overflow in ("window", "microbatch"), "window or microbatch"
-        )
+        self._require("accumulate_overflow", self.accumulate_overflow in OVERFLOWS, " or ".join(OVERFLOWS))
         self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1")

@@ -19,7 +19,10 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
-        """The mean of `values` under `weights`, of one shape. A value of weight 0 counts for nothing, even NaN."""
+        """The mean of `values` under `weights`, of one shape. A value of weight 0 counts for nothing, even NaN.
+
+        (Not so in gradients: 0 times the NaN that a row of weight 0 makes on its way through a model is NaN.)
+        """
         weights = weights.astype(jnp.float32)
         values = jnp.where(weights != 0, values.astype(jnp.float32), 0)
         return cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError
+from jaxmp.scaling.float32_math import clip_by_global_norm
 
 KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
 """What weight decay is for in Flax's naming: it leaves alone biases and the scales of norms."""
@@ -123,27 +124,6 @@ class Step(Schedule):
         first_steps = [round(boundary * steps) if boundary < 1 else round(boundary) for boundary in self.boundaries]
         passed = jnp.sum(t >= jnp.array(first_steps, jnp.float32))
         return self.drop ** passed.astype(jnp.float32)
-
-
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales all gradients by one factor so that their global L2 norm is at most `max_norm`.
-
-    The norm is summed in float32 whatever the gradients are (in float16 that of `[300] * 4` is inf), and gradients
-    within it come out as they were, to the bit (Pascanu et al., https://arxiv.org/abs/1211.5063).
-
-    >>> clip = clip_by_global_norm(1.0)
-    >>> clip.update({"w": jnp.full(4, 300.0, jnp.float16)}, clip.init(None))[0]
-    {'w': Array([0.5, 0.5, 0.5, 0.5], dtype=float16)}
-    """
-
-    def update(grads, state, params=None):
-        del params
-        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
-        # A NaN norm is no reason to hide it: NaN < 1 is false, minimum(NaN, 1) is NaN.
-        factor = jnp.minimum(max_norm / norm, 1.0)
-        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:

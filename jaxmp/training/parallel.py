@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.errors import InputError
+from jaxmp.precision.dtypes import has_gradient, wide
 
 AXIS = "data"
 """name of the mapped axis over which a batch is spread"""
@@ -174,10 +175,12 @@ class Replicas:
         return tree if self.axis_name is None else jax.lax.psum(tree, self.axis_name)
 
     def mean(self, tree: Any) -> Any:
-        """The mean over replicas of the floats of a pytree; other leaves are taken to be equal."""
+        """The mean over replicas of the floats of a pytree, summed in float32; other leaves are taken to be equal."""
         if self.axis_name is None:
             return tree
-        return jax.tree.map(lambda x: jax.lax.pmean(x, self.axis_name) if _is_inexact(x) else x, tree)
+        return jax.tree.map(
+            lambda x: jax.lax.pmean(wide(x), self.axis_name).astype(x.dtype) if has_gradient(x) else x, tree
+        )
 
     def sum_gradients(self, grads: Any) -> Any:
         """The sum of the gradients over replicas, one collective in the reduce dtype; leaves without one stay.
@@ -187,7 +190,7 @@ class Replicas:
         if self.axis_name is None:
             return self.in_shares(grads)
         leaves, structure = jax.tree.flatten(grads)
-        where = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+        where = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
         for i, leaf in zip(where, self._reduce([leaves[i] for i in where]), strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(structure, leaves)
@@ -199,8 +202,9 @@ class Replicas:
         # A power of two, so that the division is exact, and no smaller than the number of replicas, so that a sum of
         # values that fit the dtype fits it too (trap T3).
         share = 2.0 ** -math.ceil(math.log2(jax.lax.axis_size(self.axis_name)))
-        summed = self._sum_shares([(g.astype(jnp.float32) * share).astype(dtype) for g in grads])
-        return [g.astype(jnp.float32) / share for g in summed]
+        # There is no complex number of two halves: those are summed as they are.
+        summed = self._sum_shares([g if jnp.iscomplexobj(g) else (wide(g) * share).astype(dtype) for g in grads])
+        return [g if jnp.iscomplexobj(g) else g.astype(jnp.float32) / share for g in summed]
 
     def _sum_shares(self, grads: list[jax.Array]) -> list[jax.Array]:
         """The sums, whole or, where the state is split, in shares: a reduce-scatter is half of an all-reduce."""
@@ -212,7 +216,7 @@ class Replicas:
         ]
 
     def _spec(self, x: Any) -> P:
-        split = self.shard != "replicated" and self.mesh is not None and _is_inexact(x)
+        split = self.shard != "replicated" and self.mesh is not None and has_gradient(x)
         return _spec(x, self.mesh.size) if split else P()  # type: ignore[union-attr]
 
     def in_shares(self, tree: Any) -> Any:
@@ -221,7 +225,7 @@ class Replicas:
             return tree
         mesh = self.mesh
         return jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._spec(x))) if _is_inexact(x) else x,
+            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._spec(x))) if has_gradient(x) else x,
             tree,
         )
 
@@ -387,7 +391,3 @@ def _of_equal_parts(x: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(_of_equal_parts(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     whole = np.asarray(x)  # jax.device_put would first compare it with that of every other process
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
-
-
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)

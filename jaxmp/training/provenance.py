@@ -16,15 +16,15 @@ PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets
 def provenance(*, patch: bool = True) -> dict[str, Any]:
     """What a run notes of its surroundings: `command`, `versions`, `git`, `devices`, all JSON.
 
-    `git` is the revision of the repository that the process stands in, and the patch by which its tree differs (""
-    where it does not); None where there is no repository.
+    `git` is the revision of the repository that the process stands in, the patch by which its tracked files differ (""
+    where they do not), and the names of files that are neither tracked nor ignored; None where there is no repository.
 
     Args:
       patch: False for a result that is itself kept in the repository: `dirty`, a bool, stands in the patch's place.
     """
     git = _git()
     if git is not None and not patch:
-        git = {"revision": git["revision"], "dirty": bool(git["patch"])}
+        git = {"revision": git["revision"], "dirty": bool(git["patch"] or git["untracked"])}
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -47,6 +47,10 @@ def _git() -> dict[str, Any] | None:
         return done.stdout
 
     try:
-        return {"revision": git("rev-parse", "HEAD").strip(), "patch": git("diff", "HEAD")}
+        return {
+            "revision": git("rev-parse", "HEAD").strip(),
+            "patch": git("diff", "HEAD"),
+            "untracked": git("ls-files", "--others", "--exclude-standard", ":/").splitlines(),
+        }
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmp.precision.dtypes import has_gradient, strongly_typed, wide
 from jaxmp.precision.rounding import apply_updates, init_compensation
 from jaxmp.scaling.transform import keep_where, skipped_steps
 
@@ -49,6 +50,8 @@ class TrainState:
     ) -> TrainState:
         """A state before the first step. Its leaves are copies: no two share a buffer, so all can be donated.
 
+        None is weakly typed, so that the step compiles once (trap T7).
+
         Args:
           params: the parameters.
           tx: the optimizer.
@@ -63,10 +66,10 @@ class TrainState:
             model_state={} if model_state is None else model_state,
             opt_state=tx.init(params),
             key=key,
-            ema=jax.tree.map(_wide, params) if ema else None,
+            ema=jax.tree.map(wide, params) if ema else None,
             compensation=init_compensation(params) if rounding == "kahan" else None,
         )
-        return jax.tree.map(lambda x: jnp.array(x, copy=True) if _is_number(x) else jnp.copy(x), state)
+        return jax.tree.map(lambda x: jnp.copy(strongly_typed(x)), state)
 
     def commit(
         self,
@@ -115,17 +118,5 @@ class TrainState:
         return apply_updates(self.params, updates), None
 
 
-def _is_number(x: Any) -> bool:
-    return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1
-
-
-def _wide(param: jax.Array) -> jax.Array:
-    return param.astype(jnp.promote_types(param.dtype, jnp.float32)) if _is_float(param) else param
-
-
 def _average(average: jax.Array, param: jax.Array, decay: jax.Array) -> jax.Array:
-    return average + (1 - decay) * (_wide(param) - average) if _is_float(param) else param
+    return average + (1 - decay) * (wide(param) - average) if has_gradient(param) else param

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxmp.errors import InputError
+from jaxmp.precision.dtypes import has_gradient
 from jaxmp.scaling.transform import (
     LossScalingState,
     all_finite,
@@ -27,6 +28,9 @@ from jaxmp.training.tasks import PLACE, Batch, LossFn
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Batch], Metrics]
+
+OVERFLOWS = ("window", "microbatch")
+"""what `accumulate_overflow` may be"""
 
 
 class _Measured(NamedTuple):
@@ -73,8 +77,13 @@ def make_train_step(
       The step. Its metrics are those of the loss function and `loss`, summed over replicas.
 
     Raises:
-      InputError: something that changes gradients or counts steps stands outside `loss_scaling`.
+      InputError: something that changes gradients or counts steps stands outside `loss_scaling`; or there is no such
+        way to accumulate. When the step is traced: a batch that does not divide into its microbatches.
     """
+    if accumulate_steps < 1:
+        raise InputError(f"accumulate_steps={accumulate_steps}: expected a whole number of at least 1")
+    if accumulate_overflow not in OVERFLOWS:
+        raise InputError(f"accumulate_overflow={accumulate_overflow!r}: expected {' or '.join(OVERFLOWS)}")
     _refuse_outside_of_probe(tx)
     tx = optax.with_extra_args_support(tx)
 
@@ -142,13 +151,16 @@ def scaled_gradients(
 
     def of_batch(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
         if replicas.several:
-            batch = {**batch, PLACE: replicas.places(len(batch["weight"]), 1)[0]}
+            batch = {**batch, PLACE: replicas.places(_rows(batch), 1)[0]}
         grads, measured = differentiate(params, model_state, scale, batch, key)
         loss, metrics = replicas.sum((measured.loss, measured.metrics))
         return replicas.sum_gradients(grads), (loss, metrics, None), replicas.mean(measured.model_state)
 
     def of_microbatches(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
-        places = replicas.places(len(batch["weight"]), accumulate_steps)
+        rows = _rows(batch)
+        if rows % accumulate_steps:
+            raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
+        places = replicas.places(rows, accumulate_steps)
         parts = {**replicas.microbatches(batch, accumulate_steps), PLACE: places}
 
         def weigh(part: Batch) -> jax.Array:
@@ -183,17 +195,21 @@ def scaled_gradients(
         # Exactly 1 where all were kept. Where nothing was that counts, there is no step to take.
         weight = metrics["loss"].weight
         of_kept = jnp.where(weight == 0, 1, all_weight / weight)
-        grads = jax.tree.map(lambda g: g * of_kept if jnp.issubdtype(g.dtype, jnp.inexact) else g, grads)
+        grads = jax.tree.map(lambda g: g * of_kept if has_gradient(g) else g, grads)
         loss = jnp.where((weight == 0) & (dropped > 0), jnp.inf, loss * of_kept)
         return grads, (loss, metrics, dropped > 0), model_state
 
     return of_batch if accumulate_steps == 1 else of_microbatches
 
 
+def _rows(batch: Batch) -> int:
+    return len(jax.tree.leaves(batch)[0])
+
+
 def _with_gradient(params: Any, tree: Any) -> list[Any]:
     """The leaves of `tree` at the places of the parameters that have a gradient."""
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(tree), strict=True)
-    return [x for param, x in leaves if jnp.issubdtype(param.dtype, jnp.inexact)]
+    return [x for param, x in leaves if has_gradient(param)]
 
 
 def _rebuild(params: Any, grads: list[jax.Array]) -> Any:
@@ -201,8 +217,7 @@ def _rebuild(params: Any, grads: list[jax.Array]) -> Any:
     rest = iter(grads)
 
     def leaf(param: Any) -> Any:
-        inexact = jnp.issubdtype(param.dtype, jnp.inexact)
-        return next(rest) if inexact else np.zeros(param.shape, jax.dtypes.float0)
+        return next(rest) if has_gradient(param) else np.zeros(param.shape, jax.dtypes.float0)
 
     return jax.tree.map(leaf, params)
 
