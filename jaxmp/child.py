@@ -38,7 +38,7 @@ def _leave(code: int) -> NoReturn:
     """Ends the process without waiting for the others, which may be waiting for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if _is_joined() and code != 128 + signal.SIGINT:
+    if _is_joined() and code != cli.INTERRUPTED:
         import jax
 
         if jax.process_index() == 0:

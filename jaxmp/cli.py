@@ -8,11 +8,15 @@ JAX and tyro are imported by the commands that need them, so that `jaxmp --help`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +25,7 @@ from jaxmp import config_file
 from jaxmp.config_file import ConfigFile, override
 from jaxmp.errors import InputError, RunFailed, nearest
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 128 + signal.SIGINT
 
 # What a disk says when it is not ours to write on: no space, quota, no permission, read-only, a file in the way.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -30,6 +34,11 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. The one place where exceptions become a message and a code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with _ending_at_once():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     try:
         code = _run(arguments)
         sys.stdout.flush()  # here, where a closed pipe is dealt with
@@ -46,6 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = ending
         print(f"jaxmp: {message}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Within: Ctrl-C ends the process there and then, as a `kill -9` might, which loses nothing that is written.
+
+    A KeyboardInterrupt comes anywhere: in the middle of an import, in a callback of JAX, which swallows it, or so that
+    Python is torn down under the threads of XLA. (While it trains, a run takes the signal itself: it saves and stops.)
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        with contextlib.suppress(Exception):  # it may be the middle of a write
+            sys.stdout.flush()
+        os.write(2, b"jaxmp: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(arguments: list[str]) -> int:
@@ -101,7 +134,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, RunFailed):
         return FAILED, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 128 + 2, "interrupted"
+        return INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{where}{error.strerror}; choose another folder (--workdir), or make room there"

@@ -560,3 +560,31 @@ def test_a_result_with_a_loss_beside_it_is_no_carry(remat):
 
     assert (result(True)[0] == result(False)).all()
     assert (result(False) != result(False).astype(jnp.bfloat16)).any()
+
+
+class Turn(nn.Module):
+    @nn.compact
+    def __call__(self, h, x):
+        h = nn.tanh(nn.Dense(h.shape[-1])(h) + nn.Dense(h.shape[-1])(x))
+        return h, None
+
+
+class Sequence(nn.Module):
+    """Its carry begins in the dtype of its input, and only training calls its dropout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        turns = nn.scan(Turn, variable_broadcast="params", split_rngs={"params": False}, in_axes=1)
+        h, _ = turns(name="turns")(jnp.zeros((x.shape[0], 4), x.dtype), x)
+        return nn.Dropout(0.1, deterministic=False, name="drop")(h) if train else h
+
+
+@pytest.mark.parametrize("rule", ["drop", "@Dropout"])
+def test_a_rule_for_what_only_training_calls_holds_where_the_carry_has_the_dtype_of_the_input(rule):
+    x = jnp.ones((2, 5, 3))
+    variables = Sequence().init(KEY, x)
+    apply = with_policy(Sequence().apply, f"{rule}=float32; mixed_float16")
+    for train in (True, False):
+        assert apply(variables, x, train=train, rngs={"dropout": KEY}).dtype == jnp.float32
+    with pytest.raises(InputError, match=r"nope=.* matches no module; there are drop, turns"):
+        with_policy(Sequence().apply, "nope=float32; mixed_float16")(variables, x)

@@ -102,7 +102,7 @@ def with_policy(
             nn.intercept_methods(call.intercept),
         ):
             out = apply(variables, *cast_args, **cast_kwargs)
-        call.check(variables, cast_args)
+        call.check(variables, args)
         return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
 
     return applied
@@ -315,7 +315,8 @@ class _Call:
         known = {path: self.modules.classes.get(path, frozenset()) for path in (*self.modules.classes, *above)}
         if any(not any(rule.names(path, known) for path in known) for rule in self.tree.rules):
             if isinstance(self.model, nn.Module):
-                explain(self.model, self.tree, *args)  # there may be modules that only the other mode calls
+                # There may be modules that only the other mode calls. Uncast: this is the model without any policy.
+                explain(self.model, self.tree, *args)
             else:
                 self.tree.require_match(known)
 
