@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jaxmp
 from jaxmp.cli import main
 from jaxmp.runs.run import Run
 
@@ -23,3 +24,10 @@ def test_the_readme_has_every_config(capsys):
     configs = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     table = re.findall(r"^\| `(\w+)` \| .* \| .* \|$", README.partition("## Reproduce")[2], flags=re.MULTILINE)
     assert set(table) == configs
+
+
+def test_the_readme_has_every_public_name():
+    section = README.partition("## All names")[2].partition("##")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert set(jaxmp.__all__) <= named
+    assert all(hasattr(jaxmp, name) for name in named)

@@ -181,7 +181,8 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
       state: where to go on from; a fresh one by default. It is donated.
 
     Yields:
-      `StepInfo(step, state, metrics)`, at least at every step that the loop's `log_every` and evaluations are due.
+      `StepInfo(step, state, metrics)`, at least at every step that the loop's `log_every` and evaluations are due. The
+      next dispatch is given the memory of `state`: copy what is to be kept.
     """
     training = Training(experiment)
     devices = training.devices
