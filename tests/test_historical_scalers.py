@@ -245,7 +245,7 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("scaler", SCALERS + MORE, ids=str)
+@pytest.mark.parametrize("scaler", [*SCALERS, *(pytest.param(s, marks=pytest.mark.slow) for s in MORE)], ids=str)
 def test_a_historical_scaler_is_its_original_on_1000_random_traces(scaler):
     traces = random_traces()
     states = jax.jit(follow, static_argnums=0)(scaler, traces)

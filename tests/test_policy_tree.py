@@ -556,7 +556,7 @@ def test_a_result_with_a_loss_beside_it_is_no_carry(remat):
 
     def result(auxiliary):
         apply = with_policy(WithHead(auxiliary, remat).apply, "head=float32; p=f32,c=bf16,o=f32")
-        return apply(variables, x)
+        return jax.jit(apply)(variables, x)
 
     assert (result(True)[0] == result(False)).all()
     assert (result(False) != result(False).astype(jnp.bfloat16)).any()
@@ -582,9 +582,9 @@ class Sequence(nn.Module):
 @pytest.mark.parametrize("rule", ["drop", "@Dropout"])
 def test_a_rule_for_what_only_training_calls_holds_where_the_carry_has_the_dtype_of_the_input(rule):
     x = jnp.ones((2, 5, 3))
-    variables = Sequence().init(KEY, x)
-    apply = with_policy(Sequence().apply, f"{rule}=float32; mixed_float16")
+    variables = jax.eval_shape(Sequence().init, KEY, x)
     for train in (True, False):
-        assert apply(variables, x, train=train, rngs={"dropout": KEY}).dtype == jnp.float32
+        apply = functools.partial(with_policy(Sequence().apply, f"{rule}=float32; mixed_float16"), train=train)
+        assert jax.eval_shape(apply, variables, x, rngs={"dropout": KEY}).dtype == jnp.float32
     with pytest.raises(InputError, match=r"nope=.* matches no module; there are drop, turns"):
-        with_policy(Sequence().apply, "nope=float32; mixed_float16")(variables, x)
+        jax.eval_shape(with_policy(Sequence().apply, "nope=float32; mixed_float16"), variables, x)

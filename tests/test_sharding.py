@@ -213,11 +213,6 @@ def agree(steps, tolerance, expected, *sessions):
         np.testing.assert_allclose(found.train(steps), expected.train(steps), rtol=tolerance)
 
 
-def a_transformer_trains_alike_on_one_device_and_in_microbatches_on_eight():
-    """With dropout, also in attention, a masked loss and ragged last batches."""
-    agree(10, 2e-6, session(TRANSFORMER, 1), session(TRANSFORMER, accumulate_steps=2))
-
-
 def all_ways():
     """A session of scanned layers with dropout for each way to train on eight devices."""
     yield session(LAYERS, mode="pmap")
@@ -245,13 +240,16 @@ def bytes_of(kind, found):
 SUMS = 128  # bytes: weights, losses and metrics, and what the optimizer asks for, are summed over devices as well
 
 
-def the_gradient_is_reduced_once_and_not_in_a_loop():
-    """Scanned weights and microbatches included: four bytes a parameter."""
-    for replicated in (session(TRANSFORMER, accumulate_steps=2), session(LAYERS, mode="pmap")):
-        found, params = replicated.collectives(), size(replicated.state.params)
-        assert not any(each.in_loop for each in found)
-        assert [each.kind for each in found if each.nbytes > SUMS] == ["all-reduce"]
-        assert params <= bytes_of("all-reduce", found) <= params + SUMS
+def is_reduced_once_and_not_in_a_loop(replicated):
+    found, params = replicated.collectives(), size(replicated.state.params)
+    assert not any(each.in_loop for each in found)
+    assert [each.kind for each in found if each.nbytes > SUMS] == ["all-reduce"]
+    assert params <= bytes_of("all-reduce", found) <= params + SUMS
+
+
+def the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop():
+    """Four bytes a parameter."""
+    is_reduced_once_and_not_in_a_loop(session(LAYERS, mode="pmap"))
 
 
 def zero1_scatters_the_gradient_once_and_gathers_the_weights():
@@ -323,9 +321,8 @@ def batch_norm_per_replica_averages_the_statistics_of_the_replicas():
 
 
 CASES = [
-    a_transformer_trains_alike_on_one_device_and_in_microbatches_on_eight,
     layers_train_alike_however_they_are_sharded,
-    the_gradient_is_reduced_once_and_not_in_a_loop,
+    the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop,
     zero1_scatters_the_gradient_once_and_gathers_the_weights,
     memory_shrinks_with_the_number_of_devices,
     an_inf_on_one_replica_is_skipped_by_all_in_every_sharding,
@@ -344,8 +341,11 @@ def ways_of(experiment):
 
 
 def a_transformer_for_fifty_steps():
+    """With dropout, also in attention, a masked loss and ragged last batches."""
     agree(10, 2e-6, session(TRANSFORMER, 1), *ways_of(TRANSFORMER))
     agree(50, 2e-5, session(TRANSFORMER, 1), *ways_of(TRANSFORMER))
+    for mode in ("jit", "pmap"):
+        is_reduced_once_and_not_in_a_loop(session(TRANSFORMER, mode=mode, accumulate_steps=2))
 
 
 def digits_for_fifty_steps():
