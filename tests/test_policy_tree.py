@@ -165,9 +165,9 @@ def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest(text, message)
     tree = PolicyTree.parse(text)
     with pytest.raises(InputError, match=message):
         tree.explain(Net(), X)
-    variables = Net().init(KEY, X)
+    variables = jax.eval_shape(Net().init, KEY, X)
     with pytest.raises(InputError, match=message):
-        with_policy(Net().apply, tree)(variables, X)
+        jax.eval_shape(with_policy(Net().apply, tree), variables, X)
 
 
 class Auxiliary(nn.Module):
