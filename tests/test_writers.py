@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from jaxmp.errors import InputError
-from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases
+from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, read_lines
 
 
 def record(step: int, split: str = "train", **fields: float) -> dict:
@@ -78,6 +78,18 @@ def test_on_resume_later_lines_and_a_half_written_one_are_cut(tmp_path):
         assert path.read_bytes().splitlines(keepends=True)[:4] == whole[:4]
         assert [(line["step"], line["split"]) for line in lines(path)][4:] == [(3, "train")]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("broken", [b"garbage", b"\xff\xfe", b"[1]", b"{}", b""])
+def test_a_broken_line_is_named_and_not_cut(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps(record(1)).encode()
+    path.write_bytes(b"\n".join([good, broken, good, b""]))
+    before = path.read_bytes()
+    for read in (read_lines, lambda path: JsonLines(path, 0)):
+        with pytest.raises(InputError, match=r"metrics.jsonl, line 2: .* repair this line"):
+            read(path)
+    assert path.read_bytes() == before
 
 
 def test_starting_anew_starts_an_empty_file(tmp_path):
@@ -251,6 +263,12 @@ def test_elsewhere_each_record_is_one_plain_line(monkeypatch):
         "scale 32768  skipped 1  1,234 examples/s",
         "validation  step 20/100  loss nan",
     ]
+
+
+def test_a_mean_over_no_applied_step_is_a_dash():
+    screen = io.StringIO()
+    Console(100, 10, RichConsole(file=screen)).write(record(20, loss=float("nan"), accuracy=float("nan")))
+    assert "loss -  accuracy -  scale" in screen.getvalue()
 
 
 def test_a_resumed_run_does_not_count_the_steps_before_it_as_done_in_no_time():

@@ -103,10 +103,34 @@ class JsonLines:
         """Replaces the file in one rename, so that a kill leaves either the old lines or the new."""
         if not self.path.exists():
             return
+        if step >= 0:
+            read_lines(self.path)  # refuses a broken one, which would be cut otherwise
         temporary = self.path.with_name(self.path.name + ".tmp")
         with self.path.open("rb") as old, temporary.open("wb") as new:
             new.writelines(line for line in old if _step_of(line) <= step)
         os.replace(temporary, self.path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order; what follows the last newline is still being written, and left out.
+
+    Raises: InputError for a line that is none, with its number.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    expected = "expected a JSON object with step and split; repair this line, or take it out of the file"
+    try:
+        record = json.loads(line.decode())
+    except ValueError as error:  # of both
+        raise InputError(f"{where}: {error}; {expected}") from None
+    if not isinstance(record, dict) or not {"step", "split"} <= set(record):
+        raise InputError(f"{where}: {line.decode()[:60]}; {expected}")
+    return record
 
 
 def _jsonable(value: Any) -> Any:
@@ -308,11 +332,15 @@ class Console:
             self._progress.stop()
 
     def _numbers(self, record: Record) -> str:
+        def mean(value: float) -> str:
+            # Skipped steps are no part of a mean over training: it is NaN where all steps were.
+            return "-" if math.isnan(value) and record["split"] == "train" else f"{value:.4f}"
+
         fields = {
             "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
             "step": lambda step: f"step {step}/{self._total_steps}",
-            "loss": lambda loss: f"loss {loss:.4f}",
-            "accuracy": lambda accuracy: f"accuracy {accuracy:.4f}",
+            "loss": lambda loss: f"loss {mean(loss)}",
+            "accuracy": lambda accuracy: f"accuracy {mean(accuracy)}",
             "loss_scale": lambda scale: f"scale {scale:g}",
             "skipped_steps": lambda steps: f"skipped {steps}",
             "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",
