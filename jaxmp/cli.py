@@ -192,6 +192,7 @@ def train(arguments: list[str]) -> int:
     # left is what the run folder records.
     override(_with_options(experiment), arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog)
+    _refuse_empty(workdir=options.workdir)
     experiment = override(experiment, overrides, prog=prog)
     if not options.distributed:
         _refuse_without_distributed(options)
@@ -218,6 +219,8 @@ def train(arguments: list[str]) -> int:
         return STOPPED
     if not processes.is_first():
         return DONE
+    if not fitted.trained:
+        print(f"{fitted.path} is finished: nothing was trained, this is its summary; --overwrite starts again")
     _print_summary(fitted.summary)
     print(f"{'run':<16} {fitted.path}")
     return DONE
@@ -257,10 +260,12 @@ def audit(arguments: list[str]) -> int:
     both = _with_options(experiment, AuditOptions)
     override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog, AuditOptions)
+    _refuse_empty(json=options.json)
     import jax
 
     from jaxmp.instruments import audit as instrument
     from jaxmp.instruments.target import Target
+    from jaxmp.runs.page import write
     from jaxmp.training.build import Training
 
     target = None if options.target is None else Target.parse(options.target)
@@ -276,7 +281,7 @@ def audit(arguments: list[str]) -> int:
     report = instrument.audit(step, *training.arguments, policy=policy, modules=modules, target=target)
     print(report)
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        write(Path(options.json), json.dumps(report.to_json(), indent=1) + "\n")
     return FAILED if options.strict and report.findings else DONE
 
 
@@ -306,6 +311,7 @@ def compare(arguments: list[str]) -> int:
     both = _with_options(experiment, CompareOptions)
     override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog, CompareOptions)
+    _refuse_empty(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
     from jaxmp.runs import compare as runs
@@ -360,6 +366,7 @@ def find_policy(arguments: list[str]) -> int:
     both = _with_options(experiment, FindPolicyOptions)
     override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog, FindPolicyOptions)
+    _refuse_empty(run=options.run, json=options.json)
     from jaxmp.runs import find_policy as runs
 
     chosen = dataclasses.asdict(options)
@@ -382,6 +389,9 @@ def report(runs: tuple[str, ...], *, output: str | None = None, look: bool = Fal
     from jaxmp.runs.report import report as page
     from jaxmp.runs.run import Run
 
+    _refuse_empty(output=output)
+    for run in runs:
+        _refuse_empty(run=run)
     found = [Run(run) for run in runs]
     if not found:
         raise InputError("report: expected RUN..., one or more run folders")
@@ -391,6 +401,13 @@ def report(runs: tuple[str, ...], *, output: str | None = None, look: bool = Fal
     page(found, look=look).write(path)
     print(path)
     return DONE
+
+
+def _refuse_empty(**paths: str | None) -> None:
+    """An empty path would silently be the current folder: a variable of the shell that is not set, as a rule."""
+    for name, path in paths.items():
+        if path is not None and not path.strip():
+            raise InputError(f"{name} {path!r}: expected a path, which is empty here; the current folder is .")
 
 
 def _print_summary(summary: Mapping[str, Any], above: str = "") -> None:
@@ -454,6 +471,7 @@ def evaluate(run: str, *, split: Literal["train", "validation", "test"] = "test"
     """
     from jaxmp.runs.run import Run
 
+    _refuse_empty(run=run)
     _print_summary(Run(run).evaluate(split))
     return DONE
 
@@ -470,12 +488,14 @@ def blame(run: str, *, step: int | None = None, json: str | None = None) -> int:
     from json import dumps
 
     from jaxmp.runs.blame import blame_run
+    from jaxmp.runs.page import write
     from jaxmp.runs.run import Run
 
+    _refuse_empty(run=run, json=json)
     found = blame_run(Run(run), step)
     print(found)
     if json is not None:
-        Path(json).write_text(dumps(found.to_json(), indent=1) + "\n")
+        write(Path(json), dumps(found.to_json(), indent=1) + "\n")
     return DONE
 
 

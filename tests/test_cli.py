@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import html
 import importlib
 import inspect
 import itertools
@@ -278,6 +279,40 @@ def test_a_finished_run_only_prints_its_summary(finished, capsys):
     assert (finished / "metrics.jsonl").read_text() == metrics
 
 
+def test_a_finished_run_says_that_it_was_not_trained_and_refuses_what_a_fresh_one_would(finished, capsys):
+    assert main([*SAME, "--parallel.shard", "zero1"]) == 0
+    first, *rest = printed(capsys)[0].splitlines()
+    assert first.endswith("is finished: nothing was trained, this is its summary; --overwrite starts again") and rest
+    assert main([*SAME, "--parallel.remat", "Dense_7"]) == 2
+    out, err = printed(capsys)
+    assert "parallel.remat 'Dense_7' names no module; " in err and not out
+
+
+@pytest.mark.parametrize("content", ['{"steps": 12, "te', "{}"])
+def test_a_broken_summary_is_refused_and_made_again_where_it_is_deleted(finished, content, capsys):
+    summary = finished / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.write_text(content)
+    for command in (SAME, ["report", "runs"]):
+        assert main(command) == 2
+        out, err = printed(capsys)
+        assert re.search("summary.json .*; delete this file alone", err) and not out
+    summary.unlink()
+    assert main(SAME) == 0
+    assert json.loads(summary.read_text()) | {"wall_seconds": 0} == before | {"wall_seconds": 0}
+
+
+@pytest.mark.parametrize("broken", [b"garbage\n", b"\xff\xfe\n", b"[1]\n"])
+def test_a_broken_line_of_metrics_is_refused_by_report_and_train(finished, broken, capsys):
+    metrics = finished / "metrics.jsonl"
+    metrics.write_bytes(content := broken + metrics.read_bytes())
+    (finished / "summary.json").unlink()
+    for command in (SAME, ["report", "runs"]):
+        assert main(command) == 2
+        assert re.search(r"metrics.jsonl, line 1: .*; expected a JSON object", printed(capsys)[1])
+    assert metrics.read_bytes() == content
+
+
 def test_eval_prints_the_metrics_of_a_split(finished, capsys):
     assert main(["eval", "runs", "--split", "validation"]) == 0
     assert re.search(r"^accuracy +0\.\d+$", printed(capsys)[0], re.MULTILINE)
@@ -358,6 +393,12 @@ Swallowing()
         ("train digits_mlp --data.train trian", "no split 'trian'; its splits are .*did you mean 'train'"),
         ("data info imagenot", "dataset 'imagenot' is not prepared"),
         ("eval nowhere", "run 'nowhere': no such folder"),
+        ("eval my.py", "run 'my.py': this is a file; expected a run folder"),
+        ("train my.py --workdir=", "workdir '': expected a path, which is empty here"),
+        ("train my.py --dry-run --workdir=", "workdir '': expected a path"),
+        ("compare my.py --workdir=", "workdir '': expected a path"),
+        ("compare my.py --output=", "output '': expected a path"),
+        ("report nowhere --output=", "output '': expected a path"),
         ("eval .", "is no run folder and holds none"),
         ("eval", "Missing from jaxmp eval: RUN"),
     ],
@@ -421,6 +462,18 @@ def test_a_workdir_that_cannot_be_written_is_exit_code_2(folder, monkeypatch, ca
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert main(["train", "my.py"]) == 2
     assert re.search("runs/my/.*: Permission denied; choose another folder", printed(capsys)[1])
+
+
+@pytest.mark.parametrize("command", ["eval", "blame", "report"])
+def test_an_empty_path_is_not_the_current_folder(finished, command, capsys):
+    assert main([command, ""]) == 2
+    assert "run '': expected a path" in printed(capsys)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_that_takes_no_folders_is_exit_code_2(folder, capsys):
+    assert main(["train", "my.py", "--workdir", "/proc/nope"]) == 2
+    assert re.search("/proc/nope/my/.*: no folder can be made there; choose another", printed(capsys)[1])
 
 
 def test_a_file_in_the_place_of_the_workdir_is_exit_code_2(folder, capsys):
@@ -489,7 +542,13 @@ def test_a_run_whose_loss_is_nan_fails_with_exit_code_1(folder, capsys):
 def test_a_run_whose_steps_are_all_skipped_fails_with_exit_code_1(folder, capsys):
     static = ["--scaler.kind", "static", "--scaler.init-scale", str(2.0**30)]
     assert main(["train", "my.py", *static, "--loop.max-consecutive-skips", "3"]) == 1
-    assert "steps in a row were skipped" in printed(capsys)[1]
+    _, err = printed(capsys)
+    reason = re.search(r"\d steps in a row were skipped, .*(?=\. The state)", err)[0]
+    assert main(["report", "runs"]) == 0
+    page = html.unescape(Path(printed(capsys)[0].strip()).read_text())
+    (path,) = folder.glob("runs/my/*")
+    assert f"{path.relative_to(folder)}: {reason}" in page and f"jaxmp blame {path.relative_to(folder)}" in page
+    assert "Not ended" not in page and "cross" in page
 
 
 def test_a_closed_pipe_is_no_error():

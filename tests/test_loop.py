@@ -21,8 +21,10 @@ from jaxmp.data.augment import Augment
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment import Experiment, Scaling
 from jaxmp.models.mlp import MLP
+from jaxmp.runs.blame import blame_run
 from jaxmp.runs.run import Run
 from jaxmp.scaling.historical import DeepSpeedScaler
+from jaxmp.scaling.scalers import DynamicScaler, StaticScaler
 from jaxmp.training import loop
 from jaxmp.training.build import Training
 from jaxmp.training.loop import Loop, fit, steps
@@ -127,7 +129,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
 def test_a_finished_run_is_only_read(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")}
     again = fit(BASE, workdir=finished.path.parent.parent, name="blobs")
-    assert again.summary == finished.summary
+    assert again.summary == finished.summary and not again.trained and finished.trained
     assert {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")} == before
 
 
@@ -257,7 +259,7 @@ def test_a_nan_loss_fails_the_run_and_names_the_leaf(precision, tmp_path):
     """Under a dynamic scaler too: the loss is NaN before it is multiplied by any scale."""
     diverging = dataclasses.replace(BASE, precision=precision, optimizer=SGD(1e30, momentum=0.0))
     with pytest.raises(
-        RunFailed, match=r"the loss is NaN, at or before step \d+; the first non-finite value is in the"
+        RunFailed, match=r"the loss is NaN, at or before step \d+; not finite in step \d+, .*: the loss, which is nan"
     ):
         fit(diverging, workdir=tmp_path)
     state = final_state(next(tmp_path.glob("*/*")), diverging)
@@ -290,11 +292,51 @@ def test_a_failed_run_keeps_all_of_its_lines(tmp_path):
 def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
     scaler = Scaling(kind="static", init_scale=2.0**24)
     overflowing = with_loop(dataclasses.replace(BASE, scaler=scaler), max_consecutive_skips=5)
-    with pytest.raises(RunFailed, match=r"5 steps in a row were skipped.*gradient of \w+/(kernel|bias|scale) of step"):
+    with pytest.raises(
+        RunFailed, match=r"5 steps in a row were skipped.*step 5; not finite.*gradient of \w+/(kernel|bias|scale)"
+    ):
         fit(overflowing, workdir=tmp_path)
     last = lines(next(tmp_path.glob("*/*")))[-1]
     assert last["applied_steps"] == 0 and last["skipped_steps"] == last["step"] == 5
     assert last["loss"] is None  # the mean over no applied step
+
+
+def test_a_failure_names_the_step_at_hand_and_its_loss_scale_as_blame_does(tmp_path):
+    """The dispatch that is under way when a failure shows ends two steps later, where no line is due."""
+    scaler = Scaling(init_scale=2.0**24)
+    failing = dataclasses.replace(BASE, data=Arrays(blobs, batch_size=20), scaler=scaler)  # 5 batches an epoch
+    failing = with_loop(failing, max_consecutive_skips=3, log_every=3, eval_every=20, save_every=None)
+    with pytest.raises(RunFailed, match=r"^5 steps in a row were skipped, the last of them step 5; ") as failed:
+        fit(failing, workdir=tmp_path)
+    assert "not finite in step 5, at loss scale 1.04858e+06: the gradient of" in str(failed.value)
+    found = blame_run(Run(tmp_path, failing))
+    assert (found.step, found.scale) == (5, 2.0**20)
+    reason = json.loads(next(tmp_path.glob("*/*/failed.json")).read_text())["reason"]
+    assert str(failed.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("scaler", "in_a_row", "after", "of_the_last"),
+    [
+        (DynamicScaler(init_scale=1.0), 1, 0.5, 1.0),
+        (DynamicScaler(init_scale=1.0), 5, 0.5, 1.0),
+        (DynamicScaler(init_scale=2.0, hysteresis=2), 1, 2.0, 2.0),
+        (DynamicScaler(init_scale=2.0, hysteresis=2), 2, 1.0, 2.0),
+        (DynamicScaler(init_scale=2.0, min_scale=1.0), 50, 1.0, 1.0),
+        (DynamicScaler(init_scale=2.0**20, backoff_factor=0.25), 3, 2.0**14, 2.0**16),
+        (StaticScaler(8.0), 7, 8.0, 8.0),
+    ],
+)
+def test_the_scale_of_the_last_skipped_step_is_found_from_the_one_after_it(scaler, in_a_row, after, of_the_last):
+    assert loop._scale_of_last(scaler, after, in_a_row) == of_the_last
+
+
+def test_a_run_that_goes_on_has_not_failed_any_more(finished, tmp_path):
+    folder = shutil.copytree(finished.path, tmp_path / "blobs" / finished.path.name)
+    cut_back(folder, 15)
+    (folder / "failed.json").write_text("{}")
+    assert fit(BASE, workdir=tmp_path, name="blobs").trained
+    assert not (folder / "failed.json").exists()
 
 
 @pytest.mark.slow

@@ -163,6 +163,26 @@ def test_a_damaged_last_checkpoint_is_warned_of_and_the_one_before_taken(trained
         assert int(run.state().step) < 15
 
 
+@pytest.mark.parametrize("content", ['{"steps": 15, "te', "{}", "[]"])
+def test_a_broken_summary_says_how_it_is_made_again(trained, tmp_path, content):
+    run = copy(trained, tmp_path)
+    (run / "summary.json").write_text(content)
+    with pytest.raises(InputError, match=r"summary.json (is no JSON.*|lacks best, policy, .*); delete this file alone"):
+        _ = Run(run).summary
+
+
+def test_a_failed_run_has_a_reason(trained, tmp_path):
+    run = Run(copy(trained, tmp_path))
+    assert run.failure is None
+    (run.path / "summary.json").unlink()
+    (run.path / "failed.json").write_text('{"step": 3, "reason": "the loss is NaN"}')
+    assert run.failure == "the loss is NaN"
+    with pytest.raises(InputError, match="no summary: the run failed: the loss is NaN"):
+        _ = run.summary
+    (run.path / "failed.json").write_text("{")
+    assert "damaged" in run.failure
+
+
 # Which folder.
 
 
@@ -176,6 +196,16 @@ def test_of_several_runs_one_has_to_be_named(trained, tmp_path):
         copy(trained, tmp_path, name)
     with pytest.raises(InputError, match=r"holds 2 runs; name one of them:\n.*/a\n.*/b"):
         Run(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/", ""])
+def test_no_run_is_suggested_that_was_given_or_stands_in_the_root_folder(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "opt.md").write_text("")
+    (tmp_path / "tmp2").symlink_to(tmp_path / "gone")
+    for name in ("opt.md", "tmp2", "tmp3"):
+        with pytest.raises(InputError, match=r"this is a file; expected a run folder|no such folder$"):
+            Run(f"{path}{name}")
 
 
 def test_what_is_no_run_is_an_input_error(trained, tmp_path):

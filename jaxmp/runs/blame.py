@@ -248,9 +248,16 @@ class _Past:
         return step, _on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
 
     def _lines_around_a_skip(self) -> tuple[int, int]:
-        """The steps of two lines of metrics, with the last skipped step after the first and not after the second."""
+        """The steps of two lines of metrics, with the last skipped step after the first and not after the second.
+
+        A run that failed may have its last checkpoint, which counts as a line, at a step without one.
+        """
         found, at, skipped = None, 0, 0
-        for line in self.run.metrics:
+        lines = self.run.metrics
+        state = self.run.state() if self.run.checkpoint_steps() else None
+        if state is not None and int(state.step) > max((line["step"] for line in lines), default=0):
+            lines.append({"step": int(state.step), "skipped_steps": int(skipped_steps(state.opt_state))})
+        for line in lines:
             if line.get("skipped_steps", skipped) > skipped:
                 found = at, line["step"]
             at, skipped = line["step"], line.get("skipped_steps", skipped)

@@ -99,7 +99,7 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}; choose another --output") from error
+        raise InputError(f"{path} cannot be written: {error.strerror}; choose another file") from error
 
 
 def command() -> str:

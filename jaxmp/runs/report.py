@@ -62,13 +62,21 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
       look: whether to do a step of each run again that has no `ranges`, from its last checkpoint, and look at it.
     """
     names = _names(runs)
-    curves = [Curve(name, run.config["seed"], run.metrics) for name, run in zip(names, runs, strict=True)]
+    curves = [
+        Curve(name, run.config["seed"], run.metrics, run.failure is not None)
+        for name, run in zip(names, runs, strict=True)
+    ]
     title = runs[0].config["name"] if len({run.config["name"] for run in runs}) == 1 else "Runs"
     only = runs[0] if len(runs) == 1 else None
     lead = f"{only.config['experiment']['precision']}, seed {only.config['seed']}" if only else f"{len(runs)} runs"
     page = Page(title, f"{lead} \N{MIDDLE DOT} {_devices(runs)}")
     page.table(*_summary(curves, runs))
-    unfinished = [str(run.path) for run in runs if not _ended(run)]
+    for run in runs:
+        if run.failure:
+            page.paragraph(f"Failed: {run.path}: {run.failure}", "bad")
+            looks_into = f"jaxmp blame {shlex.quote(str(run.path))}"
+            page.paragraph(f"What made it, and what would have prevented it: {looks_into}")
+    unfinished = [str(run.path) for run in runs if not _ended(run) and not run.failure]
     if unfinished:
         page.paragraph(f"Not ended, and shown as far as it is: {', '.join(unfinished)}", "note")
 

@@ -22,8 +22,10 @@ from jaxmp.precision.flax import mode_argument, with_policy
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
+from jaxmp.training.loop import FAILURE, read_summary
 from jaxmp.training.metrics import compute
 from jaxmp.training.state import TrainState
+from jaxmp.training.writers import read_lines
 
 
 class Run:
@@ -74,11 +76,7 @@ class Run:
 
     @property
     def _lines(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        *lines, _ = path.read_text().split("\n")  # after the last newline there is at most a line being written
-        return [json.loads(line) for line in lines]
+        return read_lines(self.path / "metrics.jsonl")
 
     def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
         """Steps, int64 (lines,), and a metric's values, float64 (lines,), on a split. NaN where it was not finite."""
@@ -94,12 +92,22 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What summary.json says. Raises InputError where the run has not ended."""
-        path = self.path / "summary.json"
+        summary = read_summary(self.path)
+        if summary is None:
+            why = f"failed: {self.failure}" if self.failure else "has not ended; the same `jaxmp train` resumes it"
+            raise InputError(f"{self.path} has no summary: the run {why}")
+        return summary
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed; None where it did not."""
+        path = self.path / FAILURE
         if not path.exists():
-            raise InputError(
-                f"{self.path} has no summary yet: the run has not ended; the same `jaxmp train` resumes it"
-            )
-        return json.loads(path.read_text())
+            return None
+        try:
+            return str(json.loads(path.read_text())["reason"])
+        except (ValueError, KeyError, TypeError):
+            return f"{path} is damaged; the same `jaxmp train` says it again"
 
     @functools.cached_property
     def experiment(self) -> Experiment:
@@ -211,8 +219,12 @@ def _find(path: Path) -> Path:
     if (path / "config.json").is_file():
         _read_config(path)
         return path
+    if path.is_file():
+        raise InputError(f"run {str(path)!r}: this is a file; expected a run folder, as `jaxmp train` writes")
     if not path.is_dir():
-        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        around = path.absolute().parent
+        # What stands in the root folder is the system's.
+        others = [other.name for other in around.glob("*/")] if around != Path(path.anchor or "/") else []
         raise InputError(f"run {str(path)!r}: no such folder{nearest(path.name, others)}")
     found = sorted(config.parent for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.json"))
     if len(found) != 1:

@@ -232,27 +232,40 @@ class Training:
             metrics = self._evaluation(params, state.model_state, metrics, self.devices.spread_own_rows(batch))
         return metrics
 
-    def first_non_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int) -> str | None:
-        """The first non-finite value of a step, repeated from `state` on its `batch`: the loss or a gradient."""
+    def not_finite(self, state: TrainState, batch: dict[str, jax.Array], step: int, scale: float) -> str | None:
+        """What is not finite in a step, repeated from `state` on its `batch`: the loss, or else gradients, by name.
+
+        Args:
+          state: the one before the step; what loss scale it holds does not matter.
+          batch: of the step.
+          step: its number, from 0.
+          scale: the loss scale of the step.
+        """
         if self.devices.several_processes:
             batch = self.devices.whole(batch)
-        grads, loss = self._repeated(state, batch, step)
-        at = f"of step {step + 1} at loss scale {float(loss_scale(state.opt_state)):g}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf)):
-                name = "/".join(str(getattr(key, "key", key)) for key in path)
-                return f"in the gradient of {name} {at} (loss {float(loss):g})"
-        return None if jnp.isfinite(loss) else f"the loss {at}: {float(loss):g}"
+        grads, loss = self._repeated(state, batch, step, scale)
+        if not jnp.isfinite(loss):
+            return f"the loss, which is {float(loss):g}"
+        leaves = [
+            "/".join(str(getattr(key, "key", key)) for key in path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf))
+        ]
+        if not leaves:
+            return None
+        more = f" and {len(leaves) - 1} more" if leaves[1:] else ""
+        return f"the gradient of {leaves[0]}{more} (loss {float(loss):g})"
 
     @functools.cached_property
     def _repeated(self) -> Any:
         loss_fn = self.make_loss()
 
         @jax.jit
-        def repeated(state: TrainState, batch: dict[str, jax.Array], step: Any) -> Any:
+        def repeated(state: TrainState, batch: dict[str, jax.Array], step: Any, scale: Any) -> Any:
             def scaled(params: Any) -> Any:
                 total, (weight, _, _) = loss_fn(params, state.model_state, batch, jax.random.fold_in(state.key, step))
-                return total / weight * loss_scale(state.opt_state), total
+                loss = total / weight
+                return loss * scale, loss
 
             return jax.grad(scaled, has_aux=True, allow_int=True)(state.params)
 

@@ -21,16 +21,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
 from jaxmp.instruments.ranges import Looked
 from jaxmp.scaling.historical import scaler_exhausted
-from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
+from jaxmp.scaling.scalers import LARGEST, Scaler
+from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training import processes
 from jaxmp.training.build import Training
 from jaxmp.training.checkpoint import Checkpoints
@@ -39,7 +41,7 @@ from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.provenance import provenance
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import OVERFLOWS
-from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer, read_lines
 
 if TYPE_CHECKING:
     from jaxmp.experiment import Experiment
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 
 LOCK = "lock"
 """file in a run folder, locked by the process that trains in it"""
+
+FAILURE = "failed.json"
+"""file in the folder of a run that failed: at which `step`, and the `reason`; gone when the run goes on"""
 
 SAME_SIGNAL_SECONDS = 10
 """how much later the same signal can reach one of several processes once more"""
@@ -133,6 +138,8 @@ class Fitted(NamedTuple):
     """what is in its summary.json; empty where the run was stopped"""
     stopped: bool
     """whether a signal stopped it before its end, after saving"""
+    trained: bool = True
+    """whether this call trained; not where the run was finished"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,12 +261,14 @@ def fit(
         say = _nothing
     folder = Path(workdir) / name / f"{experiment.hash}-s{experiment.seed}"
     recorded, summary = processes.from_first(
-        lambda: (_recorded(folder, experiment, origin or {}, overwrite), None if overwrite else _summary(folder))
+        lambda: (_recorded(folder, experiment, origin or {}, overwrite), None if overwrite else read_summary(folder))
     )
-    if summary is not None:
-        return Fitted(folder, summary, stopped=False)
-
     training = Training(experiment)
+    if summary is not None:
+        if recorded and recorded["experiment"].get("parallel") != experiment.to_json()["parallel"]:
+            _check(training)  # the rest is in the hash, and was checked before it was trained
+        return Fitted(folder, summary, stopped=False, trained=False)
+
     many = recorded["many_steps"] if recorded else training.many_steps_pay
     _check(training)
     feed = training.feed(many=many)
@@ -270,8 +279,9 @@ def fit(
             if overwrite and folder.exists():
                 with _locked(folder):
                     _delete(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             stack.enter_context(_locked(folder))
+            (folder / FAILURE).unlink(missing_ok=True)
             if not recorded:
                 run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "many_steps": many}
                 whole = run | (origin or {}) | {"experiment": experiment.to_json()} | provenance()
@@ -365,7 +375,7 @@ class _Session:
 
     def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
-        records = _records(self.folder / "metrics.jsonl")
+        records = read_lines(self.folder / "metrics.jsonl")
         evaluations = [record for record in records if record["split"] == "validation"]
         evaluated = [(record["step"], _number(record[self.loop.monitor])) for record in evaluations]
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
@@ -391,21 +401,17 @@ class _Session:
             before, waiting = waiting, None
             since_line = training.no_metrics if schedule.writes(step) else metrics  # as the next dispatch begins
             if schedule.checks(step):
-                readings = self.read(state.opt_state) | {"stop": devices.any_process(self.stop_asked())}
-                waiting = _Line(step, schedule.writes(step), metrics, readings)
+                waiting = self._line(step, schedule.writes(step), metrics, state)
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             problem = self._write(before)
             self._write_ranges()
             if not (problem or schedule.saves(step) or self._stops()):
                 continue
+            if problem and waiting is None:  # by now this step is done too, and it is its state that is at hand
+                waiting = self._line(step, False, metrics, state)
             problem, waiting = self._write(waiting) or problem, None
             if problem:
-                self._save(step, state, since_line)
-                self.checkpoints.wait()
-                raise RunFailed(
-                    f"{problem}; {self._culprit(step, state)}. The state is saved in {self.folder}; what made it, and "
-                    f"what would have prevented it: jaxmp blame {self.folder}"
-                )
+                self._fail(problem, step, state, since_line)
             measured = self._evaluate(step, state, "validation") if schedule.evaluates(step) else None
             self._save(step, state, since_line, measured)
             if schedule.evaluates(step) and self._out_of_patience():
@@ -415,6 +421,21 @@ class _Session:
                 self.say(f"stopped at step {step} and saved in {self.folder}; the same command goes on from there")
                 return Fitted(self.folder, {}, stopped=True)
         return Fitted(self.folder, self._finish(step, state), stopped=False)
+
+    def _line(self, step: int, due: bool, metrics: Metrics, state: TrainState) -> _Line:
+        readings = self.read(state.opt_state)
+        return _Line(step, due, metrics, readings | {"stop": self.training.devices.any_process(self.stop_asked())})
+
+    def _fail(self, problem: str, step: int, state: TrainState, metrics: Metrics) -> NoReturn:
+        """Saves the state, and why the run ends here."""
+        self._save(step, state, metrics)
+        self.checkpoints.wait()
+        reason = f"{problem}; {culprit}" if (culprit := self._culprit(step, state)) else problem
+        processes.from_first(lambda: _write_json(self.folder / FAILURE, {"step": step, "reason": reason}))
+        raise RunFailed(
+            f"{reason}. The state is saved in {self.folder}; what made it, and what would have prevented it: "
+            f"jaxmp blame {self.folder}"
+        )
 
     def _write(self, line: _Line | None) -> str | None:
         """Writes a line of training metrics where one is due; returns why the run cannot go on, where it cannot."""
@@ -520,16 +541,40 @@ class _Session:
         best_step, _ = self._best()
         return sum(step > best_step for step, _ in self.evaluated) >= self.loop.patience
 
-    def _culprit(self, step: int, state: TrainState) -> str:
-        """Names the first non-finite leaf, by repeating the last steps: a skipped one left the state as it was."""
-        for at in range(step - 1, max(-1, step - 1 - self.loop.max_consecutive_skips), -1):
-            found = self.training.first_non_finite(state, self.feed.batch(at), at)
-            if found is not None:
-                return f"the first non-finite value is {found}"
-        return "none of the last steps, repeated with the state at hand, gives a non-finite value"
+    def _culprit(self, step: int, state: TrainState) -> str | None:
+        """What was not finite in the last step, which is repeated; None where that was not skipped.
+
+        A skipped step left the state as it was, but for the loss scale.
+        """
+        in_a_row, scaling = int(consecutive_skips(state.opt_state)), find_state(state.opt_state)
+        if not in_a_row or scaling is None:
+            return None
+        scale = _scale_of_last(self.training.experiment.make_scaler(), float(scaling.scaler.scale), in_a_row)
+        found = self.training.not_finite(state, self.feed.batch(step - 1), step - 1, scale)
+        if found is None:
+            return f"step {step}, repeated at loss scale {scale:g} with its whole batch at once, is finite"
+        return f"not finite in step {step}, at loss scale {scale:g}: {found}"
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
+
+
+def _scale_of_last(scaler: Scaler, after: float, in_a_row: int) -> float:
+    """The loss scale of the last of some steps skipped in a row, from the scale after it.
+
+    Found by trying the powers of two from which the row may have begun.
+    """
+
+    def last_two(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        overflow = jnp.bool_(False), jnp.float32(jnp.inf)
+        before = scaler.init()._replace(scale=start)
+        before = jax.lax.fori_loop(0, in_a_row - 1, lambda _, state: scaler.update(state, *overflow), before)
+        return before.scale, scaler.update(before, *overflow).scale
+
+    starts = after * 2.0 ** np.arange(64)
+    last, then = jax.jit(jax.vmap(last_two))(jnp.float32(starts[starts <= LARGEST]))
+    found = np.flatnonzero(np.asarray(then) == after)
+    return float(last[found[0]]) if len(found) else after
 
 
 class _Line(NamedTuple):
@@ -555,6 +600,7 @@ def _check(training: Training) -> None:
     """What would otherwise be found out only at the first evaluation, or after it."""
     loop, data = training.experiment.loop, training.experiment.data
     training.explain()
+    training.experiment.parallel.make(training.experiment.data.batch_size, loop.accumulate_steps)
     measured = [name for name in training.no_metrics if name != NAN_LOSS]
     if loop.monitor not in measured:
         raise InputError(
@@ -600,10 +646,23 @@ def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], over
     return config
 
 
-def _summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end."""
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of a run that has ended, None where there is none. Raises InputError for a broken one."""
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+        missing = {"steps", "test", "best", "policy"} - set(summary)
+        problem = f"lacks {', '.join(sorted(missing))}" if missing else None
+    except (ValueError, TypeError) as error:
+        problem = f"is no JSON object ({error})"
+    if problem:
+        raise InputError(
+            f"{path} {problem}; delete this file alone, and the same `jaxmp train` makes it again from the last "
+            "checkpoint"
+        )
+    return summary
 
 
 def _program(source: str) -> str:
@@ -612,6 +671,13 @@ def _program(source: str) -> str:
     if ast.get_docstring(module) is not None:
         del module.body[0]
     return ast.dump(module)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # some file systems take no folders, and say it so: /proc
+        raise InputError(f"{folder}: no folder can be made there; choose another --workdir") from error
 
 
 def _delete(folder: Path) -> None:
@@ -633,10 +699,6 @@ def _locked(folder: Path) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it, or choose another --workdir"
             ) from None
         yield
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _number(value: float | None) -> float:
