@@ -388,4 +388,25 @@ def test_the_report_has_the_figure_of_activation_gradients(looked):
         lowest = min(s["lowest_exponent"] for s in seen if s["counts"])
         assert min(bars) == lowest
         assert "0 without the scale" in svg and "swallowed" in text
+        texts = [text for text in figure.iter("text") if text.text]
+        on_the_axis = [text.text for text in texts if text.get("class") == "tick middle"]
+        assert len(set(on_the_axis)) == len(on_the_axis) and "zeros" in on_the_axis
+        (mark,) = [text for text in texts if "without the scale" in text.text]
+        assert float(mark.get("y")) < min(float(r.get("y")) for r in figure.iter("rect"))
     assert "Activation gradients" not in str(report([run]))
+
+
+def test_a_magnitude_that_is_known_to_a_power_of_two_is_not_shown_as_exact(looked):
+    from jaxmp.runs.exponents import add_ranges
+    from jaxmp.runs.page import Page
+
+    (line, *_) = Run(looked[0], experiment()).ranges
+    seen = line["ranges"]["outputs"]["Dense_0"]
+    for exact, smallest, largest in [
+        (True, "3.12e-02", "4.00e+00"),
+        (False, "3.12e-02 to 6.25e-02", "4.00e+00 to 8.00e+00"),
+    ]:
+        seen.update(exact=exact, smallest=2.0**-5, largest=4.0)
+        add_ranges(page := Page(""), {"run": [line]})
+        assert f'>{smallest}</td><td class="n">{largest}</td>' in str(page).replace("\N{MINUS SIGN}", "-")
+        assert ("somewhere from A on" in str(page)) is not exact

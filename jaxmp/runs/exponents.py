@@ -31,6 +31,8 @@ def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> Non
     for name, lines in looks.items():
         last = lines[-1]
         page.paragraph(f"{name}, step {last['step']}, loss scale {last['loss_scale']:g}; shares of non-zero numbers:")
+        if any(not seen["exact"] for of in last["ranges"].values() for seen in of.values()):
+            page.paragraph('Where it says "A to B", the smallest or largest is somewhere from A on, below B.', "note")
         page.table(*_table(last["ranges"]))
 
 
@@ -64,7 +66,7 @@ def _histogram(lines: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
     )  # fmt: skip
     steps = f"step {lines[0]['step']}" if len(lines) == 1 else f"{len(lines)} steps from {lines[0]['step']} on"
     under = " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1])))
-    return svg, f"{size:,} values of {steps}, loss scale {under}. Bar at 0: zeros."
+    return svg, f"{size:,} values of {steps}, loss scale {under}. Bar on the left: zeros."
 
 
 def _table(ranges: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -80,8 +82,8 @@ def _table(ranges: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[lis
                     name or "(model)",
                     f"{seen['size']:,}",
                     _share(seen["zeros"] / seen["size"] if seen["size"] else None),
-                    _magnitude(seen["smallest"]),
-                    _magnitude(seen["largest"]),
+                    _magnitude(seen["smallest"], seen["exact"]),
+                    _magnitude(seen["largest"], seen["exact"]),
                     *(_share(seen["underflow"][format]) for format in FORMATS),
                     *(_share(seen["overflow"][format]) for format in FORMATS),
                     _share(seen["swallowed"] / nonzero if "swallowed" in seen and nonzero else None),
@@ -98,5 +100,9 @@ def _share(share: float | None) -> str:
     return "0" if not share else f"{share:.2%}" if share >= 1e-4 else "< 0.01%"
 
 
-def _magnitude(value: float | None) -> str:
-    return NO_VALUE if value is None else f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
+def _magnitude(value: float | None, exact: bool) -> str:
+    """A magnitude; one that is known to a power of two alone as the two that it lies between."""
+    if value is None:
+        return NO_VALUE
+    text = f"{value:.2e}" if exact else f"{value:.2e} to {2 * value:.2e}"
+    return text.replace("-", "\N{MINUS SIGN}")
