@@ -20,6 +20,7 @@ from jaxmp.cli import main
 from jaxmp.config_file import ConfigFile
 from jaxmp.errors import RunFailed
 from jaxmp.runs.compare import differences, grid, page
+from jaxmp.runs.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.runs.gradients import gradient_errors
 from jaxmp.runs.report import Curve, grouped_figure
 from jaxmp.runs.run import Run
@@ -372,6 +373,36 @@ def test_numbers_that_are_not_finite_leave_a_gap():
     (path,) = [p for p in figure.iter("path") if p.get("data-x")]
     assert path.get("d").count("M") == 2 and path.get("data-y") == "0.5 0.25 nan 0.125 nan"
     assert any("cross" in p.get("class", "") for p in figure.iter("path"))
+
+
+LONG = [f"encoder/layer_0=float32; rnn/*=mixed_float16; rnn=float32; mixed_{half}" for half in ("float16", "bfloat16")]
+
+
+def test_long_names_stay_in_their_panel_and_are_whole_where_pointed_at():
+    rows = [(name, style, [1.0], (1.0, 0.5, 1.5)) for style, name in enumerate(LONG)]
+    figures = [
+        interval_figure(Axis("x"), rows, name="a"),
+        bar_figure(Axis("x"), [(name, [("part", 1.0)]) for name in LONG], name="b"),
+        line_figure(Axis("x"), Axis("y"), [Series(name, [0, 1], [0, 1]) for name in LONG], name="c"),
+    ]
+    for figure in map(ElementTree.fromstring, figures):
+        texts = list(figure.iter("text"))
+        assert [text.findtext("title") for text in texts if text.findtext("title")] == LONG
+        assert len({text.text for text in texts if text.findtext("title")}) == 2
+        for text in texts:
+            width = LETTER * len(text.text)
+            left = float(text.get("x")) - (width if "end" in text.get("class") else 0)
+            assert left >= 0 and left + width <= WIDTH
+
+
+def test_a_precision_whose_runs_all_failed_has_a_column_that_says_so(compared):
+    comparison = json.loads(json.dumps(compared[0]))
+    comparison["runs"][1] |= {"failed": "diverged", "summary": {}}
+    comparison["differences"] = differences(comparison["runs"], PRECISIONS)
+    text = str(page(comparison))
+    assert "<th>float32</th><th>mixed_float16</th>" in text
+    assert text.count("<td>p=f32,c=f32,o=f32,matmul=F32_F32_F32</td><td>failed</td>") >= 2
+    check_page(text)
 
 
 def test_names_from_outside_are_no_html(compared, tmp_path):

@@ -466,7 +466,7 @@ def _precision(result: Page, comparison: dict[str, Any]) -> None:
         ["precision", "policy", "loss scaler"],
         [[m["precision"], m["policy"], m["scaler"]] for m in comparison["measured"]],
     )
-    policy_tables(result, {precision: ended[precision] for precision in comparison["precisions"] if precision in ended})
+    policy_tables(result, {precision: ended.get(precision) for precision in comparison["precisions"]})
 
 
 def _origin(result: Page, comparison: dict[str, Any]) -> None:

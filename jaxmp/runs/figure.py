@@ -21,6 +21,12 @@ LEFT, TOP, BOTTOM = 58, 30, 40
 LETTER = 6.4
 """width of a letter at the size of labels, on average"""
 LABEL_HEIGHT = 15
+NAME_LETTERS = 28
+"""most letters of the name at the end of a line, so that there is room left for the line"""
+ROW_LETTERS = 15
+"""most letters of a name on the left of its row, on paper too, where letters are a quarter wider"""
+LONG_LETTERS = 60
+"""most letters of a name above its row, where one is longer than that"""
 DOTS = 40
 """points of a line up to which each is marked, and says its numbers when pointed at"""
 
@@ -68,7 +74,7 @@ def line_figure(x: Axis, y: Axis, series: Sequence[Series], *, name: str) -> str
       name: what the figure shows, for who cannot see it.
     """
     drawn = [_only_drawable(s, y) for s in series]
-    right = WIDTH - 48 - LETTER * max((len(s.label) for s in drawn), default=0)
+    right = WIDTH - 48 - LETTER * min(max((len(s.label) for s in drawn), default=0), NAME_LETTERS)
     across = _Scale(x, [v for s in drawn for v in s.x], LEFT, right)
     up = _Scale(y, [v for s in drawn for v in s.y if not math.isnan(v)], HEIGHT - BOTTOM, TOP, padded=True)
     parts = [_frame(across, up, LEFT, right, TOP, HEIGHT)]
@@ -90,13 +96,14 @@ def interval_figure(x: Axis, rows: Sequence[tuple[str, int, Sequence[float], Any
       name: what the figure shows.
     """
     values = [v for _, _, points, interval in rows for v in (*points, *(interval or ()))]
-    across = _Scale(Axis(x.label, x.scale, (*x.include, 0.0)), values, LEFT + 76, WIDTH - 24, padded=True)
-    height = TOP + 52 * len(rows) + BOTTOM
+    left, line = _rows([label for label, *_ in rows])
+    across = _Scale(Axis(x.label, x.scale, (*x.include, 0.0)), values, left, WIDTH - 24, padded=True)
+    height = TOP + (52 + line) * len(rows) + BOTTOM
     bottom = height - BOTTOM
     parts = [_vertical_grid(across, TOP, bottom, height), _rule(across(0), TOP, across(0), bottom, "zero")]
     for i, (label, style, points, interval) in enumerate(rows):
-        y = TOP + 52 * (i + 0.5)
-        parts.append(_text(LEFT + 62, y + 4, label, "end"))
+        y = TOP + (52 + line) * (i + 0.5) + line / 2
+        parts.append(_row_name(y, label, line))
         parts += [
             f'<circle class="c{style % STYLES} dot faint" cx="{across(v):.1f}" cy="{y + 9:.1f}" r="3.5">'
             f"<title>{v:+.4g}</title></circle>"
@@ -122,12 +129,13 @@ def bar_figure(x: Axis, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]],
       name: what the figure shows.
     """
     totals = [sum(value for _, value in parts) for _, parts in rows]
-    across = _Scale(Axis(x.label, include=(0.0,)), totals, LEFT + 76, WIDTH - 70)
-    height = TOP + 40 * len(rows) + BOTTOM
+    left, line = _rows([label for label, _ in rows])
+    across = _Scale(Axis(x.label, include=(0.0,)), totals, left, WIDTH - 70)
+    height = TOP + (40 + line) * len(rows) + BOTTOM
     parts = [_vertical_grid(across, TOP, height - BOTTOM, height)]
     for i, ((label, lengths), total) in enumerate(zip(rows, totals, strict=True)):
-        y, start = TOP + 40 * (i + 0.5), 0.0
-        parts.append(_text(LEFT + 62, y + 4, label, "end"))
+        y, start = TOP + (40 + line) * (i + 0.5) + line / 2, 0.0
+        parts.append(_row_name(y, label, line))
         for k, (part, value) in enumerate(lengths):
             left, right = across(start), across(start + value)
             parts.append(
@@ -161,8 +169,10 @@ def histogram_figure(
     borders = [e for zone in zones for e in zone[:2] if math.isfinite(e)]
     reached = [*borders, *(e for e, _ in bars), *(e + 1 for e, _ in bars), *(e for e, _ in marks)]
     low, high = min(reached, default=0) - 3, max(reached, default=1) + 3
-    height, top, right = HEIGHT + 30, TOP + 26, WIDTH - 16
-    bottom, left = height - BOTTOM, LEFT + 50
+    right, left, names = WIDTH - 16, LEFT + 50, TOP + 20
+    top = names + 6 + (LABEL_HEIGHT if marks else 0)  # what marks say has a row of its own, above the bars
+    height = HEIGHT + top - TOP
+    bottom = height - BOTTOM
     across = _Scale(x, [low, high], left, right)
     up = _Scale(Axis("share of all values, %", include=(0.0,)), [share for _, share in bars], bottom, top, padded=True)
     parts = []
@@ -173,7 +183,7 @@ def histogram_figure(
             f'height="{bottom - top}"><title>{_escape(label)}</title></rect>'
         )
         if finish - begin > LETTER * len(label):
-            parts.append(_text((begin + finish) / 2, top - 6, label, "mute middle small"))
+            parts.append(_text((begin + finish) / 2, names, label, "mute middle small"))
     parts.append(_frame(across, up, LEFT, right, top, height))
     for exponent, share in bars:
         begin, finish, y = across(exponent), across(exponent + 1), up(share)
@@ -187,11 +197,13 @@ def histogram_figure(
         f'<rect class="c1 fill" x="{LEFT + 8}" y="{zero_top:.1f}" width="20" height="{bottom - zero_top:.1f}" '
         f'data-y="{zeros:.7g}"><title>zeros: {zeros:.3g} %</title></rect>'
     )
-    parts.append(_text(LEFT + 18, bottom + 17, "0", "tick middle"))
+    parts.append(_text(LEFT + 18, bottom + 17, "zeros", "tick middle"))
     parts.append(_text(LEFT + 18, zero_top - 5, f"{zeros:.3g} %", "mute middle small"))
     for exponent, label in marks:
-        parts.append(_rule(across(exponent), top, across(exponent), bottom, "zero"))
-        parts.append(_text(across(exponent) + 5, top + 13, label, "mute small"))
+        place = across(exponent)
+        end = place + 5 + LETTER * len(label) > WIDTH
+        parts.append(_rule(place, top - LABEL_HEIGHT, place, bottom, "zero"))
+        parts.append(_text(place + (-5 if end else 5), top - 5, label, f"mute small{' end' if end else ''}"))
     return _svg(parts, name, height)
 
 
@@ -320,7 +332,7 @@ def _labels(ends: list[tuple[float, float, Series]], edge: float) -> list[str]:
         kind = "line faint" if series.faint else f"line d{series.style % STYLES}"
         parts.append(f'<path class="leader" d="M{x + 4:.1f} {y:.1f}L{max(x, edge) + 12:.1f} {place:.1f}"/>')
         parts.append(f'<path class="{style} {kind}" d="M{edge + 14} {place:.1f}h20"/>')
-        parts.append(_text(edge + 39, place + 4, series.label, ""))
+        parts.append(_name(edge + 39, place + 4, series.label, "", NAME_LETTERS))
     return parts
 
 
@@ -362,6 +374,28 @@ def _rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{_escape(text)}</text>'
+
+
+def _rows(names: Sequence[str]) -> tuple[float, float]:
+    """Where rows of these names begin, and how much higher they are for a name that stands above its row."""
+    above = any(len(name) > ROW_LETTERS for name in names)
+    return (LEFT, LABEL_HEIGHT) if above else (LEFT + 76, 0)
+
+
+def _row_name(y: float, name: str, above: float) -> str:
+    return _name(LEFT, y - 16, name, "over", LONG_LETTERS) if above else _text(LEFT + 62, y + 4, name, "end")
+
+
+def _name(x: float, y: float, name: str, kind: str, letters: int) -> str:
+    """A name of at most that many letters: of a longer one the middle is left out, and the whole shown when pointed at.
+
+    What sets two precisions apart is the module that the first begins with, or the default that they end with.
+    """
+    if len(name) <= letters:
+        return _text(x, y, name, kind)
+    head = letters // 2
+    short = f"{name[:head]}\N{HORIZONTAL ELLIPSIS}{name[head + 1 - letters :]}"
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{_escape(short)}<title>{_escape(name)}</title></text>'
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -254,20 +254,25 @@ def _policies(page: Page, runs: Sequence[Run], names: Sequence[str]) -> None:
             page.paragraph(f"{run.path}: {run.config['experiment']['precision']}")
 
 
-def policy_tables(page: Page, summaries: Mapping[str, dict[str, Any]]) -> None:
+def policy_tables(page: Page, summaries: Mapping[str, dict[str, Any] | None]) -> None:
     """The policy of each module, side by side for runs of one model.
 
     Args:
       page: takes the tables.
-      summaries: what summary.json says, by the name of the run.
+      summaries: what summary.json says, by the name of the run; None for one that failed, and has none.
     """
     tables: dict[str, dict[str, list[str]]] = {}
     for name, summary in summaries.items():
+        if summary is None:
+            continue
         rows = summary["policy"]
         model = json.dumps([[row["module"] or "(model)", row["type"], f"{row['parameters']:,}"] for row in rows])
         tables.setdefault(model, {})[name] = [row["policy"] + _by_rule(row["rule"]) for row in rows]
-    for model, columns in tables.items():
-        rows = [[*row, *policies] for row, *policies in zip(json.loads(model), *columns.values(), strict=True)]
+    for model, policies in tables.items():
+        modules = json.loads(model)
+        failed = {name: ["failed"] * len(modules) for name, summary in summaries.items() if summary is None}
+        columns = {name: (policies | failed)[name] for name in summaries if name in policies | failed}
+        rows = [[*module, *row] for module, *row in zip(modules, *columns.values(), strict=True)]
         page.table(["module", "class", "parameters", *columns], rows)
 
 
