@@ -309,9 +309,13 @@ def test_a_failure_names_the_step_at_hand_and_its_loss_scale_as_blame_does(tmp_p
     with pytest.raises(RunFailed, match=r"^5 steps in a row were skipped, the last of them step 5; ") as failed:
         fit(failing, workdir=tmp_path)
     assert "not finite in step 5, at loss scale 1.04858e+06: the gradient of" in str(failed.value)
+    (run,) = tmp_path.glob("*/*")
+    assert [(line["step"], line["skipped_steps"]) for line in lines(run)] == [(3, 3), (5, 5)]
+    metrics = run / "metrics.jsonl"  # blame takes the checkpoint where there is no line of it, as a stopped run has it
+    metrics.write_text(metrics.read_text().partition("\n")[0] + "\n")
     found = blame_run(Run(tmp_path, failing))
     assert (found.step, found.scale) == (5, 2.0**20)
-    reason = json.loads(next(tmp_path.glob("*/*/failed.json")).read_text())["reason"]
+    reason = json.loads((run / "failed.json").read_text())["reason"]
     assert str(failed.value).startswith(reason)
 
 

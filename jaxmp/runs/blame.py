@@ -250,7 +250,7 @@ class _Past:
     def _lines_around_a_skip(self) -> tuple[int, int]:
         """The steps of two lines of metrics, with the last skipped step after the first and not after the second.
 
-        A run that failed may have its last checkpoint, which counts as a line, at a step without one.
+        A run that was stopped may have its last checkpoint, which counts as a line, at a step without one.
         """
         found, at, skipped = None, 0, 0
         lines = self.run.metrics

@@ -407,8 +407,9 @@ class _Session:
             self._write_ranges()
             if not (problem or schedule.saves(step) or self._stops()):
                 continue
-            if problem and waiting is None:  # by now this step is done too, and it is its state that is at hand
-                waiting = self._line(step, False, metrics, state)
+            if problem:  # by now this step is done too: the last of the run, which gets a line, whatever is due
+                waiting = (waiting or self._line(step, True, metrics, state))._replace(due=True)
+                since_line = training.no_metrics
             problem, waiting = self._write(waiting) or problem, None
             if problem:
                 self._fail(problem, step, state, since_line)
