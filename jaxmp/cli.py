@@ -254,7 +254,7 @@ class AuditOptions:
 
 def audit(arguments: list[str]) -> int:
     """Shows which dtypes a config's train step runs in, and what is wrong with that, without running it."""
-    config, arguments = _config_argument(arguments, _AUDIT_USAGE)
+    config, arguments = _config_argument(arguments, _AUDIT_USAGE, AuditOptions)
     experiment = config.experiment()
     prog = f"jaxmp audit {config.name}"
     both = _with_options(experiment, AuditOptions)
@@ -305,7 +305,7 @@ class CompareOptions:
 
 def compare(arguments: list[str]) -> int:
     """Trains a config under several precisions and seeds, and writes what that shows as one HTML file."""
-    config, arguments = _config_argument(arguments, _COMPARE_USAGE)
+    config, arguments = _config_argument(arguments, _COMPARE_USAGE, CompareOptions)
     experiment = config.experiment()
     prog = f"jaxmp compare {config.name}"
     both = _with_options(experiment, CompareOptions)
@@ -360,7 +360,7 @@ class FindPolicyOptions:
 
 def find_policy(arguments: list[str]) -> int:
     """Finds which modules of a config's model can compute in half, by the error that this makes in the gradient."""
-    config, arguments = _config_argument(arguments, _FIND_POLICY_USAGE)
+    config, arguments = _config_argument(arguments, _FIND_POLICY_USAGE, FindPolicyOptions)
     experiment = config.experiment()
     prog = f"jaxmp find-policy {config.name}"
     both = _with_options(experiment, FindPolicyOptions)
@@ -429,19 +429,20 @@ _FIND_POLICY_USAGE = (
 _COMPARE_USAGE = "usage: jaxmp compare CONFIG [--precision A B C] [--seeds 0 1 2] [--output FILE] [--FIELD VALUE ...]"
 
 
-def _config_argument(arguments: list[str], synopsis: str = _TRAIN_USAGE) -> tuple[ConfigFile, list[str]]:
-    help_asked = bool({"-h", "--help"} & set(arguments))
+def _config_argument(
+    arguments: list[str], synopsis: str = _TRAIN_USAGE, options: Any = TrainOptions
+) -> tuple[ConfigFile, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         command = synopsis.split()[2]
-        usage = (
-            f"{synopsis}\n\n"
+        about = (
             "CONFIG is a Python file with `get_config() -> jaxmp.Experiment`, or a name that `jaxmp configs` lists.\n"
             f"`jaxmp {command} CONFIG --help` shows every field of that config, with what it means and its value."
         )
-        if help_asked:
-            print(usage)
-            raise SystemExit(DONE)
-        raise InputError(f"{command}: the first argument has to be CONFIG\n{usage}")
+        if {"-h", "--help"} & set(arguments):
+            import tyro
+
+            tyro.cli(options, args=["--help"], prog=f"jaxmp {command} CONFIG [--FIELD VALUE ...]", description=about)
+        raise InputError(f"{command}: the first argument has to be CONFIG\n{synopsis}\n\n{about}")
     return ConfigFile.find(arguments[0]), arguments[1:]
 
 

@@ -139,9 +139,14 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: jaxmp {command}" in printed(capsys)[0]
 
 
-def test_help_of_train_tells_how_to_see_the_fields(capsys):
-    assert main(["train", "--help"]) == 0
-    assert "jaxmp train CONFIG --help" in printed(capsys)[0]
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("train", "--overwrite"), ("audit", "--strict"), ("compare", "--seeds"), ("find-policy", "--budget")],
+)
+def test_help_without_a_config_has_the_options_and_tells_how_to_see_the_fields(command, option, capsys):
+    assert main([command, "--help"]) == 0
+    text = printed(capsys)[0]
+    assert option in text and f"jaxmp {command} CONFIG --help" in text
     assert main(["train"]) == 2
     assert main(["train", "--seed", "1", "my.py"]) == 2
     assert "first argument has to be CONFIG" in printed(capsys)[1]

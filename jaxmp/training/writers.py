@@ -334,7 +334,8 @@ class Console:
     def _numbers(self, record: Record) -> str:
         def mean(value: float) -> str:
             # Skipped steps are no part of a mean over training: it is NaN where all steps were.
-            return "-" if math.isnan(value) and record["split"] == "train" else f"{value:.4f}"
+            nothing = math.isnan(value) and record["split"] == "train" and record.get("skipped_steps")
+            return "-" if nothing else f"{value:.4f}"
 
         fields = {
             "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
