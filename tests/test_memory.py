@@ -145,6 +145,26 @@ def test_a_loss_that_has_no_gradient_is_one_message():
         memory(lambda w: w @ w, of((2, 3)))
 
 
+@pytest.mark.parametrize(
+    ("loss", "returned"),
+    [
+        (lambda w: w**2, r"float32\[3\]"),
+        (lambda w: (jnp.sum(w), {"accuracy": w[0]}), r"\('float32\[\]', \{'accuracy': 'float32\[\]'\}\)"),
+        (lambda w: None, "None"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_one_message(loss, returned):
+    with pytest.raises(InputError, match=f"expected a scalar; it returns {returned}"):
+        memory(loss, of((3,)))
+
+
+def test_the_last_row_of_the_table_is_the_total():
+    seen = memory(mlp, {"w": [of((1024, 1024))], "b": [of((1024,))]}, of((16, 1024), BF16))
+    *rows, total = [line.split() for line in str(seen).splitlines()]
+    assert total == ["total", f"{seen.nbytes() / 2**20:.2f}"]
+    assert sum(float(row[-1]) for row in rows) == pytest.approx(float(total[1]), abs=0.005 * (len(rows) + 1))
+
+
 def of_config(name, precision):
     (path,) = (path for path in CONFIGS if path.stem == name)
     experiment = ConfigFile.find(str(path)).experiment()

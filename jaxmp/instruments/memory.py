@@ -45,7 +45,7 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by kind and dtype. Printed, it is a table in MiB, of what is more than 0.00 of them."""
+    """Bytes by kind and dtype. Printed, it is a table in MiB, of what is more than 0.00 of them, and the total."""
 
     items: tuple[Item, ...]
 
@@ -61,6 +61,7 @@ class Memory:
         rows = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]
         rest = self.nbytes() - sum(nbytes for *_, nbytes in rows)
         rows += [("the rest", "", rest)] if rest else []
+        rows.append(("total", "", self.nbytes()))
         return "\n".join(f"{name:<26}{dtype:<12}{nbytes / MIB:12,.2f}" for name, dtype, nbytes in rows)
 
 
@@ -68,7 +69,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
     """What a step that differentiates `loss(params, *args)` by `params` holds in memory.
 
     Args:
-      loss: a scalar function.
+      loss: a function that returns one float, a scalar.
       params: what it is differentiated by, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as
         integers, are state.
       args: its further arguments, such as the batch.
@@ -89,6 +90,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
     batch                     bfloat16            0.12
     gradients                 float32             4.00
     saved activations         bfloat16            0.12
+    total                                         8.25
     """
     leaves, structure = jax.tree.flatten(params)
     diff = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -98,7 +100,11 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
 
         def differentiated(own: Any) -> Any:
             filled = dict(enumerate(others)) | dict(zip(diff, own, strict=True))
-            return loss(jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]), *args)
+            value = loss(jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]), *args)
+            if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+                shapes = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", value)
+                raise TypeError(f"expected a scalar; it returns {shapes}")
+            return value
 
         # The function that vjp returns is a pytree, of all that it needs for the backward pass.
         return jax.vjp(differentiated, own)[1]
