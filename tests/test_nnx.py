@@ -146,6 +146,13 @@ def test_float32_is_true_float32_and_outputs_have_their_dtype():
     assert apply_policy(lambda x: x @ x.T, parse_policy("p=f32,c=bf16,o=bf16"))(X).dtype == jnp.bfloat16
 
 
+def test_a_function_takes_a_policy_as_text_and_refuses_what_is_none():
+    under = apply_policy(lambda x: x @ x.T, "p=f32,c=f16,o=f16")
+    assert under(X).dtype == jnp.float16
+    with pytest.raises(InputError, match=r"policy None: expected a jaxmp\.Policy, or text"):
+        apply_policy(lambda x: x, None)
+
+
 @pytest.mark.parametrize("text", ["first=float32; mixed_float16", "c=e4m3", "mixed_bfloat16,grad=bf16"])
 def test_what_only_layers_can_do_is_refused(text):
     with pytest.raises(InputError, match="Flax Linen"):

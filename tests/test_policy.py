@@ -224,3 +224,16 @@ def test_traced_values_are_cast_like_arrays():
 )
 def test_float16_anywhere_wants_a_loss_scale(text, scaled):
     assert parse_policy(text).wants_scaling is scaled
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "precision None: expected text such as 'mixed_float16'"),
+        (parse_policy("float16"), r"of a policy, str\(policy\)"),
+        ("a=float32; mixed_float16", r"jaxmp\.PolicyTree\.parse"),
+    ],
+)
+def test_what_is_not_the_text_of_one_policy_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        parse_policy(given)

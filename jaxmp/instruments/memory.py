@@ -101,7 +101,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
         def differentiated(own: Any) -> Any:
             filled = dict(enumerate(others)) | dict(zip(diff, own, strict=True))
             value = loss(jax.tree.unflatten(structure, [filled[i] for i in range(len(leaves))]), *args)
-            if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+            if not jax.tree_util.all_leaves([value]) or jnp.shape(value):
                 shapes = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", value)
                 raise TypeError(f"expected a scalar; it returns {shapes}")
             return value

@@ -16,7 +16,7 @@ from jaxmp.precision.policy_tree import PolicyTree
 
 
 def apply_policy(
-    function: Callable[..., Any], policy: Policy | PolicyTree, lists: OperationLists = TORCH
+    function: Callable[..., Any], policy: Policy | PolicyTree | str, lists: OperationLists = TORCH
 ) -> Callable[..., Any]:
     """`function` under `policy`: products in its compute dtype, sums and exponentials in float32 (see `autocast`).
 
@@ -25,12 +25,13 @@ def apply_policy(
 
     Args:
       function: any JAX function.
-      policy: one policy, for there are no modules that rules could name.
+      policy: one policy, or its text; without rules, for there are no modules that they could name.
       lists: which operations run in the compute dtype and which in float32.
 
     A policy that computes in float32 or wider leaves every operation in the dtype that `function` gives it.
 
-    Raises: InputError for what only layers can do: rules, emulated formats, and gradients that add up in half.
+    Raises: InputError for what is no policy, and for what only layers can do: rules, emulated formats, and gradients
+    that add up in half.
     """
     policy, inner = by_operations(function, policy, lists)
 
@@ -42,13 +43,17 @@ def apply_policy(
 
 
 def by_operations(
-    function: Callable[..., Any], policy: Policy | PolicyTree, lists: OperationLists = TORCH
+    function: Callable[..., Any], policy: Policy | PolicyTree | str, lists: OperationLists = TORCH
 ) -> tuple[Policy, Callable[..., Any]]:
     """The one policy, and `function` under it but for the cast of its results; see `apply_policy`."""
+    if isinstance(policy, str):
+        policy = PolicyTree.parse(policy)
     if isinstance(policy, PolicyTree):
         if policy.rules:
             raise InputError(f"precision {policy}: rules name modules of a Flax Linen model; a function has none")
         policy = policy.default
+    if not isinstance(policy, Policy):
+        raise InputError(f"policy {policy!r}: expected a jaxmp.Policy, or text such as 'mixed_float16'")
     if policy.operands is not None:
         raise InputError(f"precision {policy}: formats are emulated in the layers of a Flax Linen model only")
     if policy.grad != FLOAT32:

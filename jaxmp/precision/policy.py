@@ -173,8 +173,12 @@ def parse_policy(text: str) -> Policy:
     'p=f32,c=e4m3/e5m2,o=f32'
 
     Raises:
-      InputError: an unknown preset, key, dtype or algorithm, or a key given twice.
+      InputError: no text, an unknown preset, key, dtype or algorithm, a key given twice, or rules by module.
     """
+    if not isinstance(text, str):
+        raise InputError(f"precision {text!r}: expected text such as 'mixed_float16'; of a policy, str(policy)")
+    if ";" in text:
+        raise InputError(f"precision {text!r}: rules by module are read by jaxmp.PolicyTree.parse; expected one policy")
     head, *parts = [part.strip() for part in text.split(",")]
     if "=" in head:
         base, parts = None, [head, *parts]
