@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +29,18 @@ def test_text_stays_on_the_host():
     assert source[np.arange(2)]["name"].tolist() == ["one", "one"]
     assert set(resident(source)) == {"image", "label"}
     assert nbytes(source) == 6 * (16 + 8)
+
+
+def computed(split):
+    return {"image": jax.random.uniform(jax.random.key(0), (6, 2)), "label": jnp.arange(6) % 3}
+
+
+def test_a_load_may_compute_by_jax_though_it_is_first_called_in_a_trace():
+    found = []
+    jax.eval_shape(lambda: found.append(Arrays(computed).source("train")))
+    columns = resident(found[0])
+    np.testing.assert_array_equal(columns["label"], [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(columns["image"], computed("train")["image"])
 
 
 def raising(split):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
@@ -32,7 +33,9 @@ class Arrays(Dataset):
         """What `load(split)` returned. Raises InputError where it raised, or returned no equally long arrays."""
         call = f"{getattr(self.load, '__qualname__', self.load)}({split!r})"
         try:
-            loaded = self.load(split)
+            # Who asks first may be a function that JAX traces; what a load computes by JAX is no part of that.
+            with jax.ensure_compile_time_eval():
+                loaded = self.load(split)
         except InputError:
             raise
         except Exception as error:  # whatever a user's function raises is shown as bad input, with its place
