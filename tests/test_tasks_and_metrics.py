@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
+from jaxmp.experiment import Experiment
+from jaxmp.models.mlp import MLP
+from jaxmp.training.build import Training
 from jaxmp.training.metrics import Mean, compute, merge, zeros_like
 from jaxmp.training.tasks import Classification, init_model, make_loss, mode_argument
 
@@ -104,6 +108,26 @@ def test_the_gradient_of_a_row_of_weight_zero_is_zero():
 def test_a_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(InputError, match="label_smoothing"):
         Classification(label_smoothing=smoothing)
+
+
+def labelled(label, **fields):
+    """Training of a model of three classes on rows with these labels."""
+    columns = {"image": np.zeros((len(label), 2, 2, 1), np.uint8), "label": label}
+    return Training(Experiment(model=MLP(classes=3), data=Arrays(lambda split: columns, batch_size=2, **fields)))
+
+
+@pytest.mark.parametrize(
+    ("label", "holds"),
+    [
+        (["a", "b"], r"strings \('a', say\)"),
+        ([["a", "b"], ["c", "d"]], r"strings \('a', say\)"),
+        (np.array([b"a", b"b"], object), r"strings \(b'a', say\)"),
+        (np.array([None, {}], object), r"objects that are no numbers \(None, say\)"),
+    ],
+)
+def test_labels_that_are_no_numbers_are_refused_as_what_they_are(label, holds):
+    with pytest.raises(InputError, match=f"^task.target names 'label', which holds {holds}; expected whole numbers$"):
+        _ = labelled(label).example
 
 
 # --- make_loss

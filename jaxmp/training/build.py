@@ -119,11 +119,16 @@ class Training:
         }
         for name in self.columns:
             if name not in raw:
-                field = "inputs" if name in self.experiment.task.inputs else "target"
-                raise InputError(
-                    f"task.{field} names {name!r}; the data has {', '.join(sorted(raw))}{nearest(name, raw)}"
-                )
+                raise InputError(self._no_numbers(name, row.get(name), sorted(raw)))
         return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+
+    def _no_numbers(self, name: str, column: np.ndarray | None, columns: list[str]) -> str:
+        field, expected = ("inputs", "numbers") if name in self.experiment.task.inputs else ("target", "whole numbers")
+        if column is None:
+            return f"task.{field} names {name!r}; the data has {', '.join(columns)}{nearest(name, columns)}"
+        first = column.ravel().tolist()[0]
+        holds = "strings" if isinstance(first, str | bytes) else "objects that are no numbers"
+        return f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}"
 
     @functools.cached_property
     def arguments(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
