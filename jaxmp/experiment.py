@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import numbers
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
 from jaxmp.canonical import canonical
 from jaxmp.data.tfds import TFDS
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import DynamicScaler, NoScaler, Scaler, StaticScaler
@@ -22,12 +23,14 @@ from jaxmp.training.optim import Adam
 from jaxmp.training.parallel import Parallel
 from jaxmp.training.tasks import Classification
 
+Kind = Literal["auto", "dynamic", "static", "none"]
+
 
 @dataclass(frozen=True)
 class Scaling:
     """Which loss scaler a run uses, and its numbers; those of a dynamic one are `DynamicScaler`'s."""
 
-    kind: Literal["auto", "dynamic", "static", "none"] = "auto"
+    kind: Kind = "auto"
     """How the loss is scaled; auto: dynamic where anything computes in float16, else none."""
     init_scale: float = DynamicScaler.init_scale
     """Loss scale of the first step (static: of every step), a power of two."""
@@ -45,6 +48,11 @@ class Scaling:
     """Cap of the scale."""
 
     def __post_init__(self) -> None:
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            raise InputError(
+                f"scaler.kind = {self.kind!r}: expected {' or '.join(kinds)}{nearest(str(self.kind), kinds)}"
+            )
         if self.kind == "static":
             StaticScaler(self.init_scale)
         else:
@@ -100,10 +108,18 @@ class Experiment:
                 raise InputError(
                     f"{field.name} = {value.__qualname__}: expected an instance, {value.__qualname__}(...)"
                 )
-        if not isinstance(self.precision, str):
-            raise InputError(f"precision = {self.precision!r}: expected a string; of a policy, str(policy)")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed = {self.seed!r}: expected a whole number, 0 or more and below 2**32")
+        of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
+        in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
+        self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
+        self._require("data", _has(self.data, "source"), "TFDS(name=...), Arrays(load), or a Dataset of your own")
+        self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
+        self._require("optimizer", _has(self.optimizer, "make"), f"Adam(1e-3) or another of jaxmp's, {of_ones_own}")
+        self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
+        is_scaler = isinstance(self.scaler, Scaling) or _has(self.scaler, "init", "update")
+        self._require("scaler", is_scaler, "Scaling('dynamic'), say, or a scaler such as DynamicScaler()")
+        self._require("parallel", isinstance(self.parallel, Parallel), "Parallel('jit'), say")
+        self._require("loop", isinstance(self.loop, Loop), "Loop(epochs=3), say")
+        self._require("seed", in_32_bits, "a whole number, 0 or more and below 2**32")
         if self.parallel.shard == "fsdp" and self.loop.batch_norm == "replica":
             raise InputError("loop.batch_norm=replica: with parallel.shard=fsdp there is one program for all devices")
         for policy in self.policy.policies:
@@ -112,6 +128,11 @@ class Experiment:
                 raise InputError(
                     f"precision {policy}: JAX has float64 only where JAX_ENABLE_X64=1 is in the environment"
                 )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            text = repr(getattr(self, name))
+            raise InputError(f"{name} = {text if len(text) <= 60 else f'{text[:57]}...'}: expected {expected}")
 
     @functools.cached_property
     def policy(self) -> PolicyTree:
@@ -137,3 +158,7 @@ class Experiment:
         content["loop"] = {name: value for name, value in content["loop"].items() if name != "ranges_every"}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _has(part: Any, *methods: str) -> bool:
+    return all(callable(getattr(part, name, None)) for name in methods)

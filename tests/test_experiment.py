@@ -15,12 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxmp
 from jaxmp import (
     Adam,
     Arrays,
+    Classification,
     Constant,
     Cosine,
     DynamicScaler,
@@ -157,6 +159,52 @@ def test_a_class_in_the_place_of_an_instance_is_refused():
         experiment(model=MLP)
 
 
+OPTIMIZER = r"Adam\(1e-3\) or another of jaxmp's, .*make\(steps\), which returns an optax transformation"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model", 3, "a Flax Linen module; of NNX, jaxmp.from_nnx"),
+        ("data", "mnist", r"TFDS\(name=...\), Arrays\(load\)"),
+        ("task", "classification", r"Classification\(\)"),
+        ("optimizer", "adam", OPTIMIZER),
+        ("optimizer", optax.adam(1e-2), OPTIMIZER),
+        ("precision", 3, "a string"),
+        ("scaler", "dynamic", r"Scaling\('dynamic'\)"),
+        ("parallel", "pmap", "Parallel"),
+        ("loop", {"epochs": 1}, r"Loop\(epochs=3\)"),
+        ("seed", "1", "a whole number"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_refused_with_what_to_write(field, value, expected):
+    with pytest.raises(InputError, match=rf"^{field} = .{{1,60}}: expected {expected}"):
+        experiment(**{field: value})
+
+
+def test_a_part_of_ones_own_needs_its_methods_alone():
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        def make(self, steps):
+            return optax.adam(1e-2)
+
+    assert experiment(optimizer=Mine(), scaler=DynamicScaler(), seed=np.int64(3)).hash
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Classification(inputs="xx"), r"task.inputs = 'xx': expected a tuple, \('xx',\)"),
+        (lambda: Arrays(load, images="image"), r"data.images is 'image'; expected a tuple, \('image',\)"),
+        (lambda: Arrays(load, mean=0.5), r"data.mean is 0.5; expected a tuple, \(0.5,\)"),
+        (lambda: Adam(decay="*kernel"), r"Adam.decay = '\*kernel': expected a tuple, \('\*kernel',\)"),
+    ],
+)
+def test_one_value_in_the_place_of_several_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_outside_32_bits_is_refused(seed):
     with pytest.raises(InputError, match="seed"):
@@ -166,6 +214,8 @@ def test_a_seed_outside_32_bits_is_refused(seed):
 def test_numbers_that_no_scaler_takes_are_refused():
     with pytest.raises(InputError, match="power of two"):
         Scaling(init_scale=1000.0)
+    with pytest.raises(InputError, match=r"scaler\.kind = 'dynamc'.*did you mean 'dynamic'"):
+        Scaling("dynamc")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +420,7 @@ def test_what_cannot_be_hashed_is_refused_with_its_path():
     with pytest.raises(InputError, match=r"^model\.features\[1\] = .*Opaque"):
         _ = experiment(model=Net(features=(1, opaque))).hash
     with pytest.raises(InputError, match="is not the same in the next process"):
-        _ = experiment(model=sys).hash
+        _ = experiment(model=Net(features=sys)).hash
 
 
 def test_a_lambda_that_cannot_be_told_from_its_neighbour_is_refused():

@@ -35,6 +35,10 @@ class Dataset(abc.ABC):
     """Processes that read a streamed split; 0 reads in threads."""
 
     def __post_init__(self):
+        for name, alone in (("images", str), ("mean", float | int), ("std", float | int)):
+            value = getattr(self, name)
+            if isinstance(value, alone):
+                raise InputError(f"data.{name} is {value!r}; expected a tuple, ({value!r},)")
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("device_limit", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"data.{name} is {getattr(self, name)}; expected {least} or more")

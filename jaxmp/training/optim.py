@@ -179,6 +179,7 @@ class Optimizer:
         _require(self, "schedule", hasattr(self.schedule, "make"), "Constant(), Cosine(), Linear() or Step()")
         _require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
         _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
+        _require(self, "decay", not isinstance(self.decay, str), f"a tuple, ({self.decay!r},)")
         _require(
             self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "a pattern at least, for the weight decay"
         )

@@ -58,7 +58,9 @@ class Classification:
     """share of the target that is spread evenly over all classes"""
 
     def __post_init__(self) -> None:
-        """Checks the range of the smoothing."""
+        """Checks the range of the smoothing, and that `inputs` are several."""
+        if isinstance(self.inputs, str):
+            raise InputError(f"task.inputs = {self.inputs!r}: expected a tuple, ({self.inputs!r},)")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1")
 
