@@ -10,6 +10,7 @@ import jax
 from jaxmp.data.pipeline import nbytes
 from jaxmp.experiment import Experiment
 from jaxmp.training.build import Training
+from jaxmp.training.loop import check
 
 MIB = 2**20
 
@@ -19,7 +20,9 @@ def dry_run(experiment: Experiment) -> str:
 
     Raises: InputError for all that training would refuse before its first step.
     """
-    return "\n".join(_lines(Training(experiment)))
+    training = Training(experiment)
+    check(training)
+    return "\n".join(_lines(training))
 
 
 def _lines(training: Training) -> Iterator[str]:

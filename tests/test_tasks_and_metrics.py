@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.source import Columns
+from jaxmp.dry_run import dry_run
 from jaxmp.errors import InputError
 from jaxmp.experiment import Experiment
 from jaxmp.models.mlp import MLP
 from jaxmp.training.build import Training
+from jaxmp.training.loop import fit, steps
 from jaxmp.training.metrics import Mean, compute, merge, zeros_like
-from jaxmp.training.tasks import Classification, init_model, make_loss, mode_argument
+from jaxmp.training.tasks import Classification, check_labels, init_model, make_loss, mode_argument
 
 # --- metrics
 
@@ -128,6 +131,67 @@ def labelled(label, **fields):
 def test_labels_that_are_no_numbers_are_refused_as_what_they_are(label, holds):
     with pytest.raises(InputError, match=f"^task.target names 'label', which holds {holds}; expected whole numbers$"):
         _ = labelled(label).example
+
+
+class Unreadable:
+    def __getitem__(self, indices):
+        raise AssertionError("the images were read")
+
+
+class Everywhere(nn.Module):
+    """Logits of three classes, at each of any number of positions where `positions` is not ()."""
+
+    positions: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(3)(image.reshape(len(image), *self.positions, -1))
+
+
+def check(label, model, split="train", task=None):
+    columns = {"image": Unreadable(), "label": label}
+    batch = {"image": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    check_labels(model, task or Classification(), batch, {split: Columns(columns)})
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("labels", "run"), [([0, -1], "-1 to 0"), ([1, 3], "1 to 3"), ([-100, 7], "-100 to 7")])
+def test_labels_that_are_no_classes_are_refused_without_reading_images(tmp_path, positions, mapped, labels, run):
+    label = np.array(labels, np.int32).reshape(2, *([1] * len(positions))) * np.ones((1, *positions), np.int32)
+    if mapped:
+        np.save(tmp_path / "label.npy", label)
+        label = np.load(tmp_path / "label.npy", mmap_mode="r")
+    with pytest.raises(InputError, match=f"^'label' of the test split: labels run from {run}; expected 0 to 2"):
+        check(label, Everywhere(positions), "test")
+
+
+def test_labels_that_are_classes_or_are_another_tasks_matter_are_let_be():
+    check(np.array([0, 1]), Everywhere())
+    check(np.array([2, 0], np.uint8), Everywhere())
+
+    class Ignoring(Classification):
+        """Leaves out the labels below 0."""
+
+        def __call__(self, outputs, batch):
+            kept = batch["weight"] * (batch[self.target] >= 0)
+            return super().__call__(outputs, {**batch, self.target: abs(batch[self.target]), "weight": kept})
+
+    check(np.array([-1, 2]), Everywhere(), task=Ignoring())
+
+
+@pytest.mark.parametrize("device_limit", [0, 1024])
+def test_labels_are_looked_at_before_the_first_step(tmp_path, device_limit):
+    experiment = labelled([1, 2, 3, 3], device_limit=device_limit).experiment
+    message = "'label' of the train split: labels run from 1 to 3; expected 0 to 2"
+    for run in (
+        lambda: next(steps(experiment)),
+        lambda: fit(experiment, workdir=tmp_path),
+        lambda: dry_run(experiment),
+    ):
+        with pytest.raises(InputError, match=message):
+            run()
+    assert not list(tmp_path.iterdir())
 
 
 # --- make_loss

@@ -41,6 +41,7 @@ from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.provenance import provenance
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import OVERFLOWS
+from jaxmp.training.tasks import check_labels
 from jaxmp.training.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer, read_lines
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
       next dispatch is given the memory of `state`: copy what is to be kept.
     """
     training = Training(experiment)
+    check_labels(experiment.model, experiment.task, training.example, {"train": training.source})
     devices = training.devices
     feed = training.feed(many=training.many_steps_pay)
     state = devices.put_state(training.init() if state is None else state)
@@ -266,11 +268,11 @@ def fit(
     training = Training(experiment)
     if summary is not None:
         if recorded and recorded["experiment"].get("parallel") != experiment.to_json()["parallel"]:
-            _check(training)  # the rest is in the hash, and was checked before it was trained
+            check(training)  # the rest is in the hash, and was checked before it was trained
         return Fitted(folder, summary, stopped=False, trained=False)
 
     many = recorded["many_steps"] if recorded else training.many_steps_pay
-    _check(training)
+    check(training)
     feed = training.feed(many=many)
     fresh = training.init()
     with contextlib.ExitStack() as stack:
@@ -597,9 +599,9 @@ def _read(opt_state: Any) -> dict[str, jax.Array]:
     }
 
 
-def _check(training: Training) -> None:
-    """What would otherwise be found out only at the first evaluation, or after it."""
-    loop, data = training.experiment.loop, training.experiment.data
+def check(training: Training) -> None:
+    """What would otherwise be found out only at the first evaluation, or after it, or not at all. Raises InputError."""
+    experiment, loop, data = training.experiment, training.experiment.loop, training.experiment.data
     training.explain()
     training.experiment.parallel.make(training.experiment.data.batch_size, loop.accumulate_steps)
     measured = [name for name in training.no_metrics if name != NAN_LOSS]
@@ -609,8 +611,9 @@ def _check(training: Training) -> None:
             f"{nearest(loop.monitor, measured)}"
         )
     train = training.source[np.arange(1)]
-    for split in ("validation", "test"):
-        row = data.source(split)[np.arange(1)]
+    others = {split: data.source(split) for split in ("validation", "test")}
+    for split, source in others.items():
+        row = source[np.arange(1)]
         for name in training.columns:
             expected = f"{train[name].dtype}{list(train[name].shape[1:])}"
             found = f"{row[name].dtype}{list(row[name].shape[1:])}" if name in row else "nothing"
@@ -618,6 +621,7 @@ def _check(training: Training) -> None:
                 raise InputError(
                     f"{name!r} of the {split} split is {found}; expected {expected}, as in the train split"
                 )
+    check_labels(experiment.model, experiment.task, training.example, {"train": training.source, **others})
 
 
 def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from jaxmp.data.source import Source
 from jaxmp.errors import InputError
 from jaxmp.precision.flax import mode_argument, with_policy
 from jaxmp.precision.nnx import FromNNX
@@ -53,7 +55,7 @@ class Classification:
     inputs: tuple[str, ...] = ("image",)
     """keys of the batch that the model is called with"""
     target: str = "label"
-    """key of the integer labels, (examples,)"""
+    """key of the integer labels, (examples,), from 0 on"""
     label_smoothing: float = 0.0
     """share of the target that is spread evenly over all classes"""
 
@@ -148,6 +150,40 @@ def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any,
     variables = dict(model.init(key, *inputs, **mode_argument(model, False)))
     params = variables.pop("params", {})
     return params, _without_sown(variables)
+
+
+def check_labels(model: Any, task: Task, batch: Any, splits: Mapping[str, Source]) -> None:
+    """Refuses labels of a `Classification` that are none of the model's classes, which no loss shows for what they are.
+
+    They are looked at where they are at hand, in a column in memory or memory-mapped; no other column is read.
+
+    Args:
+      model: as for `make_loss`.
+      task: one that makes its loss of labels in another way than `Classification` is not looked at.
+      batch: arrays or `ShapeDtypeStruct`s that the model can be called with.
+      splits: sources of rows by the name of their split, for the message.
+
+    Raises: InputError with the least and the greatest label.
+    """
+    if not isinstance(task, Classification) or type(task).__call__ is not Classification.__call__:
+        return
+
+    def outputs(key: jax.Array) -> Any:
+        params, model_state = init_model(model, task, batch, key)
+        inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
+        return model.apply({"params": params, **model_state}, *inputs, **mode_argument(model, False))
+
+    classes = jax.eval_shape(outputs, jax.random.key(0)).shape[-1]
+    for split, source in splits.items():
+        labels = getattr(source, "columns", {}).get(task.target)
+        if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or not labels.size:
+            continue
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= classes:
+            raise InputError(
+                f"{task.target!r} of the {split} split: labels run from {least} to {most}; expected 0 to "
+                f"{classes - 1}, one for each of the model's {classes} outputs"
+            )
 
 
 def _without_sown(variables: dict[str, Any]) -> dict[str, Any]:
