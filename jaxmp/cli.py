@@ -212,7 +212,7 @@ def train(arguments: list[str]) -> int:
         experiment,
         workdir=options.workdir,
         name=config.name,
-        origin={"source": config.source, "file": config.file, "overrides": overrides},
+        origin=config.origin(overrides),
         overwrite=options.overwrite,
     )
     if fitted.stopped:

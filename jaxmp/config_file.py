@@ -108,6 +108,13 @@ class ConfigFile:
             )
         return override(experiment, overrides)
 
+    def origin(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """How an experiment of this file can be made again, for `fit` to record. Called after `experiment`."""
+        from jaxmp.imports import local_imports
+
+        imports = local_imports(self.source, self.file)
+        return {"source": self.source, "file": self.file, "imports": imports, "overrides": list(overrides)}
+
     def _run(self) -> types.ModuleType:
         # The name is the same in every process, so that the file's own functions and classes keep their identity; the
         # entry in sys.modules and the lines let typing and inspect find their annotations and docstrings. The source

@@ -134,11 +134,10 @@ def compare(
 
 def _train(config: ConfigFile, cell: Cell, workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
     """One cell as JSON; None where it was stopped."""
-    origin = {"source": config.source, "file": config.file, "overrides": cell.overrides}
     experiment, failed = cell.experiment, None
     before = _peak()
     try:
-        fitted = fit(experiment, workdir=workdir, name=config.name, origin=origin, say=say)
+        fitted = fit(experiment, workdir=workdir, name=config.name, origin=config.origin(cell.overrides), say=say)
     except RunFailed as error:
         failed = str(error)
     except jax.errors.JaxRuntimeError as error:

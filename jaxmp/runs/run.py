@@ -18,6 +18,7 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment import Experiment
+from jaxmp.imports import changed_import
 from jaxmp.precision.flax import mode_argument, with_policy
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.build import Training
@@ -133,7 +134,14 @@ class Run:
                 "jaxmp.Run(path, experiment)"
             )
         config = ConfigFile(self.config["name"], self.config["source"], self.config["file"])
-        return config.experiment(self.config["overrides"])
+        experiment = config.experiment(self.config["overrides"])
+        changed = changed_import(self.config.get("imports", {}))
+        if changed is not None:
+            raise InputError(
+                f"{changed} has changed since {self.path} began, and its model would be made by other code; "
+                f"{self.path / 'config.json'} keeps the file as it was, under imports"
+            )
+        return experiment
 
     @functools.cached_property
     def _training(self) -> Training:

@@ -8,7 +8,6 @@ checkpoint of its step is begun, so that a run that is killed at any moment and 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import fcntl
@@ -29,6 +28,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.errors import InputError, RunFailed, nearest
+from jaxmp.imports import changed_import, program
 from jaxmp.instruments.ranges import Looked
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.scalers import LARGEST, Scaler
@@ -250,8 +250,8 @@ def fit(
       experiment: what to train.
       workdir: folder of all runs; one that all processes see.
       name: of the experiment; the command line uses the config file's.
-      origin: how the experiment can be made again, kept in config.json: the `source` and `file` of its config, and the
-        `overrides` of the command line.
+      origin: how the experiment can be made again, kept in config.json: the `source` and `file` of its config, the
+        sources of its `imports` from there, and the `overrides` of the command line; see `ConfigFile.origin`.
       overwrite: begin anew where there is a run.
       say: takes each message to the user.
 
@@ -643,11 +643,15 @@ def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], over
             f"{folder} belongs to another experiment: hash {found}, expected {experiment.hash}; choose another "
             "--workdir, or --overwrite"
         )
-    if "source" in origin and "source" in config and _program(origin["source"]) != _program(config["source"]):
-        raise InputError(
-            f"{origin.get('file', 'the config')} has changed since {folder} began, in what no field of the experiment "
-            "shows: choose another --workdir, or --overwrite"
-        )
+    if "source" in origin and "source" in config:
+        changed = changed_import(config.get("imports", {}))
+        if program(origin["source"]) != program(config["source"]):
+            changed = origin.get("file", "the config")
+        if changed is not None:
+            raise InputError(
+                f"{changed} has changed since {folder} began, in what no field of the experiment shows: choose another "
+                "--workdir, or --overwrite"
+            )
     return config
 
 
@@ -668,14 +672,6 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
             "checkpoint"
         )
     return summary
-
-
-def _program(source: str) -> str:
-    """What a Python file does: without comments, layout and the docstring, which records results."""
-    module = ast.parse(source)
-    if ast.get_docstring(module) is not None:
-        del module.body[0]
-    return ast.dump(module)
 
 
 def _make(folder: Path) -> None:
