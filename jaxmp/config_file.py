@@ -106,7 +106,7 @@ class ConfigFile:
                 f"config {self.file}: get_config() returned {experiment!r:.60}, a {type(experiment).__name__}; "
                 "expected a jaxmp.Experiment"
             )
-        return override(experiment, overrides)
+        return _changed(experiment, overrides, prog="jaxmp", description="")
 
     def origin(self, overrides: Sequence[str]) -> dict[str, Any]:
         """How an experiment of this file can be made again, for `fit` to record. Called after `experiment`."""
@@ -149,9 +149,32 @@ def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", 
     What no argument names stays the very object that it was.
 
     Raises:
-      InputError: a value that the dataclass refuses.
+      InputError: a value that the dataclass refuses, or one that another field leaves without effect.
       SystemExit: 2 after a message about an argument that cannot be read, 0 after `--help`.
     """
+    changed = _changed(experiment, arguments, prog=prog, description=description)
+    _refuse_without_effect(changed, {argument.partition("=")[0].replace("_", "-") for argument in arguments})
+    return changed
+
+
+def _refuse_without_effect(experiment: Any, names: set[str]) -> None:
+    """Raises an InputError where one of the fields named, `--loop.epochs`, has no effect in `experiment`.
+
+    Of a field in the file that cannot be known: it may be there for another command line.
+    """
+    steps = getattr(getattr(experiment, "loop", None), "steps", None)
+    if steps is not None and "--loop.epochs" in names:
+        raise InputError(
+            f"--loop.epochs: without effect beside loop.steps = {steps}; expected one of the two, or --loop.steps None"
+        )
+    kind = getattr(getattr(experiment, "scaler", None), "kind", None)
+    takes = {"static": {"--scaler.kind", "--scaler.init-scale"}, "none": {"--scaler.kind"}}
+    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(str(kind), names)
+    if idle:
+        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {kind}; expected dynamic")
+
+
+def _changed(experiment: Any, arguments: Sequence[str], *, prog: str, description: str) -> Any:
     if not arguments:
         return experiment
     import tyro
