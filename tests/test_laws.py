@@ -165,7 +165,7 @@ def linear(tx, microbatches=1):
     return dataclasses.replace(adapter, kept=lambda state: state.params, microbatches=microbatches)
 
 
-@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("mean", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_microbatches_are_compared_with_the_batch_that_they_make(mean):
     accumulating = linear(optax.MultiSteps(optax.sgd(0.1), 2, use_grad_mean=mean), microbatches=2)
     row = step_laws(accumulating, reference=linear(optax.sgd(0.1)))["as_the_reference"]

@@ -254,7 +254,7 @@ def test_the_data_position_wraps_over_epochs_and_pads_the_last_batch():
     assert weights == [16, 16, 16, 16, 16, 16, 4, 16]
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "mixed_float16"])
 def test_a_nan_loss_fails_the_run_and_names_the_leaf(precision, tmp_path):
     """Under a dynamic scaler too: the loss is NaN before it is multiplied by any scale."""
     diverging = dataclasses.replace(BASE, precision=precision, optimizer=SGD(1e30, momentum=0.0))
@@ -289,6 +289,7 @@ def test_a_failed_run_keeps_all_of_its_lines(tmp_path):
     assert steps_written == list(range(2, steps_written[-1] + 1, 2))
 
 
+@pytest.mark.slow  # tests/test_cli.py has a quick one
 def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
     scaler = Scaling(kind="static", init_scale=2.0**24)
     overflowing = with_loop(dataclasses.replace(BASE, scaler=scaler), max_consecutive_skips=5)

@@ -241,7 +241,13 @@ def test_float32_is_true_float32_in_every_product_forward_and_backward(name):
     assert {precision for e in products(jaxpr) for precision in e.params["precision"]} == {Precision.HIGHEST}
 
 
-@pytest.mark.parametrize("name", ["lstm", "attention", "lifted", "embed_by_hand", "einsum", "weight_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "attention", "lifted")),
+        *("embed_by_hand", "einsum", "weight_norm"),
+    ],
+)
 def test_float32_computes_what_the_model_computes_and_half_comes_close(name):
     model, x = MODELS[name]
     variables = variables_of(name)
