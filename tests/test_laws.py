@@ -298,6 +298,7 @@ def test_a_state_that_cannot_be_read_is_explained():
     assert laws["scale_is_sound"].verdict == "skipped" and "no loss_scale" in laws["scale_is_sound"].words
 
 
+@pytest.mark.slow
 def test_laws_can_be_asked_twice_of_one_compiled_step():
     adapter = linear(optax.sgd(0.1))
     assert [step_laws(adapter)["bad_gradient_is_skipped"].verdict for _ in range(2)] == ["holds", "holds"]
@@ -417,7 +418,8 @@ def three_lines(kind):
     """
 
 
-@pytest.mark.parametrize("kind", ["flax", *(pytest.param(k, marks=pytest.mark.slow) for k in ("equinox", "nnx"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flax", "equinox", "nnx"])
 def test_three_lines_check_a_hand_written_step(kind, pytester, monkeypatch):
     result = run_user_tests(pytester, monkeypatch, TRAINING[kind], three_lines(kind))
     outcomes = result.parseoutcomes()

@@ -239,6 +239,7 @@ def test_how_steps_are_split_into_dispatches_changes_no_bit(most):
     assert bits(whole.state) == bits(split.state) and bits(whole.metrics) == bits(split.metrics)
 
 
+@pytest.mark.slow
 def test_a_streamed_set_gives_the_same_run_as_a_resident_one():
     resident = run_of(None, {})
     streamed = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, device_limit=0))
@@ -351,6 +352,7 @@ def test_a_scaler_that_gives_up_at_its_floor_fails_the_run(tmp_path):
         fit(dataclasses.replace(BASE, scaler=scaler), workdir=tmp_path)
 
 
+@pytest.mark.slow
 def test_training_stops_when_patience_is_out_and_a_resumed_run_knows(tmp_path):
     experiment = with_loop(steps=100, eval_every=5, patience=2, save_every=None, ema_decay=None)
     experiment = dataclasses.replace(experiment, model=MLP(features=(2,)), optimizer=SGD(1e-30))  # nothing gets better
