@@ -265,12 +265,12 @@ def fit(
     recorded, summary = processes.from_first(
         lambda: (_recorded(folder, experiment, origin or {}, overwrite), None if overwrite else read_summary(folder))
     )
-    training = Training(experiment)
     if summary is not None:
         if recorded and recorded["experiment"].get("parallel") != experiment.to_json()["parallel"]:
-            check(training)  # the rest is in the hash, and was checked before it was trained
+            check(Training(experiment))  # the rest is in the hash, and was checked before it was trained
         return Fitted(folder, summary, stopped=False, trained=False)
 
+    training = Training(experiment)
     many = recorded["many_steps"] if recorded else training.many_steps_pay
     check(training)
     feed = training.feed(many=many)
