@@ -187,6 +187,7 @@ def assert_losses_agree(found, expected, tolerance, steps=None):
     np.testing.assert_allclose(*([line["loss"] for line in each] for each in (found, expected)), rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does_and_one_of_them_writes(folder):
     with job(folder, *STREAMED) as (first, second):
         done([first, second])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -256,7 +258,8 @@ def test_the_data_position_wraps_over_epochs_and_pads_the_last_batch():
     assert weights == [16, 16, 16, 16, 16, 16, 4, 16]
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "mixed_float16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
 def test_a_nan_loss_fails_the_run_and_names_the_leaf(precision, tmp_path):
     """Under a dynamic scaler too: the loss is NaN before it is multiplied by any scale."""
     diverging = dataclasses.replace(BASE, precision=precision, optimizer=SGD(1e30, momentum=0.0))
@@ -304,6 +307,7 @@ def test_too_many_skips_in_a_row_fail_the_run_and_name_the_leaf(tmp_path):
     assert last["loss"] is None  # the mean over no applied step
 
 
+@pytest.mark.slow
 def test_a_failure_names_the_step_at_hand_and_its_loss_scale_as_blame_does(tmp_path):
     """The dispatch that is under way when a failure shows ends two steps later, where no line is due."""
     scaler = Scaling(init_scale=2.0**24)
@@ -394,6 +398,15 @@ def test_the_loop_waits_for_nothing_between_lines(monkeypatch):
     monkeypatch.setattr(jax.Array, "__float__", lambda self: fetched.append(self), raising=False)
     assert sum(1 for _ in steps(with_loop(steps_per_dispatch=1))) == 20
     assert not fetched
+
+
+@pytest.mark.slow
+def test_many_steps_in_one_dispatch_are_four_times_faster_where_dispatch_is_all(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments" / "benchmarks")
+    step_time = importlib.import_module("step_time")
+    case = dataclasses.replace(step_time.DISPATCH_BOUND, examples=1)
+    found = step_time.compare_dispatch(case, "mixed_float16", rounds=7, seconds=0.2)
+    assert found["ratio"]["step by step / in one dispatch"]["median"] >= 4
 
 
 def test_a_convolution_is_dispatched_singly_on_a_cpu():

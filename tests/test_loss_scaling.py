@@ -298,7 +298,12 @@ def test_the_aliases_of_optax_were_found():
     assert len(ALIASES) > 25
 
 
-@pytest.mark.parametrize("name", [*ALIASES, *CONTRIB])
+QUICK = {"adam", "adafactor", "lamb", "lion", "novograd", "polyak_sgd", "sgd", "muon", "schedule_free_adamw"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in (*ALIASES, *CONTRIB)]
+)
 def test_every_optimizer_takes_zero_float16_gradients_and_bfloat16_parameters_t14_t17(name):
     make = ALIASES.get(name) or getattr(optax.contrib, name)
     arguments = ARGUMENTS.get(name, {})

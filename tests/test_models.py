@@ -44,7 +44,13 @@ def test_a_model_has_the_parameters_of_its_formula(model, shape, expected):
     assert parameters(model, shape) == expected
 
 
-@pytest.mark.parametrize("model", [MLP(dropout=0.5), CNN(channels=(4,), dense=(16,), dropout=0.5)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        MLP(dropout=0.5),
+        pytest.param(CNN(channels=(4,), dense=(16,), dropout=0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_dropout_is_for_training_only_and_follows_its_key(model):
     image = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     variables = model.init(jax.random.key(1), image)

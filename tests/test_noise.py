@@ -129,7 +129,11 @@ def parts(model, x, count):
     return [applied(model, x[at], at) for at in places]
 
 
-@pytest.mark.parametrize("model", BY_EXAMPLE, ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=pytest.mark.slow) if isinstance(m, Attention | Recurrent) else m for m in BY_EXAMPLE],
+    ids=lambda model: type(model).__name__,
+)
 def test_dropout_draws_by_the_example(model):
     """Alone or merged with other axes, in attention, under scan, remat, RNN and nn.jit."""
     x, order = inputs(), np.random.default_rng(1).permutation(ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -64,10 +65,15 @@ def batch(seed=0, rows=16):
     }
 
 
-def trained(model, mode, policy="float32", steps=3, tx=None, change=lambda batch: batch, extra=None):
-    """(state, metrics of each step, the devices) after training on eight devices, or on one where mode is None."""
+EXTRA = {"n": np.arange(3), "key": jax.random.key(5)}
+"""parameters that the model does not know"""
+
+
+@functools.cache
+def compiled(model, mode, policy):
+    """(init, train step, devices), on eight devices, or on one where mode is None."""
     policy = jaxmp.parse_policy(policy)
-    tx = loss_scaling(optax.sgd(0.5, momentum=0.9), DynamicScaler(growth_interval=2)) if tx is None else tx
+    tx = loss_scaling(optax.sgd(0.5, momentum=0.9), DynamicScaler(growth_interval=2))
     devices = Parallel(mode).make(16) if mode else None
     replicas = devices.replicas(policy.reduce) if mode else single
     loss_fn = make_loss(model, Classification(), policy, axis_name=replicas.axis_name)
@@ -75,27 +81,27 @@ def trained(model, mode, policy="float32", steps=3, tx=None, change=lambda batch
     @jax.jit
     def init():
         params, model_state = init_model(model, Classification(), batch(), jax.random.key(0))
-        params = {**params, **(extra or {})}
-        return TrainState.create(params, tx, key=jax.random.key(1), model_state=model_state, ema=True)
+        return TrainState.create({**params, **EXTRA}, tx, key=jax.random.key(1), model_state=model_state, ema=True)
 
-    step = make_train_step(ignoring(extra, loss_fn), tx, ema_decay=0.9, replicas=replicas)
+    def loss(params, *args):
+        return loss_fn({name: leaf for name, leaf in params.items() if name not in EXTRA}, *args)
+
+    step = make_train_step(loss, tx, ema_decay=0.9, replicas=replicas)
+    return init, devices.compile(step, (0, 0)) if mode else jax.jit(step), devices
+
+
+@functools.cache
+def trained(model, mode, policy="float32", steps=3, change=lambda batch: batch):
+    """(state, metrics of each step, the devices) after training."""
+    init, step, devices = compiled(model, mode, policy)
     state, all_metrics = init(), []
     if mode:
-        step, state = devices.compile(step, (0, 0)), devices.put(state)
-    else:
-        step = jax.jit(step)
+        state = devices.put(state)
     for i in range(steps):
         rows = change(batch(i))
         state, metrics = step(state, devices.put_batch(rows) if mode else rows)
         all_metrics.append(compute(devices.get(metrics) if mode else metrics))
     return state, all_metrics, devices
-
-
-def ignoring(extra, loss_fn):
-    def loss(params, *args):
-        return loss_fn({name: leaf for name, leaf in params.items() if name not in (extra or {})}, *args)
-
-    return loss
 
 
 def of_one(state, devices):
@@ -154,12 +160,11 @@ def an_inf_on_one_replica_skips_the_step_on_all_b14():
 
 
 def integer_and_key_leaves_go_through_all_modes():
-    extra = {"n": jnp.arange(3), "key": jax.random.key(5)}
     for mode in (None, "jit", "pmap"):
-        state, _, devices = trained(MLP(), mode, extra=extra, steps=2)
+        state, _, devices = trained(MLP(), mode)
         out = of_one(state, devices).params
-        assert np.array_equal(out["n"], extra["n"])
-        assert np.array_equal(jax.random.key_data(out["key"]), jax.random.key_data(extra["key"]))
+        assert np.array_equal(out["n"], EXTRA["n"])
+        assert np.array_equal(jax.random.key_data(out["key"]), jax.random.key_data(EXTRA["key"]))
 
 
 def over_replicas(function, values, dtype=jnp.float32):
@@ -298,26 +303,29 @@ def a_batch_that_does_not_divide_is_refused_with_the_nearest_size():
 
 CASES = [
     jit_pmap_and_one_device_agree_on_an_mlp,
+    integer_and_key_leaves_go_through_all_modes,
+    a_reduction_in_bfloat16_does_not_overflow_t3,
+    the_mean_of_the_model_state_does_not_overflow_in_float16_t3,
+    one_collective_carries_the_gradient_in_the_reduce_dtype,
+    all_bytes_of_the_state_are_donated_on_every_device,
+    a_batch_that_does_not_divide_is_refused_with_the_nearest_size,
+]
+SLOW = [
     jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm,
     every_replica_ends_with_the_same_bits,
     every_replica_draws_noise_of_its_own,
     a_whole_run_with_augmentation_is_the_same_in_both_modes,
     an_inf_on_one_replica_skips_the_step_on_all_b14,
-    integer_and_key_leaves_go_through_all_modes,
-    a_reduction_in_bfloat16_does_not_overflow_t3,
-    the_mean_of_the_model_state_does_not_overflow_in_float16_t3,
-    one_collective_carries_the_gradient_in_the_reduce_dtype,
     half_reductions_train_as_well,
-    all_bytes_of_the_state_are_donated_on_every_device,
-    a_batch_that_does_not_divide_is_refused_with_the_nearest_size,
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome():
+@functools.cache
+def outcome(which):
     paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "error", "-W", "ignore:Error reading persistent compilation cache", __file__]
+    warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache"]
+    command = [sys.executable, *warnings, __file__, which]
     process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
@@ -325,8 +333,15 @@ def outcome():
 
 @pytest.mark.xdist_group("eight devices")  # so that one worker starts that process once
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_eight_devices(case, outcome):
-    assert outcome[case] == "passed", outcome[case]
+def test_on_eight_devices(case):
+    assert outcome("quick")[case] == "passed", outcome("quick")[case]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("eight devices")
+@pytest.mark.parametrize("case", [case.__name__ for case in SLOW])
+def test_slowly_on_eight_devices(case):
+    assert outcome("slow")[case] == "passed", outcome("slow")[case]
 
 
 def run(case):
@@ -339,4 +354,5 @@ def run(case):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    print(json.dumps({case.__name__: run(case) for case in CASES}))
+    cases = {"quick": CASES, "slow": SLOW}[sys.argv[1]]
+    print(json.dumps({case.__name__: run(case) for case in cases}))

@@ -382,7 +382,7 @@ NORMS = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "half"), HALF)
+@pytest.mark.parametrize(("policy", "half"), [pytest.param(*HALF[0], marks=pytest.mark.slow), *HALF[1:]])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: type(n).__name__)
 def test_norms_compute_in_float32_and_hand_on_the_compute_dtype(norm, policy, half):
     x = jax.random.normal(KEY, (4, 8, 6)) * 300  # squares do not fit float16

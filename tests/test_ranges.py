@@ -156,6 +156,7 @@ class Net(nn.Module):
         return tied(nn.tanh(tied(x)))
 
 
+@pytest.mark.slow
 def test_module_counts_are_of_what_modules_hand_on_and_get_back_under_scan_and_remat():
     model, scale = Net(), 2.0**10
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)

@@ -73,7 +73,7 @@ def test_kahan_follows_the_exact_sum_to_the_rounding_of_its_compensation(half, s
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("half", [pytest.param(HALVES[0], marks=pytest.mark.slow), *HALVES[1:]])
 def test_the_bits_are_the_same_in_and_out_of_jit_when_steps_are_fused_t6(rounding, half):
     params = jnp.linspace(-3, 3, 64).astype(half)
     updates = jnp.linspace(-1e-2, 2e-2, 64)
