@@ -30,6 +30,7 @@ from jaxmp import (
     InputError,
     Loop,
     NoScaler,
+    Parallel,
     Scaling,
     StaticScaler,
     config_file,
@@ -199,6 +200,7 @@ def test_a_part_of_ones_own_needs_its_methods_alone():
         (lambda: Arrays(load, images="image"), r"data.images is 'image'; expected a tuple, \('image',\)"),
         (lambda: Arrays(load, mean=0.5), r"data.mean is 0.5; expected a tuple, \(0.5,\)"),
         (lambda: Adam(decay="*kernel"), r"Adam.decay = '\*kernel': expected a tuple, \('\*kernel',\)"),
+        (lambda: Parallel(remat="*"), r"parallel.remat = '\*': expected a tuple, \('\*',\)"),
     ],
 )
 def test_one_value_in_the_place_of_several_is_refused(make, message):

@@ -41,6 +41,7 @@ from jaxmp.instruments.equations import (
     scopes,
     source_line,
 )
+from jaxmp.paths import path_name
 from jaxmp.precision.formats import parse_format
 
 _BODIES = {
@@ -782,7 +783,7 @@ def _argument_names(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[str]
 
 
 def _joined(first: str, path: Any) -> str:
-    return "/".join([first, *filter(None, [jax.tree_util.keystr(path, simple=True, separator="/")])])
+    return "/".join([first, *filter(None, [path_name(path)])])
 
 
 def _relative(source: str) -> str:

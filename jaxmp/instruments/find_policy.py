@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
+from jaxmp.paths import by_path
 from jaxmp.precision.dtypes import FLOAT32, HALF, cast_floats
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
@@ -418,8 +419,8 @@ class _Measure:
                 yield (
                     float(value) / scale,
                     {
-                        _name(path): np.asarray(leaf).astype(np.float64) / scale
-                        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+                        name: np.asarray(leaf).astype(np.float64) / scale
+                        for name, leaf in by_path(grads).items()
                         if jnp.issubdtype(leaf.dtype, jnp.floating)
                     },
                 )
@@ -579,10 +580,6 @@ def _ratio(error: float, unit: float) -> float:
     if math.isnan(error):
         return math.inf
     return error / unit if unit else math.inf if error else 0.0
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp.paths import by_path
 from jaxmp.precision.flax import observed_modules
 from jaxmp.precision.formats import Format, float32_bits, parse_format
 from jaxmp.precision.rounding import apply_updates
@@ -106,7 +107,7 @@ def count(x: Any) -> Counts:
 
 def count_each(tree: Any) -> dict[str, Counts]:
     """`count` of each float leaf of a pytree, by its path, `/` between the names."""
-    return {_name(path): count(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if _is_float(leaf)}
+    return {name: count(leaf) for name, leaf in by_path(tree).items() if _is_float(leaf)}
 
 
 def count_swallowed(params: Any, updates: Any) -> dict[str, jax.Array]:
@@ -121,7 +122,7 @@ def count_swallowed(params: Any, updates: Any) -> dict[str, jax.Array]:
 
     trees = params, updates, apply_updates(params, updates)
     found = jax.tree.map(lambda p, *rest: swallowed(p, *rest) if _is_float(p) else None, *trees)
-    return {_name(path): number for path, number in jax.tree_util.tree_leaves_with_path(found)}
+    return by_path(found)
 
 
 class ModuleCounts(NamedTuple):
@@ -272,10 +273,6 @@ def _share(some: np.ndarray, of: np.ndarray) -> list[float | None]:
 
 def _is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _magnitudes(x: jax.Array) -> jax.Array:

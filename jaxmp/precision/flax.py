@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
+from jaxmp.paths import by_path, path_name
 from jaxmp.precision.dtypes import FLOAT32, cast_floats, is_float
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.precision.functions import by_operations
@@ -186,7 +187,7 @@ def explain(model: nn.Module, policy: Policy | PolicyTree | str, *inputs: Any, *
         classes = classes | _modules(model, *inputs, **{**mode_argument(model, True), **kwargs})[1].classes
     tree.require_match(classes)
     sizes = dict.fromkeys(found, 0)
-    for path, leaf in _by_path(params).items():
+    for path, leaf in by_path(params).items():
         sizes[_owner(path, found)] += leaf.size
     rows = []
     for path, module in found.items():
@@ -211,7 +212,7 @@ def cast_to_param(model: nn.Module, policy: Policy | PolicyTree, params: Any, *i
     found, met, _ = _modules(model, *inputs, **kwargs)
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        rule = met.rule(policy, _owner(_name(path), found))
+        rule = met.rule(policy, _owner(path_name(path), found))
         return (policy.default if rule is None else rule.policy).cast_to_param(leaf)
 
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -243,15 +244,6 @@ def _modules(model: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[dict[str, n
     with nn.intercept_methods(note):
         variables = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs)
     return found, met, nn.unbox(variables).get("params", {})
-
-
-def _by_path(params: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their paths, `/` between the names."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _owner(path: str, modules: Any) -> str:
@@ -310,7 +302,7 @@ class _Call:
 
     def check(self, variables: Any, args: Any) -> None:
         """Raises InputError where a rule names no module: neither one with parameters nor one that can be called."""
-        params = _by_path(nn.unbox(dict(variables).get("params", {})))
+        params = by_path(nn.unbox(dict(variables).get("params", {})))
         above = {path.rpartition("/")[0] for path in params}
         known = {path: self.modules.classes.get(path, frozenset()) for path in (*self.modules.classes, *above)}
         if any(not any(rule.names(path, known) for path in known) for rule in self.tree.rules):

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.paths import path_name
 from jaxmp.training import processes
 
 _MANIFEST = "manifest.json"
@@ -369,7 +370,7 @@ def _reason(error: Exception) -> str:
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves by path: `params/Dense_0/kernel`, `opt_state/0/mu`, ... in the order of the tree."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in flat}
+    leaves = {path_name(path) or "value": leaf for path, leaf in flat}
     if len(leaves) != len(flat):
         raise InputError("the tree has two leaves with the same path, so they cannot be told apart in a checkpoint")
     return leaves

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError
+from jaxmp.paths import path_name
 from jaxmp.scaling.float32_math import clip_by_global_norm
 
 KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
@@ -135,9 +136,7 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
     >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 1.0}}, patterns=("*kernel",))
     {'Dense_0': {'bias': False, 'kernel': True}}
     """
-    paths = jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
-    )
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
     names = jax.tree.leaves(paths)
     idle = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
     if idle and (idle == list(patterns) or patterns != KERNELS_AND_EMBEDDINGS):

@@ -51,6 +51,8 @@ class Parallel:
 
     def __post_init__(self) -> None:
         """Refuses what no mode can do."""
+        if isinstance(self.remat, str):
+            raise InputError(f"parallel.remat = {self.remat!r}: expected a tuple, ({self.remat!r},)")
         if self.shard != "replicated" and self.mode != "jit":
             raise InputError(f"parallel.shard={self.shard} needs parallel.mode=jit; it is {self.mode}")
 
