@@ -18,5 +18,5 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by their names, in order."""
+    """The leaves of `tree` by their names, in order; of two with the same name, the last."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

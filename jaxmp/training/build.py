@@ -19,7 +19,7 @@ from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.memory import Memory, memory
 from jaxmp.instruments.ranges import Looked, count_each, count_swallowed, grad_and_module_counts
-from jaxmp.paths import by_path
+from jaxmp.paths import path_name
 from jaxmp.precision.flax import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
@@ -253,8 +253,8 @@ class Training:
         if not jnp.isfinite(loss):
             return f"the loss, which is {float(loss):g}"
         leaves = [
-            name
-            for name, leaf in by_path(grads).items()
+            path_name(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf))
         ]
         if not leaves:
