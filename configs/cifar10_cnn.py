@@ -17,7 +17,7 @@ Expected:  test accuracy 74.4 % in mixed_float16, 2 of 8,448 steps skipped; one 
 
 from __future__ import annotations
 
-from jaxmp import TFDS, Adam, Augment, Cosine, Experiment, Loop
+from jaxmp import TFDS, Adam, Augment, CosineDecay, Experiment, Loop
 from jaxmp.models.cnn import CNN
 
 
@@ -35,7 +35,7 @@ def get_config() -> Experiment:
             std=(0.2470, 0.2435, 0.2616),
             augment=Augment(flip=True),
         ),
-        optimizer=Adam(1e-3, schedule=Cosine()),
+        optimizer=Adam(1e-3, schedule=CosineDecay()),
         precision="mixed_float16",
         loop=Loop(epochs=12),
     )

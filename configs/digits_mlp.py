@@ -17,7 +17,7 @@ Expected:  test accuracy 98.6 ± 0.2 % over 5 seeds, in each of float32, mixed_b
 
 from __future__ import annotations
 
-from jaxmp import TFDS, Adam, Cosine, Experiment, Loop
+from jaxmp import TFDS, Adam, CosineDecay, Experiment, Loop
 from jaxmp.models.mlp import MLP
 
 
@@ -26,7 +26,7 @@ def get_config() -> Experiment:
     return Experiment(
         model=MLP(features=(512,), classes=10, dropout=0.2),
         data=TFDS(name="digits", batch_size=64, mean=(0.0192,), std=(0.0236,)),
-        optimizer=Adam(1e-3, schedule=Cosine()),
+        optimizer=Adam(1e-3, schedule=CosineDecay()),
         precision="mixed_float16",
         loop=Loop(epochs=50, eval_every=100),
     )

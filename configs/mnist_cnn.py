@@ -14,7 +14,7 @@ Expected:  test accuracy 99.37 % in mixed_float16, 99.41 % in mixed_bfloat16, 99
 
 from __future__ import annotations
 
-from jaxmp import TFDS, Adam, Cosine, Experiment, Loop
+from jaxmp import TFDS, Adam, CosineDecay, Experiment, Loop
 from jaxmp.models.cnn import CNN
 
 
@@ -31,7 +31,7 @@ def get_config() -> Experiment:
             mean=(0.1307,),
             std=(0.3081,),
         ),
-        optimizer=Adam(1e-3, schedule=Cosine()),
+        optimizer=Adam(1e-3, schedule=CosineDecay()),
         precision="mixed_float16",
         loop=Loop(epochs=5),
     )

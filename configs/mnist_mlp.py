@@ -20,7 +20,7 @@ Expected:  test accuracy 98.51 % in mixed_float16, 98.52 % in mixed_bfloat16, 98
 
 from __future__ import annotations
 
-from jaxmp import TFDS, Adam, Cosine, Experiment, Loop
+from jaxmp import TFDS, Adam, CosineDecay, Experiment, Loop
 from jaxmp.models.mlp import MLP
 
 
@@ -37,7 +37,7 @@ def get_config() -> Experiment:
             mean=(0.1307,),
             std=(0.3081,),
         ),
-        optimizer=Adam(1e-3, schedule=Cosine()),
+        optimizer=Adam(1e-3, schedule=CosineDecay()),
         precision="mixed_float16",
         loop=Loop(epochs=10),
     )

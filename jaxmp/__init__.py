@@ -1,37 +1,42 @@
 """jaxmp: training in mixed precision that runs any experiment under any precision, and proves what it did.
 
-The public names. Each is imported when it is first used: `import jaxmp`, and with it `jaxmp --help`, needs no JAX.
+The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that
+`import jaxmp`, and with it `jaxmp --help`, needs no JAX.
 """
 
-# ruff: noqa: F401 (the imports are for editors and type checkers)
+# ruff: noqa: F401 (the imports are for editors, type checkers and `_homes`)
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `__getattr__` reads it as text
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.augment import Augment
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
-    from jaxmp.experiment import Experiment, Scaling
+    from jaxmp.experiment.experiment import Experiment
+    from jaxmp.experiment.settings import Loop, Parallel
     from jaxmp.instruments.audit import audit
-    from jaxmp.instruments.blame import blame
     from jaxmp.instruments.find_policy import find_policy
     from jaxmp.instruments.memory import memory
+    from jaxmp.instruments.nonfinite import blame
+    from jaxmp.modules.functions import apply_policy
+    from jaxmp.modules.linen import explain, with_policy
+    from jaxmp.modules.nnx import from_nnx
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
-    from jaxmp.precision.flax import with_policy
     from jaxmp.precision.formats import DelayedScaling, Format, fake_quantize, parse_format, quantize
-    from jaxmp.precision.functions import apply_policy
-    from jaxmp.precision.nnx import from_nnx
     from jaxmp.precision.policy import Policy, parse_policy
     from jaxmp.precision.policy_tree import PolicyTree
     from jaxmp.precision.rounding import apply_updates
+    from jaxmp.runs.fit import fit, steps
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
-    from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, StaticScaler
+    from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
     from jaxmp.scaling.transform import (
         consecutive_skips,
         last_step_finite,
@@ -40,54 +45,26 @@ if TYPE_CHECKING:
         scale_loss,
         skipped_steps,
     )
-    from jaxmp.training.loop import Loop, fit, steps
-    from jaxmp.training.optim import LAMB, SGD, Adam, AdamW, Constant, Cosine, Linear, Lion, Step
-    from jaxmp.training.parallel import Parallel
+    from jaxmp.tasks.classification import Classification
+    from jaxmp.tasks.task import make_loss
+    from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+    from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState
     from jaxmp.training.step import make_eval_step, make_train_step
-    from jaxmp.training.tasks import Classification, make_loss
 
 __version__ = "0.1.0"
 
-# For the interpreter what TYPE_CHECKING above is for editors; a test holds the two together.
-_HOME = {
-    "jaxmp.data.arrays": ["Arrays"],
-    "jaxmp.data.augment": ["Augment"],
-    "jaxmp.data.tfds": ["TFDS"],
-    "jaxmp.errors": ["InputError", "RunFailed"],
-    "jaxmp.experiment": ["Experiment", "Scaling"],
-    "jaxmp.instruments.audit": ["audit"],
-    "jaxmp.instruments.blame": ["blame"],
-    "jaxmp.instruments.find_policy": ["find_policy"],
-    "jaxmp.instruments.memory": ["memory"],
-    "jaxmp.precision.autocast": ["APEX_O1", "TORCH", "OperationLists", "autocast"],
-    "jaxmp.precision.flax": ["with_policy"],
-    "jaxmp.precision.formats": ["DelayedScaling", "Format", "fake_quantize", "parse_format", "quantize"],
-    "jaxmp.precision.functions": ["apply_policy"],
-    "jaxmp.precision.nnx": ["from_nnx"],
-    "jaxmp.precision.policy": ["Policy", "parse_policy"],
-    "jaxmp.precision.policy_tree": ["PolicyTree"],
-    "jaxmp.precision.rounding": ["apply_updates"],
-    "jaxmp.runs.run": ["Run"],
-    "jaxmp.scaling.float32_math": ["clip_by_global_norm", "float32_math", "global_norm"],
-    "jaxmp.scaling.scalers": ["DynamicScaler", "HeadroomScaler", "NoScaler", "StaticScaler"],
-    "jaxmp.scaling.transform": [
-        "consecutive_skips",
-        "last_step_finite",
-        "loss_scale",
-        "loss_scaling",
-        "scale_loss",
-        "skipped_steps",
-    ],
-    "jaxmp.training.loop": ["Loop", "fit", "steps"],
-    "jaxmp.training.optim": ["LAMB", "SGD", "Adam", "AdamW", "Constant", "Cosine", "Linear", "Lion", "Step"],
-    "jaxmp.training.parallel": ["Parallel"],
-    "jaxmp.training.state": ["TrainState"],
-    "jaxmp.training.step": ["make_eval_step", "make_train_step"],
-    "jaxmp.training.tasks": ["Classification", "make_loss"],
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
+def _homes() -> dict[str, str]:
+    """The module of each public name, from this file's own text."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    return {
+        alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+_MODULE_OF = _homes()
 __all__ = sorted(_MODULE_OF)
 
 

@@ -11,7 +11,8 @@ import traceback
 from typing import NoReturn
 
 from jaxmp import cli
-from jaxmp.parent import PIPE
+from jaxmp.distributed.parent import PIPE
+from jaxmp.errors import DONE, FAILED, INTERRUPTED, STOPPED
 
 LINGER_SECONDS = 5
 """how long a first process that failed stays: with it all others end, and they may be about to say why they failed"""
@@ -26,8 +27,8 @@ def main() -> int:
     except BaseException as error:
         _wait_for_verdict(error)
         traceback.print_exc()
-        code = cli.FAILED
-    if code in (cli.DONE, cli.STOPPED):
+        code = FAILED
+    if code in (DONE, STOPPED):
         for number in (signal.SIGTERM, signal.SIGINT):  # all is saved: one that comes now would only change the code
             signal.signal(number, signal.SIG_IGN)
         return code  # at its exit, JAX waits for the others
@@ -38,7 +39,7 @@ def _leave(code: int) -> NoReturn:
     """Ends the process without waiting for the others, which may be waiting for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if _is_joined() and code != cli.INTERRUPTED:
+    if _is_joined() and code != INTERRUPTED:
         import jax
 
         if jax.process_index() == 0:
@@ -52,7 +53,7 @@ def _wait_for_verdict(error: BaseException) -> None:
         return
     from jax.errors import JaxRuntimeError
 
-    from jaxmp.training.processes import HEARTBEAT_SECONDS
+    from jaxmp.distributed.processes import HEARTBEAT_SECONDS
 
     if isinstance(error, JaxRuntimeError):
         time.sleep(HEARTBEAT_SECONDS + 10)

@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmp import config_file
-from jaxmp.config_file import ConfigFile, override
-from jaxmp.errors import InputError, RunFailed, nearest
-
-DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 128 + signal.SIGINT
+from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, InputError, RunFailed, nearest
+from jaxmp.experiment import config_file
+from jaxmp.experiment.config_file import ConfigFile, override
 
 # What a disk says when it is not ours to write on: no space, quota, no permission, read-only, a file in the way.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -182,7 +180,7 @@ def train(arguments: list[str]) -> int:
     config, arguments = _config_argument(arguments)
     prog = f"jaxmp train {config.name}"
     if "--distributed" in arguments and not {"-h", "--help"} & set(arguments):
-        from jaxmp import parent
+        from jaxmp.distributed import parent
 
         if parent.is_needed():
             return parent.run(["train", *given])
@@ -197,16 +195,16 @@ def train(arguments: list[str]) -> int:
     if not options.distributed:
         _refuse_without_distributed(options)
 
-    from jaxmp.training import processes
+    from jaxmp.distributed import processes
 
     if options.dry_run:
-        from jaxmp.dry_run import dry_run
+        from jaxmp.commands.dry_run import dry_run
 
         lines = dry_run(experiment)
         if processes.is_first():
             print(lines)
         return DONE
-    from jaxmp.training.loop import fit
+    from jaxmp.runs.fit import fit
 
     fitted = fit(
         experiment,
@@ -227,7 +225,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _join(options: TrainOptions) -> None:
-    from jaxmp.training import processes
+    from jaxmp.distributed import processes
 
     processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
 
@@ -265,8 +263,8 @@ def audit(arguments: list[str]) -> int:
 
     from jaxmp.instruments import audit as instrument
     from jaxmp.instruments.target import Target
-    from jaxmp.runs.page import write
-    from jaxmp.training.build import Training
+    from jaxmp.reports.page import write
+    from jaxmp.runs.trainer import Training
 
     target = None if options.target is None else Target.parse(options.target)
     # Otherwise JAX does not load its CUDA build where there is no GPU.
@@ -314,7 +312,7 @@ def compare(arguments: list[str]) -> int:
     _refuse_empty(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
-    from jaxmp.runs import compare as runs
+    from jaxmp.studies import compare as runs
 
     comparison = runs.compare(
         config,
@@ -367,7 +365,7 @@ def find_policy(arguments: list[str]) -> int:
     override(both, arguments, prog=prog, description=config.docstring.partition("\n")[0])
     options, overrides = _split_off_options(arguments, prog, FindPolicyOptions)
     _refuse_empty(run=options.run, json=options.json)
-    from jaxmp.runs import find_policy as runs
+    from jaxmp.studies import cheapest_policy as runs
 
     chosen = dataclasses.asdict(options)
     file = chosen.pop("json")
@@ -386,7 +384,7 @@ def report(runs: tuple[str, ...], *, output: str | None = None, look: bool = Fal
       output: File to write; of a single run, report.html in its folder by default.
       look: Of a run without --loop.ranges-every, do one step after its last checkpoint again, and show its ranges.
     """
-    from jaxmp.runs.report import report as page
+    from jaxmp.reports.run_report import report as page
     from jaxmp.runs.run import Run
 
     _refuse_empty(output=output)
@@ -488,9 +486,9 @@ def blame(run: str, *, step: int | None = None, json: str | None = None) -> int:
     """
     from json import dumps
 
-    from jaxmp.runs.blame import blame_run
-    from jaxmp.runs.page import write
+    from jaxmp.reports.page import write
     from jaxmp.runs.run import Run
+    from jaxmp.studies.overflow import blame_run
 
     _refuse_empty(run=run, json=json)
     found = blame_run(Run(run), step)
@@ -567,7 +565,7 @@ def _rows(dataset: Any) -> str:
 
 def doctor() -> int:
     """Shows devices, versions, native dtypes and data folders of this machine, and how to get what is missing."""
-    from jaxmp.doctor import report
+    from jaxmp.commands.doctor import report
 
     print(report())
     return DONE

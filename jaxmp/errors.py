@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: done; the run failed; bad input; stopped by a signal after saving; interrupted with nothing to save."""
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; nothing was written or lost. Exit code 2, shown without a traceback.
@@ -28,3 +31,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require(owner: object, field: str, valid: bool, expected: str) -> None:
+    """Raises an InputError that names `owner.field`, its value and what was expected, unless `valid`."""
+    if not valid:
+        raise InputError(f"{type(owner).__name__}.{field} = {getattr(owner, field)!r}: expected {expected}")

@@ -24,10 +24,11 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp import InputError, RunFailed, cli, doctor
+from jaxmp import InputError, RunFailed, cli
 from jaxmp.cli import main
+from jaxmp.commands import doctor
+from jaxmp.runs import fit as loop
 from jaxmp.runs.run import Run
-from jaxmp.training import loop
 
 ROOT = Path(__file__).parent.parent
 

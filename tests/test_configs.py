@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.config_file import ConfigFile
 from jaxmp.data.arrays import Arrays
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.settings import Loop
+from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
-from jaxmp.training.loop import Loop, fit
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
 IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
@@ -51,14 +52,14 @@ def slow(names):
 @pytest.mark.parametrize("name", slow(CONFIGS))
 def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(name, tmp_path):
     experiment = four_steps(shipped(name))
-    whole = fit(experiment, workdir=tmp_path / "whole", say=lambda text: None)
+    whole = fit(experiment, workdir=tmp_path / "whole", log=lambda text: None)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     folder = tmp_path / "resumed" / whole.path.relative_to(tmp_path / "whole")
     shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "summary.json").unlink()
 
     said = []
-    resumed = fit(experiment, workdir=tmp_path / "resumed", say=said.append)
+    resumed = fit(experiment, workdir=tmp_path / "resumed", log=said.append)
     assert resumed.path == folder and "from step 2" in said[0]
     states = [Run(path, experiment).state() for path in (whole.path, folder)]
     assert int(states[0].step) == 4

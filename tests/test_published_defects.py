@@ -35,10 +35,10 @@ from jax.sharding import PartitionSpec as P
 import jaxmp
 from jaxmp import Classification, DynamicScaler, NoScaler, StaticScaler, TrainState, loss_scaling, make_train_step
 from jaxmp.errors import InputError
-from jaxmp.training.checkpoint import Checkpoints
+from jaxmp.experiment.settings import Parallel
+from jaxmp.runs.checkpoint import Checkpoints
+from jaxmp.tasks.task import make_loss
 from jaxmp.training.metrics import compute
-from jaxmp.training.parallel import Parallel
-from jaxmp.training.tasks import make_loss
 
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 

@@ -26,8 +26,8 @@ import optax
 import tyro
 
 from jaxmp import TrainState, audit, loss_scaling, make_loss, make_train_step
+from jaxmp.runs.provenance import provenance
 from jaxmp.training.metrics import Mean
-from jaxmp.training.provenance import provenance
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 50257, 1024, 768, 12
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import tyro
 
-from jaxmp.config_file import ConfigFile
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.target import Target
-from jaxmp.training.build import Training
-from jaxmp.training.provenance import provenance
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Training
 
 
 def summary(config: str, precision: str, target: Target) -> dict[str, Any]:

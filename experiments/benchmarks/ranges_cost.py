@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import tyro
 
-from jaxmp.config_file import ConfigFile
-from jaxmp.training.build import Training
-from jaxmp.training.provenance import provenance
-from jaxmp.training.writers import JsonLines, TensorBoard
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Training
+from jaxmp.runs.writers import JsonLines, TensorBoard
 
 EVERY, STEPS = 100, 10
 
@@ -31,7 +31,7 @@ EVERY, STEPS = 100, 10
 def measure(config: str, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step and of a look, and what share of the steps a look is."""
     training = Training(ConfigFile.find(config).experiment())
-    devices, many = training.devices, training.many_steps_pay
+    devices, many = training.devices, training.should_fuse_steps
     feed = training.feed(many=many)
     folder = Path(tempfile.mkdtemp())
     writers = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder)]

@@ -31,8 +31,8 @@ from flax.training.dynamic_scale import DynamicScale
 
 from jaxmp import Arrays, Classification, Experiment, TrainState, loss_scaling, make_loss, make_train_step
 from jaxmp.models.mlp import MLP
-from jaxmp.training.build import Training
-from jaxmp.training.provenance import provenance
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Training
 
 CLASSES = 10
 LEARNING_RATE = 1e-3

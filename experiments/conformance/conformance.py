@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 from subject import Subject
 
-from jaxmp.training.provenance import provenance
+from jaxmp.runs.provenance import provenance
 
 SYSTEMS = (
     "jaxmp_itself",
@@ -56,7 +56,7 @@ def line(row: dict[str, Any]) -> str:
     return f"| {row['system']} | {row['version']} | `{row['law']}` | {row['verdict']} | {words} |"
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """To stderr, so that stdout is the table."""
     print(message, file=sys.stderr, flush=True)
 
@@ -67,12 +67,12 @@ def run(system: str) -> dict[str, Any]:
     try:
         subjects = importlib.import_module(f"systems.{system}").subjects()
     except ModuleNotFoundError as error:
-        say(f"left out: {system}, since {error.name} is not installed")
+        log(f"left out: {system}, since {error.name} is not installed")
         return {"rows": [], "versions": {}, "left_out": f"{error.name} is not installed"}
     versions = {name: importlib.metadata.version(name) for subject in subjects for name in subject.packages}
     rows = [row for subject in subjects for row in rows_of(subject, versions)]
     broken = sum(row["verdict"] == "broken" for row in rows)
-    say(f"{system}: {broken} of {len(rows)} laws broken, {time.monotonic() - started:.0f} s")
+    log(f"{system}: {broken} of {len(rows)} laws broken, {time.monotonic() - started:.0f} s")
     return {"rows": rows, "versions": versions, "left_out": None}
 
 

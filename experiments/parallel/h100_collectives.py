@@ -27,12 +27,12 @@ import numpy as np
 import optax
 
 from jaxmp import AdamW, Arrays, Experiment, Loop
+from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
-from jaxmp.training.build import Training
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Training
 from jaxmp.training.metrics import Mean
-from jaxmp.training.parallel import Parallel
-from jaxmp.training.provenance import provenance
 
 WORDS, LENGTH, WIDTH, HEADS, LAYERS, BATCH = 8192, 256, 768, 12, 12, 64
 
@@ -83,7 +83,7 @@ class NextWord:
     target: str = "next"
 
     def __call__(self, logits: jax.Array, batch: dict[str, jax.Array]) -> tuple[Mean, dict[str, Mean]]:
-        """See `jaxmp.training.tasks.Task`."""
+        """See `jaxmp.tasks.task.Task`."""
         losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["next"])
         return Mean.of(losses, jnp.broadcast_to(batch["weight"][:, None], losses.shape)), {}
 

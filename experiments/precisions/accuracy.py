@@ -19,8 +19,8 @@ from typing import Any
 import tyro
 
 from jaxmp import fit
-from jaxmp.config_file import ConfigFile
-from jaxmp.training.provenance import provenance
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.runs.provenance import provenance
 
 
 def accuracies(config: str, precision: str, seeds: tuple[int, ...], options: list[str], workdir: Path) -> list[float]:
@@ -30,7 +30,7 @@ def accuracies(config: str, precision: str, seeds: tuple[int, ...], options: lis
         overrides = ["--precision", precision, "--seed", str(seed), *options]
         origin = {"source": file.source, "file": file.file, "overrides": overrides}
         fitted = fit(
-            file.experiment(overrides), workdir=workdir, name=file.name, origin=origin, say=lambda message: None
+            file.experiment(overrides), workdir=workdir, name=file.name, origin=origin, log=lambda message: None
         )
         if fitted.stopped:
             raise SystemExit(75)

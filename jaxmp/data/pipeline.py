@@ -92,18 +92,18 @@ def stream(
     first_step: int,
     last_step: int,
     *,
-    places: np.ndarray | None = None,
+    global_index: np.ndarray | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps `first_step` to `last_step - 1`, read ahead by Grain in threads, or in `workers` processes.
 
-    Of each batch only the rows at `places`, (rows,), are read, in that order; all by default. Starting at any step
-    gives the batches that reaching it gives. Left early, it stops what reads ahead when closed.
+    Of each batch only the rows at `global_index`, (rows,), are read, in that order; all by default. Starting at any
+    step gives the batches that reaching it gives. Left early, it stops what reads ahead when closed.
     """
     import grain
 
     # A whole batch is an element: 20 times as fast as single rows that are batched afterwards.
-    steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(_read, source, batches, places))
+    steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(_read, source, batches, global_index))
     loader = steps.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD))
     if workers:
         from absl import flags
@@ -117,24 +117,24 @@ def stream(
         iterator.close()
 
 
-def _read(source: Source, batches: Batches, places: np.ndarray | None, step: int) -> dict[str, np.ndarray]:
+def _read(source: Source, batches: Batches, global_index: np.ndarray | None, step: int) -> dict[str, np.ndarray]:
     rows, weight = batches.rows(int(step))
-    if places is not None:
-        rows, weight = rows[places], weight[places]
+    if global_index is not None:
+        rows, weight = rows[global_index], weight[global_index]
     return _numeric(source[rows]) | {"weight": weight}
 
 
 def evaluation_batches(
-    source: Source, batch_size: int, places: np.ndarray | None = None
+    source: Source, batch_size: int, global_index: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """All rows once, in order, in batches of one size; the last is filled up with rows of weight 0.
 
-    Of each batch only the rows at `places`, (rows,), are read; all by default.
+    Of each batch only the rows at `global_index`, (rows,), are read; all by default.
     """
     examples = len(source)
-    places = np.arange(batch_size) if places is None else places
+    global_index = np.arange(batch_size) if global_index is None else global_index
     for start in range(0, examples, batch_size):
-        rows = start + places
+        rows = start + global_index
         yield _numeric(source[rows % examples]) | {"weight": (rows < examples).astype(np.float32)}
 
 
@@ -149,18 +149,18 @@ def prepare(dataset: Dataset, *, train: bool) -> Callable[..., dict[str, Any]]:
 
     Each of `dataset.images`, (batch, height, width, channels), becomes float32: uint8 / 255, minus the mean, over the
     standard deviation, and, to train, augmented. All else is left as it is. Where `batch` is a part of a batch,
-    `places`, int32 (rows,), are those of its rows in the whole: a row's draw comes from `key` and its place in the
-    whole batch, and so does not depend on the number of devices. The images of one row are changed alike.
+    `global_index`, int32 (rows,), are those of its rows in the whole: a row's draw comes from `key` and its place in
+    the whole batch, and so does not depend on the number of devices. The images of one row are changed alike.
     Raises InputError where a key is missing or is no image.
     """
     augment = dataset.augment if train else Augment()
 
-    def apply(batch: dict[str, Any], key: jax.Array, places: jax.Array | None = None) -> dict[str, Any]:
+    def apply(batch: dict[str, Any], key: jax.Array, global_index: jax.Array | None = None) -> dict[str, Any]:
         images = {name: _normalise(dataset, name, batch) for name in dataset.images}
         if images and augment != Augment():
-            if places is None:
-                places = jnp.arange(len(next(iter(images.values()))))
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
+            if global_index is None:
+                global_index = jnp.arange(len(next(iter(images.values()))))
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
             images = {name: jax.vmap(augment)(keys, image) for name, image in images.items()}
         return {**batch, **images}
 

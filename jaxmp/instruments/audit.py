@@ -26,15 +26,15 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
-from jaxmp.instruments.equations import bare, functions, module_path, scan_counts, scopes, source_line
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
-from jaxmp.precision.dtypes import FLOAT32, HALF
+from jaxmp.jaxprs import bare, functions, module_path, scan_counts, scopes, source_line
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
+from jaxmp.trees import FLOAT32, HALF
 
 if TYPE_CHECKING:
-    from jaxmp.precision.flax import Row
+    from jaxmp.modules.linen import Row
 
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""

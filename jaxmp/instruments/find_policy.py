@@ -28,15 +28,14 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
-from jaxmp.paths import by_path
-from jaxmp.precision.dtypes import FLOAT32, HALF, cast_floats
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
 from jaxmp.precision.policy_tree import names as pattern_names
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats
 
 if TYPE_CHECKING:
-    from jaxmp.precision.flax import Row
+    from jaxmp.modules.linen import Row
 
 UNITS = ("noise", "gradient", "float32")
 """what the error of a parameter's gradient can be a multiple of"""
@@ -77,7 +76,7 @@ class Gap(NamedTuple):
     """share of the numbers in the gradient that are not finite"""
 
 
-class Flip(NamedTuple):
+class ModuleResult(NamedTuple):
     """A module, what it does by itself in half, and what was found for it."""
 
     module: str
@@ -112,7 +111,7 @@ class FoundPolicy:
     budget: float
     unit: str
     loss_scale: float
-    modules: tuple[Flip, ...]
+    modules: tuple[ModuleResult, ...]
     """in the order in which they are called"""
     trials: tuple[Trial, ...]
     """the search, in order; none for a module whose error alone is above the budget"""
@@ -209,7 +208,7 @@ def find_policy(
     budget: float = 0.1,
     unit: str = "noise",
     loss_scale: float | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> FoundPolicy:
     """The PolicyTree with the most FLOPs in half of which the gradient stays within a budget of error.
 
@@ -234,7 +233,7 @@ def find_policy(
         of the exact gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
       loss_scale: what the loss is multiplied by, a power of two; by default 2**15 for float16, else 1. What overflows
         at this scale is beyond any budget.
-      say: takes a line for each module that was measured.
+      log: takes a line for each module that was measured.
 
     Returns:
       The tree and the evidence. Rules name paths, float32 ones before a half default, or half ones before a float32
@@ -266,13 +265,13 @@ def find_policy(
     flops = _flops(loss(full), rows, at[0])
     measure = _Measure(loss, at, loss_scale, unit)
     own = measure.of(full)
-    say(f"float32: {own.error:.3g}")
+    log(f"float32: {own.error:.3g}")
     if own.error > budget:
         raise InputError(
             f"budget {budget:g}: float32 itself has an error of {own.error:.3g} ({own.parameter}), in units of {unit}; "
             "expected more than that"
         )
-    search = _Search(rows, flops, policy, explain, measure, budget, say)
+    search = _Search(rows, flops, policy, explain, measure, budget, log)
     taken = search.run()
     if not any(flops[path] for path in taken):
         least = min((row.module for row in rows if flops[row.module]), key=lambda path: search.alone[path].error)
@@ -289,7 +288,7 @@ def find_policy(
         unit=unit,
         loss_scale=loss_scale,
         modules=tuple(
-            Flip(
+            ModuleResult(
                 row.module,
                 row.type,
                 row.parameters,
@@ -439,10 +438,10 @@ class _Search:
         explain: Callable[[PolicyTree], Iterable[Row]],
         measure: _Measure,
         budget: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self._rows, self._flops, self._half, self._explain = rows, flops, half, explain
-        self._measure, self._budget, self._say = measure, budget, say
+        self._measure, self._budget, self._say = measure, budget, log
         self.alone: dict[str, Gap] = {}
         self.trials: list[Trial] = []
         self._trees: dict[frozenset[str], PolicyTree] = {}

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxmp.errors import InputError
-from jaxmp.instruments.equations import functions, scan_counts
+from jaxmp.jaxprs import functions, scan_counts
 
 MIB = 2**20
 

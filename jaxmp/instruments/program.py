@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxmp.instruments.equations import in_library
+from jaxmp.jaxprs import in_library
 
 MIB = 2**20
 

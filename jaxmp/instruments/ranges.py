@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.paths import by_path
-from jaxmp.precision.flax import observed_modules
+from jaxmp.modules.linen import observed_modules
 from jaxmp.precision.formats import Format, float32_bits, parse_format
 from jaxmp.precision.rounding import apply_updates
+from jaxmp.trees import by_path
 
 FORMATS = ("float16", "bfloat16", "e4m3", "e5m2")
 """Formats whose under- and overflow is counted."""
@@ -110,18 +110,18 @@ def count_each(tree: Any) -> dict[str, Counts]:
     return {name: count(leaf) for name, leaf in by_path(tree).items() if _is_float(leaf)}
 
 
-def count_swallowed(params: Any, updates: Any) -> dict[str, jax.Array]:
+def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
     """How many non-zero updates change nothing, by the parameter's path: int32 scalars.
 
     `p + u == p` to the bit, where the sum is rounded to the nearest number of p's dtype, as `apply_updates` does.
     """
 
-    def swallowed(param: jax.Array, update: jax.Array, new: jax.Array) -> jax.Array:
+    def lost_updates(param: jax.Array, update: jax.Array, new: jax.Array) -> jax.Array:
         same = float32_bits(new) == float32_bits(param)
         return jnp.sum(same & (_magnitudes(update) != 0), dtype=jnp.int32)
 
     trees = params, updates, apply_updates(params, updates)
-    found = jax.tree.map(lambda p, *rest: swallowed(p, *rest) if _is_float(p) else None, *trees)
+    found = jax.tree.map(lambda p, *rest: lost_updates(p, *rest) if _is_float(p) else None, *trees)
     return by_path(found)
 
 
@@ -166,32 +166,34 @@ def grad_and_module_counts(loss: Callable[[Any], Any], params: Any) -> tuple[Any
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Looked:
+class StepRanges:
     """All that was counted of a step, in few arrays: fetching many small ones takes longer than counting."""
 
     counts: Counts
     """with a leading axis, one row for each of `names`"""
-    swallowed: jax.Array
+    lost_updates: jax.Array
     """of each of `updates`, int32 (updates,)"""
     names: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
     """kind (gradients, say) and name of each row"""
     updates: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, counted: Mapping[str, Mapping[str, Counts]], swallowed: Mapping[str, jax.Array]) -> Looked:
-        """From counts by kind and name, and the number of swallowed updates by name; to be traced."""
+    def of(cls, counted: Mapping[str, Mapping[str, Counts]], lost_updates: Mapping[str, jax.Array]) -> StepRanges:
+        """From counts by kind and name, and the number of lost updates by name; to be traced."""
         names = tuple((kind, name) for kind, of in counted.items() for name in of)
         rows = [counted[kind][name] for kind, name in names]
-        return cls(jax.tree.map(lambda *x: jnp.stack(x), *rows), jnp.stack([*swallowed.values()]), names, (*swallowed,))
+        return cls(
+            jax.tree.map(lambda *x: jnp.stack(x), *rows), jnp.stack([*lost_updates.values()]), names, (*lost_updates,)
+        )
 
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """As JSON, fetched from the device: kind, name, `Range.to_json`. Updates have the number `swallowed` too."""
-        counts, swallowed = jax.device_get((self.counts, self.swallowed))
+        """As JSON, fetched from the device: kind, name, `Range.to_json`. Updates have the number `lost` too."""
+        counts, lost_updates = jax.device_get((self.counts, self.lost_updates))
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for (kind, name), range in zip(self.names, _ranges(*counts), strict=True):
             found.setdefault(kind, {})[name] = range.to_json()
-        for name, number in zip(self.updates, swallowed.tolist(), strict=True):
-            found["updates"][name]["swallowed"] = number
+        for name, number in zip(self.updates, lost_updates.tolist(), strict=True):
+            found["updates"][name]["lost_updates"] = number
         return found
 
 

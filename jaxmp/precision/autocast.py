@@ -34,7 +34,7 @@ from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import FLOAT32, HALF
+from jaxmp.trees import FLOAT32, HALF
 
 ELIGIBLE = (*HALF, FLOAT32)
 """The dtypes that are cast. As in torch, what is float64, complex, integer or fp8 keeps its dtype."""

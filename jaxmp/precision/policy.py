@@ -12,9 +12,9 @@ import numpy as np
 from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import FLOAT32, HALF, cast_floats
 from jaxmp.precision.formats import Format, parse_format
 from jaxmp.precision.rounding import ROUNDINGS
+from jaxmp.trees import FLOAT32, HALF, cast_floats
 
 
 @dataclasses.dataclass(frozen=True)

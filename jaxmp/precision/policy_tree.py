@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import FLOAT32, HALF
 from jaxmp.precision.policy import Policy, parse_policy
+from jaxmp.trees import FLOAT32, HALF
 
 Classes = Mapping[str, Iterable[str]]
 """The names of a module's class and its bases, by the module's path; "" is the model itself."""
@@ -164,7 +164,7 @@ class PolicyTree:
         Raises:
           InputError: a rule matches nothing; the message has the nearest path.
         """
-        from jaxmp.precision.flax import explain  # here: below this module nothing knows of Flax
+        from jaxmp.modules.linen import explain  # here: below this module nothing knows of Flax
 
         if isinstance(batch, Mapping):
             missing = [name for name in inputs if name not in batch]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import HALF, has_gradient
 from jaxmp.precision.formats import quantize
+from jaxmp.trees import HALF, has_gradient
 
 # Also for float16, whose smallest numbers are too large to hold what it loses itself: same memory, more range.
 COMPENSATION_DTYPE = jnp.bfloat16

@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.config_file import ConfigFile
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import prepare
 from jaxmp.errors import InputError, nearest
-from jaxmp.experiment import Experiment
-from jaxmp.imports import changed_import
-from jaxmp.precision.flax import mode_argument, with_policy
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.imports import changed_import
+from jaxmp.modules.linen import mode_argument, with_policy
+from jaxmp.runs.checkpoint import Checkpoints
+from jaxmp.runs.fit import FAILURE, read_summary
+from jaxmp.runs.trainer import Training
+from jaxmp.runs.writers import read_lines
 from jaxmp.scaling.transform import loss_scale
-from jaxmp.training.build import Training
-from jaxmp.training.checkpoint import Checkpoints
-from jaxmp.training.loop import FAILURE, read_summary
 from jaxmp.training.metrics import compute
 from jaxmp.training.state import TrainState
-from jaxmp.training.writers import read_lines
 
 
 class Run:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import HALF, has_gradient, is_float, strongly_typed, wide
 from jaxmp.precision.formats import quantize
+from jaxmp.trees import HALF, has_gradient, is_float, strongly_typed, upcast
 
 
 class Float32MathState(NamedTuple):
@@ -113,7 +113,7 @@ def global_norm(tree: Any) -> jax.Array:
     >>> print(global_norm({"a": jnp.full(4, 300.0, jnp.float16), "b": jnp.float32(3e30)}))
     3e+30
     """
-    magnitudes = [jnp.abs(wide(x)) for x in jax.tree.leaves(tree) if has_gradient(x)]
+    magnitudes = [jnp.abs(upcast(x)) for x in jax.tree.leaves(tree) if has_gradient(x)]
     if not magnitudes:
         return jnp.float32(0)
     largest = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in magnitudes]))
@@ -140,7 +140,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         def clipped(x: Any) -> Any:
             if not has_gradient(x):
                 return x
-            return jnp.where(norm <= max_norm, x, wide(x) / norm * max_norm).astype(jnp.result_type(x))
+            return jnp.where(norm <= max_norm, x, upcast(x) / norm * max_norm).astype(jnp.result_type(x))
 
         return jax.tree.map(clipped, updates), state
 
@@ -166,7 +166,7 @@ def _stored_dtype(dtype: Any) -> Any:
 
 
 def _widened(tree: Any) -> Any:
-    return jax.tree.map(wide, tree)
+    return jax.tree.map(upcast, tree)
 
 
 def _rounded(x: Any, dtype: Any, key: jax.Array | None) -> jax.Array:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
+from jaxmp.precision.policy import Policy
+from jaxmp.precision.policy_tree import PolicyTree
 
 # Between these bounds S and 1/S are both normal float32 numbers; subnormals are flushed to zero (trap T10).
 SMALLEST, LARGEST = 2.0**-126, 2.0**126
@@ -263,3 +265,53 @@ def _power_of_two_below(x: jax.Array) -> jax.Array:
     """The largest power of two up to `x`, a positive normal float32: its bits without the mantissa."""
     exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7F800000)
     return jax.lax.bitcast_convert_type(exponent, jnp.float32)
+
+
+Kind = Literal["auto", "dynamic", "static", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Which loss scaler a run uses, and its numbers; those of a dynamic one are `DynamicScaler`'s."""
+
+    kind: Kind = "auto"
+    """How the loss is scaled; auto: dynamic where anything computes in float16, else none."""
+    init_scale: float = DynamicScaler.init_scale
+    """Loss scale of the first step (static: of every step), a power of two."""
+    growth_factor: float = DynamicScaler.growth_factor
+    """Factor after growth_interval finite steps in a row, a power of two."""
+    backoff_factor: float = DynamicScaler.backoff_factor
+    """Factor after an overflow, a power of two."""
+    growth_interval: int = DynamicScaler.growth_interval
+    """Finite steps in a row before the scale grows."""
+    hysteresis: int = DynamicScaler.hysteresis
+    """Overflows in a row before the scale is lowered."""
+    min_scale: float = DynamicScaler.min_scale
+    """Floor of the scale."""
+    max_scale: float = DynamicScaler.max_scale
+    """Cap of the scale."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            raise InputError(
+                f"scaler.kind = {self.kind!r}: expected {' or '.join(kinds)}{nearest(str(self.kind), kinds)}"
+            )
+        if self.kind == "static":
+            StaticScaler(self.init_scale)
+        else:
+            self._dynamic()
+
+    def make(self, policy: Policy | PolicyTree) -> Scaler:
+        """The scaler for training under `policy`."""
+        kind = self.kind
+        if kind == "auto":
+            kind = "dynamic" if policy.wants_scaling else "none"
+        if kind == "dynamic":
+            return self._dynamic()
+        return StaticScaler(self.init_scale) if kind == "static" else NoScaler()
+
+    def _dynamic(self) -> DynamicScaler:
+        return DynamicScaler(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kind"}
+        )

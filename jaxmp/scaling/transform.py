@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp.precision.dtypes import has_gradient, strongly_typed, wide
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
+from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
 OVERWRITTEN = "_overwrite_with_gradient"
 """Flax's name for what is no parameter but stands among them: fp8 scales and histories, whose "gradient" is their next
@@ -113,7 +113,7 @@ def loss_scaling(
             lambda path, u, g, x: _outer_update(path, u, g, x, finite), updates, scaled_grads, like
         )
         return updates, LossScalingState(
-            inner_state=keep_where(finite, inner_state, state.inner_state),
+            inner_state=tree_where(finite, inner_state, state.inner_state),
             scaler=scaler.update(state.scaler, scale_fits, grad_max),
             skipped=state.skipped + (~finite).astype(jnp.int32),
             consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
@@ -164,14 +164,6 @@ def find_state(opt_state: Any) -> LossScalingState | None:
     return found[0] if found else None
 
 
-def keep_where(finite: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where `finite`, else `old`, leaf by leaf and to the bit, in the dtypes of `old`.
-
-    By selection: `old + 0 * new` would let NaN through, and `old + 0.0` turns -0.0 into +0.0.
-    """
-    return jax.tree.map(lambda n, o: jnp.where(finite, n if n.dtype == o.dtype else n.astype(o.dtype), o), new, old)
-
-
 def _is_trained(path: Any, x: Any) -> bool:
     """Whether a leaf is a parameter: what Flax overwrites by its gradient holds scales and histories."""
     return has_gradient(x) and not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
@@ -184,7 +176,7 @@ def inner_view(tree: Any) -> Any:
     """
 
     def view(path: Any, x: Any) -> jax.Array:
-        return wide(x) if _is_trained(path, x) else jnp.zeros((), jnp.float32)
+        return upcast(x) if _is_trained(path, x) else jnp.zeros((), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(view, tree)
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.dtypes import cast_floats, is_float
-from jaxmp.precision.flax import cast_to_param, explain, mode_argument, with_policy
+from jaxmp.modules.linen import cast_to_param, explain, mode_argument, with_policy
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.testing.jaxprs import equations
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
 from jaxmp.testing.strategies import odd_trees
 from jaxmp.testing.trees import describe, first_difference, same_structure, snapshot
+from jaxmp.trees import cast_floats, is_float
 
 MULTIPLE = 64
 """unit roundoffs of the coarsest dtype that outputs and gradients may be away from float64"""

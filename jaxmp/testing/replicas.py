@@ -26,7 +26,7 @@ def replicated(adapter: Any, axis_name: str, replicas: int = 4) -> Any:
       InputError: the rows of the batch do not divide over the replicas.
     """
 
-    def deal(x: Any) -> Any:
+    def interleave_microbatches(x: Any) -> Any:
         if x.shape[0] % replicas:
             raise InputError(f"replicated: a batch of {x.shape[0]} rows does not divide over {replicas} replicas")
         return x.reshape(replicas, -1, *x.shape[1:])
@@ -40,7 +40,7 @@ def replicated(adapter: Any, axis_name: str, replicas: int = 4) -> Any:
     fields = {
         "init": lambda: jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * replicas), adapter.init()),
         "step": jax.jit(jax.vmap(adapter.step, axis_name=axis_name)),
-        "batch": jax.tree.map(deal, adapter.batch),
+        "batch": jax.tree.map(interleave_microbatches, adapter.batch),
         "stacked": True,
         "trace": trace,
     }

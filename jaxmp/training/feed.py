@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.data.dataset import Dataset, Source
+from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import Batches, prepare, resident, stream
+from jaxmp.data.source import Source
 from jaxmp.scaling.transform import last_step_finite
 from jaxmp.training.metrics import Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
@@ -68,10 +69,12 @@ class Resident:
         def advance(carry: Any, columns: Any, rows: jax.Array) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
-            own = devices.share(devices.deal({"rows": rows[position], "weight": batches.weights(position)}))
+            own = devices.share(
+                devices.interleave_microbatches({"rows": rows[position], "weight": batches.weights(position)})
+            )
             raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
             batch = {**raw, "weight": own["weight"]}
-            return counted(carry, self._prepare(batch, state.step, devices.places(batches.batch_size)))
+            return counted(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
 
         def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
             return jax.lax.fori_loop(0, count, lambda _, carry: advance(carry, columns, rows), (state, metrics))
@@ -116,7 +119,7 @@ class Streamed:
         counted = _counted(step)
 
         def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
-            batch = self._prepare(raw, state.step, devices.places(batches.batch_size))
+            batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
             return counted((state, metrics), batch)
 
         self.program = devices.compile(one_step, (0, 0, 0))
@@ -126,10 +129,12 @@ class Streamed:
         if self._next != first:
             self.close()
             # Of several processes, each reads what its own devices take.
-            places = self._devices.taken(self._batches.batch_size)
-            self._ahead = stream(self._source, self._batches, first, self._last, places=places, workers=self._workers)
+            global_index = self._devices.local_indices(self._batches.batch_size)
+            self._ahead = stream(
+                self._source, self._batches, first, self._last, global_index=global_index, workers=self._workers
+            )
         for _ in range(count):
-            state, metrics = self.program(state, metrics, self._devices.put_taken(next(self._ahead)))
+            state, metrics = self.program(state, metrics, self._devices.put_local(next(self._ahead)))
         self._next = first + count
         return state, metrics
 
@@ -148,10 +153,10 @@ def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax
     """`(raw batch, step, places=None) -> batch`: scaled, normalised and augmented by the key of that step."""
     apply = prepare(data, train=True)
 
-    def prepared(raw: dict[str, jax.Array], step: Any, places: Any = None) -> dict[str, jax.Array]:
+    def prepared(raw: dict[str, jax.Array], step: Any, global_index: Any = None) -> dict[str, jax.Array]:
         # A stream of keys of its own, beside the one that the model draws from.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION), step)
-        return apply(raw, key, places)
+        return apply(raw, key, global_index)
 
     return prepared
 

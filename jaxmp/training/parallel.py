@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.errors import InputError
-from jaxmp.precision.dtypes import has_gradient, wide
+from jaxmp.trees import has_gradient, upcast
 
 AXIS = "data"
 """name of the mapped axis over which a batch is spread"""
@@ -33,58 +33,6 @@ SPLIT = {
     "fsdp": ("params", "model_state", "opt_state", "ema", "compensation"),
 }
 """the fields of a `TrainState` that are split over the devices"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parallel:
-    """How the work is spread over the devices, and what of it is done twice to save memory."""
-
-    mode: Literal["jit", "pmap"] = "jit"
-    """jit with a manual region around the gradient, or pmap"""
-    shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
-    """what is split over the devices: nothing; the optimizer's state; or the parameters too, with collectives by XLA,
-    in the dtype of the products (zero1 and fsdp need jit)"""
-    remat: tuple[str, ...] = ()
-    """modules that the backward pass computes again, to keep less in memory: paths such as encoder/*, or @Class"""
-    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
-    """what is kept inside of these modules nevertheless, as jax.checkpoint_policies calls it"""
-
-    def __post_init__(self) -> None:
-        """Refuses what no mode can do."""
-        if isinstance(self.remat, str):
-            raise InputError(f"parallel.remat = {self.remat!r}: expected a tuple, ({self.remat!r},)")
-        if self.shard != "replicated" and self.mode != "jit":
-            raise InputError(f"parallel.shard={self.shard} needs parallel.mode=jit; it is {self.mode}")
-
-    def make(self, batch_size: int, microbatches: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Devices:
-        """The devices, run in this mode.
-
-        Args:
-          batch_size: rows of a batch, over all devices.
-          microbatches: how many parts a step takes a batch in.
-          devices: all by default, those of other processes included.
-
-        Raises:
-          InputError: the batch does not divide over the devices and microbatches; or `pmap` over several processes.
-        """
-        devices = jax.devices() if devices is None else devices
-        count = len(devices)
-        if self.mode == "pmap" and any(device.process_index != jax.process_index() for device in devices):
-            raise InputError(
-                "parallel.mode=pmap: it stacks what every device holds, which no process can where devices are another "
-                "one's; expected parallel.mode=jit with --distributed"
-            )
-        unit = count * microbatches
-        if batch_size % unit:
-            below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
-            fitting = f"{below} or {above}" if below else f"{above}"
-            into = f" and {microbatches} microbatches (loop.accumulate_steps)" if microbatches > 1 else ""
-            raise InputError(
-                f"data.batch_size={batch_size} does not divide over {count} devices{into}; the nearest that does: "
-                f"{fitting}"
-            )
-        mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-        return Devices(self.mode, mesh, self.shard, microbatches)
 
 
 def split_axis(shape: tuple[int, ...], count: int) -> int | None:
@@ -136,13 +84,13 @@ class Replicas:
         """Inside the mapped region: whether there are other replicas than this one."""
         return self.axis_name is not None and jax.lax.axis_size(self.axis_name) > 1
 
-    def spread(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def shard_map(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(params, model_state, scale, batch, key) -> (grads, ...)` on each replica's share of the batch."""
         if self.mesh is None or self.axis_name is None:
             return function
         mesh = self.mesh
 
-        def spread(params: Any, *args: Any) -> Any:
+        def shard_map(params: Any, *args: Any) -> Any:
             grads = jax.tree.map(self._spec, params)
             # check_vma=True would put a psum at each use of a replicated weight, in half, inside scans (trap T16).
             return jax.shard_map(
@@ -153,7 +101,7 @@ class Replicas:
                 check_vma=False,
             )(params, *args)
 
-        return spread
+        return shard_map
 
     def microbatches(self, batch: dict[str, Any], count: int) -> dict[str, Any]:
         """This replica's rows in `count` parts, along a new first axis; `Devices` has dealt them out for that."""
@@ -165,7 +113,7 @@ class Replicas:
         parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[3:]), batch)
         return jax.lax.with_sharding_constraint(parts, spec)
 
-    def places(self, rows: int, microbatches: int) -> jax.Array:
+    def global_index(self, rows: int, microbatches: int) -> jax.Array:
         """The places in the whole batch of this replica's `rows`: int32 (microbatches, rows of one)."""
         size = rows // microbatches
         replica, count = (jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS)) if self.axis_name else (0, 1)
@@ -181,7 +129,7 @@ class Replicas:
         if self.axis_name is None:
             return tree
         return jax.tree.map(
-            lambda x: jax.lax.pmean(wide(x), self.axis_name).astype(x.dtype) if has_gradient(x) else x, tree
+            lambda x: jax.lax.pmean(upcast(x), self.axis_name).astype(x.dtype) if has_gradient(x) else x, tree
         )
 
     def sum_gradients(self, grads: Any) -> Any:
@@ -205,7 +153,7 @@ class Replicas:
         # values that fit the dtype fits it too (trap T3).
         share = 2.0 ** -math.ceil(math.log2(jax.lax.axis_size(self.axis_name)))
         # There is no complex number of two halves: those are summed as they are.
-        summed = self._sum_shares([g if jnp.iscomplexobj(g) else (wide(g) * share).astype(dtype) for g in grads])
+        summed = self._sum_shares([g if jnp.iscomplexobj(g) else (upcast(g) * share).astype(dtype) for g in grads])
         return [g if jnp.iscomplexobj(g) else g.astype(jnp.float32) / share for g in summed]
 
     def _sum_shares(self, grads: list[jax.Array]) -> list[jax.Array]:
@@ -323,19 +271,19 @@ class Devices:
 
     def put_batch(self, batch: Any) -> Any:
         """A batch of host arrays, each device with its share of the rows, dealt out for its microbatches."""
-        return self.put_taken(jax.tree.map(lambda x: x[self.taken(len(x))], batch))
+        return self.put_local(jax.tree.map(lambda x: x[self.local_indices(len(x))], batch))
 
-    def taken(self, batch_size: int) -> np.ndarray:
+    def local_indices(self, batch_size: int) -> np.ndarray:
         """The places in the whole batch of the rows that this process's devices take, (rows,), in their order."""
-        return self.deal(np.arange(batch_size))[self.own_rows(batch_size)]
+        return self.interleave_microbatches(np.arange(batch_size))[self.local_rows(batch_size)]
 
-    def put_taken(self, rows: Any) -> Any:
+    def put_local(self, rows: Any) -> Any:
         """The rows of a batch that `taken` names, host arrays, as `put_batch` places them."""
         if self.mode == "pmap":
             rows = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), rows)
-        return self.spread_own_rows(rows)
+        return self.shard_local_rows(rows)
 
-    def deal(self, rows: Any) -> Any:
+    def interleave_microbatches(self, rows: Any) -> Any:
         """The rows of a batch in the order in which devices take them.
 
         The microbatches of a batch are its parts in order, however many devices share each: so every device gets a
@@ -346,19 +294,19 @@ class Devices:
         shape = self.microbatches, self.count, -1
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), rows)
 
-    def own_rows(self, size: int) -> np.ndarray:
+    def local_rows(self, size: int) -> np.ndarray:
         """Which of `size` rows that are spread over the devices in order are this process's: (rows,), ascending."""
-        places = NamedSharding(self.mesh, P(AXIS)).addressable_devices_indices_map((size,)).values()
-        return np.sort(np.concatenate([np.arange(size)[place] for place in places if place is not None]))
+        global_index = NamedSharding(self.mesh, P(AXIS)).addressable_devices_indices_map((size,)).values()
+        return np.sort(np.concatenate([np.arange(size)[place] for place in global_index if place is not None]))
 
-    def spread_own_rows(self, rows: Any) -> Any:
+    def shard_local_rows(self, rows: Any) -> Any:
         """The rows that `own_rows` names, host arrays, for a program that is not mapped, spread over the devices."""
-        spread = NamedSharding(self.mesh, P(AXIS))
+        shard_map = NamedSharding(self.mesh, P(AXIS))
         if not self.several_processes:
-            return jax.device_put(rows, spread)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spread, np.asarray(x)), rows)
+            return jax.device_put(rows, shard_map)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(shard_map, np.asarray(x)), rows)
 
-    def spread_rows(self, batch: Any) -> Any:
+    def shard_rows(self, batch: Any) -> Any:
         """A batch for a program that is not mapped, spread over the devices; every process has the whole of it."""
         return self._placed(batch, NamedSharding(self.mesh, P(AXIS)))
 
@@ -366,7 +314,7 @@ class Devices:
         """Whether `flag` is set in any process; where there are several, on the device, and not waited for."""
         if not self.several_processes:
             return np.bool_(flag)
-        flags = self.spread_own_rows(np.full(len(self.own_rows(self.count)), flag))
+        flags = self.shard_local_rows(np.full(len(self.local_rows(self.count)), flag))
         return jax.jit(jnp.any, out_shardings=NamedSharding(self.mesh, P()))(flags)
 
     def share(self, rows: Any) -> Any:
@@ -375,9 +323,9 @@ class Devices:
             return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, P(AXIS)))
         return jax.tree.map(lambda x: _own(x, self.count), rows)
 
-    def places(self, batch_size: int) -> jax.Array:
+    def global_index(self, batch_size: int) -> jax.Array:
         """Inside a program: the places in the whole batch of this program's rows, int32."""
-        return self.share(self.deal(jnp.arange(batch_size, dtype=jnp.int32)))
+        return self.share(self.interleave_microbatches(jnp.arange(batch_size, dtype=jnp.int32)))
 
 
 def _own(x: Any, count: int) -> jax.Array:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmp.precision.dtypes import has_gradient, strongly_typed, wide
 from jaxmp.precision.rounding import apply_updates, init_compensation
-from jaxmp.scaling.transform import keep_where, skipped_steps
+from jaxmp.scaling.transform import skipped_steps
+from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
 ROUNDING_KEY = 2**31 - 1
 """what the key of a step is folded with for stochastic rounding"""
@@ -66,7 +66,7 @@ class TrainState:
             model_state={} if model_state is None else model_state,
             opt_state=tx.init(params),
             key=key,
-            ema=jax.tree.map(wide, params) if ema else None,
+            ema=jax.tree.map(upcast, params) if ema else None,
             compensation=init_compensation(params) if rounding == "kahan" else None,
         )
         return jax.tree.map(lambda x: jnp.copy(strongly_typed(x)), state)
@@ -92,20 +92,20 @@ class TrainState:
           rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`.
         """
         params, compensation = self._add(updates, rounding)
-        params = keep_where(finite, params, self.params)
+        params = tree_where(finite, params, self.params)
         ema = self.ema
         if ema is not None and ema_decay is not None:
             applied = (self.step - skipped_steps(self.opt_state)).astype(jnp.float32)
             decay = jnp.minimum(jnp.float32(ema_decay), (1 + applied) / (10 + applied))
-            ema = keep_where(finite, jax.tree.map(lambda e, p: _average(e, p, decay), ema, params), ema)
+            ema = tree_where(finite, jax.tree.map(lambda e, p: _average(e, p, decay), ema, params), ema)
         return TrainState(
             step=self.step + 1,
             params=params,
-            model_state=keep_where(finite, model_state, self.model_state),
+            model_state=tree_where(finite, model_state, self.model_state),
             opt_state=opt_state,
             key=self.key,
             ema=ema,
-            compensation=keep_where(finite, compensation, self.compensation),
+            compensation=tree_where(finite, compensation, self.compensation),
         )
 
     def _add(self, updates: Any, rounding: str) -> tuple[Any, Any]:
@@ -119,4 +119,4 @@ class TrainState:
 
 
 def _average(average: jax.Array, param: jax.Array, decay: jax.Array) -> jax.Array:
-    return average + (1 - decay) * (wide(param) - average) if has_gradient(param) else param
+    return average + (1 - decay) * (upcast(param) - average) if has_gradient(param) else param

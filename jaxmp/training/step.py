@@ -11,20 +11,12 @@ import numpy as np
 import optax
 
 from jaxmp.errors import InputError
-from jaxmp.precision.dtypes import has_gradient
-from jaxmp.scaling.transform import (
-    LossScalingState,
-    all_finite,
-    find_state,
-    inner_view,
-    keep_where,
-    last_step_finite,
-    loss_scale,
-)
+from jaxmp.scaling.transform import LossScalingState, all_finite, find_state, inner_view, last_step_finite, loss_scale
+from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 from jaxmp.training.metrics import Mean, Metrics
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.training.state import TrainState
-from jaxmp.training.tasks import PLACE, Batch, LossFn
+from jaxmp.trees import has_gradient, tree_where
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Batch], Metrics]
@@ -87,7 +79,7 @@ def make_train_step(
     _refuse_outside_of_probe(tx)
     tx = optax.with_extra_args_support(tx)
 
-    gradients = replicas.spread(
+    gradients = replicas.shard_map(
         scaled_gradients(
             loss_fn,
             accumulate_steps=accumulate_steps,
@@ -102,8 +94,8 @@ def make_train_step(
         grads, (loss, metrics, overflowed), model_state = gradients(
             state.params, state.model_state, loss_scale(state.opt_state), batch, key
         )
-        told = {} if overflowed is None else {"overflowed": overflowed}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **told)
+        extra = {} if overflowed is None else {"overflowed": overflowed}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **extra)
         state = state.commit(
             last_step_finite(opt_state),
             updates=updates,
@@ -151,7 +143,7 @@ def scaled_gradients(
 
     def of_batch(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
         if replicas.several:
-            batch = {**batch, PLACE: replicas.places(_rows(batch), 1)[0]}
+            batch = {**batch, EXAMPLE_INDEX: replicas.global_index(_rows(batch), 1)[0]}
         grads, measured = differentiate(params, model_state, scale, batch, key)
         loss, metrics = replicas.sum((measured.loss, measured.metrics))
         return replicas.sum_gradients(grads), (loss, metrics, None), replicas.mean(measured.model_state)
@@ -160,8 +152,8 @@ def scaled_gradients(
         rows = _rows(batch)
         if rows % accumulate_steps:
             raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
-        places = replicas.places(rows, accumulate_steps)
-        parts = {**replicas.microbatches(batch, accumulate_steps), PLACE: places}
+        global_index = replicas.global_index(rows, accumulate_steps)
+        parts = {**replicas.microbatches(batch, accumulate_steps), EXAMPLE_INDEX: global_index}
 
         def weigh(part: Batch) -> jax.Array:
             # Of all that this computes, XLA keeps what the weight is made from: in general, nothing of the model.
@@ -179,7 +171,7 @@ def scaled_gradients(
             carry_on, kept = (new, measured.model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
                 kept = all_finite(inner_view(grads)) | jnp.isnan(measured.loss)
-                carry_on = keep_where(kept, carry_on, carry)
+                carry_on = tree_where(kept, carry_on, carry)
             return carry_on, (kept, measured.loss, measured.metrics)
 
         masters = _with_gradient(params, params)

@@ -1,0 +1,113 @@
+"""`Experiment`: everything that a run is made from, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxmp.data.tfds import TFDS
+from jaxmp.errors import InputError
+from jaxmp.experiment.canonical import canonical
+from jaxmp.experiment.settings import Loop, Parallel
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.scaling.scalers import Scaler, Scaling
+from jaxmp.tasks.classification import Classification
+from jaxmp.training.optimizers import Adam
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run before it runs: the model, its data, how it is trained, and in which precision.
+
+    It holds the objects themselves (a Flax module, frozen dataclasses), not their names. What can be known to be wrong
+    without data or devices is refused here, with an InputError.
+    """
+
+    model: Any
+    """The Flax Linen module that is trained."""
+    data: Any = TFDS()
+    """Where examples come from: TFDS or Arrays, with batch size, normalisation and augmentation."""
+    task: Any = Classification()
+    """How a batch feeds the model, and how its outputs become a loss and metrics."""
+    optimizer: Any = Adam()
+    """How gradients change the weights: SGD, Adam, AdamW, LAMB or Lion."""
+    precision: str = "mixed_float16"
+    """A preset (float32, mixed_bfloat16, mixed_float16, ...), a policy such as p=f32,c=bf16,o=f32, or rules by module
+    before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
+    scaler: Any = Scaling()
+    """How the loss is scaled, so that small gradients survive in float16: Scaling, or any scaler."""
+    parallel: Parallel = Parallel()
+    """How a step is spread over devices; no part of the run's hash."""
+    loop: Loop = Loop()
+    """How long to train, and when to evaluate, save and stop."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and all noise; no part of the run's hash."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, type):
+                raise InputError(
+                    f"{field.name} = {value.__qualname__}: expected an instance, {value.__qualname__}(...)"
+                )
+        of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
+        in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
+        self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
+        self._require("data", _has(self.data, "source"), "TFDS(name=...), Arrays(load), or a Dataset of your own")
+        self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
+        self._require("optimizer", _has(self.optimizer, "make"), f"Adam(1e-3) or another of jaxmp's, {of_ones_own}")
+        self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
+        is_scaler = isinstance(self.scaler, Scaling) or _has(self.scaler, "init", "update")
+        self._require("scaler", is_scaler, "Scaling('dynamic'), say, or a scaler such as DynamicScaler()")
+        self._require("parallel", isinstance(self.parallel, Parallel), "Parallel('jit'), say")
+        self._require("loop", isinstance(self.loop, Loop), "Loop(epochs=3), say")
+        self._require("seed", in_32_bits, "a whole number, 0 or more and below 2**32")
+        if self.parallel.shard == "fsdp" and self.loop.batch_norm == "replica":
+            raise InputError("loop.batch_norm=replica: with parallel.shard=fsdp there is one program for all devices")
+        for policy in self.policy.policies:
+            dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+            if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in dtypes):
+                raise InputError(
+                    f"precision {policy}: JAX has float64 only where JAX_ENABLE_X64=1 is in the environment"
+                )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            text = repr(getattr(self, name))
+            raise InputError(f"{name} = {text if len(text) <= 60 else f'{text[:57]}...'}: expected {expected}")
+
+    @functools.cached_property
+    def policy(self) -> PolicyTree:
+        """The policies that `precision` names: one, or a tree of rules."""
+        return PolicyTree.parse(self.precision)
+
+    def make_scaler(self) -> Scaler:
+        """The scaler that `scaler` says, for this precision; or `scaler` itself where it is one."""
+        return self.scaler.make(self.policy) if isinstance(self.scaler, Scaling) else self.scaler
+
+    def to_json(self) -> dict[str, Any]:
+        """The experiment as JSON, the same in every process; see `jaxmp.experiment.canonical`.
+
+        Raises: InputError for a value without an identity of its own, with its path.
+        """
+        return {field.name: canonical(getattr(self, field.name), field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits that name the run's folder: of everything but seed, devices and looking on."""
+        content = {name: value for name, value in self.to_json().items() if name not in ("seed", "parallel")}
+        content["precision"] = str(self.policy)  # however it was spelled
+        content["loop"] = {name: value for name, value in content["loop"].items() if name != "ranges_every"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _has(part: Any, *methods: str) -> bool:
+    return all(callable(getattr(part, name, None)) for name in methods)

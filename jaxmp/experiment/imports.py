@@ -1,0 +1,104 @@
+"""What a config file imports from its own folder: recorded with a run, and compared when the run is gone on with.
+
+Needs no JAX.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+
+def local_imports(source: str, file: str) -> dict[str, str]:
+    """The texts of the modules that a Python file imports from its own folder or below it, by name.
+
+    Those that they import from there are among them, and those that a function imports when it is called. Nothing is
+    imported to find them. jaxmp and installed packages do not count: a run records their versions.
+    """
+    folder = Path(file).resolve().parent
+    found: dict[str, str] = {}
+    waiting = [(source, "")]
+    while waiting:
+        for name in _imported(*waiting.pop()):
+            spec = None if name in found else _spec(name)
+            if spec is None or not _is_local(spec, folder):
+                continue
+            found[name] = _text(spec) or ""
+            is_package = spec.submodule_search_locations is not None
+            waiting.append((found[name], name if is_package else name.rpartition(".")[0]))
+    return dict(sorted(found.items()))
+
+
+def changed_import(recorded: Mapping[str, str]) -> str | None:
+    """The file of the first module that is another program than was `recorded`, by `local_imports`; None: all are same.
+
+    One that is not found is left to the import, which says so.
+    """
+    for name, source in recorded.items():
+        spec = _spec(name)
+        text = None if spec is None else _text(spec)
+        if spec is not None and text is not None and program(text) != program(source):
+            return spec.origin
+    return None
+
+
+def program(source: str) -> str:
+    """What a Python file does: without comments, layout and the docstring, which records results."""
+    try:
+        module = ast.parse(source)
+    except (SyntaxError, ValueError):  # ValueError: a null byte
+        return source
+    if ast.get_docstring(module) is not None:
+        del module.body[0]
+    return ast.dump(module)
+
+
+def _imported(source: str, package: str) -> Iterator[str]:
+    """The names that may be modules in the imports of a file of `package`, and those of the packages around them."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        for node in ast.walk(ast.parse(source)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                with contextlib.suppress(ImportError):  # relative, where there is no package
+                    base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    names = [f"{base}.{alias.name}" for alias in node.names]
+            for name in names:
+                parts = name.split(".")
+                yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module comes from: as imported, or as it would be."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    above = name.rpartition(".")[0]
+    if spec is not None or not above:
+        return spec or PathFinder.find_spec(name)
+    package = _spec(above)
+    inside = None if package is None else package.submodule_search_locations
+    return None if inside is None else PathFinder.find_spec(name, inside)
+
+
+def _is_local(spec: ModuleSpec, folder: Path) -> bool:
+    file = Path(spec.origin or "").resolve()
+    installed = (Path(__file__).parents[1], sysconfig.get_path("stdlib"))
+    return (
+        file.suffix == ".py"
+        and file.is_relative_to(folder)
+        and not {"site-packages", "dist-packages"} & set(file.parts)
+        and not any(file.is_relative_to(path) for path in installed)
+    )
+
+
+def _text(spec: ModuleSpec) -> str | None:
+    try:
+        return Path(spec.origin or "").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

@@ -1,0 +1,123 @@
+"""Random draws of a Linen module in training, by the example: no mask depends on how the examples are spread.
+
+A module draws from one key for all rows of its input. On several devices that would be either the same mask for each
+device's rows, or masks that depend on the number of devices. So the modules that drop out draw for each example, from
+their key and the example's place in the whole batch. What a module of the user's draws by itself has no such rule: it
+gets a key of its own on each replica and in each microbatch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmp.modules.linen import attributes
+
+# A module under nn.jit is traced once for all calls that jax.jit takes to be equal; a trace that has seen the places of
+# one call as tracers must not serve another. So each call is made different, by a part of jit's cache key.
+_call = jax.make_user_context(None)
+
+
+def by_example(apply: Callable[..., Any], global_index: jax.Array | None, rows: int) -> Callable[..., Any]:
+    """`model.apply` of a Linen module, with dropout drawn for each example; to be called once.
+
+    nn.Dropout, and attention with `broadcast_dropout=False`, draw for the example at place p of the whole batch from
+    `fold_in(key, p)`, wherever the examples lie along axis 0 of what is dropped, alone or merged with later axes. Masks
+    that all examples share (attention's by default, `broadcast_dims=(0, ...)`) are the same everywhere. Every other
+    draw depends on how the batch is spread.
+
+    Args:
+      apply: the function.
+      global_index: the places of the rows in the whole batch, int32 (rows,); None: the batch is the whole.
+      rows: number of rows.
+    """
+    draws = _Draws(global_index, rows)
+
+    @functools.wraps(apply)
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        with _call(None if global_index is None else object()), nn.intercept_methods(draws.intercept):
+            return apply(*args, **kwargs)
+
+    return applied
+
+
+class _Draws:
+    """How the modules of one call draw: a Linen method interceptor, inside of that of the policy."""
+
+    def __init__(self, global_index: jax.Array | None, rows: int):
+        self.global_index, self.rows = global_index, rows
+
+    def intercept(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        """Runs one method of one module."""
+        module, call = context.module, context.method_name == "__call__"
+        if call and isinstance(module, nn.Dropout):
+            return self._dropout(module, next_fun, *args, **kwargs)
+        if call and isinstance(module, nn.MultiHeadDotProductAttention):
+            attention = module.attention_fn if module.broadcast_dropout else self._attention(module.attention_fn)
+            with attributes(module, attention_fn=attention):
+                return next_fun(*args, **kwargs)
+        if self.global_index is None or context.method_name == "<lambda>":
+            return next_fun(*args, **kwargs)
+
+        def make_rng(*names: str) -> jax.Array:
+            return self._own(type(module).make_rng(module, *names))
+
+        with attributes(module, make_rng=make_rng):
+            return next_fun(*args, **kwargs)
+
+    def _dropout(
+        self, module: nn.Dropout, next_fun: Callable[..., Any], x: Any, deterministic: Any = None, rng: Any = None
+    ) -> Any:
+        off = module.deterministic if deterministic is None else deterministic
+        if off or module.rate in (0.0, 1.0):
+            return next_fun(x, deterministic, rng)
+        key = module.make_rng(module.rng_collection) if rng is None else rng
+        if {0, -x.ndim} & set(module.broadcast_dims):
+            return next_fun(x, deterministic, key)
+        if not self._is_by_example(x):
+            return next_fun(x, deterministic, self._own(key))
+        dropped = jax.vmap(lambda key, x: next_fun(x, deterministic, key))(self._keys(key), self._grouped(x))
+        return dropped.reshape(x.shape)
+
+    def _attention(self, attention_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`attention_fn`, each example with a key of its own."""
+
+        @functools.wraps(attention_fn)  # Flax reads the signature
+        def attention(query: Any, key: Any, value: Any, *, dropout_rng: Any = None, **kwargs: Any) -> Any:
+            if dropout_rng is None:
+                return attention_fn(query, key, value, dropout_rng=None, **kwargs)
+            if not self._is_by_example(query) or kwargs.get("module") is not None:  # weights are sown by the whole
+                return attention_fn(query, key, value, dropout_rng=self._own(dropout_rng), **kwargs)
+            masks = {name: kwargs.pop(name) for name in ("mask", "bias") if kwargs.get(name) is not None}
+            each = {name: x for name, x in masks.items() if x.ndim == query.ndim and x.shape[0] == query.shape[0]}
+            shared = {name: x for name, x in masks.items() if name not in each}
+
+            def of_one(rng: Any, q: Any, k: Any, v: Any, each: Any) -> Any:
+                return attention_fn(q, k, v, dropout_rng=rng, **each, **shared, **kwargs)
+
+            arrays = jax.tree.map(self._grouped, (query, key, value, each))
+            return jax.vmap(of_one)(self._keys(dropout_rng), *arrays).reshape(*query.shape[:-1], value.shape[-1])
+
+        return attention
+
+    def _is_by_example(self, x: jax.Array) -> bool:
+        return x.ndim > 0 and x.shape[0] > 0 and x.shape[0] % self.rows == 0
+
+    def _grouped(self, x: jax.Array) -> jax.Array:
+        """`x` with what belongs to one example along an axis of its own, the first."""
+        return x.reshape(self.rows, -1, *x.shape[1:])
+
+    def _keys(self, key: jax.Array) -> jax.Array:
+        global_index = jnp.arange(self.rows, dtype=jnp.int32) if self.global_index is None else self.global_index
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
+
+    def _own(self, key: jax.Array) -> jax.Array:
+        """A key that no other replica and microbatch has."""
+        return key if self.global_index is None else jax.random.fold_in(key, self.global_index[0])

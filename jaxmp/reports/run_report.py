@@ -1,0 +1,300 @@
+"""`report`: what one or more runs did, as one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmp.data.dataset import Split
+from jaxmp.reports.figure import Axis, Series, line_figure
+from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
+from jaxmp.reports.ranges import add_ranges
+from jaxmp.runs.run import Run
+
+BOOKKEEPING = {
+    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "examples_per_second", "wall_seconds")
+}
+"""fields of a line of metrics that are no metric of the task"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run did over its steps: a plain copy of its lines."""
+
+    group: str
+    """what it is called beside others; runs of one group differ by their seed alone"""
+    seed: int
+    lines: Sequence[dict[str, Any]]
+    """lines of its metrics.jsonl"""
+    failed: bool = False
+    """whether it broke off"""
+
+    def of(self, metric: str, split: Split) -> tuple[list[int], list[float]]:
+        """Steps and values, NaN for a value that was not finite; accuracies in percent."""
+        lines = [line for line in self.lines if line["split"] == split and metric in line]
+        values = [math.nan if line[metric] is None else line[metric] * unit(metric)[0] for line in lines]
+        return [line["step"] for line in lines], values
+
+
+def unit(metric: str) -> tuple[float, str]:
+    """What a metric is multiplied by to be shown, and its name with the unit."""
+    if "accuracy" in metric:
+        return 100.0, f"{metric.replace('_', ' ')}, %"
+    return 1.0, metric.replace("_", " ")
+
+
+def report(runs: Sequence[Run], *, look: bool = False) -> Page:
+    """A page about runs: curves, loss scale, skipped steps, speed, policies, and where all of it comes from.
+
+    Runs that differ by their seed alone are drawn in one colour, with their mean. A run that has not ended is shown as
+    far as it is.
+
+    Args:
+      runs: one or more, in the order in which they are to appear.
+      look: whether to do a step of each run again that has no `ranges`, from its last checkpoint, and look at it.
+    """
+    names = _names(runs)
+    curves = [
+        Curve(name, run.config["seed"], run.metrics, run.failure is not None)
+        for name, run in zip(names, runs, strict=True)
+    ]
+    title = runs[0].config["name"] if len({run.config["name"] for run in runs}) == 1 else "Runs"
+    only = runs[0] if len(runs) == 1 else None
+    lead = f"{only.config['experiment']['precision']}, seed {only.config['seed']}" if only else f"{len(runs)} runs"
+    page = Page(title, f"{lead} \N{MIDDLE DOT} {_devices(runs)}")
+    page.table(*_summary(curves, runs))
+    for run in runs:
+        if run.failure:
+            page.paragraph(f"Failed: {run.path}: {run.failure}", "bad")
+            looks_into = f"jaxmp blame {shlex.quote(str(run.path))}"
+            page.paragraph(f"What made it, and what would have prevented it: {looks_into}")
+    unfinished = [str(run.path) for run in runs if not _ended(run) and not run.failure]
+    if unfinished:
+        page.paragraph(f"Not ended, and shown as far as it is: {', '.join(unfinished)}", "note")
+
+    page.section("Training")
+    page.figures(curve_figures(curves))
+    looks = [run.ranges or ([run.look()] if look else []) for run in runs]
+    labels = (
+        names if len(set(names)) == len(names) else [f"{n}, seed {c.seed}" for n, c in zip(names, curves, strict=True)]
+    )
+    if any(looks):
+        add_ranges(page, {name: lines for name, lines in zip(labels, looks, strict=True) if lines})
+    _policies(page, runs, names)
+    _origin(page, runs)
+    data = zip(runs, looks, strict=True)
+    page.data({"runs": [{"run": str(run.path), "metrics": run.metrics, "ranges": lines} for run, lines in data]})
+    return page
+
+
+def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
+    """A figure of each metric, of the loss scale, of skipped steps and of speed, as `Page.figures` takes them."""
+    found = []
+    for metric in metrics_of(curves):
+        name = metric.replace("_", " ")
+        name = name[0].upper() + name[1:]
+        if len(curves) == 1:
+            found.append((name, _both_splits(curves[0], metric), ""))
+            continue
+        for split in ("validation", "train"):
+            what = f"{name}, {'training' if split == 'train' else split}"
+            found.append((what, grouped_figure(curves, metric, split, what), _legend(curves)))
+    found.append(("Loss scale", grouped_figure(curves, "loss_scale", "train", "Loss scale"), ""))
+    found.append(("Skipped steps", grouped_figure(curves, "skipped_steps", "train", "Skipped steps"), ""))
+    speed = grouped_figure(curves, "examples_per_second", "train", "Speed")
+    found.append(("Speed", speed, "The first line of a session includes compiling."))
+    return found
+
+
+def metrics_of(curves: Sequence[Curve]) -> list[str]:
+    """The task's metrics that any of the curves has in training, the loss first."""
+    names = {name for curve in curves for line in curve.lines if line["split"] == "train" for name in line}
+    return sorted(names - BOOKKEEPING, key=lambda name: (name != "loss", name))
+
+
+def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str) -> str:
+    """A metric on a split: each run, and the mean of each group that has several."""
+    groups = list(dict.fromkeys(curve.group for curve in curves))
+    faint: list[Series] = []
+    bold: list[Series] = []
+    held = metric in ("loss_scale", "skipped_steps")
+    for style, group in enumerate(groups):
+        members = [curve for curve in curves if curve.group == group]
+        alone = len(members) == 1
+        for curve in members:
+            x, y = curve.of(metric, split)
+            label = group if alone else ""
+            line = Series(label, x, y, style, faint=not alone, steps=held, failed=curve.failed)
+            (bold if alone else faint).append(line)
+        if not alone:
+            failed = sum(curve.failed for curve in members)
+            label = f"{group} ({failed} failed)" if failed else group
+            bold.append(_mean([c.of(metric, split) for c in members if not c.failed], label, style, held))
+    series = [*faint, *bold]
+    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series), series, name=name)
+
+
+def _both_splits(curve: Curve, metric: str) -> str:
+    series = [
+        Series("training", *curve.of(metric, "train"), 1, failed=curve.failed),
+        Series("validation", *curve.of(metric, "validation"), 0, failed=curve.failed),
+    ]
+    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series), series, name=metric)
+
+
+def _value_axis(metric: str, series: Sequence[Series]) -> Axis:
+    values = [v for s in series for v in s.y if math.isfinite(v)]
+    if metric == "loss_scale":
+        return Axis("loss scale", "log2", (1.0,) if not values else ())
+    if metric == "skipped_steps":
+        return Axis("steps skipped so far", include=(0.0, 1.0), whole=True)
+    if metric == "examples_per_second":
+        return Axis("examples a second", include=(0.0,))
+    wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values) and "accuracy" not in metric
+    return Axis(unit(metric)[1], "log10" if wide else "linear")
+
+
+def _mean(lines: Sequence[tuple[list[int], list[float]]], label: str, style: int, held: bool) -> Series:
+    """The mean at the steps that all lines have."""
+    by_step = [dict(zip(*line, strict=True)) for line in lines]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    return Series(label, steps, [float(np.mean([line[step] for line in by_step])) for step in steps], style, steps=held)
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    groups = [curve.group for curve in curves]
+    return "Thin: each seed. Thick: their mean." if len(set(groups)) < len(groups) else ""
+
+
+def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
+    """The median over the lines of training but the first, in which the step was compiled; NaN where there is none."""
+    rates = [line["examples_per_second"] for line in lines if line["split"] == "train"][1:]
+    return statistics.median(rates) if rates else math.nan
+
+
+# What is said of the runs in words and tables.
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What each run is called: what sets it apart from the others, but for the seed."""
+    flat = [{"config": run.config["name"], **_leaves(run.config["experiment"])} for run in runs]
+    keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
+    apart = [key for key in keys if key != "seed" and len({json.dumps(leaves.get(key)) for leaves in flat}) > 1]
+    if not apart:
+        return [run.config["experiment"]["precision"] for run in runs]
+    short = {key: f"{key.rpartition('.')[2]} " if key not in ("precision", "config") else "" for key in apart}
+    return [", ".join(f"{short[key]}{leaves.get(key)}" for key in apart) for leaves in flat]
+
+
+def _leaves(value: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {where: value}
+    return {k: v for name, item in value.items() for k, v in _leaves(item, f"{where}.{name}".lstrip(".")).items()}
+
+
+def _ended(run: Run) -> bool:
+    return (run.path / "summary.json").exists()
+
+
+def _devices(runs: Sequence[Run]) -> str:
+    kinds = dict.fromkeys(f"{len(run.config['devices'])} x {run.config['devices'][0]}" for run in runs)
+    return ", ".join(kinds)
+
+
+def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    metrics = metrics_of(curves)
+    header = ["run", "seed", "steps", "skipped", "loss scale"]
+    header += [f"test {unit(metric)[1]}" for metric in metrics]
+    header += ["best step", "examples/s", "wall time, s", "parameters"]
+    rows = []
+    for curve, run in zip(curves, runs, strict=True):
+        summary = run.summary if _ended(run) else {}
+        last: dict[str, Any] = curve.lines[-1] if curve.lines else {}
+        known = {**last, **summary}
+        rows.append(
+            [
+                curve.group,
+                str(curve.seed),
+                number(summary.get("steps", last.get("step")), ",d"),
+                number(known.get("skipped_steps"), ",d"),
+                number(known.get("loss_scale"), ",g"),
+                *(number(scaled(metric, summary.get("test", {}).get(metric)), ".4g") for metric in metrics),
+                number(summary.get("best", {}).get("step"), ",d"),
+                number(examples_per_second(curve.lines), ",.0f"),
+                number(known.get("wall_seconds"), ",.1f"),
+                number(summary.get("parameters"), ",d"),
+            ]
+        )
+    return header, rows
+
+
+def scaled(metric: str, value: float | None) -> float | None:
+    """A metric's value as it is shown."""
+    return None if value is None else value * unit(metric)[0]
+
+
+def number(value: float | None, form: str) -> str:
+    """A number as text; a dash for none, and for NaN."""
+    return NO_VALUE if value is None or value != value else format(value, form).replace("-", "\N{MINUS SIGN}")
+
+
+def _policies(page: Page, runs: Sequence[Run], names: Sequence[str]) -> None:
+    page.section("Precision")
+    policy_tables(page, {name: run.summary for name, run in zip(names, runs, strict=True) if _ended(run)})
+    for run in runs:
+        if not _ended(run):
+            page.paragraph(f"{run.path}: {run.config['experiment']['precision']}")
+
+
+def policy_tables(page: Page, summaries: Mapping[str, dict[str, Any] | None]) -> None:
+    """The policy of each module, side by side for runs of one model.
+
+    Args:
+      page: takes the tables.
+      summaries: what summary.json says, by the name of the run; None for one that failed, and has none.
+    """
+    tables: dict[str, dict[str, list[str]]] = {}
+    for name, summary in summaries.items():
+        if summary is None:
+            continue
+        rows = summary["policy"]
+        model = json.dumps([[row["module"] or "(model)", row["type"], f"{row['parameters']:,}"] for row in rows])
+        tables.setdefault(model, {})[name] = [row["policy"] + _by_rule(row["rule"]) for row in rows]
+    for model, policies in tables.items():
+        modules = json.loads(model)
+        failed = {name: ["failed"] * len(modules) for name, summary in summaries.items() if summary is None}
+        columns = {name: (policies | failed)[name] for name in summaries if name in policies | failed}
+        rows = [[*module, *row] for module, *row in zip(modules, *columns.values(), strict=True)]
+        page.table(["module", "class", "parameters", *columns], rows)
+
+
+def _by_rule(rule: str) -> str:
+    return f" (rule {rule})" if rule else ""
+
+
+def _origin(page: Page, runs: Sequence[Run]) -> None:
+    page.section("Provenance")
+    for run in runs:
+        if len(runs) > 1 and run is not runs[0] and _same_origin(run, runs[0]):
+            continue
+        page.table(["", ""], [["run", str(run.path)], *map(list, provenance_rows(run.config))])
+    rows = [[str(run.path), _command(run)] for run in runs]
+    page.table(["run", "command"], rows)
+    page.details("The first experiment, as resolved", json.dumps(runs[0].config["experiment"], indent=1))
+
+
+def _same_origin(a: Run, b: Run) -> bool:
+    return provenance_rows(a.config) == provenance_rows(b.config)
+
+
+def _command(run: Run) -> str:
+    words = run.config.get("command") or []
+    return shlex.join([Path(words[0]).name, *words[1:]]) if words else "(from Python)"

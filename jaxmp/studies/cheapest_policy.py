@@ -1,0 +1,139 @@
+"""`find_policy` for an experiment: its model, its loss, its batches, and states that training comes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmp.errors import InputError
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.settings import Parallel
+from jaxmp.instruments import find_policy as instrument
+from jaxmp.instruments.find_policy import FoundPolicy, Point
+from jaxmp.modules.linen import explain
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.reports.page import command, write
+from jaxmp.runs.checkpoint import Checkpoints
+from jaxmp.runs.fit import steps
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.run import Run
+from jaxmp.runs.trainer import Training
+from jaxmp.tasks.task import make_loss
+from jaxmp.training.state import TrainState
+
+
+def find_policy(
+    experiment: Experiment,
+    *,
+    half: str = "mixed_float16",
+    budget: float = 0.1,
+    unit: str = "noise",
+    batches: int = 4,
+    warmup_steps: int = 100,
+    run: str | Path | Run | None = None,
+    loss_scale: float | None = None,
+    log: Callable[[str], None] = print,
+) -> FoundPolicy:
+    """The PolicyTree with the most FLOPs in half of which an experiment's gradients stay within a budget of error.
+
+    See `jaxmp.find_policy` for the search, `half`, `budget` and `unit`. Gradients are taken as in training, or, where
+    the model draws random numbers, as in evaluation: in float64 dropout would draw other masks. The experiment's own
+    precision plays no part.
+
+    Args:
+      experiment: whose model, loss and training batches.
+      batches: gradients at each state: of the training batches of the steps from there on.
+      warmup_steps: beside the fresh state, that after this many float32 steps is looked at, the run's last at most; 0
+        for the fresh one alone.
+      run: a run of the same model, the states of whose checkpoints are looked at, in the place of warm-up steps. It is
+        only read.
+      loss_scale: by default that with which the experiment's scaler begins under `half`.
+      log: takes each message to the user.
+
+    Raises: InputError as `jaxmp.find_policy` does, and for a run of another model.
+    """
+    for name, value, least in (("batches", batches, 1), ("warmup_steps", warmup_steps, 0)):
+        if value < least:
+            raise InputError(f"{name}={value}: expected a whole number of at least {least}")
+    if loss_scale is None:
+        loss_scale = float(dataclasses.replace(experiment, precision=half).make_scaler().init().scale)
+    # Which device does what changes no gradient by more than rounding.
+    experiment = dataclasses.replace(experiment, precision="float32", parallel=Parallel("jit"))
+    training = Training(experiment)
+    train = not _draws(_loss(experiment, experiment.policy, True), training)
+
+    def points() -> Iterator[Point]:
+        log(f"gradients as in {'training' if train else 'evaluation: the model draws random numbers in training'}")
+        feed = training.feed(many=False)
+        for state in _states(training, warmup_steps, run):
+            first = int(state.step)
+            log(f"state after {first} steps, batches {first + 1} to {first + batches}")
+            yield Point(state.params, [(state.model_state, feed.batch(first + i)) for i in range(batches)])
+
+    return instrument.find_policy(
+        lambda tree: _loss(experiment, tree, train),
+        lambda tree: explain(experiment.model, tree, *(training.example[name] for name in experiment.task.inputs)),
+        points(),
+        half=half,
+        budget=budget,
+        unit=unit,
+        loss_scale=loss_scale,
+        log=log,
+    )
+
+
+def save(found: FoundPolicy, name: str, path: Path) -> None:
+    """Writes what was found for the config `name` as JSON, and how. Raises InputError where that cannot be done."""
+    content = {"config": name, **provenance(patch=False), "command": command(), **found.to_json()}
+    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _loss(experiment: Experiment, policy: PolicyTree, train: bool) -> Callable[..., jax.Array]:
+    loss_fn = make_loss(experiment.model, experiment.task, policy, train=train)
+
+    def loss(params: Any, model_state: Any, batch: Any) -> jax.Array:
+        total, (weight, _, _) = loss_fn(params, model_state, batch, jax.random.key(0))
+        return total / weight
+
+    return loss
+
+
+def _draws(loss: Callable[..., jax.Array], training: Training) -> bool:
+    """Whether the loss depends on a random key."""
+    state = jax.eval_shape(training.init)
+    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, state.model_state, training.example))
+
+
+def _states(training: Training, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:
+    """The fresh state, then those of the checkpoints of a run, or the one after some steps."""
+    fresh = training.init()
+    yield fresh
+    if run is not None:
+        yield from _checkpoints(run if isinstance(run, Run) else Run(run), fresh)
+    elif warmup_steps:
+        loop = dataclasses.replace(training.experiment.loop, steps_per_dispatch=1)
+        warmup_steps = min(warmup_steps, training.steps)
+        taken = (info for info in steps(dataclasses.replace(training.experiment, loop=loop)))
+        yield next(info.state for info in taken if info.step == warmup_steps)
+
+
+def _checkpoints(run: Run, fresh: TrainState) -> Iterator[TrainState]:
+    checkpoints = Checkpoints(run.path / "checkpoints")
+    found = checkpoints.steps()
+    checkpoints.close()
+    if not found:
+        raise InputError(f"{run.path} has no checkpoint yet")
+    for step in found:
+        state = run.state(step)
+        if _shapes(state.params) != _shapes(fresh.params):
+            raise InputError(f"{run.path} trained a model with other parameters than this config's")
+        yield state
+
+
+def _shapes(params: Any) -> Any:
+    return [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]

@@ -1,0 +1,494 @@
+"""`blame_run`: what overflowed in a step of a run, by repeating that step as it was.
+
+A run keeps all that this takes: a skipped step leaves the state as it was, a batch is a function of seed and step, and
+the steps from a checkpoint on come out the same to the bit. The gradient is the one that training takes; where a batch
+was spread over devices, the replicas are repeated side by side on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.errors import InputError
+from jaxmp.instruments.nonfinite import AS_WRITTEN, Blame, Replay
+from jaxmp.modules.linen import Row, mode_argument, with_policy
+from jaxmp.modules.nnx import FromNNX
+from jaxmp.precision.formats import Format, parse_format, quantize
+from jaxmp.precision.policy import Policy
+from jaxmp.runs.run import Run
+from jaxmp.runs.trainer import Training
+from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
+from jaxmp.training.parallel import AXIS, Replicas, single
+from jaxmp.training.state import TrainState
+from jaxmp.training.step import scaled_gradients
+from jaxmp.trees import is_float
+
+SMALLEST_SCALE = -24
+"""power of two of the smallest loss scale that is tried"""
+MOST_RULES = 12
+"""rules that are tried at most, each by a replay of the step"""
+UNDERFLOW = 0.01
+"""share of a gradient's numbers that are 0, and not in float32, from which on it is named: what is lost there is lost
+in every step alike, unlike a rounding error, whose sign changes"""
+DRAWS = 4
+EXCESS = 8
+"""A value is named where its error is above `EXCESS` times the largest of `DRAWS` that float32 makes whose weights and
+inputs were rounded once, stochastically.
+
+That one rounding is the least that a format does, and its effect says how well conditioned the value is: how much of it
+cancels, and how near activations are to where a ReLU or a maximum switches. A policy rounds results and cotangents
+too, about six errors of that size where there were two, independent of each other: 1.7 times as much together. Where
+a few of them switch a maximum the error is larger: 5.8 times at most, in three steps of our configs (a bias of
+digits_cnn, in a batch of 28)."""
+
+
+class Deviation(NamedTuple):
+    """A value of a step beside what float32 gives on the same batch."""
+
+    module: str
+    """path of the module, "" for the model itself"""
+    what: str
+    """`output`, or `gradient of kernel`"""
+    error: float
+    """norm of the difference over the norm in float32"""
+    threshold: float
+    """the error from which on it is named"""
+    underflow: float
+    """share of what is not 0 in float32, and is here"""
+
+    @property
+    def excess(self) -> bool:
+        """Whether it is worse than rounding explains."""
+        return not self.error <= self.threshold or self.underflow > UNDERFLOW
+
+    def __str__(self) -> str:
+        lost = f", {self.underflow:.2%} of it underflow to 0" if self.underflow else ""
+        return f"{self.what} of {self.module or 'the model'}: relative error {self.error:.2g} (expected up to " + (
+            f"{self.threshold:.2g}){lost}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBlame:
+    """What became of one step of a run. Printed, a table; `to_json` is for machines."""
+
+    run: str
+    """the run folder"""
+    step: int
+    """the step, counted from 1"""
+    precision: str
+    """the run's precision"""
+    scale: float
+    """the loss scale of the step"""
+    found: Blame | None
+    """the first non-finite value; None where all were finite"""
+    module: str = ""
+    """the module of the model that `found` is in, "" where it is in none below the model itself"""
+    passing_scale: float | None = None
+    """the largest power of two with which the step is finite; None where none is, or was looked for"""
+    rule: str | None = None
+    """the precision with the one rule more that prevents it; None where no single rule does"""
+    float32_helps: bool | None = None
+    """whether float32 throughout prevents it"""
+    deviations: tuple[Deviation, ...] = ()
+    """where all was finite: outputs from the first module on, then gradients from the last on, beside float32"""
+
+    @property
+    def worst(self) -> Deviation | None:
+        """The first value that is worse than rounding explains."""
+        return next((each for each in self.deviations if each.excess), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in dicts, lists, strings and numbers."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found = None if self.found is None else self.found.to_json()
+        return fields | {
+            "found": found,
+            "deviations": [each._asdict() | {"excess": each.excess} for each in self.deviations],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12}{text}".rstrip() for name, text in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "step", f"{self.step} of {self.run}"
+        yield "precision", f"{self.precision}, loss scale {self.scale:g}"
+        if self.found is None:
+            yield from self._finite_rows()
+            return
+        yield from self.found.rows()
+        if self.found.backward and self.scale != 1:
+            yield (
+                "scaled",
+                f"in the backward pass, all values are {self.scale:g} times as large: the loss scale is jaxmp's",
+            )
+        if self.found.primitive != "argument":
+            yield "module", self.module or "none: the model's own code, or the cast of its input or output"
+            yield "scale", self._scale_says()
+        yield "rule", self._rule_says()
+
+    def _scale_says(self) -> str:
+        if self.passing_scale is not None:
+            return f"the step is finite with a loss scale of {self.passing_scale:g} at most (replayed)"
+        if self.found and not self.found.backward and not self.found.note:
+            return "no loss scale prevents it: this is before the loss is scaled"
+        return f"no loss scale down to 2^{SMALLEST_SCALE} prevents it (replayed)"
+
+    def _rule_says(self) -> str:
+        if self.rule is not None:
+            return f'--precision "{self.rule}" prevents it (replayed)'
+        if self.float32_helps is None:
+            return "none was looked for: the value was given, not computed"
+        if self.float32_helps:
+            return "no single rule prevents it; --precision float32 does (replayed)"
+        return (
+            "none: with --precision float32 the step is not finite either (replayed), so it is no matter of precision"
+        )
+
+    def _finite_rows(self) -> Iterator[tuple[str, str]]:
+        yield "first", "all values that reach the loss and the gradients are finite"
+        if not self.deviations:
+            return
+        if self.worst:
+            yield "float32", f"beside float32 on the same batch, the first that is worse than rounding: {self.worst}"
+        else:
+            largest = max(self.deviations, key=lambda each: each.error / each.threshold)
+            yield "float32", f"beside float32 on the same batch, nothing is worse than rounding; most is the {largest}"
+
+
+def blame_run(
+    run: Run, step: int | None = None, *, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> StepBlame:
+    """Repeats a step of a run, and says what overflowed in it; or, where nothing did, how far it is from float32.
+
+    Args:
+      run: the run.
+      step: which step, counted from 1; by default the last that was skipped.
+      log: takes each message about progress.
+
+    Raises:
+      InputError: the run has no such step, or, without `step`, has skipped none; its folder or experiment cannot be
+        read (see `Run`).
+    """
+    past = _Past(run, log)
+    try:
+        step, state = past.last_skipped() if step is None else (step, past.before(step))
+        batch = _on_one_device(past.feed.batch(step - 1))
+    finally:
+        past.feed.close()
+    return _Step(past.training, state, batch).blame(str(run.path), step)
+
+
+class _Past:
+    """The steps of a run, taken again."""
+
+    def __init__(self, run: Run, log: Callable[[str], None]):
+        if "fuse_steps" not in run.config:
+            raise InputError(
+                f"{run.path / 'config.json'} lacks fuse_steps: it was not written by this version of jaxmp"
+            )
+        self.run, self.log = run, log
+        self.training = Training(run.experiment)
+        self.feed = self.training.feed(many=run.config["fuse_steps"])
+        devices = len(run.config.get("devices", ())) or self.training.devices.count
+        if devices != self.training.devices.count:
+            log(f"this run began on {devices} devices; on {self.training.devices.count}, sums are rounded otherwise")
+
+    def before(self, step: int) -> TrainState:
+        """The state that a step began with."""
+        checkpoints = self.run.checkpoint_steps()
+        last = max([*checkpoints, *(line["step"] for line in self.run.metrics)], default=0)
+        if not 1 <= step <= last:
+            raise InputError(f"--step {step}: expected one of the steps of {self.run.path}, 1 to {last}")
+        start = max((at for at in checkpoints if at < step), default=0)
+        state = self.run.state(start) if start else self.training.init()
+        if start < step - 1:
+            origin = f"the checkpoint of step {start}" if start else "the start"
+            self.log(f"taking steps {start + 1} to {step - 1} again, from {origin}")
+        return self.advance(state, start, step - 1)
+
+    def last_skipped(self) -> tuple[int, TrainState]:
+        """The last step that was skipped, and the state that it began with."""
+        at_hand = self._at_hand()
+        if at_hand is not None:
+            return at_hand
+        before, after = self._lines_around_a_skip()
+        state, found = self.before(before + 1), None
+        for at in range(before, after):
+            kept = jax.tree.map(jnp.copy, state)  # the step is given the state's buffers
+            state = self.advance(state, at, at + 1)
+            if skipped_steps(state.opt_state) > skipped_steps(kept.opt_state):
+                found = at + 1, kept
+        if found is None:
+            raise InputError(
+                f"{self.run.path} skipped a step from {before + 1} to {after}, which taken again are all finite: on "
+                "other devices, or with other versions, rounding differs; --step N looks at one of them"
+            )
+        return found
+
+    def _at_hand(self) -> tuple[int, TrainState] | None:
+        """The last checkpoint turned back by one step, where that was skipped and did not change the loss scale."""
+        steps = self.run.checkpoint_steps()
+        state = self.run.state() if steps else None
+        if state is None or not consecutive_skips(state.opt_state):
+            return None
+        scaling = find_state(state.opt_state)
+        if scaling is not None:
+            scaler = self.training.experiment.make_scaler()
+            after = scaler.update(scaling.scaler, jnp.bool_(False), jnp.float32(jnp.inf))
+            if after.scale != scaling.scaler.scale:
+                return None
+        step = int(state.step)
+        return step, _on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
+
+    def _lines_around_a_skip(self) -> tuple[int, int]:
+        """The steps of two lines of metrics, with the last skipped step after the first and not after the second.
+
+        A run that was stopped may have its last checkpoint, which counts as a line, at a step without one.
+        """
+        found, at, skipped = None, 0, 0
+        lines = self.run.metrics
+        state = self.run.state() if self.run.checkpoint_steps() else None
+        if state is not None and int(state.step) > max((line["step"] for line in lines), default=0):
+            lines.append({"step": int(state.step), "skipped_steps": int(skipped_steps(state.opt_state))})
+        for line in lines:
+            if line.get("skipped_steps", skipped) > skipped:
+                found = at, line["step"]
+            at, skipped = line["step"], line.get("skipped_steps", skipped)
+        if found is None:
+            raise InputError(f"{self.run.path}: none of its {at} steps was skipped; --step N compares one with float32")
+        return found
+
+    def advance(self, state: TrainState, first: int, last: int) -> TrainState:
+        """The state after the steps up to `last`, from the one before step `first` (counted from 0)."""
+        devices, per_epoch = self.training.devices, self.training.batches.per_epoch
+        placed, metrics = devices.put_state(state), devices.put(self.training.no_metrics)
+        while first < last:
+            count = min(last - first, per_epoch - first % per_epoch)
+            placed, metrics = self.feed.run(placed, metrics, first, count)
+            first += count
+        return _on_one_device(devices.get(placed))
+
+
+def _on_one_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
+class _Step:
+    """One step, as it was: its state and batch."""
+
+    def __init__(self, training: Training, state: TrainState, batch: dict[str, jax.Array]):
+        self.training, self.experiment = training, training.experiment
+        self.scale = loss_scale(state.opt_state)
+        key = jax.random.fold_in(state.key, state.step)
+        self.params, self.model_state, self.batch, self.key = state.params, state.model_state, batch, key
+
+    def blame(self, run: str, step: int) -> StepBlame:
+        """See `blame_run`."""
+        scale = float(self.scale)
+        result = StepBlame(run, step, self.experiment.precision, scale, None)
+        replay = self._replay(self.experiment.precision)
+        found = self._blamed(replay, scale)
+        if found is None:
+            return dataclasses.replace(result, deviations=tuple(self._beside_float32()))
+        if found.primitive == "argument":
+            return dataclasses.replace(result, found=found)
+        rows = [] if isinstance(self.experiment.model, FromNNX) else list(self.training.explain())
+        module = _module(found.path, [row.module for row in rows])
+        scaled = found.backward or bool(found.note)
+        helps = self._prevents("float32")
+        return dataclasses.replace(
+            result,
+            found=found,
+            module=module,
+            passing_scale=self._passing_scale(replay) if scaled else None,
+            rule=next(filter(self._prevents, self._rules(module, rows, found.backward)), None) if helps else None,
+            float32_helps=helps,
+        )
+
+    def gradients(self, precision: str) -> Callable[..., Any]:
+        """`(params, model_state, loss_scale, batch, key)` to scaled gradients and loss, as the step computes them.
+
+        Replicas are mapped by `vmap` on one device. How the state was split is left out: it changes no number.
+        """
+        training = Training(dataclasses.replace(self.experiment, precision=precision))
+        devices, loop = training.devices, self.experiment.loop
+        mapped = devices.replicas().axis_name is not None
+        step = scaled_gradients(
+            training.make_loss(axis_name=AXIS if mapped and loop.batch_norm == "global" else None),
+            accumulate_steps=loop.accumulate_steps,
+            accumulate_overflow=loop.accumulate_overflow,
+            replicas=Replicas(AXIS, None, training.experiment.policy.reduce) if mapped else single,
+        )
+
+        def gradients(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
+            grads, (loss, *_), _ = step(params, model_state, loss_scale, batch, key)
+            return {"gradients": grads, "loss": loss}
+
+        def of_all(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
+            shares = jax.tree.map(
+                lambda x: x.reshape(devices.count, -1, *x.shape[1:]), devices.interleave_microbatches(batch)
+            )
+            replicas = jax.vmap(gradients, (None, None, None, 0, None), axis_name=AXIS)
+            return jax.tree.map(lambda x: x[0], replicas(params, model_state, loss_scale, shares, key))
+
+        return of_all if mapped else gradients
+
+    def _arguments(self, scale: float) -> tuple[Any, ...]:
+        return self.params, self.model_state, jnp.float32(scale), self.batch, self.key
+
+    def _replay(self, precision: str) -> Replay:
+        return Replay(self.gradients(precision), *self._arguments(1))
+
+    def _blamed(self, replay: Replay, scale: float) -> Blame | None:
+        found = replay.blame(*self._arguments(scale))
+        if found is None:
+            return None
+        return dataclasses.replace(found, reaches=tuple(name.removeprefix("result/") for name in found.reaches))
+
+    def _passing_scale(self, replay: Replay) -> float | None:
+        """The largest power of two below the step's scale with which it is finite, by bisection."""
+        passes, fails = SMALLEST_SCALE, math.ceil(math.log2(float(self.scale)))
+        if self._blamed(replay, 2.0**passes):
+            return None
+        while fails - passes > 1:
+            middle = (passes + fails) // 2
+            passes, fails = (passes, middle) if self._blamed(replay, 2.0**middle) else (middle, fails)
+        return 2.0**passes
+
+    def _prevents(self, precision: str) -> bool:
+        """Whether the step is finite under another precision, at the same loss scale."""
+        try:
+            return self._blamed(self._replay(precision), float(self.scale)) is None
+        except InputError:  # a rule that the tree has already, or that never wins
+            return False
+
+    def _rules(self, module: str, rows: Sequence[Row], backward: bool) -> list[str]:
+        """Precisions with one rule more: for the module, then for those around it, its class, and the others."""
+        above = [module]
+        while above[-1]:
+            above.append(above[-1].rpartition("/")[0])
+        classes = [f"@{row.type}" for row in rows if row.module == module and module]
+        others = [row.module for row in rows if row.parameters and row.module not in above]
+        # In the backward pass what is near the loss comes first; so it does for what has just been computed.
+        patterns = [*above, *classes, *(reversed(others) if backward or not module else others)]
+        return [f"{pattern}=float32; {self.experiment.precision}" for pattern in patterns if pattern][:MOST_RULES]
+
+    def _beside_float32(self) -> Iterator[Deviation]:
+        """Outputs from the first module on, then gradients from the last on, beside those of float32."""
+        format = _coarsest(self.experiment.policy.policies)
+        here = self._values(self.experiment.precision)(self.params, self.batch)
+        in_float32 = self._values("float32")
+        expected = in_float32(self.params, self.batch)
+        draws = [in_float32(*self._rounded(format, draw)) for draw in range(DRAWS)]
+        for (module, what), value in here.items():
+            true = expected[module, what]
+            threshold = EXCESS * max(format.unit_roundoff, *(_error(draw[module, what], true) for draw in draws))
+            lost = 0.0 if what == "output" else float(np.sum((value == 0) & (true != 0)) / max(np.sum(true != 0), 1))
+            yield Deviation(module, what, _error(value, true), threshold, lost)
+
+    def _rounded(self, format: Format, draw: int) -> tuple[Any, Any]:
+        """The parameters and the batch, weights and inputs rounded stochastically to a format."""
+        keys = itertools.count()
+
+        def rounded(x: Any) -> Any:
+            if not is_float(x):
+                return x
+            key = jax.random.fold_in(jax.random.key(draw), next(keys))
+            return quantize(x.astype(jnp.float32), format, rounding="stochastic", key=key, saturate=True).astype(
+                x.dtype
+            )
+
+        inputs = {name: rounded(self.batch[name]) for name in self.experiment.task.inputs}
+        return jax.tree.map(rounded, self.params), {**self.batch, **inputs}
+
+    def _values(self, precision: str) -> Callable[[Any, Any], dict[tuple[str, str], np.ndarray]]:
+        """A function of parameters and batch to what modules return, in the order of calls, and gradients, last first.
+
+        By the path of the module and what it is. Modules inside scans are left out, whose results Flax does not keep.
+        """
+        linen = not isinstance(self.experiment.model, FromNNX)
+        rows = [row.module for row in self.training.explain()] if linen else []
+        place = {module: k for k, module in enumerate(rows)}
+        outputs, gradients = (
+            jax.jit(function, compiler_options=AS_WRITTEN)
+            for function in (self._outputs(precision), self.gradients(precision))
+        )
+
+        def values(params: Any, batch: Any) -> dict[tuple[str, str], np.ndarray]:
+            forward: dict[Any, list[Any]] = {}
+            backward: dict[Any, list[Any]] = {}
+            kept = outputs(params, self.model_state, batch, self.key) if linen else {}
+            for key, leaf in jax.tree_util.tree_leaves_with_path(kept):
+                path, _, rest = jax.tree_util.keystr(key, simple=True, separator="/").partition("__call__")
+                if rest and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                    forward.setdefault((path.strip("/"), "output"), []).append(leaf)
+            step = gradients(params, self.model_state, jnp.float32(self.scale), batch, self.key)
+            for key, leaf in jax.tree_util.tree_leaves_with_path(step["gradients"]):
+                path = jax.tree_util.keystr(key, simple=True, separator="/")
+                owner = _module(f"/{path.rpartition('/')[0]}", rows)
+                if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                    backward[owner, f"gradient of {path.removeprefix(owner).strip('/')}"] = [leaf]
+            ordered = [
+                *sorted(forward.items(), key=lambda item: (item[0][0] == "", place.get(item[0][0], 0))),
+                *sorted(backward.items(), key=lambda item: -place.get(item[0][0], 0)),
+            ]
+            return {name: np.concatenate([np.ravel(x).astype(np.float64) for x in leaves]) for name, leaves in ordered}
+
+        return values
+
+    def _outputs(self, precision: str) -> Callable[..., Any]:
+        """`(params, model_state, batch, key)` to what each module returns."""
+        task, model = self.experiment.task, self.experiment.model
+        apply: Any = with_policy(model.apply, precision)
+
+        def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+            inputs = [batch[name] for name in task.inputs]
+            mutable = [*model_state, "intermediates"]
+            mode = mode_argument(model, True)
+            _, state = apply(
+                {"params": params, **model_state},
+                *inputs,
+                rngs={"params": key},
+                mutable=mutable,
+                capture_intermediates=True,
+                **mode,
+            )
+            return state["intermediates"]
+
+        return outputs
+
+
+def _error(value: np.ndarray, true: np.ndarray) -> float:
+    """The norm of the difference over the norm of what is true."""
+    norm = np.linalg.norm(true)
+    return float(np.linalg.norm(value - true) / norm) if norm else float(np.any(value != 0))
+
+
+def _coarsest(policies: Sequence[Policy]) -> Format:
+    formats = [policy.operands or parse_format(policy.compute_dtype.name) for policy in policies]
+    return max(formats, key=lambda format: format.unit_roundoff)
+
+
+def _module(path: str, modules: Sequence[str]) -> str:
+    """The module that a path of names belongs to: the longest whose names stand in it in this order.
+
+    A path has more names than the module's: the class of the model first, scopes of the user's own, and those of a
+    method that calls a module which stands elsewhere in the model (`rnn/cell` for the module `cell`).
+    """
+    names = path.split("/")[1:]
+
+    def stands(module: str) -> bool:
+        rest = iter(names)
+        return all(part in rest for part in module.split("/"))
+
+    return max((module for module in modules if module and stands(module)), key=lambda m: m.count("/") + 1, default="")

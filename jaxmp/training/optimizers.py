@@ -1,0 +1,202 @@
+"""Optimizers and learning-rate schedules: what a config says, made into one optax transformation.
+
+    Adam(1e-3, schedule=CosineDecay(warmup_steps=500), clip_norm=1.0).make(steps=10_000)
+
+There is no loss scaling in here: `jaxmp.loss_scaling(optimizer.make(steps), scaler)` goes around the whole, so that
+clipping, weight decay and the schedule's count are part of what an overflow skips.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import jax
+import optax
+
+from jaxmp.errors import InputError, require
+from jaxmp.scaling.float32_math import clip_by_global_norm
+from jaxmp.training.schedules import ConstantRate
+from jaxmp.trees import path_name
+
+KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
+"""What weight decay is for in Flax's naming: it leaves alone biases and the scales of norms."""
+
+
+def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
+    """The parameters that weight decay shrinks: a tree of bools like `params`, True where a path matches a pattern.
+
+    A path is `encoder/layer_0/Dense_0/kernel`; in a pattern `*` stands for any characters, `/` included. Raises an
+    InputError for a pattern that matches nothing (of `KERNELS_AND_EMBEDDINGS`, one is enough).
+
+    >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 1.0}}, patterns=("*kernel",))
+    {'Dense_0': {'bias': False, 'kernel': True}}
+    """
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
+    names = jax.tree.leaves(paths)
+    idle = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    if idle and (idle == list(patterns) or patterns != KERNELS_AND_EMBEDDINGS):
+        raise InputError(
+            f"weight decay: the pattern {idle[0]!r} in the optimizer's `decay` matches no parameter; "
+            f"the nearest path is {_nearest_path(idle[0], names)!r}"
+        )
+    return jax.tree.map(lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns), paths)
+
+
+def _nearest_path(pattern: str, paths: list[str]) -> str:
+    """The path whose tail, of as many segments as the pattern has, is most like the pattern."""
+    segments = pattern.count("/") + 1
+
+    def likeness(path: str) -> float:
+        return difflib.SequenceMatcher(None, pattern, "/".join(path.split("/")[-segments:])).ratio()
+
+    return max(paths, key=likeness, default="")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What all optimizers share: the learning rate and its schedule, clipping, weight decay."""
+
+    learning_rate: float = 1e-3
+    """Its peak, that is without the schedule."""
+    _: KW_ONLY
+    schedule: Any = ConstantRate()
+    """How the learning rate changes: ConstantRate, CosineDecay, LinearDecay, StepDecay, or what has their `make`."""
+    clip_norm: float | None = None
+    """The largest global norm of the gradients, which are scaled down to it; None: as they are."""
+    weight_decay: float = 0.0
+    """Share of a parameter that is added to its gradient (L2 regularisation)."""
+    decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
+    """Paths of the parameters that decay (`*`: any characters); by default not biases and the scales of norms."""
+
+    def __post_init__(self) -> None:
+        require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
+        require(
+            self,
+            "schedule",
+            hasattr(self.schedule, "make"),
+            "ConstantRate(), CosineDecay(), LinearDecay() or StepDecay()",
+        )
+        require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
+        require(self, "decay", not isinstance(self.decay, str), f"a tuple, ({self.decay!r},)")
+        require(
+            self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "a pattern at least, for the weight decay"
+        )
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        """The optax optimizer, weight decay included."""
+        raise NotImplementedError
+
+    def make(self, steps: int) -> optax.GradientTransformation:
+        """Clipping, then the optimizer, for a run of `steps` applied steps; its `init` checks `decay`."""
+        rule = self._rule(self.schedule.make(self.learning_rate, steps))
+        return rule if self.clip_norm is None else optax.chain(clip_by_global_norm(self.clip_norm), rule)
+
+    def _decay_mask(self) -> Callable[[Any], Any] | None:
+        """What tells optax, from the parameters, which of them decay; None where none does."""
+        return functools.partial(decay_mask, patterns=self.decay) if self.weight_decay else None
+
+    def _after_l2(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+        """`rule`, given gradients with the weight decay added to them."""
+        if not self.weight_decay:
+            return rule
+        return optax.chain(optax.add_decayed_weights(self.weight_decay, self._decay_mask()), rule)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Its peak, that is without the schedule."""
+    _: KW_ONLY
+    momentum: float = 0.9
+    """What is kept of the sum of past gradients; 0: no momentum, and no memory for it."""
+    nesterov: bool = False
+    """Nesterov's momentum, which looks one step ahead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "momentum", 0 <= self.momentum < 1, "0 or more, below 1")
+        require(self, "nesterov", self.momentum > 0 or not self.nesterov, "False, where momentum is 0")
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return self._after_l2(optax.sgd(learning_rate, self.momentum or None, self.nesterov))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980)."""
+
+    b1: float = 0.9
+    """Decay of the running mean of the gradients."""
+    b2: float = 0.999
+    """Decay of the running mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of that mean, in float32: in float16 it would be 0, and a gradient of 0 then gives a NaN."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "b1", 0 <= self.b1 < 1, "0 or more, below 1")
+        require(self, "b2", 0 <= self.b2 < 1, "0 or more, below 1")
+        require(self, "eps", 0 < self.eps < math.inf, "a positive number")
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return self._after_l2(optax.adam(learning_rate, self.b1, self.b2, self.eps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
+
+    weight_decay: float = 0.01
+    """Share of a parameter that a step takes off it, times the learning rate."""
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=self._decay_mask()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LAMB(Adam):
+    """Adam with a step in proportion to each layer's norm, for large batches (You et al., https://arxiv.org/abs/1904.00962)."""
+
+    eps: float = 1e-6
+    """Added to the root of the mean of squares, in float32."""
+    weight_decay: float = 0.01
+    """Share of a parameter that is added to its update, before the update is scaled to the layer's norm."""
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.lamb(
+            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=self._decay_mask()
+        )
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    """The sign of a running mean: one moment, steps of one size (Chen et al., https://arxiv.org/abs/2302.06675)."""
+
+    learning_rate: float = 1e-4
+    """Its peak, that is without the schedule; the paper's advice is a third to a tenth of AdamW's."""
+    _: KW_ONLY
+    b1: float = 0.9
+    """Share of the running mean in the mix with the gradient whose sign is the update."""
+    b2: float = 0.99
+    """Decay of the running mean of the gradients."""
+    weight_decay: float = 0.1
+    """Share of a parameter that a step takes off it, times the learning rate; three to ten times AdamW's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "b1", 0 <= self.b1 < 1, "0 or more, below 1")
+        require(self, "b2", 0 <= self.b2 < 1, "0 or more, below 1")
+
+    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.lion(learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=self._decay_mask())

@@ -1,0 +1,254 @@
+"""A Run: a run folder read back, with its metrics, its model and the experiment that made it."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmp
+from jaxmp import Adam, Arrays, Experiment, InputError, Loop, Run, TrainState
+from jaxmp.cli import main
+from jaxmp.tasks.classification import Classification
+
+pytestmark = pytest.mark.xdist_group("run")  # one worker: the fixtures train
+
+CONFIG = """
+import flax.linen as nn
+import numpy as np
+from jaxmp import Adam, Arrays, Experiment, Loop
+
+
+class Net(nn.Module):
+    width: int = 8
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        x = nn.relu(nn.Dense(self.width)(image.reshape(image.shape[0], -1)))
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(3)(nn.Dropout(self.rate, deterministic=not train)(x))
+
+
+def load(split):
+    rng = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+    label = rng.integers(0, 3, 60)
+    image = rng.integers(0, 100, (60, 2, 2, 1)) + 50 * label[:, None, None, None]
+    return {"image": image.astype(np.uint8), "label": label, "name": np.array(["a"] * 60)}
+
+
+def get_config():
+    return Experiment(
+        model=Net(),
+        data=Arrays(load, batch_size=20, mean=(0.3,)),
+        optimizer=Adam(0.1),
+        loop=Loop(epochs=5, log_every=2, ema_decay=0.9),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a finished run, begun from the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "net.py").write_text(CONFIG)
+    overrides = ["--model.width", "6", "--precision", "mixed_bfloat16", "--seed", "2"]
+    assert main(["train", str(folder / "net.py"), "--workdir", str(folder / "runs"), *overrides]) == 0
+    (config,) = folder.glob("runs/net/*/config.json")
+    return config.parent
+
+
+def copy(trained, tmp_path, name="copy"):
+    return shutil.copytree(trained, tmp_path / name)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_experiment_is_made_again_with_the_same_hash(trained):
+    run = Run(trained)
+    assert run.experiment.model.width == 6
+    assert run.experiment.precision == "mixed_bfloat16"
+    assert run.experiment.seed == 2
+    assert run.path.name == f"{run.experiment.hash}-s2"
+    assert run.experiment.to_json() == run.config["experiment"]
+
+
+def test_the_experiment_does_not_need_the_config_file_any_more(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    edit(run / "config.json", file=str(tmp_path / "gone.py"))
+    assert Run(run).experiment.hash == Run(trained).experiment.hash
+
+
+def test_metrics_are_the_lines_and_a_curve_is_steps_and_values(trained):
+    run = Run(trained)
+    assert run.metrics == [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps, loss = run.curve("loss")
+    assert steps.dtype == np.int64 and loss.dtype == np.float64
+    assert steps[-1] == 15 and len(steps) == len(loss) > 5
+    assert list(run.curve("accuracy", "validation")[0]) == [3, 6, 9, 12, 15]
+    assert run.curve("accuracy", "test")[1] == [run.summary["test"]["accuracy"]]
+
+
+def test_a_curve_says_what_there_is(trained):
+    with pytest.raises(InputError, match=r"no 'acuracy' on validation.*did you mean 'accuracy'"):
+        Run(trained).curve("acuracy", "validation")
+
+
+def test_a_running_run_can_be_watched(trained, tmp_path):
+    run = Run(copy(trained, tmp_path))
+    lines = len(run.metrics)
+    (run.path / "summary.json").unlink()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "split": "train", "loss": null}\n{"step": 17, "spl')
+    assert len(run.metrics) == lines + 1
+    assert math.isnan(run.curve("loss")[1][-1])
+    with pytest.raises(InputError, match="has not ended"):
+        _ = run.summary
+
+
+def test_state_is_the_last_checkpoint_or_the_best_or_that_of_a_step(trained):
+    run = Run(trained)
+    state = run.state()
+    assert isinstance(state, TrainState)
+    assert int(state.step) == 15
+    assert state.params["Dense_0"]["kernel"].shape == (4, 6)
+    assert int(run.state("best").step) == run.summary["best"]["step"]
+    assert int(run.state(12).step) == 12
+    with pytest.raises(InputError, match="no checkpoint of step 99"):
+        run.state(99)
+
+
+def test_apply_gives_the_outputs_of_the_averaged_weights_under_the_policy(trained):
+    run = Run(trained)
+    rows = run.experiment.data.source("test")[np.arange(7)]
+    logits = run.apply(rows)
+    assert logits.shape == (7, 3) and logits.dtype == jnp.float32
+    state, image = run.state(), jnp.asarray(rows["image"], jnp.float32) / 255 - 0.3
+    in_float32 = [
+        run.experiment.model.apply({"params": p, **state.model_state}, image) for p in (state.ema, state.params)
+    ]
+    from_averaged, from_last = (np.abs(logits - expected).max() for expected in in_float32)
+    assert 0 < from_averaged < 0.05 < from_last  # not float32, but near it
+
+
+def test_evaluate_gives_the_metrics_that_the_run_wrote(trained):
+    run = Run(trained)
+    assert run.evaluate() == run.summary["test"]
+    assert run.evaluate("validation")["accuracy"] == run.curve("accuracy", "validation")[1][-1]
+    steps, losses = run.curve("loss", "validation")
+    assert run.evaluate("validation", run.state(12))["loss"] == losses[list(steps).index(12)]
+
+
+def test_reading_changes_nothing(trained):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+    before, run = stamps(), Run(trained)
+    _ = run.metrics, run.summary, run.state(), run.evaluate()
+    assert stamps() == before
+
+
+def test_a_damaged_last_checkpoint_is_warned_of_and_the_one_before_taken(trained, tmp_path):
+    run = Run(copy(trained, tmp_path))
+    for file in (run.path / "checkpoints" / "15").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="checkpoint 15 .* is damaged"):
+        assert int(run.state().step) < 15
+
+
+@pytest.mark.parametrize("content", ['{"steps": 15, "te', "{}", "[]"])
+def test_a_broken_summary_says_how_it_is_made_again(trained, tmp_path, content):
+    run = copy(trained, tmp_path)
+    (run / "summary.json").write_text(content)
+    with pytest.raises(InputError, match=r"summary.json (is no JSON.*|lacks best, policy, .*); delete this file alone"):
+        _ = Run(run).summary
+
+
+def test_a_failed_run_has_a_reason(trained, tmp_path):
+    run = Run(copy(trained, tmp_path))
+    assert run.failure is None
+    (run.path / "summary.json").unlink()
+    (run.path / "failed.json").write_text('{"step": 3, "reason": "the loss is NaN"}')
+    assert run.failure == "the loss is NaN"
+    with pytest.raises(InputError, match="no summary: the run failed: the loss is NaN"):
+        _ = run.summary
+    (run.path / "failed.json").write_text("{")
+    assert "damaged" in run.failure
+
+
+# Which folder.
+
+
+def test_a_folder_with_one_run_below_it_is_that_run(trained):
+    assert Run(trained.parent).path == Run(trained.parent.parent).path == trained
+    assert repr(Run(trained.parent)) == f"Run({str(trained)!r})"
+
+
+def test_of_several_runs_one_has_to_be_named(trained, tmp_path):
+    for name in ("a", "b"):
+        copy(trained, tmp_path, name)
+    with pytest.raises(InputError, match=r"holds 2 runs; name one of them:\n.*/a\n.*/b"):
+        Run(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/", ""])
+def test_no_run_is_suggested_that_was_given_or_stands_in_the_root_folder(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "opt.md").write_text("")
+    (tmp_path / "tmp2").symlink_to(tmp_path / "gone")
+    for name in ("opt.md", "tmp2", "tmp3"):
+        with pytest.raises(InputError, match=r"this is a file; expected a run folder|no such folder$"):
+            Run(f"{path}{name}")
+
+
+def test_what_is_no_run_is_an_input_error(trained, tmp_path):
+    with pytest.raises(InputError, match="no such folder; did you mean 'runs'"):
+        Run(trained.parent.parent.parent / "rums")
+    with pytest.raises(InputError, match="holds none"):
+        Run(tmp_path)
+    for content, message in [("{", "no JSON"), ("3", "no JSON object"), ('{"learning_rate": 1}', "not written by")]:
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            Run(tmp_path)
+
+
+# Which experiment.
+
+
+def test_an_experiment_that_comes_out_different_is_refused_with_the_first_difference(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    edit(run / "config.json", source=CONFIG.replace("Adam(0.1)", "Adam(0.2)"))
+    with pytest.raises(InputError, match=r"optimizer.learning_rate was 0.1 and is 0.2.*jax "):
+        _ = Run(run).experiment
+
+
+def test_a_run_from_python_wants_its_experiment(tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x)
+
+    def load(split):
+        return {"x": np.eye(8, 4, dtype=np.float32), "label": np.arange(8) % 2}
+
+    experiment = Experiment(
+        model=Net(),
+        data=Arrays(load, batch_size=4, images=()),
+        task=Classification(inputs=("x",)),
+        optimizer=Adam(),
+        loop=Loop(epochs=1),
+    )
+    fitted = jaxmp.fit(experiment, workdir=tmp_path)
+    with pytest.raises(InputError, match=r"jaxmp.Run\(path, experiment\)"):
+        _ = Run(fitted.path).experiment
+    assert Run(fitted.path, experiment).evaluate() == fitted.summary["test"]
+    with pytest.raises(InputError, match="the one given has hash"):
+        _ = Run(fitted.path, dataclasses.replace(experiment, precision="float32")).experiment
+    assert int(Run(fitted.path, experiment).state().step) == 2

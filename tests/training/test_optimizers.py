@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmp.errors import InputError
+from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
+
+PEAK, STEPS = 0.3, 1000
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = np.random.default_rng(0).standard_normal
+    return {
+        "Dense_0": {"kernel": np.float32(draw((4, 3))), "bias": np.float32(draw(3))},
+        "LayerNorm_0": {"scale": np.float32(draw(4)), "bias": np.float32(draw(4))},
+        "tokens": {"embedding": np.float32(draw((11, 4)))},
+    }
+
+
+# What decays of it by default.
+MASK = {
+    "Dense_0": {"kernel": True, "bias": False},
+    "LayerNorm_0": {"scale": False, "bias": False},
+    "tokens": {"embedding": True},
+}
+
+
+def after(tx, params, steps=3):
+    """The parameters after some steps with random gradients."""
+    state, draw = tx.init(params), np.random.default_rng(1).standard_normal
+    for _ in range(steps):
+        gradients = jax.tree.map(lambda p: np.float32(draw(p.shape)), params)
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+# The formulas of the docstrings, in Python's float64.
+def warmup(t, steps):
+    return min(1.0, (t + 1) / steps)
+
+
+def progress(t, warmup_steps=0):
+    return min(max((t - warmup_steps) / max(STEPS - warmup_steps, 1), 0.0), 1.0)
+
+
+SCHEDULES = {
+    ConstantRate(): lambda t: 1.0,
+    ConstantRate(warmup_steps=10): lambda t: warmup(t, 10),
+    CosineDecay(): lambda t: (1 + math.cos(math.pi * progress(t))) / 2,
+    CosineDecay(warmup_steps=100, final=0.1): lambda t: (
+        warmup(t, 100) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress(t, 100))) / 2)
+    ),
+    CosineDecay(warmup_steps=STEPS): lambda t: warmup(t, STEPS) * (t <= STEPS),
+    LinearDecay(): lambda t: 1 - progress(t),
+    LinearDecay(warmup_steps=7, final=0.25): lambda t: warmup(t, 7) * (1 - 0.75 * progress(t, 7)),
+    StepDecay(): lambda t: 0.1 ** ((t >= 500) + (t >= 750)),
+    StepDecay(warmup_steps=20, boundaries=(1, 100, 900), drop=0.5): lambda t: (
+        warmup(t, 20) * 0.5 ** ((t >= 1) + (t >= 100) + (t >= 900))
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_a_schedule_is_its_formula(schedule):
+    counts = np.arange(STEPS + 50)
+    rates = jax.jit(jax.vmap(schedule.make(PEAK, STEPS)))(jnp.array(counts, jnp.int32))
+    expected = [PEAK * SCHEDULES[schedule](int(t)) for t in counts]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=2e-7 * PEAK)
+
+
+@pytest.mark.parametrize("schedule", [ConstantRate(), CosineDecay(), LinearDecay(), StepDecay()], ids=repr)
+def test_a_learning_rate_is_a_strong_float32_scalar(schedule):
+    for count in (3, jnp.int32(3)):
+        rate = schedule.make(PEAK, STEPS)(count)
+        assert (rate.dtype, rate.shape, rate.weak_type) == (jnp.float32, (), False)
+
+
+def test_a_run_never_trains_a_step_at_rate_zero():
+    for schedule in (
+        ConstantRate(warmup_steps=10),
+        CosineDecay(warmup_steps=10),
+        LinearDecay(),
+        StepDecay(boundaries=(100, 200)),
+    ):
+        rates = jax.vmap(schedule.make(PEAK, STEPS))(jnp.arange(STEPS))
+        assert rates.min() > 0 and rates.max() == jnp.float32(PEAK)
+
+
+def test_the_optimizer_follows_its_schedule():
+    tx = SGD(PEAK, momentum=0.0, schedule=LinearDecay(warmup_steps=2)).make(5)
+    state, moved = tx.init(jnp.zeros(())), []
+    for _ in range(5):
+        update, state = tx.update(jnp.ones(()), state, jnp.zeros(()))
+        moved.append(-float(update) / PEAK)
+    np.testing.assert_allclose(moved, [1 / 2, 1, 1, 2 / 3, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (SGD(0.1), optax.sgd(0.1, 0.9)),
+        (SGD(0.1, momentum=0.0), optax.sgd(0.1)),
+        (
+            SGD(0.1, nesterov=True, weight_decay=0.1),
+            optax.chain(optax.add_decayed_weights(0.1, MASK), optax.sgd(0.1, 0.9, nesterov=True)),
+        ),
+        (Adam(1e-3), optax.adam(1e-3)),
+        (Adam(1e-3, weight_decay=0.1), optax.chain(optax.add_decayed_weights(0.1, MASK), optax.adam(1e-3))),
+        (AdamW(1e-3, b1=0.8, b2=0.95, eps=1e-6), optax.adamw(1e-3, 0.8, 0.95, 1e-6, weight_decay=0.01, mask=MASK)),
+        (LAMB(1e-3), optax.lamb(1e-3, weight_decay=0.01, mask=MASK)),
+        (LAMB(1e-3, weight_decay=0.0), optax.lamb(1e-3)),
+        (Lion(1e-4), optax.lion(1e-4, weight_decay=0.1, mask=MASK)),
+        (
+            AdamW(1e-3, decay=("LayerNorm_0/*", "*bias"), weight_decay=0.5),
+            optax.adamw(1e-3, weight_decay=0.5, mask=jax.tree.map(lambda kernel: not kernel, MASK)),
+        ),
+        (Adam(1e-3, clip_norm=0.5), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))),
+    ],
+    ids=lambda value: repr(value) if hasattr(value, "make") else "",
+)
+def test_an_optimizer_is_optax_with_kernels_and_embeddings_decaying(ours, theirs, params):
+    a, b = after(ours.make(STEPS), params), after(theirs, params)
+    # The rate is float32 from a schedule and a Python float in optax's alias, and XLA fuses the two differently.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), a, b)
+
+
+def test_weight_decay_shrinks_what_it_names_and_nothing_else(params):
+    still = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    for optimizer in (SGD(1.0), Adam(1.0), AdamW(1.0), LAMB(1.0), Lion(1.0)):
+        tx = type(optimizer)(1.0, weight_decay=0.5).make(STEPS)
+        updates, _ = tx.update(still, tx.init(ones), ones)
+        shrunk = jax.tree.map(lambda update: bool((update < 0).all()), updates)
+        unmoved = jax.tree.map(lambda update: bool((update == 0).all()), updates)
+        assert shrunk == MASK and unmoved == jax.tree.map(lambda decays: not decays, MASK)
+
+
+def test_a_decay_pattern_that_matches_nothing_is_an_error_with_the_nearest_path(params):
+    with pytest.raises(InputError, match=r"'\*/kernal'.*'Dense_0/kernel'"):
+        AdamW(decay=("*embedding", "*/kernal")).make(STEPS).init(params)
+    with pytest.raises(InputError, match=r"'\*kernel'.*'embeding'"):
+        AdamW().make(STEPS).init({"w": jnp.ones(3), "embeding": jnp.ones(3)})
+    AdamW().make(STEPS).init({"kernel": jnp.ones(3)})
+    AdamW(weight_decay=0.0, decay=("*nothing",)).make(STEPS).init(params)
+
+
+def test_clipping_comes_before_the_optimizer():
+    tx = SGD(1.0, momentum=0.0, clip_norm=1.0).make(STEPS)
+    updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    np.testing.assert_allclose(updates, [-0.6, -0.8], rtol=1e-6)
+    updates, _ = tx.update(jnp.array([3e20, 4e20]), tx.init(jnp.zeros(2)), jnp.zeros(2))  # whose squares are inf
+    np.testing.assert_allclose(updates, [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Adam(-1.0), "Adam.learning_rate = -1.0"),
+        (lambda: Adam(math.nan), "Adam.learning_rate = nan"),
+        (lambda: Adam(b2=1.0), "Adam.b2 = 1.0"),
+        (lambda: Adam(eps=0.0), "Adam.eps = 0.0"),
+        (lambda: Lion(b1=-0.1), "Lion.b1 = -0.1"),
+        (lambda: AdamW(weight_decay=-0.1), "AdamW.weight_decay = -0.1"),
+        (lambda: AdamW(decay=()), "AdamW.decay = ()"),
+        (lambda: LAMB(clip_norm=0.0), "LAMB.clip_norm = 0.0"),
+        (lambda: SGD(momentum=1.0), "SGD.momentum = 1.0"),
+        (lambda: SGD(momentum=0.0, nesterov=True), "SGD.nesterov = True"),
+        (lambda: SGD(schedule="cosine"), "SGD.schedule = 'cosine'"),
+        (lambda: CosineDecay(warmup_steps=-1), "CosineDecay.warmup_steps = -1"),
+        (lambda: CosineDecay(final=2.0), "CosineDecay.final = 2.0"),
+        (lambda: LinearDecay(final=-0.1), "LinearDecay.final = -0.1"),
+        (lambda: StepDecay(boundaries=(0.5, 0.5)), "StepDecay.boundaries = (0.5, 0.5)"),
+        (lambda: StepDecay(boundaries=(0.5, 100)), "StepDecay.boundaries = (0.5, 100)"),
+        (lambda: StepDecay(boundaries=()), "StepDecay.boundaries = ()"),
+        (lambda: StepDecay(drop=0.0), "StepDecay.drop = 0.0"),
+        (
+            lambda: Adam(schedule=CosineDecay(warmup_steps=11)).make(10),
+            "CosineDecay.warmup_steps = 11: expected at most the 10",
+        ),
+    ],
+)
+def test_bad_values_name_the_field_and_what_was_expected(make, names):
+    with pytest.raises(InputError) as error:
+        make()
+    assert str(error.value).startswith(names) and "expected" in str(error.value)
