@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
         skipped_steps,
     )
     from jaxmp.tasks.classification import Classification
-    from jaxmp.tasks.task import make_loss
+    from jaxmp.tasks.loss import make_loss
     from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState

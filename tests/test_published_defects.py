@@ -37,7 +37,7 @@ from jaxmp import Classification, DynamicScaler, NoScaler, StaticScaler, TrainSt
 from jaxmp.errors import InputError
 from jaxmp.experiment.settings import Parallel
 from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.tasks.task import make_loss
+from jaxmp.tasks.loss import make_loss
 from jaxmp.training.metrics import compute
 
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32

@@ -17,7 +17,7 @@ from jaxmp.modules.linen import cast_to_param
 from jaxmp.precision.policy import parse_policy
 from jaxmp.runs.fit import steps
 from jaxmp.runs.trainer import Training
-from jaxmp.tasks.task import make_loss
+from jaxmp.tasks.loss import make_loss
 from jaxmp.training.state import TrainState
 from jaxmp.trees import cast_floats
 

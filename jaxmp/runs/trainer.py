@@ -22,7 +22,7 @@ from jaxmp.instruments.memory import Memory, memory
 from jaxmp.instruments.ranges import StepRanges, count_each, count_lost_updates, grad_and_module_counts
 from jaxmp.modules.linen import Explanation, cast_to_param, explain
 from jaxmp.scaling.transform import loss_scale, loss_scaling
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.training.batch import LossFn
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
 from jaxmp.training.metrics import Mean, Metrics, merge, zeros_like

@@ -23,7 +23,7 @@ from jaxmp.runs.fit import steps
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Training
-from jaxmp.tasks.task import make_loss
+from jaxmp.tasks.loss import make_loss
 from jaxmp.training.state import TrainState
 
 

@@ -14,7 +14,8 @@ import optax
 from jaxmp.data.source import Source
 from jaxmp.errors import InputError
 from jaxmp.modules.linen import mode_argument
-from jaxmp.tasks.task import Task, init_model
+from jaxmp.tasks.loss import init_model
+from jaxmp.tasks.task import Task
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import Mean, Metrics
 

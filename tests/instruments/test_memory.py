@@ -14,7 +14,7 @@ from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.memory import memory
 from jaxmp.runs.trainer import Training
-from jaxmp.tasks.task import make_loss
+from jaxmp.tasks.loss import make_loss
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))

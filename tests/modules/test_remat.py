@@ -12,7 +12,7 @@ from jaxmp.errors import InputError
 from jaxmp.modules.nnx import from_nnx
 from jaxmp.modules.remat import POLICIES
 from jaxmp.tasks.classification import Classification
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.testing.jaxprs import equations
 
 

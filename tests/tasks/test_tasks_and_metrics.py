@@ -21,7 +21,7 @@ from jaxmp.modules.linen import mode_argument
 from jaxmp.runs.fit import fit, steps
 from jaxmp.runs.trainer import Training
 from jaxmp.tasks.classification import Classification, check_labels
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.training.metrics import Mean, compute, merge, zeros_like
 
 # --- metrics

@@ -37,7 +37,7 @@ from jaxmp.scaling.historical import ApexScaler, DeepSpeedScaler, JmpScaler, Meg
 from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, StaticScaler
 from jaxmp.scaling.transform import loss_scaling, scale_loss
 from jaxmp.tasks.classification import Classification
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.testing import ScalerAdapter, StepAdapter, policy_laws, scaler_laws, step_laws
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import make_train_step

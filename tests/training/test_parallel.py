@@ -36,7 +36,7 @@ from jaxmp.runs.fit import steps
 from jaxmp.scaling.scalers import DynamicScaler
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.classification import Classification
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.training.metrics import compute
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.training.state import TrainState

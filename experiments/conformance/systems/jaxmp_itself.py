@@ -11,7 +11,7 @@ from subject import Subject, batch
 from jaxmp.scaling.scalers import DynamicScaler
 from jaxmp.scaling.transform import loss_scaling, scale_loss
 from jaxmp.tasks.classification import Classification
-from jaxmp.tasks.task import init_model, make_loss
+from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.testing import ScalerAdapter, StepAdapter, policy_laws, scaler_laws, step_laws
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import make_train_step
