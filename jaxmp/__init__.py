@@ -21,10 +21,6 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment
     from jaxmp.experiment.settings import Loop, Parallel
-    from jaxmp.instruments.audit import audit
-    from jaxmp.instruments.find_policy import find_policy
-    from jaxmp.instruments.memory import memory
-    from jaxmp.instruments.nonfinite import blame
     from jaxmp.modules.functions import apply_policy
     from jaxmp.modules.linen import explain, with_policy
     from jaxmp.modules.nnx import from_nnx
@@ -45,12 +41,17 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
         scale_loss,
         skipped_steps,
     )
+    from jaxmp.studies.audit import audit
+    from jaxmp.studies.cheapest_policy import find_policy
+    from jaxmp.studies.memory import memory
+    from jaxmp.studies.overflow import blame
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.loss import make_loss
+    from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState
-    from jaxmp.training.step import make_eval_step, make_train_step
+    from jaxmp.training.step import make_train_step
 
 __version__ = "0.1.0"
 

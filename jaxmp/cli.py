@@ -261,22 +261,15 @@ def audit(arguments: list[str]) -> int:
     _refuse_empty(json=options.json)
     import jax
 
-    from jaxmp.instruments import audit as instrument
     from jaxmp.instruments.target import Target
     from jaxmp.reports.page import write
-    from jaxmp.runs.trainer import Training
+    from jaxmp.studies.audit import audit as instrument
 
     target = None if options.target is None else Target.parse(options.target)
     # Otherwise JAX does not load its CUDA build where there is no GPU.
     if target is not None and not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
-    # pmap runs the same step, which wants its arrays stacked.
-    experiment = override(experiment, overrides, prog=prog)
-    experiment = dataclasses.replace(experiment, parallel=dataclasses.replace(experiment.parallel, mode="jit"))
-    training = Training(experiment, None if target is None else target.mesh())
-    step = training.devices.compile(training.train_step, (0, 0))
-    policy, modules = experiment.policy, training.explain()
-    report = instrument.audit(step, *training.arguments, policy=policy, modules=modules, target=target)
+    report = instrument(override(experiment, overrides, prog=prog), target=target)
     print(report)
     if options.json is not None:
         write(Path(options.json), json.dumps(report.to_json(), indent=1) + "\n")
@@ -369,7 +362,7 @@ def find_policy(arguments: list[str]) -> int:
 
     chosen = dataclasses.asdict(options)
     file = chosen.pop("json")
-    found = runs.find_policy(override(experiment, overrides, prog=prog), **chosen)
+    found = runs.find_policy_of(override(experiment, overrides, prog=prog), **chosen)
     print(f"\n{found}")
     if file is not None:
         runs.save(found, config.name, Path(file))

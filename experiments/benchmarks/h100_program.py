@@ -20,16 +20,16 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.target import Target
 from jaxmp.runs.provenance import provenance
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 
 
 def summary(config: str, precision: str, target: Target) -> dict[str, Any]:
     """The program of one config's step, in figures."""
     experiment = dataclasses.replace(ConfigFile.find(config).experiment(), precision=precision)
-    training = Training(experiment, target.mesh())
-    step = training.devices.compile(training.train_step, (0, 0))
-    policy, modules = experiment.policy, training.explain()
-    report = audit(step, *training.arguments, policy=policy, modules=modules, target=target)
+    trainer = Trainer(experiment, target.mesh())
+    step, arguments = trainer.program()
+    policy, modules = experiment.policy, trainer.explain()
+    report = audit(step, *arguments, policy=policy, modules=modules, target=target)
     assert report.program is not None
     program = report.program.to_json()
     return {

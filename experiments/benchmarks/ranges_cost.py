@@ -22,7 +22,7 @@ import tyro
 
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import JsonLines, TensorBoard
 
 EVERY, STEPS = 100, 10
@@ -30,12 +30,12 @@ EVERY, STEPS = 100, 10
 
 def measure(config: str, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step and of a look, and what share of the steps a look is."""
-    training = Training(ConfigFile.find(config).experiment())
-    devices, many = training.devices, training.should_fuse_steps
-    feed = training.feed(many=many)
+    trainer = Trainer(ConfigFile.find(config).experiment())
+    devices, fuse = trainer.devices, trainer.fuse_steps
+    feed = trainer.feed(fuse=fuse)
     folder = Path(tempfile.mkdtemp())
     writers = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder)]
-    carry: Any = devices.put(training.init()), devices.put(training.no_metrics)
+    carry: Any = devices.put(trainer.init()), devices.put(trainer.no_metrics)
     step = 0
 
     def steps() -> None:
@@ -44,7 +44,7 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
         jax.block_until_ready(carry)
 
     def look() -> None:
-        seen = training.look(devices.get(carry[0]), feed.batch(step)).read()
+        seen = trainer.step_ranges(devices.get(carry[0]), devices.shard_rows(feed.batch(step))).read()
         for writer in writers:
             writer.write({"step": step, "split": "ranges", "ranges": seen})
 
@@ -59,7 +59,7 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
             seconds = timed(function)
             if done:  # the first round compiles
                 found[name].append(seconds)
-    results: dict[str, Any] = {"steps_in_one_dispatch": many}
+    results: dict[str, Any] = {"steps_in_one_dispatch": fuse}
     for i, clock in enumerate(("wall", "processor")):
         one = min(seconds[i] for seconds in found["steps"]) / STEPS
         other = min(seconds[i] for seconds in found["look"])

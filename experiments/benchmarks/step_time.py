@@ -32,7 +32,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jaxmp import Arrays, Classification, Experiment, TrainState, loss_scaling, make_loss, make_train_step
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 
 CLASSES = 10
 LEARNING_RATE = 1e-3
@@ -237,10 +237,10 @@ def compare_dispatch(case: Case, precision: str, rounds: int, seconds: float) ->
         return {"image": image, "label": rng.integers(CLASSES, size=examples)}
 
     data = Arrays(load=load, batch_size=case.examples, images=())
-    training = Training(Experiment(model=case.model, data=data, precision=precision))
+    trainer = Trainer(Experiment(model=case.model, data=data, precision=precision))
 
     def run_with(feed: Any) -> Callable[[int], float]:
-        carry = training.devices.put(training.init()), training.devices.put(training.no_metrics)
+        carry = trainer.devices.put(trainer.init()), trainer.devices.put(trainer.no_metrics)
 
         def run(count: int) -> float:
             nonlocal carry
@@ -251,7 +251,7 @@ def compare_dispatch(case: Case, precision: str, rounds: int, seconds: float) ->
 
         return run
 
-    runs = {"step by step": run_with(training.feed(many=False)), "in one dispatch": run_with(training.feed(many=True))}
+    runs = {"step by step": run_with(trainer.feed(fuse=False)), "in one dispatch": run_with(trainer.feed(fuse=True))}
     return compare(runs, rounds, seconds)
 
 

@@ -31,7 +31,7 @@ from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.runs.provenance import provenance
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.training.metrics import Mean
 
 WORDS, LENGTH, WIDTH, HEADS, LAYERS, BATCH = 8192, 256, 768, 12, 12, 64
@@ -105,12 +105,13 @@ def compiled(precision: str, parallel: Parallel, loop: Loop, target: Target, *, 
         parallel=parallel,
         loop=loop,
     )
-    training = Training(experiment, target.mesh())
-    step = jax.jit(training.train_step, donate_argnums=0)
-    lowered = step.lower(*training.arguments)
+    trainer = Trainer(experiment, target.mesh())
+    step = jax.jit(trainer.train_step, donate_argnums=0)
+    arguments = trainer.program()[1]
+    lowered = step.lower(*arguments)
     options = COMPILER_OPTIONS | ({"xla_gpu_all_reduce_combine_threshold_bytes": 2**40} if in_one else {})
     program = Program.read(lowered.compile(compiler_options=options), str(target))
-    state, batch = training.arguments
+    state, batch = arguments
     params, optimizer = nbytes(state.params), nbytes(state.opt_state)
     ideal = {
         "replicated": params + optimizer,

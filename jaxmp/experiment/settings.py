@@ -10,8 +10,8 @@ import jax
 from jax.sharding import AxisType
 
 from jaxmp.errors import InputError
+from jaxmp.training.gradients import OVERFLOWS
 from jaxmp.training.parallel import AXIS, Devices
-from jaxmp.training.step import OVERFLOWS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -789,3 +789,23 @@ def _joined(first: str, path: Any) -> str:
 def _relative(source: str) -> str:
     folder = os.getcwd() + os.sep
     return source.removeprefix(folder)
+
+
+def name_nonfinite(gradients: Any, loss: jax.Array) -> str | None:
+    """What is not finite in a step, in words: the loss, or else its gradients by path; None if all is finite.
+
+    Args:
+      gradients: a pytree like the parameters.
+      loss: float scalar.
+    """
+    if not jnp.isfinite(loss):
+        return f"the loss, which is {float(loss):g}"
+    leaves = [
+        path_name(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(leaf))
+    ]
+    if not leaves:
+        return None
+    more = f" and {len(leaves) - 1} more" if leaves[1:] else ""
+    return f"the gradient of {leaves[0]}{more} (loss {float(loss):g})"

@@ -18,10 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxmp.modules.linen import observed_modules
 from jaxmp.precision.formats import Format, float32_bits, parse_format
 from jaxmp.precision.rounding import apply_updates
+from jaxmp.scaling.transform import loss_scale
+from jaxmp.training.batch import LossFn
+from jaxmp.training.gradients import Measured, make_gradients
+from jaxmp.training.state import TrainState
 from jaxmp.trees import by_path
 
 FORMATS = ("float16", "bfloat16", "e4m3", "e5m2")
@@ -132,36 +137,85 @@ class ModuleCounts(NamedTuple):
     gradients: Counts
 
 
-def grad_and_module_counts(loss: Callable[[Any], Any], params: Any) -> tuple[Any, Any, dict[str, ModuleCounts]]:
-    """`jax.grad(loss, has_aux=True, allow_int=True)(params)`, and the ranges of the Flax modules on the way.
+def gradients_and_module_counts(
+    loss_fn: LossFn, *, accumulate_steps: int = 1
+) -> Callable[..., tuple[Any, Measured, dict[str, ModuleCounts]]]:
+    """`make_gradients(loss_fn)`, and the magnitudes of what the Flax modules on the way hand on.
 
     Args:
-      loss: `params -> (loss, aux)`; runs Linen modules under `jaxmp.with_policy`. Under scan, remat and the like too.
-      params: what to differentiate by.
+      loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`; under scan, remat and the like too.
+      accumulate_steps: microbatches of a batch. The counts are those of all of them, also of one that overflows.
 
     Returns:
-      The gradients, aux, and by path of each module whose `__call__` runs, "" the outermost, what it hands on and what
-      comes back. A module that runs several times (in a scan, or with tied weights) has all its uses counted together;
-      of these, smallest and largest magnitude are known to a power of two.
+      `(params, model_state, scale, batch, key) -> (gradients, Measured, modules)`: by path of each module whose
+      `__call__` runs, "" the outermost, the counts of its outputs and of their gradients. A module that runs several
+      times (in a scan, or with tied weights) has all its uses counted together; of these, smallest and largest
+      magnitude are known to a power of two.
     """
-    met: dict[str, None] = {}
 
-    def note(path: str, outputs: Any) -> Any:
-        met[path] = None
-        return outputs
+    def counted(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> Any:
+        met: dict[str, None] = {}
 
-    with observed_modules(note):
-        jax.eval_shape(lambda params: loss(params), params)  # a function of its own: of `loss`, JAX may know the shapes
-    # What is counted comes out as the gradient of an input that changes nothing, and so out of any transformation: a
-    # scan adds up the gradients of its turns, and counts want to be added up.
-    sinks = {path: jnp.zeros((2, 2 * len(EDGES) + 3), jnp.float32) for path in met}
+        def note(path: str, outputs: Any) -> Any:
+            met[path] = None
+            return outputs
 
-    def observed(params: Any, sinks: dict[str, jax.Array]) -> Any:
-        with observed_modules(lambda path, outputs: _through(outputs, sinks[path])):
-            return loss(params)
+        def noted(*args: Any) -> Any:  # a function of its own: of `loss_fn`, JAX may know the shapes
+            return loss_fn(*args)
 
-    (grads, found), aux = jax.grad(observed, argnums=(0, 1), has_aux=True, allow_int=True)(params, sinks)
-    return grads, aux, {path: ModuleCounts(_decoded(both[0]), _decoded(both[1])) for path, both in found.items()}
+        with observed_modules(note):
+            jax.eval_shape(noted, params, model_state, batch, key)
+        # What is counted comes out as the gradient of an input that changes nothing, and so out of any transformation:
+        # a scan adds up the gradients of its turns, and counts want to be added up.
+        sinks = {path: jnp.zeros((2, 2 * len(EDGES) + 3), jnp.float32) for path in met}
+
+        def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
+            params, sinks = both
+            with observed_modules(lambda path, outputs: _through(outputs, sinks[path])):
+                return loss_fn(params, model_state, batch, key)
+
+        gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
+        (grads, found), measured, _ = gradients((params, sinks), model_state, scale, batch, key)
+        return grads, measured, {path: ModuleCounts(_decoded(x[0]), _decoded(x[1])) for path, x in found.items()}
+
+    return counted
+
+
+def make_step_ranges(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate_steps: int = 1
+) -> Callable[[TrainState, Any], StepRanges]:
+    """What counts the magnitudes in a step, without taking it.
+
+    Args:
+      loss_fn: the loss of a whole batch.
+      tx: the optimizer inside its loss scaling.
+      accumulate_steps: microbatches of a batch.
+
+    Returns:
+      `(state, batch) -> StepRanges` of the step from that state: `parameters`, `gradients`, `scaled_gradients` and
+      `updates` by the parameter's path, `outputs` and `output_gradients` (scaled) by the module's; and how many
+      updates are lost in rounding the parameter to nearest. The state is not changed.
+    """
+    tx = optax.with_extra_args_support(tx)
+    gradients = gradients_and_module_counts(loss_fn, accumulate_steps=accumulate_steps)
+
+    def step_ranges(state: TrainState, batch: Any) -> StepRanges:
+        scale = loss_scale(state.opt_state)
+        key = jax.random.fold_in(state.key, state.step)
+        grads, measured, modules = gradients(state.params, state.model_state, scale, batch, key)
+        updates, _ = tx.update(grads, state.opt_state, state.params, value=measured.loss)
+        unscaled = jax.tree.map(lambda g: g / scale if jnp.issubdtype(g.dtype, jnp.floating) else g, grads)
+        counts = {
+            "parameters": count_each(state.params),
+            "scaled_gradients": count_each(grads),
+            "gradients": count_each(unscaled),
+            "updates": count_each(updates),
+            "outputs": {path: counts.outputs for path, counts in modules.items()},
+            "output_gradients": {path: counts.gradients for path, counts in modules.items()},
+        }
+        return StepRanges.of(counts, count_lost_updates(state.params, updates))
+
+    return step_ranges
 
 
 @jax.tree_util.register_dataclass

@@ -82,7 +82,7 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
 
     page.section("Training")
     page.figures(curve_figures(curves))
-    looks = [run.ranges or ([run.look()] if look else []) for run in runs]
+    looks = [run.ranges or ([run.count_ranges()] if look else []) for run in runs]
     labels = (
         names if len(set(names)) == len(names) else [f"{n}, seed {c.seed}" for n, c in zip(names, curves, strict=True)]
     )
@@ -201,7 +201,7 @@ def _leaves(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def _ended(run: Run) -> bool:
-    return (run.path / "summary.json").exists()
+    return run.has_ended
 
 
 def _devices(runs: Sequence[Run]) -> str:

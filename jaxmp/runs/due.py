@@ -9,35 +9,42 @@ from jaxmp.experiment.settings import Loop
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """Which steps something is due after: functions of the step alone, so that a resumed run does the same."""
+    """What is due after a step: functions of the step alone, so that a resumed run does the same."""
 
     loop: Loop
     per_epoch: int
+    """steps of an epoch"""
     last: int
+    """the last step of the run"""
 
-    def evaluates(self, step: int) -> bool:
+    def evaluation(self, step: int) -> bool:
         """Whether the validation set is evaluated after this step."""
         return step == self.last or step % (self.loop.eval_every or self.per_epoch) == 0
 
-    def saves(self, step: int) -> bool:
+    def save(self, step: int) -> bool:
         """Whether a checkpoint is written after this step."""
         every = self.loop.save_every
-        return self.evaluates(step) or (every is not None and step % every == 0)
+        return self.evaluation(step) or (every is not None and step % every == 0)
 
-    def writes(self, step: int) -> bool:
-        """Whether a line of training metrics ends with this step; so it does with all that is saved."""
-        return self.saves(step) or step % self.loop.log_every == 0
+    def line(self, step: int) -> bool:
+        """Whether a line of training metrics ends with this step. Every step that is saved ends one."""
+        return self.save(step) or step % self.loop.log_every == 0
 
-    def checks(self, step: int) -> bool:
-        """Whether the run is asked after this step if it can go on: often enough that no row of skips is overlooked."""
-        return self.writes(step) or step % self.loop.max_consecutive_skips == 0
+    def check(self, step: int) -> bool:
+        """Whether the run checks after this step that it can go on: often enough to notice every row of skips."""
+        return self.line(step) or step % self.loop.max_consecutive_skips == 0
 
-    def looks(self, step: int) -> bool:
-        """Whether the step after this one is looked at: the first, and each that the loop's `ranges_every` says."""
+    def ranges(self, step: int) -> bool:
+        """Whether the ranges of the step after this one are counted: of the first, then every `ranges_every`."""
         return self.loop.ranges_every is not None and step % self.loop.ranges_every == 0
 
     def next_stop(self, step: int, most: int) -> int:
-        """The step that a dispatch from `step` on runs to: the next that something is due after, in this epoch."""
+        """The step that a dispatch from `step` on runs to: the next after which something is due, in this epoch.
+
+        Args:
+          step: where the dispatch begins.
+          most: the most steps in one dispatch.
+        """
         loop = self.loop
         every = [loop.log_every, loop.eval_every, loop.save_every, loop.max_consecutive_skips, self.per_epoch]
         every.append(loop.ranges_every)

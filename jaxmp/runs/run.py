@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,8 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.imports import changed_import
 from jaxmp.modules.linen import mode_argument, with_policy
-from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.runs.fit import FAILURE, read_summary
-from jaxmp.runs.trainer import Training
-from jaxmp.runs.writers import read_lines
+from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.metrics import compute
 from jaxmp.training.state import TrainState
@@ -48,8 +45,14 @@ class Run:
     """
 
     def __init__(self, path: str | Path, experiment: Experiment | None = None):
-        self.path = _find(Path(path))
+        self._folder = RunFolder.find(Path(path))
+        self._folder.read_config()  # refuses what is no run
         self._given = experiment
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -57,7 +60,7 @@ class Run:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """What config.json says: the resolved experiment, its source and overrides, versions, git revision, devices."""
-        return _read_config(self.path)
+        return self._folder.read_config()
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -77,7 +80,7 @@ class Run:
 
     @property
     def _lines(self) -> list[dict[str, Any]]:
-        return read_lines(self.path / "metrics.jsonl")
+        return self._folder.read_lines()
 
     def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
         """Steps, int64 (lines,), and a metric's values, float64 (lines,), on a split. NaN where it was not finite."""
@@ -93,7 +96,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What summary.json says. Raises InputError where the run has not ended."""
-        summary = read_summary(self.path)
+        summary = self._folder.read_summary()
         if summary is None:
             why = f"failed: {self.failure}" if self.failure else "has not ended; the same `jaxmp train` resumes it"
             raise InputError(f"{self.path} has no summary: the run {why}")
@@ -102,13 +105,7 @@ class Run:
     @property
     def failure(self) -> str | None:
         """Why the run failed; None where it did not."""
-        path = self.path / FAILURE
-        if not path.exists():
-            return None
-        try:
-            return str(json.loads(path.read_text())["reason"])
-        except (ValueError, KeyError, TypeError):
-            return f"{path} is damaged; the same `jaxmp train` says it again"
+        return self._folder.read_failure()
 
     @functools.cached_property
     def experiment(self) -> Experiment:
@@ -143,45 +140,50 @@ class Run:
             )
         return experiment
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has a summary."""
+        return self._folder.has_ended
+
     @functools.cached_property
-    def _training(self) -> Training:
-        return Training(self.experiment)
+    def trainer(self) -> Trainer:
+        """The pieces that the run trains with."""
+        return Trainer(self.experiment)
 
     def state(self, step: int | Literal["last", "best"] = "last") -> TrainState:
         """The state of a checkpoint: the last, the best by the loop's `monitor`, or that of a step.
 
         Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
         """
-        loop, training = self.experiment.loop, self._training
-        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
+        loop, trainer = self.experiment.loop, self.trainer
+        checkpoints = self._folder.checkpoints(keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
         if step == "best":
             step = checkpoints.best_step() or "last"
-        template = {"state": jax.eval_shape(training.init), "metrics": training.no_metrics}
+        template = {"state": trainer.state_spec, "metrics": trainer.no_metrics}
         found = checkpoints.restore(template, step=None if step == "last" else step)
         checkpoints.close()
         if found is None:
             raise InputError(f"{self.path} has no checkpoint yet")
         return found[1]["state"]
 
-    def look(self, step: int | Literal["last", "best"] = "last") -> dict[str, Any]:
-        """A line of `ranges` of the step that would follow a checkpoint: that step is done again, and looked at.
+    def count_ranges(self, step: int | Literal["last", "best"] = "last") -> dict[str, Any]:
+        """A line of `ranges`, of the step after a checkpoint: that step is computed again, and its ranges counted.
 
-        Raises: InputError where there is no such checkpoint.
+        Raises: InputError if there is no such checkpoint.
         """
-        training = self._training
-        devices = training.devices
+        trainer = self.trainer
+        devices = trainer.devices
         state = devices.get(devices.put(self.state(step)))
         at = int(state.step)
-        feed = training.feed(many=False)
-        looked = training.look(state, feed.batch(at))
+        feed = trainer.feed(fuse=False)
+        ranges = trainer.step_ranges(state, devices.shard_rows(feed.batch(at)))
         feed.close()
         scale = float(loss_scale(state.opt_state))
-        return {"step": at + 1, "split": "ranges", "loss_scale": scale, "ranges": looked.read()}
+        return {"step": at + 1, "split": "ranges", "loss_scale": scale, "ranges": ranges.read()}
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of which there is a checkpoint, ascending."""
-        folder = self.path / "checkpoints"
-        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+        return self._folder.checkpoint_steps()
 
     @functools.cached_property
     def _last_state(self) -> TrainState:
@@ -218,45 +220,9 @@ class Run:
     def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
         """The metrics of a whole split, under the policy and with the weights of `apply`."""
         state = self._last_state if state is None else state
-        devices = self._training.devices
-        return compute(self._training.evaluate(devices.get(devices.put_state(state)), split))
-
-
-def _find(path: Path) -> Path:
-    """The run folder that `path` names or holds."""
-    if (path / "config.json").is_file():
-        _read_config(path)
-        return path
-    if path.is_file():
-        raise InputError(f"run {str(path)!r}: this is a file; expected a run folder, as `jaxmp train` writes")
-    if not path.is_dir():
-        around = path.absolute().parent
-        # What stands in the root folder is the system's.
-        others = [other.name for other in around.glob("*/")] if around != Path(path.anchor or "/") else []
-        raise InputError(f"run {str(path)!r}: no such folder{nearest(path.name, others)}")
-    found = sorted(config.parent for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.json"))
-    if len(found) != 1:
-        there = "\n".join(f"  {run}" for run in found)
-        raise InputError(
-            f"{path} holds {len(found)} runs; name one of them:\n{there}"
-            if found
-            else f"{path} is no run folder and holds none: expected a config.json in it, as `jaxmp train` writes"
-        )
-    _read_config(found[0])
-    return found[0]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text())
-        missing = {"name", "hash", "seed", "experiment", "versions"} - set(config)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path / 'config.json'} is no JSON object ({error}); is this a run of jaxmp?") from error
-    if missing or not isinstance(config, dict):
-        raise InputError(
-            f"{path / 'config.json'} lacks {', '.join(sorted(missing))}: it was not written by this version of jaxmp"
-        )
-    return config
+        trainer = self.trainer
+        placed = trainer.devices.get(trainer.devices.put_state(state))
+        return compute(trainer.evaluation(placed, trainer.source(split)))
 
 
 def _first_difference(recorded: Any, now: Any, where: str = "") -> str:

@@ -43,6 +43,8 @@ class LossScalingState(NamedTuple):
     """steps skipped so far, int32"""
     consecutive_skips: jax.Array
     """steps skipped in a row up to now, int32; 0 after a step that was applied"""
+    skipped_scale: jax.Array
+    """the loss scale of the last skipped step, float32; of the first step, if none was skipped"""
 
 
 def loss_scaling(
@@ -79,11 +81,13 @@ def loss_scaling(
         inner_state = jax.tree.map(strongly_typed, inner.init(inner_view(params)))
         if find_state(inner_state) is not None:
             raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
+        scaler_state = scaler.init()
         return LossScalingState(
             inner_state=inner_state,
-            scaler=scaler.init(),
+            scaler=scaler_state,
             skipped=jnp.array(0, jnp.int32),
             consecutive_skips=jnp.array(0, jnp.int32),
+            skipped_scale=jnp.copy(scaler_state.scale),
         )
 
     def update(
@@ -117,6 +121,7 @@ def loss_scaling(
             scaler=scaler.update(state.scaler, scale_fits, grad_max),
             skipped=state.skipped + (~finite).astype(jnp.int32),
             consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
+            skipped_scale=jnp.where(finite, state.skipped_scale, state.scaler.scale),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,4 @@
-"""`find_policy` for an experiment: its model, its loss, its batches, and states that training comes by."""
+"""`find_policy`: the cheapest policy that keeps the gradient, of any loss or of an experiment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
@@ -18,16 +19,30 @@ from jaxmp.instruments.find_policy import FoundPolicy, Point
 from jaxmp.modules.linen import explain
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.reports.page import command, write
-from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.runs.fit import steps
 from jaxmp.runs.provenance import provenance
+from jaxmp.runs.replay import states_at
 from jaxmp.runs.run import Run
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
+from jaxmp.training.gradients import scaled_mean_loss
 from jaxmp.training.state import TrainState
 
 
-def find_policy(
+def find_policy(subject: Any, *args: Any, **how: Any) -> FoundPolicy:
+    """The PolicyTree with the most FLOPs in half precision whose gradients stay within a budget of error.
+
+    Args:
+      subject: an Experiment, see `find_policy_of`; or a function that makes a loss of a PolicyTree, see
+        `jaxmp.instruments.find_policy.find_policy`.
+      args: for a function, its further positional arguments: `explain` and `points`.
+      how: the keyword arguments of either.
+    """
+    if isinstance(subject, Experiment):
+        return find_policy_of(subject, *args, **how)
+    return instrument.find_policy(subject, *args, **how)
+
+
+def find_policy_of(
     experiment: Experiment,
     *,
     half: str = "mixed_float16",
@@ -64,20 +79,20 @@ def find_policy(
         loss_scale = float(dataclasses.replace(experiment, precision=half).make_scaler().init().scale)
     # Which device does what changes no gradient by more than rounding.
     experiment = dataclasses.replace(experiment, precision="float32", parallel=Parallel("jit"))
-    training = Training(experiment)
-    train = not _draws(_loss(experiment, experiment.policy, True), training)
+    trainer = Trainer(experiment)
+    train = not _draws(_loss(experiment, experiment.policy, True), trainer)
 
     def points() -> Iterator[Point]:
         log(f"gradients as in {'training' if train else 'evaluation: the model draws random numbers in training'}")
-        feed = training.feed(many=False)
-        for state in _states(training, warmup_steps, run):
+        feed = trainer.feed(fuse=False)
+        for state in _states(trainer, warmup_steps, run):
             first = int(state.step)
             log(f"state after {first} steps, batches {first + 1} to {first + batches}")
             yield Point(state.params, [(state.model_state, feed.batch(first + i)) for i in range(batches)])
 
     return instrument.find_policy(
         lambda tree: _loss(experiment, tree, train),
-        lambda tree: explain(experiment.model, tree, *(training.example[name] for name in experiment.task.inputs)),
+        lambda tree: explain(experiment.model, tree, *trainer.inputs),
         points(),
         half=half,
         budget=budget,
@@ -96,36 +111,33 @@ def save(found: FoundPolicy, name: str, path: Path) -> None:
 def _loss(experiment: Experiment, policy: PolicyTree, train: bool) -> Callable[..., jax.Array]:
     loss_fn = make_loss(experiment.model, experiment.task, policy, train=train)
 
+    mean_loss = scaled_mean_loss(loss_fn)
+
     def loss(params: Any, model_state: Any, batch: Any) -> jax.Array:
-        total, (weight, _, _) = loss_fn(params, model_state, batch, jax.random.key(0))
-        return total / weight
+        return mean_loss(params, model_state, jnp.float32(1), batch, jax.random.key(0))[0]
 
     return loss
 
 
-def _draws(loss: Callable[..., jax.Array], training: Training) -> bool:
+def _draws(loss: Callable[..., jax.Array], trainer: Trainer) -> bool:
     """Whether the loss depends on a random key."""
-    state = jax.eval_shape(training.init)
-    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, state.model_state, training.example))
+    state = trainer.state_spec
+    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, state.model_state, trainer.batch_spec))
 
 
-def _states(training: Training, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:
+def _states(trainer: Trainer, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:
     """The fresh state, then those of the checkpoints of a run, or the one after some steps."""
-    fresh = training.init()
+    fresh = trainer.init()
     yield fresh
     if run is not None:
         yield from _checkpoints(run if isinstance(run, Run) else Run(run), fresh)
     elif warmup_steps:
-        loop = dataclasses.replace(training.experiment.loop, steps_per_dispatch=1)
-        warmup_steps = min(warmup_steps, training.steps)
-        taken = (info for info in steps(dataclasses.replace(training.experiment, loop=loop)))
-        yield next(info.state for info in taken if info.step == warmup_steps)
+        wanted = {1 + min(warmup_steps, trainer.steps - 1)}
+        yield from (past.state for past in states_at(trainer.experiment, wanted))
 
 
 def _checkpoints(run: Run, fresh: TrainState) -> Iterator[TrainState]:
-    checkpoints = Checkpoints(run.path / "checkpoints")
-    found = checkpoints.steps()
-    checkpoints.close()
+    found = run.checkpoint_steps()
     if not found:
         raise InputError(f"{run.path} has no checkpoint yet")
     for step in found:

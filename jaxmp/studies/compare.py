@@ -23,7 +23,6 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.audit import audit
-from jaxmp.instruments.gradient_error import gradient_errors
 from jaxmp.reports.figure import Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.reports.page import Page, command, provenance_rows, write
 from jaxmp.reports.run_report import (
@@ -37,9 +36,11 @@ from jaxmp.reports.run_report import (
     unit,
 )
 from jaxmp.runs.fit import fit
+from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.paired import method, paired
 
 MIB = 2**20
@@ -99,7 +100,7 @@ def compare(
       seeds: one run of each precision each.
       overrides: further arguments of `jaxmp train` for all runs.
       workdir: folder of all runs.
-      gradients: at how many states of the first run to compare gradients; see `gradient_errors`.
+      gradients: at how many states of the first run to compare gradients; see `compare_gradients`.
       gradients_against: `float64`, or `float32` with the random masks of training.
       log: takes each message to the user.
 
@@ -124,7 +125,7 @@ def compare(
     if gradients:
         log("measuring gradients")
         experiments = {cell.precision: cell.experiment for cell in cells[: len(precisions)]}
-        errors = gradient_errors(experiments, gradients, against=gradients_against)
+        errors = compare_gradients(experiments, gradients, against=gradients_against)
     return {
         "config": config.name,
         "about": config.docstring.partition("\n")[0],
@@ -158,7 +159,7 @@ def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], No
             return None
     if failed:
         log(f"failed: {failed}")
-    folder = Path(workdir) / config.name / f"{experiment.hash}-s{experiment.seed}"
+    folder = RunFolder.of(experiment, workdir, config.name).path
     run = Run(folder)
     summary = {} if failed else run.summary
     after = _peak()
@@ -190,10 +191,10 @@ def _or_none(value: float) -> float | None:
 def _of_precision(cell: Cell) -> dict[str, Any]:
     """What a precision's step is, as compiled and as traced: no matter of the seed."""
     # pmap runs the same step, which wants its arrays stacked.
-    training = Training(dataclasses.replace(cell.experiment, parallel=Parallel("jit")))
-    step: Any = training.devices.compile(training.train_step, (0, 0))
-    memory = step.lower(*training.arguments).compile().memory_analysis()
-    seen = audit(step, *training.arguments, policy=cell.experiment.policy, modules=training.explain())
+    trainer = Trainer(dataclasses.replace(cell.experiment, parallel=Parallel("jit")))
+    step, arguments = trainer.program()
+    memory = step.lower(*arguments).compile().memory_analysis()
+    seen = audit(step, *arguments, policy=cell.experiment.policy, modules=trainer.explain())
     flops = seen.dot_flops_by_dtype
     return {
         "precision": cell.precision,

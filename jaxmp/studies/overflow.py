@@ -1,8 +1,7 @@
-"""`blame_run`: what overflowed in a step of a run, by repeating that step as it was.
+"""`blame`: what overflowed in a step of a run, and what would have prevented it.
 
-A run keeps all that this takes: a skipped step leaves the state as it was, a batch is a function of seed and step, and
-the steps from a checkpoint on come out the same to the bit. The gradient is the one that training takes; where a batch
-was spread over devices, the replicas are repeated side by side on one.
+The step is repeated as it was (see runs/replay.py), with the gradient that training takes; if a batch was spread over
+devices, the replicas are repeated side by side on one.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.instruments import nonfinite
+from jaxmp.instruments.gradient_error import relative_error
 from jaxmp.instruments.nonfinite import AS_WRITTEN, Blame, Replay
 from jaxmp.modules.linen import Row, mode_argument, with_policy
 from jaxmp.modules.nnx import FromNNX
 from jaxmp.precision.formats import Format, parse_format, quantize
 from jaxmp.precision.policy import Policy
+from jaxmp.runs.replay import Past, PastStep
 from jaxmp.runs.run import Run
-from jaxmp.runs.trainer import Training
-from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
+from jaxmp.runs.trainer import Trainer
+from jaxmp.training.gradients import make_gradients
 from jaxmp.training.parallel import AXIS, Replicas, single
-from jaxmp.training.state import TrainState
-from jaxmp.training.step import scaled_gradients
 from jaxmp.trees import is_float
 
 SMALLEST_SCALE = -24
@@ -165,6 +165,19 @@ class StepBlame:
             yield "float32", f"beside float32 on the same batch, nothing is worse than rounding; most is the {largest}"
 
 
+def blame(subject: Any, *args: Any, **how: Any) -> StepBlame | Blame | None:
+    """What overflowed: in a step of a run, or in a call of any function.
+
+    Args:
+      subject: a `Run`, see `blame_run`; or a function, see `jaxmp.instruments.nonfinite.blame`.
+      args: for a run, the number of the step; for a function, its arguments.
+      how: the keyword arguments of either.
+    """
+    if isinstance(subject, Run):
+        return blame_run(subject, *args, **how)
+    return nonfinite.blame(subject, *args, **how)
+
+
 def blame_run(
     run: Run, step: int | None = None, *, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
 ) -> StepBlame:
@@ -179,130 +192,34 @@ def blame_run(
       InputError: the run has no such step, or, without `step`, has skipped none; its folder or experiment cannot be
         read (see `Run`).
     """
-    past = _Past(run, log)
+    past = Past(run, log)
     try:
-        step, state = past.last_skipped() if step is None else (step, past.before(step))
-        batch = _on_one_device(past.feed.batch(step - 1))
+        at = past.last_skipped() if step is None else past.step(step)
     finally:
         past.feed.close()
-    return _Step(past.training, state, batch).blame(str(run.path), step)
-
-
-class _Past:
-    """The steps of a run, taken again."""
-
-    def __init__(self, run: Run, log: Callable[[str], None]):
-        if "fuse_steps" not in run.config:
-            raise InputError(
-                f"{run.path / 'config.json'} lacks fuse_steps: it was not written by this version of jaxmp"
-            )
-        self.run, self.log = run, log
-        self.training = Training(run.experiment)
-        self.feed = self.training.feed(many=run.config["fuse_steps"])
-        devices = len(run.config.get("devices", ())) or self.training.devices.count
-        if devices != self.training.devices.count:
-            log(f"this run began on {devices} devices; on {self.training.devices.count}, sums are rounded otherwise")
-
-    def before(self, step: int) -> TrainState:
-        """The state that a step began with."""
-        checkpoints = self.run.checkpoint_steps()
-        last = max([*checkpoints, *(line["step"] for line in self.run.metrics)], default=0)
-        if not 1 <= step <= last:
-            raise InputError(f"--step {step}: expected one of the steps of {self.run.path}, 1 to {last}")
-        start = max((at for at in checkpoints if at < step), default=0)
-        state = self.run.state(start) if start else self.training.init()
-        if start < step - 1:
-            origin = f"the checkpoint of step {start}" if start else "the start"
-            self.log(f"taking steps {start + 1} to {step - 1} again, from {origin}")
-        return self.advance(state, start, step - 1)
-
-    def last_skipped(self) -> tuple[int, TrainState]:
-        """The last step that was skipped, and the state that it began with."""
-        at_hand = self._at_hand()
-        if at_hand is not None:
-            return at_hand
-        before, after = self._lines_around_a_skip()
-        state, found = self.before(before + 1), None
-        for at in range(before, after):
-            kept = jax.tree.map(jnp.copy, state)  # the step is given the state's buffers
-            state = self.advance(state, at, at + 1)
-            if skipped_steps(state.opt_state) > skipped_steps(kept.opt_state):
-                found = at + 1, kept
-        if found is None:
-            raise InputError(
-                f"{self.run.path} skipped a step from {before + 1} to {after}, which taken again are all finite: on "
-                "other devices, or with other versions, rounding differs; --step N looks at one of them"
-            )
-        return found
-
-    def _at_hand(self) -> tuple[int, TrainState] | None:
-        """The last checkpoint turned back by one step, where that was skipped and did not change the loss scale."""
-        steps = self.run.checkpoint_steps()
-        state = self.run.state() if steps else None
-        if state is None or not consecutive_skips(state.opt_state):
-            return None
-        scaling = find_state(state.opt_state)
-        if scaling is not None:
-            scaler = self.training.experiment.make_scaler()
-            after = scaler.update(scaling.scaler, jnp.bool_(False), jnp.float32(jnp.inf))
-            if after.scale != scaling.scaler.scale:
-                return None
-        step = int(state.step)
-        return step, _on_one_device(dataclasses.replace(state, step=jnp.int32(step - 1)))
-
-    def _lines_around_a_skip(self) -> tuple[int, int]:
-        """The steps of two lines of metrics, with the last skipped step after the first and not after the second.
-
-        A run that was stopped may have its last checkpoint, which counts as a line, at a step without one.
-        """
-        found, at, skipped = None, 0, 0
-        lines = self.run.metrics
-        state = self.run.state() if self.run.checkpoint_steps() else None
-        if state is not None and int(state.step) > max((line["step"] for line in lines), default=0):
-            lines.append({"step": int(state.step), "skipped_steps": int(skipped_steps(state.opt_state))})
-        for line in lines:
-            if line.get("skipped_steps", skipped) > skipped:
-                found = at, line["step"]
-            at, skipped = line["step"], line.get("skipped_steps", skipped)
-        if found is None:
-            raise InputError(f"{self.run.path}: none of its {at} steps was skipped; --step N compares one with float32")
-        return found
-
-    def advance(self, state: TrainState, first: int, last: int) -> TrainState:
-        """The state after the steps up to `last`, from the one before step `first` (counted from 0)."""
-        devices, per_epoch = self.training.devices, self.training.batches.per_epoch
-        placed, metrics = devices.put_state(state), devices.put(self.training.no_metrics)
-        while first < last:
-            count = min(last - first, per_epoch - first % per_epoch)
-            placed, metrics = self.feed.run(placed, metrics, first, count)
-            first += count
-        return _on_one_device(devices.get(placed))
-
-
-def _on_one_device(tree: Any) -> Any:
-    return jax.device_put(tree, jax.local_devices()[0])
+    return _Step(past.trainer, at).blame(str(run.path))
 
 
 class _Step:
     """One step, as it was: its state and batch."""
 
-    def __init__(self, training: Training, state: TrainState, batch: dict[str, jax.Array]):
-        self.training, self.experiment = training, training.experiment
-        self.scale = loss_scale(state.opt_state)
+    def __init__(self, trainer: Trainer, past: PastStep):
+        self.trainer, self.experiment = trainer, trainer.experiment
+        self.step, self.scale, state = past.step, past.scale, past.state
         key = jax.random.fold_in(state.key, state.step)
-        self.params, self.model_state, self.batch, self.key = state.params, state.model_state, batch, key
+        self.params, self.model_state, self.batch, self.key = state.params, state.model_state, past.batch, key
 
-    def blame(self, run: str, step: int) -> StepBlame:
+    def blame(self, run: str) -> StepBlame:
         """See `blame_run`."""
-        scale = float(self.scale)
-        result = StepBlame(run, step, self.experiment.precision, scale, None)
+        scale = self.scale
+        result = StepBlame(run, self.step, self.experiment.precision, scale, None)
         replay = self._replay(self.experiment.precision)
         found = self._blamed(replay, scale)
         if found is None:
             return dataclasses.replace(result, deviations=tuple(self._beside_float32()))
         if found.primitive == "argument":
             return dataclasses.replace(result, found=found)
-        rows = [] if isinstance(self.experiment.model, FromNNX) else list(self.training.explain())
+        rows = [] if isinstance(self.experiment.model, FromNNX) else list(self.trainer.explain())
         module = _module(found.path, [row.module for row in rows])
         scaled = found.backward or bool(found.note)
         helps = self._prevents("float32")
@@ -320,19 +237,19 @@ class _Step:
 
         Replicas are mapped by `vmap` on one device. How the state was split is left out: it changes no number.
         """
-        training = Training(dataclasses.replace(self.experiment, precision=precision))
-        devices, loop = training.devices, self.experiment.loop
+        trainer = Trainer(dataclasses.replace(self.experiment, precision=precision))
+        devices, loop = trainer.devices, self.experiment.loop
         mapped = devices.replicas().axis_name is not None
-        step = scaled_gradients(
-            training.make_loss(axis_name=AXIS if mapped and loop.batch_norm == "global" else None),
+        step = make_gradients(
+            trainer.make_loss(axis_name=AXIS if mapped and loop.batch_norm == "global" else None),
             accumulate_steps=loop.accumulate_steps,
             accumulate_overflow=loop.accumulate_overflow,
-            replicas=Replicas(AXIS, None, training.experiment.policy.reduce) if mapped else single,
+            replicas=Replicas(AXIS, None, trainer.experiment.policy.reduce) if mapped else single,
         )
 
         def gradients(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
-            grads, (loss, *_), _ = step(params, model_state, loss_scale, batch, key)
-            return {"gradients": grads, "loss": loss}
+            grads, measured, _ = step(params, model_state, loss_scale, batch, key)
+            return {"gradients": grads, "loss": measured.loss}
 
         def of_all(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:
             shares = jax.tree.map(
@@ -357,7 +274,7 @@ class _Step:
 
     def _passing_scale(self, replay: Replay) -> float | None:
         """The largest power of two below the step's scale with which it is finite, by bisection."""
-        passes, fails = SMALLEST_SCALE, math.ceil(math.log2(float(self.scale)))
+        passes, fails = SMALLEST_SCALE, math.ceil(math.log2(self.scale))
         if self._blamed(replay, 2.0**passes):
             return None
         while fails - passes > 1:
@@ -368,7 +285,7 @@ class _Step:
     def _prevents(self, precision: str) -> bool:
         """Whether the step is finite under another precision, at the same loss scale."""
         try:
-            return self._blamed(self._replay(precision), float(self.scale)) is None
+            return self._blamed(self._replay(precision), self.scale) is None
         except InputError:  # a rule that the tree has already, or that never wins
             return False
 
@@ -392,9 +309,11 @@ class _Step:
         draws = [in_float32(*self._rounded(format, draw)) for draw in range(DRAWS)]
         for (module, what), value in here.items():
             true = expected[module, what]
-            threshold = EXCESS * max(format.unit_roundoff, *(_error(draw[module, what], true) for draw in draws))
+            threshold = EXCESS * max(
+                format.unit_roundoff, *(relative_error(draw[module, what], true) for draw in draws)
+            )
             lost = 0.0 if what == "output" else float(np.sum((value == 0) & (true != 0)) / max(np.sum(true != 0), 1))
-            yield Deviation(module, what, _error(value, true), threshold, lost)
+            yield Deviation(module, what, relative_error(value, true), threshold, lost)
 
     def _rounded(self, format: Format, draw: int) -> tuple[Any, Any]:
         """The parameters and the batch, weights and inputs rounded stochastically to a format."""
@@ -417,7 +336,7 @@ class _Step:
         By the path of the module and what it is. Modules inside scans are left out, whose results Flax does not keep.
         """
         linen = not isinstance(self.experiment.model, FromNNX)
-        rows = [row.module for row in self.training.explain()] if linen else []
+        rows = [row.module for row in self.trainer.explain()] if linen else []
         place = {module: k for k, module in enumerate(rows)}
         outputs, gradients = (
             jax.jit(function, compiler_options=AS_WRITTEN)
@@ -466,12 +385,6 @@ class _Step:
             return state["intermediates"]
 
         return outputs
-
-
-def _error(value: np.ndarray, true: np.ndarray) -> float:
-    """The norm of the difference over the norm of what is true."""
-    norm = np.linalg.norm(true)
-    return float(np.linalg.norm(value - true) / norm) if norm else float(np.any(value != 0))
 
 
 def _coarsest(policies: Sequence[Policy]) -> Format:

@@ -23,7 +23,7 @@ from jaxmp.data.pipeline import Batches
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.run import Run
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 
 TIMING = {"wall_seconds", "examples_per_second"}
 
@@ -392,7 +392,7 @@ import jax
 
 from jaxmp.cli import TrainOptions, _join, _split_off_options
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.fit import steps
 
@@ -401,15 +401,15 @@ options, _ = _split_off_options(arguments, "relay")
 if options.distributed:
     _join(options)
 experiment = ConfigFile.find("noise.py").experiment(["--parallel.shard", shard])
-training, number = Training(experiment), int(first)
+training, number = Trainer(experiment), int(first)
 if number:
     source = Checkpoints(Path(f"saved{number - 1}"))
-    _, tree = source.restore({"state": training.init(), "metrics": training.no_metrics})
+    _, tree = source.restore({"state": trainer.init(), "metrics": trainer.no_metrics})
     source.close()
 else:
     *_, last = steps(experiment)
     tree = {"state": last.state, "metrics": last.metrics}
-devices = training.devices
+devices = trainer.devices
 tree = {"state": devices.put_state(tree["state"]), "metrics": devices.put(tree["metrics"])}
 kernel = tree["state"].params["Dense_0"]["kernel"]
 assert kernel.is_fully_replicated == (shard != "fsdp") and len(kernel.sharding.device_set) == 8
@@ -427,11 +427,11 @@ def test_what_fsdp_saves_on_any_processes_is_restored_to_the_bit_on_others(folde
         done(processes)
     done([start(folder, (sys.executable, "relay.py", "2", "fsdp"), devices=8)])
 
-    training = Training(ConfigFile.find(str(folder / "noise.py")).experiment())
+    trainer = Trainer(ConfigFile.find(str(folder / "noise.py")).experiment())
     found = []
     for number in range(3):
         checkpoints = Checkpoints(folder / f"saved{number}")
-        _, tree = checkpoints.restore({"state": training.init(), "metrics": training.no_metrics})
+        _, tree = checkpoints.restore({"state": trainer.init(), "metrics": trainer.no_metrics})
         checkpoints.close()
         found.append(bits(tree))
     assert tree["state"].step == 10

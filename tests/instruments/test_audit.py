@@ -22,7 +22,7 @@ from jaxmp.instruments.audit import audit
 from jaxmp.jaxprs import module_path
 from jaxmp.models.mlp import MLP as OurMLP
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -251,9 +251,9 @@ def test_the_train_step_of_every_config_is_clean(path, precision):
     image = np.zeros((32, *IMAGES[experiment.data.name]), np.uint8)
     fields = {f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(Arrays(lambda split: {}))[:-1]}
     data = Arrays(**{**fields, "load": lambda split: {"image": image, "label": np.zeros(32, int)}, "batch_size": 8})
-    training = Training(dataclasses.replace(experiment, data=data, precision=precision))
-    step = training.devices.compile(training.train_step, (0, 0))
-    report = audit(step, jax.eval_shape(training.init), training.example, policy=training.experiment.policy)
+    trainer = Trainer(dataclasses.replace(experiment, data=data, precision=precision))
+    step, _ = trainer.program()
+    report = audit(step, jax.eval_shape(trainer.init), trainer.batch_spec, policy=trainer.experiment.policy)
     report.assert_clean()
     assert list(report.dot_flops_by_dtype) == [precision.removeprefix("mixed_")]
 

@@ -12,8 +12,8 @@ import pytest
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.instruments.memory import memory
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.memory import memory
 from jaxmp.tasks.loss import make_loss
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -171,19 +171,19 @@ def of_config(name, precision):
     image = np.zeros((64, *IMAGES[experiment.data.name]), np.uint8)
     fields = {f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(Arrays(lambda split: {}))[:-1]}
     data = Arrays(**{**fields, "load": lambda split: {"image": image, "label": np.zeros(64, int)}, "batch_size": 8})
-    return Training(dataclasses.replace(experiment, data=data, precision=precision))
+    return Trainer(dataclasses.replace(experiment, data=data, precision=precision))
 
 
 def test_microbatches_keep_their_own_activations_alone():
     experiment = of_config("digits_mlp", "mixed_float16").experiment
     parts = dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, accumulate_steps=2))
-    whole, half = (Training(each).memory().nbytes("saved activations") for each in (experiment, parts))
+    whole, half = (memory(each).nbytes("saved activations") for each in (experiment, parts))
     assert half < 0.6 * whole
 
 
-def compiled_gradients(training):
+def compiled_gradients(trainer):
     """Bytes of the gradients, as the compiler hands them out."""
-    experiment, (state, batch) = training.experiment, training.arguments
+    experiment, (_, (state, batch)) = trainer.experiment, trainer.program()
     loss_fn = make_loss(experiment.model, experiment.task, experiment.policy)
     gradients = jax.jit(jax.grad(lambda *args: loss_fn(*args)[0]))
     compiled = gradients.lower(state.params, state.model_state, batch, state.key).compile()
@@ -199,13 +199,13 @@ CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bf
     [pytest.param(*case, marks=[] if case == ("digits_mlp", "mixed_float16") else pytest.mark.slow) for case in CASES],
 )
 def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name, precision):
-    training = of_config(name, precision)
-    predicted = training.memory()
-    step = training.devices.compile(training.train_step, (0, 0))
-    compiled = step.lower(*training.arguments).compile().memory_analysis()
+    trainer = of_config(name, precision)
+    predicted = memory(trainer.experiment)
+    step, arguments = trainer.program()
+    compiled = step.lower(*arguments).compile().memory_analysis()
     assert predicted.nbytes(*STATE, "batch") == pytest.approx(compiled.argument_size_in_bytes, rel=0.05)
     assert predicted.nbytes(*STATE) == pytest.approx(compiled.alias_size_in_bytes, rel=0.05)
-    assert predicted.nbytes("gradients") == pytest.approx(compiled_gradients(training), rel=0.05)
+    assert predicted.nbytes("gradients") == pytest.approx(compiled_gradients(trainer), rel=0.05)
 
 
 def test_weights_that_are_cast_in_each_turn_of_a_scan_are_weights():

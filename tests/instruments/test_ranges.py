@@ -15,8 +15,9 @@ import pytest
 
 import jaxmp
 from jaxmp import Adam, Arrays, Experiment, Loop, Run, quantize
-from jaxmp.instruments.ranges import FORMATS, Range, count, count_each, count_lost_updates, grad_and_module_counts
+from jaxmp.instruments.ranges import FORMATS, Range, count, count_each, count_lost_updates, gradients_and_module_counts
 from jaxmp.modules.linen import with_policy
+from jaxmp.training.gradients import make_gradients
 
 pytestmark = pytest.mark.xdist_group("ranges")  # one worker: the fixtures train
 
@@ -162,12 +163,14 @@ def test_module_counts_are_of_what_modules_hand_on_and_get_back_under_scan_and_r
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
     params = model.init(jax.random.key(0), x)["params"]
 
-    def loss(params):
-        out = with_policy(model.apply, "mixed_float16")({"params": params}, x)
-        return scale * jnp.sum(out.astype(jnp.float32) ** 2), out
+    def loss_fn(params, model_state, batch, key):
+        out = with_policy(model.apply, "mixed_float16")({"params": params}, batch["x"])
+        return jnp.sum(out.astype(jnp.float32) ** 2), (jnp.float32(1), {"out": out}, model_state)
 
-    grads, out, modules = jax.jit(lambda p: grad_and_module_counts(loss, p))(params)
-    plain, _ = jax.jit(jax.grad(loss, has_aux=True))(params)
+    arguments = params, {}, jnp.float32(scale), {"x": x}, None
+    grads, measured, modules = jax.jit(gradients_and_module_counts(loss_fn))(*arguments)
+    plain, *_ = jax.jit(make_gradients(loss_fn))(*arguments)
+    out = measured.metrics["out"]
     jax.tree.map(np.testing.assert_array_equal, grads, plain)
     read = {path: (Range.read(both.outputs), Range.read(both.gradients)) for path, both in modules.items()}
     assert {path: both[0].size for path, both in read.items()} == {
@@ -206,17 +209,19 @@ def test_an_observed_trace_is_no_ones_under_nn_jit():
     model, x = Outer(), jnp.ones((2, 3))
     params = model.init(jax.random.key(0), x)["params"]
 
-    def loss(params):
-        return jnp.sum(with_policy(model.apply, "mixed_float16")({"params": params}, x)), None
+    def loss_fn(params, model_state, batch, key):
+        outputs = with_policy(model.apply, "mixed_float16")({"params": params}, batch["x"])
+        return jnp.sum(outputs), (jnp.float32(1), {}, model_state)
 
-    before = jax.grad(loss, has_aux=True)(params)
+    arguments = params, {}, jnp.float32(1), {"x": x}, None
+    before, *_ = make_gradients(loss_fn)(*arguments)
     for _ in range(2):
-        *found, modules = grad_and_module_counts(loss, params)
+        found, _, modules = gradients_and_module_counts(loss_fn)(*arguments)
         assert {path: Range.read(both.outputs).size for path, both in modules.items()} == {
             "": 6, "inner": 6, "inner/Dense_0": 6
         }  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, (*found,), (*before,))
-    jax.grad(loss, has_aux=True)(params)
+    jax.tree.map(np.testing.assert_array_equal, found, before)
+    make_gradients(loss_fn)(*arguments)
 
 
 # In a run.
@@ -284,11 +289,11 @@ def test_a_run_has_what_was_seen_of_the_first_step_and_every_fifth_after(looked)
 
 
 def test_what_is_seen_of_a_step_are_the_numbers_of_that_step(looked):
-    from jaxmp.runs.trainer import Training
+    from jaxmp.runs.trainer import Trainer
 
-    training = Training(experiment())
-    state, feed = training.init(), training.feed(many=False)
-    after, _ = jax.jit(training.train_step)(state, feed.batch(0))
+    trainer = Trainer(experiment())
+    state, feed = trainer.init(), trainer.feed(fuse=False)
+    after, _ = jax.jit(trainer.train_step)(state, feed.batch(0))
     seen = Run(looked[0], experiment()).ranges[0]["ranges"]
     for path, before in (("Dense_0/kernel", state.params), ("Dense_1/bias", state.params)):
         module, name = path.split("/")
@@ -302,9 +307,9 @@ def test_what_is_seen_of_a_step_are_the_numbers_of_that_step(looked):
 
 def test_a_run_without_ranges_is_looked_at_afterwards(looked):
     run = Run(looked[1], experiment())
-    line = run.look(6)
+    line = run.count_ranges(6)
     assert line["step"] == 7 and line["ranges"]["output_gradients"]["Dense_0"]["size"] == 160
-    assert run.look()["step"] == 13
+    assert run.count_ranges()["step"] == 13
     again = Run(looked[0], experiment()).ranges[1]
     assert again["step"] == 6  # the same kind of line
     assert set(again["ranges"]) == set(line["ranges"])
@@ -312,7 +317,7 @@ def test_a_run_without_ranges_is_looked_at_afterwards(looked):
 
 @pytest.mark.slow
 def test_a_run_that_is_resumed_has_each_look_once(looked, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxmp.runs.fit._stop_signals", stop_after(3))
+    monkeypatch.setattr("jaxmp.runs.fit.stop_signals", stop_after(3))
     assert jaxmp.fit(experiment(5), workdir=tmp_path).stopped
     monkeypatch.undo()
     run = Run(jaxmp.fit(experiment(5), workdir=tmp_path).path, experiment())
@@ -335,13 +340,13 @@ def stop_after(times):
 
 @pytest.mark.slow
 def test_the_program_that_looks_is_compiled_once(looked):
-    from jaxmp.runs.trainer import Training
+    from jaxmp.runs.trainer import Trainer
 
-    training = Training(experiment(5))
-    feed, state = training.feed(many=False), training.init()
+    trainer = Trainer(experiment(5))
+    feed, state = trainer.feed(fuse=False), trainer.init()
     for step in range(3):
-        training.look(state, feed.batch(step))
-    assert training._looking._cache_size() == 1
+        trainer.step_ranges(state, feed.batch(step))
+    assert trainer.step_ranges._cache_size() == 1
 
 
 def test_tensorboard_has_the_histograms(looked):
@@ -379,7 +384,7 @@ def test_the_report_has_the_figure_of_activation_gradients(looked):
         figures = [part.partition("</svg>")[0] for part in text.split("<svg")[1:]]
         (svg,) = [figure for figure in figures if "Activation gradients" in figure]
         figure = ElementTree.fromstring(f"<svg{svg}</svg>")
-        lines = run.ranges or [run.look()]
+        lines = run.ranges or [run.count_ranges()]
         seen = [s for line in lines for s in line["ranges"]["output_gradients"].values()]
         size = sum(s["size"] for s in seen)
         bars = {float(r.get("data-x")): float(r.get("data-y")) for r in figure.iter("rect") if r.get("data-x")}

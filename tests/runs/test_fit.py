@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmp.data.arrays import Arrays
@@ -27,10 +28,12 @@ from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.models.mlp import MLP
 from jaxmp.runs import fit as loop
 from jaxmp.runs.fit import fit, steps
+from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.run import Run
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.historical import DeepSpeedScaler
 from jaxmp.scaling.scalers import DynamicScaler, Scaling, StaticScaler
+from jaxmp.scaling.transform import find_state, loss_scale, loss_scaling
 from jaxmp.studies.overflow import blame_run
 from jaxmp.tasks.classification import Classification
 from jaxmp.training.metrics import compute
@@ -253,8 +256,8 @@ def test_a_streamed_set_gives_the_same_run_as_a_resident_one():
 
 
 def test_the_data_position_wraps_over_epochs_and_pads_the_last_batch():
-    training = Training(BASE)
-    feed = training.feed(many=True)
+    trainer = Trainer(BASE)
+    feed = trainer.feed(fuse=True)
     weights = [int(feed.batch(step)["weight"].sum()) for step in range(8)]
     assert weights == [16, 16, 16, 16, 16, 16, 4, 16]
 
@@ -331,7 +334,7 @@ def test_a_failure_names_the_step_at_hand_and_its_loss_scale_as_blame_does(tmp_p
     ("scaler", "in_a_row", "after", "of_the_last"),
     [
         (DynamicScaler(init_scale=1.0), 1, 0.5, 1.0),
-        (DynamicScaler(init_scale=1.0), 5, 0.5, 1.0),
+        (DynamicScaler(init_scale=1.0), 5, 2.0**-5, 2.0**-4),
         (DynamicScaler(init_scale=2.0, hysteresis=2), 1, 2.0, 2.0),
         (DynamicScaler(init_scale=2.0, hysteresis=2), 2, 1.0, 2.0),
         (DynamicScaler(init_scale=2.0, min_scale=1.0), 50, 1.0, 1.0),
@@ -339,8 +342,13 @@ def test_a_failure_names_the_step_at_hand_and_its_loss_scale_as_blame_does(tmp_p
         (StaticScaler(8.0), 7, 8.0, 8.0),
     ],
 )
-def test_the_scale_of_the_last_skipped_step_is_found_from_the_one_after_it(scaler, in_a_row, after, of_the_last):
-    assert loop._scale_of_last(scaler, after, in_a_row) == of_the_last
+def test_the_scale_of_the_last_skipped_step_is_kept(scaler, in_a_row, after, of_the_last):
+    tx, params = loss_scaling(optax.sgd(0.1), scaler), jnp.ones(3)
+    opt_state = tx.init(params)
+    assert find_state(opt_state).skipped_scale == loss_scale(opt_state)
+    for _ in range(in_a_row):
+        _, opt_state = tx.update(jnp.full(3, jnp.inf), opt_state, params)
+    assert (loss_scale(opt_state), find_state(opt_state).skipped_scale) == (after, of_the_last)
 
 
 def test_a_run_that_goes_on_has_not_failed_any_more(finished, tmp_path):
@@ -370,18 +378,18 @@ def test_training_stops_when_patience_is_out_and_a_resumed_run_knows(tmp_path):
 
 def test_averaged_weights_are_what_is_evaluated(finished):
     state = final_state(finished.path, BASE)
-    training = Training(BASE)
-    of_average = compute(training.evaluate(state, "test"))
-    of_last = compute(training.evaluate(dataclasses.replace(state, ema=None), "test"))
+    trainer = Trainer(BASE)
+    of_average = compute(trainer.evaluation(state, trainer.source("test")))
+    of_last = compute(trainer.evaluation(dataclasses.replace(state, ema=None), trainer.source("test")))
     assert of_average == pytest.approx(finished.summary["test"]) and of_last["loss"] != of_average["loss"]
 
 
 def test_one_compile_a_run_and_all_of_the_state_is_donated():
-    training = Training(BASE)
-    feed = training.feed(many=True)
-    state, metrics = training.devices.put(training.init()), training.devices.put(training.no_metrics)
+    trainer = Trainer(BASE)
+    feed = trainer.feed(fuse=True)
+    state, metrics = trainer.devices.put(trainer.init()), trainer.devices.put(trainer.no_metrics)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    rows = training.devices.put(training.batches.epoch_rows(0))
+    rows = trainer.devices.put(trainer.batches.epoch_rows(0))
     args = (state, metrics, feed._columns, rows, np.int32(1))
     compiled = feed.program.lower(*args).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == size
@@ -416,8 +424,8 @@ def test_a_convolution_is_dispatched_singly_on_a_cpu():
         def __call__(self, x):
             return nn.Dense(2)(nn.Conv(2, (3, 3))(x).reshape(len(x), -1))
 
-    assert Training(BASE).should_fuse_steps
-    assert Training(dataclasses.replace(BASE, model=Conv())).should_fuse_steps == (jax.default_backend() != "cpu")
+    assert Trainer(BASE).fuse_steps
+    assert Trainer(dataclasses.replace(BASE, model=Conv())).fuse_steps == (jax.default_backend() != "cpu")
 
 
 def test_a_run_killed_before_its_summary_has_one_line_of_the_test(finished, tmp_path):
@@ -445,7 +453,7 @@ def test_two_processes_do_not_train_in_one_folder(finished, tmp_path):
     folder = tmp_path / "blobs" / finished.path.name
     shutil.copytree(finished.path, folder)
     (folder / "summary.json").unlink()
-    with loop._locked(folder):
+    with RunFolder(folder).locked():
         for overwrite in (False, True):
             with pytest.raises(InputError, match="another process is training in"):
                 fit(BASE, workdir=tmp_path, name="blobs", overwrite=overwrite)
@@ -480,14 +488,14 @@ def test_one_device_gives_one_result_in_both_modes(tmp_path):
 
 
 def test_nan_is_null_in_json(tmp_path):
-    loop._write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": {"c": math.inf}})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.0], "b": {"c": None}}
+    RunFolder(tmp_path).write_summary({"a": [math.nan, 1.0], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": [None, 1.0], "b": {"c": None}}
 
 
 def test_an_evaluation_compiles_once():
-    training = Training(dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, eval_batch_size=30)))
-    training.evaluate(training.devices.put(training.init()), "test")
-    assert training._evaluation._cache_size() == 1
+    trainer = Trainer(dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, eval_batch_size=30)))
+    trainer.evaluation(trainer.devices.put(trainer.init()), trainer.source("test"))
+    assert trainer.evaluation._add._cache_size() == 1
 
 
 def differing(split):
@@ -518,14 +526,15 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, change, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_left_alone(finished, tmp_path):
     folder = tmp_path / "experiment" / f"{BASE.hash}-s0"
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="no run folder"):
             fit(BASE, workdir=tmp_path, overwrite=overwrite)
-    (folder / "config.json").write_text(json.dumps({"hash": "0123456789ab"}))
+    config = json.loads((finished.path / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hash": "0123456789ab"}))
     with pytest.raises(InputError, match="belongs to another experiment"):
         fit(BASE, workdir=tmp_path)
     assert (folder / "thesis.tex").read_text() == "precious"
@@ -549,4 +558,4 @@ def test_a_loop_that_cannot_run_is_refused(field):
 
 
 def test_the_mean_of_nothing_is_nan():
-    assert math.isnan(compute(Training(BASE).no_metrics)["loss"])
+    assert math.isnan(compute(Trainer(BASE).no_metrics)["loss"])

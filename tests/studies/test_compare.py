@@ -19,12 +19,12 @@ import pytest
 from jaxmp.cli import main
 from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.instruments.gradient_error import gradient_errors
 from jaxmp.reports.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.reports.run_report import Curve, grouped_figure
 from jaxmp.runs.fit import Fitted
 from jaxmp.runs.run import Run
 from jaxmp.studies.compare import differences, grid, page
+from jaxmp.studies.gradients import compare_gradients
 
 pytestmark = pytest.mark.xdist_group("compare")  # one worker: the fixtures train
 
@@ -154,7 +154,7 @@ def test_gradient_errors_are_of_the_size_of_the_unit_roundoff(compared):
 @pytest.mark.slow
 def test_against_float32_with_the_masks_of_training_float32_has_no_error(compared):
     experiments = {cell["precision"]: Run(cell["run"]).experiment for cell in compared[0]["runs"]}
-    errors = gradient_errors(experiments, 1, against="float32")["precisions"]
+    errors = compare_gradients(experiments, 1, against="float32")["precisions"]
     assert errors["float32"]["relative_error"] == [0.0] and errors["float32"]["one_minus_cosine"] == [0.0]
     assert 2.0**-13 < errors["mixed_float16"]["relative_error"][0] < 100 * 2.0**-11
     assert not jax.config.jax_enable_x64

@@ -22,11 +22,11 @@ from jaxmp.instruments.nonfinite import Replay, blame
 from jaxmp.jaxprs import is_backward, is_scaling
 from jaxmp.modules.linen import with_policy
 from jaxmp.precision.formats import fake_quantize, quantize
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import last_step_finite
 from jaxmp.studies.overflow import blame_run
 from jaxmp.testing.jaxprs import equations
-from jaxmp.training.step import scaled_gradients
+from jaxmp.training.gradients import make_gradients
 
 ROOT = Path(__file__).parents[2]
 
@@ -392,7 +392,7 @@ def test_the_loss_times_the_loss_scale_is_named_as_jaxmps_own():
     assert blame(scaled, F32(1e30), F32(2.0**40)).note == "jaxmp's own: the loss times the loss scale"
 
     # A train step has it under that name, forward and backward.
-    gradients = scaled_gradients(lambda params, state, batch, key: (params * 2, (F32(1), {}, state)))
+    gradients = make_gradients(lambda params, state, batch, key: (params * 2, (F32(1), {}, state)))
     jaxpr = jax.make_jaxpr(gradients)(F32(1), {}, F32(8), {"weight": jnp.ones(1)}, None)
     names = [(equation.primitive.name, is_backward(names)) for equation, names in equations(jaxpr) if is_scaling(names)]
     assert names == [("mul", False), ("mul", True)]
@@ -483,9 +483,9 @@ def test_the_last_skipped_step_of_a_run_is_found_with_its_scale_and_rule(config,
     assert found["module"] == "head" and found["found"]["backward"]
 
     # What it says of the scale holds for the step as it is trained: finite with this one, and not with the double.
-    training, state = run_training(run, step)
-    gradients = jax.jit(scaled_gradients(training.loss_fn))
-    batch, key = training.feed(many=True).batch(step - 1), jax.random.fold_in(state.key, step - 1)
+    trainer, state = run_training(run, step)
+    gradients = jax.jit(make_gradients(trainer.loss_fn))
+    batch, key = trainer.feed(fuse=True).batch(step - 1), jax.random.fold_in(state.key, step - 1)
 
     def is_finite(scale):
         grads, _, _ = gradients(state.params, state.model_state, scale, batch, key)
@@ -497,11 +497,11 @@ def test_the_last_skipped_step_of_a_run_is_found_with_its_scale_and_rule(config,
 
 def run_training(run, step):
     """The training of a run, and the state that a step begins with."""
-    training = Training(run.experiment)
-    state = training.init()
+    trainer = Trainer(run.experiment)
+    state = trainer.init()
     for info in jaxmp.steps(dataclasses.replace(run.experiment, loop=Loop(steps=step - 1, steps_per_dispatch=1))):
         state = info.state
-    return training, state
+    return trainer, state
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.models.mlp import MLP
 from jaxmp.modules.linen import mode_argument
 from jaxmp.runs.fit import fit, steps
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.classification import Classification, check_labels
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.training.metrics import Mean, compute, merge, zeros_like
@@ -118,7 +118,7 @@ def test_a_smoothing_out_of_range_is_refused(smoothing):
 def labelled(label, **fields):
     """Training of a model of three classes on rows with these labels."""
     columns = {"image": np.zeros((len(label), 2, 2, 1), np.uint8), "label": label}
-    return Training(Experiment(model=MLP(classes=3), data=Arrays(lambda split: columns, batch_size=2, **fields)))
+    return Trainer(Experiment(model=MLP(classes=3), data=Arrays(lambda split: columns, batch_size=2, **fields)))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def labelled(label, **fields):
 )
 def test_labels_that_are_no_numbers_are_refused_as_what_they_are(label, holds):
     with pytest.raises(InputError, match=f"^task.target names 'label', which holds {holds}; expected whole numbers$"):
-        _ = labelled(label).example
+        _ = labelled(label).batch_spec
 
 
 class Unreadable:

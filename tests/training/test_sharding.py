@@ -38,7 +38,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.instruments.program import Program
 from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.runs.trainer import Training
+from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
 from jaxmp.training.metrics import Mean, compute
 from jaxmp.training.optimizers import SGD, AdamW
@@ -166,14 +166,14 @@ class Session:
 
     def __init__(self, experiment, count, parallel, loop):
         self.experiment = dataclasses.replace(experiment, parallel=parallel, loop=Loop(steps=50, ema_decay=0.9, **loop))
-        training = self.training = Training(self.experiment)
+        trainer = self.trainer = Trainer(self.experiment)
         size, microbatches = experiment.data.batch_size, self.experiment.loop.accumulate_steps
         self.devices = parallel.make(size, microbatches, devices=jax.devices()[:count])
-        training.__dict__["devices"] = self.devices
-        self.feed, self.fresh = training.feed(many=False), training.init()
+        trainer.__dict__["devices"] = self.devices
+        self.feed, self.fresh = trainer.feed(fuse=False), trainer.init()
         self.restart()
-        args = self.state_on_devices, self.devices.put(training.no_metrics), self.feed._columns
-        rows = self.devices.put(training.batches.epoch_rows(0))
+        args = self.state_on_devices, self.devices.put(trainer.no_metrics), self.feed._columns
+        rows = self.devices.put(trainer.batches.epoch_rows(0))
         self.feed.program = self.feed.program.lower(*args, rows).compile()
 
     def restart(self, state=None, step=0):
@@ -183,7 +183,7 @@ class Session:
 
     def train(self, steps):
         for i in range(len(self.losses), steps):
-            nothing = self.devices.put(self.training.no_metrics)
+            nothing = self.devices.put(self.trainer.no_metrics)
             self.state_on_devices, metrics = self.feed.run(self.state_on_devices, nothing, i, 1)
             self.losses.append(compute(self.devices.get(metrics))["loss"])
         return np.array(self.losses)
@@ -266,7 +266,7 @@ def memory_shrinks_with_the_number_of_devices():
         memory = sharded.feed.program.memory_analysis()
         params, optimizer = size(sharded.state.params), size((sharded.state.opt_state, sharded.state.ema))
         ideal = (params + optimizer) / 8 if sharded.devices.shard == "fsdp" else params + optimizer / 8
-        data = size(sharded.feed._columns) + sharded.training.batches.epoch_rows(0).nbytes
+        data = size(sharded.feed._columns) + sharded.trainer.batches.epoch_rows(0).nbytes
         assert memory.argument_size_in_bytes - data <= 1.1 * ideal
         shares = [x.addressable_shards[0].data.nbytes for x in numbers(sharded.state)]
         assert memory.alias_size_in_bytes == sum(shares)  # all of it is donated
@@ -279,7 +279,7 @@ def shards_of(tree):
 def an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
     for each in all_ways():
         columns = each.feed._columns
-        rows, _ = each.training.batches.rows(0)
+        rows, _ = each.trainer.batches.rows(0)
         image = np.array(each.devices.get(columns)["image"])
         image[rows[-1]] = TRIP  # one row of the first batch, and so on one device; the loss stays finite
         each.feed._columns = columns | {"image": each.devices.put(image)}
@@ -313,7 +313,7 @@ def batch_norm_per_replica_averages_the_statistics_of_the_replicas():
     rows = images("train")["image"].reshape(ROWS, -1).astype(np.float64)
     for choice, mode in (("global", "jit"), ("replica", "jit"), ("replica", "pmap")):
         normed = session(NORMED, mode=mode, batch_norm=choice)
-        order, _ = normed.training.batches.rows(0)
+        order, _ = normed.trainer.batches.rows(0)
         expected = rows.var(0) if choice == "global" else rows[order].reshape(8, 5, -1).var(1).mean(0)
         normed.train(1)
         found = normed.state.model_state["batch_stats"]["BatchNorm_0"]["var"]
@@ -397,7 +397,7 @@ def test_what_no_mode_can_do_is_refused(fields, message):
 def test_fsdp_has_no_reduce_dtype_of_its_own():
     experiment = dataclasses.replace(LAYERS, precision="float32,reduce=bf16", parallel=Parallel(shard="fsdp"))
     with pytest.raises(InputError, match=r"precision reduce=bfloat16: with parallel.shard=fsdp"):
-        _ = Training(experiment).train_step
+        _ = Trainer(experiment).train_step
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from jaxmp.scaling.scalers import DynamicScaler, StaticScaler
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.loss import init_model, make_loss
+from jaxmp.training.evaluation import make_eval_step
 from jaxmp.training.metrics import Mean, compute
 from jaxmp.training.state import TrainState
-from jaxmp.training.step import make_eval_step, make_train_step
+from jaxmp.training.step import make_train_step
 
 
 class Net(nn.Module):

@@ -1,0 +1,218 @@
+"""`RunFolder`: the files of one run, their names, and how they are written and read.
+
+    config.json      the resolved experiment, how it can be made again, versions, git revision, devices
+    metrics.jsonl    one JSON object a line: what was measured, see writers.py
+    checkpoints/     states, see checkpoint.py
+    summary.json     what came out, once the run has ended
+    failed.json      at which step a run failed, and why; deleted when the run goes on
+    report.html      where `jaxmp report` writes
+    lock             locked by the process that trains here
+
+TensorBoard's events and the folder `wandb` stand beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmp.errors import InputError, nearest
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.runs.checkpoint import Checkpoints
+from jaxmp.runs.writers import read_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. Nothing is created before `create`; a method that only reads changes nothing."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment, workdir: str | os.PathLike[str], name: str) -> RunFolder:
+        """The folder that a run of `experiment` has in `workdir`: `workdir/name/<hash>-s<seed>`."""
+        return cls(Path(workdir) / name / f"{experiment.hash}-s{experiment.seed}")
+
+    @classmethod
+    def find(cls, path: Path) -> RunFolder:
+        """The run folder that `path` is, or the only one that it holds, up to two folders down.
+
+        Raises: InputError if there is none, or several.
+        """
+        if cls(path)._config.is_file():
+            return cls(path)
+        if path.is_file():
+            raise InputError(f"run {str(path)!r}: this is a file; expected a run folder, as `jaxmp train` writes")
+        if not path.is_dir():
+            around = path.absolute().parent
+            # What stands in the root folder is the system's.
+            others = [other.name for other in around.glob("*/")] if around != Path(path.anchor or "/") else []
+            raise InputError(f"run {str(path)!r}: no such folder{nearest(path.name, others)}")
+        found = sorted(config.parent for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.json"))
+        if len(found) != 1:
+            there = "\n".join(f"  {run}" for run in found)
+            raise InputError(
+                f"{path} holds {len(found)} runs; name one of them:\n{there}"
+                if found
+                else f"{path} is no run folder and holds none: expected a config.json in it, as `jaxmp train` writes"
+            )
+        return cls(found[0])
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def _summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def _failure(self) -> Path:
+        return self.path / "failed.json"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of all lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The file that `jaxmp report` writes."""
+        return self.path / "report.html"
+
+    def checkpoints(self, **how: Any) -> Checkpoints:
+        """The run's checkpoints; for `how` (keep, best_of, mode) see `Checkpoints`."""
+        return Checkpoints(self.path / "checkpoints", **how)
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(int(path.name) for path in self.path.glob("checkpoints/*") if path.name.isdecimal())
+
+    # Making, locking, deleting.
+
+    def is_unused(self) -> bool:
+        """Whether no run has begun here: the folder is missing, or holds nothing but a lock and half-written files."""
+        unused = not self.path.exists()
+        return unused or all(path.suffix == ".partial" or path == self._lock for path in self.path.iterdir())
+
+    def create(self) -> None:
+        """Makes the folder. Raises InputError if the file system takes none there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # some file systems say it so: /proc
+            raise InputError(f"{self.path}: no folder can be made there; choose another --workdir") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Context manager: no other process trains in this folder. The lock goes with the process, however that ends.
+
+        Raises: InputError if another process has the lock.
+        """
+        with self._lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is training in {self.path}; wait for it, or choose another --workdir"
+                ) from None
+            yield
+
+    def delete(self) -> None:
+        """Deletes the run, its name first: a kill on the way leaves nothing that looks like a run and is none."""
+        doomed = self.path.with_name(f"{self.path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    # Writing and reading JSON. A file is either whole or not there.
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Writes config.json."""
+        _write_json(self._config, config)
+
+    def read_config(self) -> dict[str, Any]:
+        """What config.json says. Raises InputError if it is broken, or of another version of jaxmp."""
+        try:
+            config = json.loads(self._config.read_text())
+            missing = {"name", "hash", "seed", "experiment", "versions"} - set(config)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self._config} is no JSON object ({error}); is this a run of jaxmp?") from error
+        if missing or not isinstance(config, dict):
+            raise InputError(
+                f"{self._config} lacks {', '.join(sorted(missing))}: it was not written by this version of jaxmp"
+            )
+        return config
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, with which the run has ended."""
+        _write_json(self._summary, summary)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has a summary."""
+        return self._summary.exists()
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What summary.json says; None while the run has not ended. Raises InputError if it is broken."""
+        if not self._summary.exists():
+            return None
+        try:
+            summary = json.loads(self._summary.read_text())
+            missing = {"steps", "test", "best", "policy"} - set(summary)
+            problem = f"lacks {', '.join(sorted(missing))}" if missing else None
+        except (ValueError, TypeError) as error:
+            problem = f"is no JSON object ({error})"
+        if problem:
+            raise InputError(
+                f"{self._summary} {problem}; delete this file alone, and the same `jaxmp train` makes it again from "
+                "the last checkpoint"
+            )
+        return summary
+
+    def write_failure(self, step: int, reason: str) -> None:
+        """Writes failed.json."""
+        _write_json(self._failure, {"step": step, "reason": reason})
+
+    def clear_failure(self) -> None:
+        """Deletes failed.json, if there is one."""
+        self._failure.unlink(missing_ok=True)
+
+    def read_failure(self) -> str | None:
+        """Why the run failed; None if it did not."""
+        if not self._failure.exists():
+            return None
+        try:
+            return str(json.loads(self._failure.read_text())["reason"])
+        except (ValueError, KeyError, TypeError):
+            return f"{self._failure} is damaged; the same `jaxmp train` says it again"
+
+    def read_lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, in order. Raises InputError for a broken one, with its number."""
+        return read_lines(self.metrics)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(_null_for_nan(value), indent=2, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def _null_for_nan(value: Any) -> Any:
+    """JSON has neither NaN nor infinities."""
+    if isinstance(value, dict):
+        return {name: _null_for_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

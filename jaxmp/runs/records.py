@@ -1,0 +1,211 @@
+"""`Records`: what a run writes down, and what it has come to so far."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxmp.data.dataset import Split
+from jaxmp.distributed import processes
+from jaxmp.instruments.ranges import StepRanges
+from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.trainer import Trainer
+from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from jaxmp.scaling.historical import scaler_exhausted
+from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
+from jaxmp.training.feed import NAN_LOSS
+from jaxmp.training.metrics import Metrics, compute
+from jaxmp.training.state import TrainState
+
+
+class Line(NamedTuple):
+    """What a line of training metrics is made from: arrays that no later step is given to donate."""
+
+    step: int
+    due: bool
+    """whether it is written; if not, it is only checked that the run can go on"""
+    metrics: Metrics
+    readings: dict[str, jax.Array]
+
+
+class Verdict(NamedTuple):
+    """What a line says of the run."""
+
+    problem: str | None = None
+    """why the run cannot go on; None if it can"""
+    stop: bool = False
+    """whether any process was asked to stop"""
+
+
+class Records:
+    """The lines of a run: made from what was measured, handed to the writers; and the evaluations so far.
+
+    Of several processes all make the same lines, and the first writes them.
+
+    Args:
+      trainer: of the run.
+      folder: where the lines go.
+    """
+
+    def __init__(self, trainer: Trainer, folder: RunFolder):
+        self._trainer, self._folder, self._loop = trainer, folder, trainer.experiment.loop
+        self._writers: list[Writer] = []
+        self._read = jax.jit(_read)
+        self._ranges: list[tuple[int, StepRanges, jax.Array]] = []  # step, ranges, loss scale: not written yet
+        self._evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
+        self._seconds_before = 0.0  # of the sessions before this one
+        self._began = self._line_at = time.perf_counter()
+        self._line_step = 0
+
+    def open(self, step: int) -> None:
+        """Goes on after `step`: later lines are cut off, and the evaluations up to there are read back."""
+        processes.from_first(lambda: self._open_writers(step))
+        self._seconds_before, self._evaluated = processes.from_first(self._so_far)
+        self._line_step = step
+
+    def close(self) -> None:
+        """Closes the writers, each of them."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    def _open_writers(self, step: int) -> None:
+        trainer, path = self._trainer, self._folder.path
+        self._writers = [
+            JsonLines(self._folder.metrics, resume_step=step),
+            TensorBoard(path, resume_step=step),
+            Console(trainer.steps, trainer.batches.per_epoch),
+        ]
+        if self._loop.wandb:
+            self._writers.append(WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json()))
+
+    def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
+        """What the lines of the sessions before say: the seconds they took, and what they measured."""
+        records = self._folder.read_lines()
+        evaluations = [record for record in records if record["split"] == "validation"]
+        evaluated = [(record["step"], _number(record[self._loop.monitor])) for record in evaluations]
+        return records[-1]["wall_seconds"] if records else 0.0, evaluated
+
+    # Training lines.
+
+    def line(self, step: int, due: bool, metrics: Metrics, state: TrainState, *, stop: bool) -> Line:
+        """Begins a line: nothing is waited for.
+
+        Args:
+          step: that it ends with.
+          due: whether it is to be written.
+          metrics: since the line before.
+          state: after the step.
+          stop: whether this process was asked to stop.
+        """
+        readings = self._read(state.opt_state)
+        return Line(step, due, metrics, readings | {"stop": self._trainer.devices.any_process(stop)})
+
+    def write(self, line: Line | None) -> Verdict:
+        """Writes a line if it is due, and says whether the run can go on. Waits for its numbers."""
+        if line is None:
+            return Verdict()
+        values = compute(line.metrics)
+        readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
+        in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
+        stop, nan_loss = readings.pop("stop"), values.pop(NAN_LOSS)
+        if line.due:
+            now = time.perf_counter()
+            examples = (line.step - self._line_step) * self._trainer.batches.batch_size
+            rate = examples / max(now - self._line_at, 1e-9)
+            self._record(line.step, "train", values | {"examples_per_second": rate}, readings)
+            self._line_at, self._line_step = now, line.step
+        problem = None
+        if in_a_row >= self._loop.max_consecutive_skips:
+            problem = f"{in_a_row} steps in a row were skipped, the last of them step {line.step}"
+        elif nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
+            problem = f"the loss is NaN, at or before step {line.step}"
+        elif exhausted:
+            scaler = type(self._trainer.experiment.make_scaler()).__name__
+            problem = f"the loss scale came to its floor, where {scaler} gives up, at or before step {line.step}"
+        return Verdict(problem, stop)
+
+    # Ranges.
+
+    def add_ranges(self, step: int, ranges: StepRanges, state: TrainState) -> None:
+        """Notes the ranges of a step, counted from the state before it; they are fetched by `write_ranges`."""
+        self._ranges.append((step, ranges, self._read(state.opt_state)["loss_scale"]))
+
+    def write_ranges(self) -> None:
+        """Writes the ranges that were noted, a record each."""
+        for step, ranges, scale in self._ranges:
+            self._hand_on(
+                {
+                    "step": step,
+                    "epoch": step / self._trainer.batches.per_epoch,
+                    "split": "ranges",
+                    "loss_scale": float(scale),
+                    "wall_seconds": self.seconds(),
+                    "ranges": ranges.read(),
+                }
+            )
+        self._ranges = []
+
+    # Evaluations.
+
+    def evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
+        """Evaluates a state on a split, writes the record, and returns the metrics."""
+        values = compute(self._trainer.evaluation(state, self._trainer.source(split)))
+        readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
+        self._record(step, split, values, {name: readings[name] for name in ("loss_scale", "skipped_steps")})
+        if split == "validation":
+            self._evaluated.append((step, values[self._loop.monitor]))
+        self._line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
+        return values
+
+    def best(self) -> tuple[int, float]:
+        """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""
+        sign = 1 if self._loop.best_is == "max" else -1
+        numbers = [pair for pair in self._evaluated if not math.isnan(pair[1])]
+        return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
+
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were no better that training stops early."""
+        if self._loop.patience is None:
+            return False
+        best_step, _ = self.best()
+        return sum(step > best_step for step, _ in self._evaluated) >= self._loop.patience
+
+    def seconds(self) -> float:
+        """Wall seconds of all sessions of the run so far."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def _record(self, step: int, split: str, values: dict[str, float], readings: dict[str, Any]) -> None:
+        self._hand_on(
+            {
+                "step": step,
+                "applied_steps": step - readings["skipped_steps"],
+                "epoch": step / self._trainer.batches.per_epoch,
+                "split": split,
+                **values,
+                **readings,
+                "wall_seconds": self.seconds(),
+            }
+        )
+
+    def _hand_on(self, record: dict[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write(record)
+
+
+def _read(opt_state: Any) -> dict[str, jax.Array]:
+    # As results of a program of its own they are copies: the state's buffers are donated to the next dispatch.
+    return {
+        "loss_scale": loss_scale(opt_state),
+        "skipped_steps": skipped_steps(opt_state),
+        "consecutive_skips": consecutive_skips(opt_state),
+        "exhausted": scaler_exhausted(opt_state),
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,64 @@
+"""Evaluation: the metrics of a model over a whole split, exact over its smaller last batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp.data.dataset import Dataset
+from jaxmp.data.pipeline import evaluation_batches, prepare
+from jaxmp.data.source import Source
+from jaxmp.training.batch import Batch, LossFn
+from jaxmp.training.metrics import Mean, Metrics, merge
+from jaxmp.training.parallel import Devices
+from jaxmp.training.state import TrainState
+
+EvalStep = Callable[[Any, Any, Batch], Metrics]
+
+
+def make_eval_step(loss_fn: LossFn) -> EvalStep:
+    """The pure `(params, model_state, batch) -> metrics`, `loss` included, from `make_loss(..., train=False)`."""
+
+    def eval_step(params: Any, model_state: Any, batch: Batch) -> Metrics:
+        total, (weight, metrics, _) = loss_fn(params, model_state, batch, None)
+        return {"loss": Mean(total.astype(jnp.float32), weight.astype(jnp.float32)), **metrics}
+
+    return eval_step
+
+
+class Evaluation:
+    """Evaluates states on the rows of a split.
+
+    Args:
+      loss_fn: from `make_loss(..., train=False)`.
+      data: how its rows are prepared, and the number of rows in a batch.
+      devices: where the states lie.
+      no_metrics: the metrics of the loss function, `loss` included, that have counted nothing.
+    """
+
+    def __init__(self, loss_fn: LossFn, data: Dataset, devices: Devices, no_metrics: Metrics):
+        self._devices, self._no_metrics = devices, no_metrics
+        self._batch_size = -(-data.eval_batch_size // devices.count) * devices.count
+        step, prepared = make_eval_step(loss_fn), prepare(data, train=False)
+
+        @jax.jit
+        def add(params: Any, model_state: Any, metrics: Metrics, batch: Any) -> Metrics:
+            return merge(metrics, step(params, model_state, prepared(batch, None)))
+
+        self._add = add
+
+    def __call__(self, state: TrainState, source: Source) -> Metrics:
+        """The metrics over all rows of `source`; of the averaged weights if the state has them.
+
+        Args:
+          state: on these devices, as `Devices.get` returns it.
+          source: the rows, taken in order.
+        """
+        params = state.params if state.ema is None else state.ema
+        metrics, own = self._devices.whole(self._no_metrics), self._devices.local_rows(self._batch_size)
+        for batch in evaluation_batches(source, self._batch_size, own):
+            metrics = self._add(params, state.model_state, metrics, self._devices.shard_local_rows(batch))
+        return metrics
