@@ -36,7 +36,8 @@ from jaxmp import (
 )
 from jaxmp.experiment import config_file
 from jaxmp.experiment.canonical import canonical
-from jaxmp.experiment.config_file import ConfigFile, override
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.overrides import override, refuse_without_effect
 from jaxmp.models.mlp import MLP
 
 
@@ -527,7 +528,7 @@ def test_an_override_that_is_refused_is_an_input_error(arguments, message):
 )
 def test_an_override_without_effect_is_refused_but_not_in_a_run_that_recorded_it(tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
-        override(experiment(), arguments.split())
+        refuse_without_effect(override(experiment(), arguments.split()), arguments.split())
     assert ConfigFile.find(str(write(tmp_path, SMALL))).experiment(arguments.split())
 
 
@@ -543,7 +544,9 @@ def test_an_override_without_effect_is_refused_but_not_in_a_run_that_recorded_it
 )
 def test_an_override_with_effect_is_taken_whatever_the_file_says_beside_it(arguments):
     base = experiment(loop=Loop(epochs=7, steps=20) if "None" in arguments else Loop(epochs=7))
-    assert override(base, arguments.split()).hash != base.hash
+    changed = override(base, arguments.split())
+    refuse_without_effect(changed, arguments.split())
+    assert changed.hash != base.hash
 
 
 # Config files.
