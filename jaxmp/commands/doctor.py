@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +77,9 @@ def native_dtypes(device: Any) -> dict[str, bool]:
 
 
 def _versions() -> Iterator[str]:
+    import importlib.metadata
+    import platform
+
     yield f"jaxmp {jaxmp.__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
-import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +136,8 @@ class ConfigFile:
 
     def _where_and_what(self, error: BaseException) -> str:
         """The line of the file in which `error` was raised, and the error; lines of other files are left out."""
+        import traceback
+
         what = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         if isinstance(error, SyntaxError) and error.filename == self.file:
