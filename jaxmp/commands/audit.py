@@ -31,7 +31,7 @@ class Options:
 def audit(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Shows the dtypes in which a config's train step computes, and the problems in them.
 
-    The step is traced and compiled, but not run.
+    The step is traced, and compiled for --target, but not run.
     """
     require_path(json=options.json)
     import jax

@@ -17,8 +17,7 @@ class Options:
     run: str
     """Run folder, or a folder that contains one run."""
     step: int | None = None
-    """Step to repeat, counted from 1; by default the last skipped one. A step that was not skipped is compared with
-    float32."""
+    """Step to repeat, from 1; by default the last skipped one. A step that was not skipped is compared with float32."""
     json: str | None = None
     """File to which the answer is also written, as JSON."""
 

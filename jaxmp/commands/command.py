@@ -7,6 +7,7 @@ the top: `jaxmp --help` imports all of them.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,21 @@ class Command:
     """`jaxmp NAME [OPTIONS]`: called with the arguments after NAME, it returns the exit code."""
 
     name: str
-    """the words that call it, such as "eval" or "data list\""""
+    """the words that call it: eval, or data list"""
     options: type
     """frozen dataclass of the options, each with its help line as docstring; fields without a default are positional"""
     run: Callable[..., int]
     """called with the options, returns the exit code; its docstring is the command's help"""
 
     @property
+    def description(self) -> str:
+        """The docstring of `run`, which `jaxmp NAME --help` shows."""
+        return inspect.getdoc(self.run) or ""
+
+    @property
     def summary(self) -> str:
-        """The line that `jaxmp --help` shows: the first of the docstring of `run`."""
-        return (self.run.__doc__ or "").partition("\n")[0]
+        """The first line of the description, which `jaxmp --help` shows."""
+        return self.description.partition("\n")[0]
 
     def __call__(self, argv: Sequence[str]) -> int:
         """Reads the arguments `argv` and runs the command.
@@ -42,7 +48,7 @@ class Command:
         Raises:
           SystemExit: 0 after `--help`; 2 after a message about an argument.
         """
-        return self.run(_read(self.options, argv, prog=f"jaxmp {self.name}", description=self.run.__doc__ or ""))
+        return self.run(_read(self.options, argv, prog=f"jaxmp {self.name}", description=self.description))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class ConfigCommand(Command):
         )
         if _asks_for_help(argv):
             prog = f"jaxmp {self.name} CONFIG [--FIELD VALUE ...]"
-            _read(self.options, ["--help"], prog=prog, description=f"{self.summary}\n\n{about}")
+            _read(self.options, ["--help"], prog=prog, description=f"{self.description}\n\n{about}")
         raise InputError(f"{self.name}: the first argument has to be CONFIG\n{self.usage}\n\n{about}")
 
 

@@ -1,4 +1,4 @@
-"""`jaxmp train CONFIG --dry-run`: what a run would be, from one step that is traced and compiled, and never run."""
+"""`jaxmp train CONFIG --dry-run`: describes a run by one step that is traced and compiled, but not run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ MIB = 2**20
 
 
 def dry_run(experiment: Experiment) -> str:
-    """Shapes, batches, parameters, policies by module, and memory of a step, as text.
+    """Describes a run as text: shapes, batches, parameters, the policy of each module, and the memory of a step.
 
-    Raises: InputError for all that training would refuse before its first step.
+    Raises:
+      InputError: training would refuse the experiment before its first step.
     """
     training = Training(experiment)
     check(training)
@@ -46,7 +47,7 @@ def _lines(training: Training) -> Iterator[str]:
 
 
 def _memory(training: Training) -> Iterator[str]:
-    """What lies on each device during a step, in MiB: as predicted, and by the compiler's own account."""
+    """Lists the memory of each device during a step, in MiB: as predicted from shapes, then as the compiler reports it."""
     step: Any = training.devices.compile(training.train_step, (0, 0))
     compiled = step.lower(*training.arguments).compile().memory_analysis()
     resident = nbytes(training.source) <= training.experiment.data.device_limit * MIB
