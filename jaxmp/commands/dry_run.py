@@ -47,7 +47,7 @@ def _lines(training: Training) -> Iterator[str]:
 
 
 def _memory(training: Training) -> Iterator[str]:
-    """Lists the memory of each device during a step, in MiB: as predicted from shapes, then as the compiler reports it."""
+    """Lists the memory of each device during a step, in MiB: predicted from shapes, then reported by the compiler."""
     step: Any = training.devices.compile(training.train_step, (0, 0))
     compiled = step.lower(*training.arguments).compile().memory_analysis()
     resident = nbytes(training.source) <= training.experiment.data.device_limit * MIB
