@@ -1,4 +1,4 @@
-"""`python -m jaxmp.child ARGUMENTS`: the process that trains, as started by its parent (parent.py)."""
+"""`python -m jaxmp.child ARGUMENTS`: the process that trains, started by distributed/parent.py."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxmp.distributed.parent import PIPE
 from jaxmp.errors import DONE, FAILED, INTERRUPTED, STOPPED
 
 LINGER_SECONDS = 5
-"""how long a first process that failed stays: with it all others end, and they may be about to say why they failed"""
+"""Seconds that process 0 stays alive after it failed: its end ends all others before they can say why they failed."""
 
 
 def main() -> int:
-    """Runs the command line and returns its exit code; does not return where it failed."""
+    """Runs the command line and returns its exit code; if it failed, ends the process instead of returning."""
     threading.Thread(target=_stop_with_parent, args=(int(os.environ[PIPE]),), daemon=True).start()
     _keep_standard_output()
     try:
@@ -29,14 +29,14 @@ def main() -> int:
         traceback.print_exc()
         code = FAILED
     if code in (DONE, STOPPED):
-        for number in (signal.SIGTERM, signal.SIGINT):  # all is saved: one that comes now would only change the code
+        for number in (signal.SIGTERM, signal.SIGINT):  # all is saved: a signal would only change the code
             signal.signal(number, signal.SIG_IGN)
-        return code  # at its exit, JAX waits for the others
+        return code  # at exit, JAX waits for the other processes
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process without waiting for the others, which may be waiting for it."""
+    """Ends this process without waiting for the others: they may be waiting for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _is_joined() and code != INTERRUPTED:
@@ -48,7 +48,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _wait_for_verdict(error: BaseException) -> None:
-    """Lets JAX find out who is gone, and abort this process: where a collective failed, that is why."""
+    """Waits until JAX knows which process is gone and aborts this one: that is why a collective failed."""
     if not _is_joined():
         return
     from jax.errors import JaxRuntimeError
@@ -73,7 +73,7 @@ def _stop_with_parent(pipe: int) -> None:
 
 
 def _keep_standard_output() -> None:
-    """What libraries print goes to standard error, where the parent takes out what is of no interest (Gloo's)."""
+    """Sends what libraries print to standard error: there the parent drops the lines of no interest (Gloo's)."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
     os.dup2(2, 1)

@@ -26,7 +26,8 @@ import pytest
 import jaxmp
 from jaxmp import InputError, RunFailed, cli
 from jaxmp.cli import main
-from jaxmp.commands import doctor
+from jaxmp.commands import doctor, train
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs import fit as loop
 from jaxmp.runs.run import Run
 
@@ -95,7 +96,15 @@ def in_a_fresh_process(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-def test_import_and_help_need_no_jax():
+def test_help_needs_neither_jax_nor_tyro_nor_numpy():
+    out = in_a_fresh_process(
+        "import sys; from jaxmp.cli import main; main(['--help']); main(['data']); main(['--version']); "
+        "print({'jax', 'flax', 'numpy', 'tyro', 'rich'} & set(sys.modules))"
+    )
+    assert out.splitlines()[-1] == "set()"
+
+
+def test_import_and_help_of_commands_need_no_jax():
     out = in_a_fresh_process(
         "import sys, jaxmp; from jaxmp.cli import main; main(['--help']); main(['train', '--help']); main(['data']); "
         "main(['configs']); print({'jax', 'flax', 'numpy'} & set(sys.modules))"
@@ -129,15 +138,25 @@ def test_the_version_stands_in_pyproject_too():
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     out, _ = printed(capsys)
-    for command in ("train", "eval", "configs", "data list", "data prepare", "data info", "doctor"):
-        assert re.search(rf"^  {command} +\w+", out, re.MULTILINE)
+    for name, command in cli.COMMANDS.items():
+        assert command.summary.endswith(".")
+        assert f"  {name:<14}{command.summary}" in out.splitlines()
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["eval", "configs", "data list", "data prepare", "data info", "doctor"])
-def test_every_command_has_help(command, capsys):
-    assert main([*command.split(), "--help"]) == 0
-    assert f"usage: jaxmp {command}" in printed(capsys)[0]
+def test_every_file_of_a_command_is_in_the_list():
+    files = {path.stem for path in (ROOT / "jaxmp" / "commands").glob("*.py")} - {"command", "dry_run", "summary"}
+    assert {command.run.__module__.rpartition(".")[2] for command in cli.COMMANDS.values()} == files
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_a_line_for_every_option(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    out = printed(capsys)[0]
+    assert f"usage: jaxmp {name}" in out
+    assert set(cli.COMMANDS[name].description.splitlines()) <= set(out.splitlines())
+    fields = {field.name for field in dataclasses.fields(cli.COMMANDS[name].options)}
+    assert fields == set(documented(cli.COMMANDS[name].options))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +205,8 @@ def documented(cls):
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_cnn", "mnist_mlp", "mnist_cnn", "cifar10_cnn"])
 def test_every_field_of_every_shipped_config_has_a_line_of_help(name):
-    experiment = cli.ConfigFile.find(str(ROOT / "configs" / f"{name}.py")).experiment()
-    parts = [experiment, experiment.data.augment, experiment.optimizer.schedule, cli.TrainOptions()]
+    experiment = ConfigFile.find(str(ROOT / "configs" / f"{name}.py")).experiment()
+    parts = [experiment, experiment.data.augment, experiment.optimizer.schedule, train.Options()]
     parts += [part for part in vars(experiment).values() if dataclasses.is_dataclass(part)]
     for part in parts:
         fields = {field.name for field in dataclasses.fields(part)} - {"parent", "name"}
@@ -203,6 +222,11 @@ def test_configs_lists_names_with_their_first_line(folder, capsys):
     assert re.search(r"^digits_mlp +8x8 handwritten digits", out, re.MULTILINE)
 
 
+def test_doctor_knows_the_extras_of_pyproject_and_no_others():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"cuda12", "cuda13"}
+
+
 def test_data_commands(capsys):
     assert main(["data", "list"]) == 0
     assert "digits" in printed(capsys)[0]
@@ -216,12 +240,12 @@ def test_data_commands(capsys):
 
 def test_doctor_says_what_is_here_and_how_to_get_what_is_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAXMP_DATA", str(tmp_path))
-    monkeypatch.setitem(doctor.EXTRAS, "plots", ("no_such_module", "pictures of runs"))
+    monkeypatch.setitem(doctor.EXTRAS, "wandb", ("no_such_module", "metrics elsewhere"))
     assert main(["doctor"]) == 0
     out, _ = printed(capsys)
     assert f"jax {jax.__version__}" in out
     assert f"{jax.local_device_count()} x cpu" in out
-    assert "no_such_module (pictures of runs): uv sync --extra plots, or pip install 'jaxmp[plots]'" in out
+    assert "no_such_module (metrics elsewhere): uv sync --extra wandb, or pip install 'jaxmp[wandb]'" in out
     assert "jaxmp data prepare mnist" in out
 
 
@@ -451,7 +475,7 @@ def test_a_run_folder_of_another_config_is_refused_and_left_alone(finished, caps
 
 
 def test_a_folder_that_is_no_run_folder_is_never_deleted(folder, capsys):
-    experiment = cli.ConfigFile.find("my.py").experiment()
+    experiment = ConfigFile.find("my.py").experiment()
     run = folder / "runs" / "my" / f"{experiment.hash}-s0"
     run.mkdir(parents=True)
     (run / "thesis.tex").write_text("years of work")
@@ -521,7 +545,7 @@ def test_a_full_disk_is_exit_code_2_and_with_more_room_the_run_goes_on(finished,
     ],
 )
 def test_expected_ends_are_a_message_and_a_code(error, code, message, monkeypatch, capsys):
-    def fail():
+    def fail(argv):
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
@@ -530,7 +554,7 @@ def test_expected_ends_are_a_message_and_a_code(error, code, message, monkeypatc
 
 
 def test_bugs_show_their_traceback(monkeypatch):
-    def fail():
+    def fail(argv):
         raise TypeError("a bug")
 
     monkeypatch.setitem(cli.COMMANDS, "doctor", fail)

@@ -1,4 +1,4 @@
-"""The one rule of the tree: a file imports from its own folder, or from what stands above it. And what follows from it."""
+"""The one rule of the tree, and what follows from it: a file imports from its own folder, or from what stands above."""
 
 from __future__ import annotations
 

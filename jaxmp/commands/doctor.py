@@ -1,44 +1,51 @@
-"""`jaxmp doctor`: what this machine has and computes natively, and the command that gets what is missing."""
+"""`jaxmp doctor`: what this machine has, which dtypes it computes natively, and how to install what is missing."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import jaxmp
-from jaxmp.data.cache import cache_folder
-from jaxmp.data.catalog import data_folder, list_datasets
+from jaxmp.commands.command import Command
+from jaxmp.errors import DONE
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 
 EXTRAS = {
     "testing": ("hypothesis", "the laws of jaxmp.testing"),
-    "plots": ("matplotlib", "pictures of runs"),
-    "text": ("tokenizers", "text datasets"),
-    "tune": ("optuna", "search over configs"),
     "wandb": ("wandb", "metrics to Weights & Biases"),
-    "prepare": ("tensorflow", "preparing datasets by TFDS's builders, not reading them"),
+    "prepare": ("tensorflow", "to prepare datasets by their TFDS builders; prepared ones need none"),
 }
+"""The module that each optional dependency of pyproject.toml installs, and what it is for."""
 
-# What matrix units multiply without converting first, by the least compute capability; NVIDIA, CUDA C++ Programming
-# Guide, table "Tensor Core data types".
+# The least compute capability whose tensor cores multiply a dtype; NVIDIA, CUDA C++ Programming Guide, table "Tensor
+# Core data types".
 TENSOR_CORES = {"float16": 7.0, "tensorfloat32": 8.0, "bfloat16": 8.0, "float8": 8.9, "float4": 10.0}
 
-# Instructions of a CPU for products of a dtype, x86's and Arm's.
+# The flags in /proc/cpuinfo of instructions that multiply a dtype, on x86 and Arm.
 CPU_FLAGS = {"float16": {"avx512_fp16", "amx_fp16", "fphp"}, "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}}
 
 
+@dataclass(frozen=True)
+class Options:
+    """`jaxmp doctor` has no options."""
+
+
+def doctor(options: Options) -> int:
+    """Shows versions, devices, native dtypes and data folders, and how to get what is missing."""
+    print(report())
+    return DONE
+
+
 def report() -> str:
-    """All findings as text, a section each; the last says what is missing, if anything is."""
+    """Describes this machine in sections: versions, devices, dtypes, data, and what is missing."""
+    import jax
+
     sections = {
         "versions": _versions(),
         "devices": _devices(),
@@ -50,9 +57,9 @@ def report() -> str:
 
 
 def native_dtypes(device: Any) -> dict[str, bool]:
-    """Which dtypes the matrix units of `device` multiply as they are; the others are converted first.
+    """Tells for each dtype whether the matrix units of the JAX device `device` multiply it without converting it first.
 
-    Empty for a device that jaxmp knows nothing of.
+    Empty for a kind of device that jaxmp does not know.
     """
     if device.platform == "cpu":
         flags = _cpu_flags()
@@ -69,11 +76,16 @@ def native_dtypes(device: Any) -> dict[str, bool]:
 
 
 def _versions() -> Iterator[str]:
-    yield f"jaxmp {jaxmp.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    import importlib.metadata
+    import platform
+
+    yield f"jaxmp {importlib.metadata.version('jaxmp')}, Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
 
 
 def _devices() -> Iterator[str]:
+    import jax
+
     for kind, count in Counter(device.device_kind for device in jax.local_devices()).items():
         yield f"{count} x {kind}"
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -85,14 +97,17 @@ def _devices() -> Iterator[str]:
 def _dtypes(device: Any) -> Iterator[str]:
     native = native_dtypes(device)
     for name, is_native in native.items():
-        yield f"{name:<14} {'native' if is_native else 'emulated: right results, but no speed'}"
+        yield f"{name:<14} {'native' if is_native else 'emulated: correct results, but not faster'}"
     if not native:
         yield f"unknown for {device.device_kind}"
     if device.platform == "cpu":
-        yield "XLA computes many half products on CPUs in float32: judge speed and memory of half precision on a GPU"
+        yield "XLA computes many half products on CPUs in float32: measure speed and memory of half precision on a GPU"
 
 
 def _data() -> Iterator[str]:
+    from jaxmp.data.cache import cache_folder
+    from jaxmp.data.catalog import data_folder, list_datasets
+
     folder = data_folder()
     yield f"data folder {folder}{'' if folder.is_dir() else ' (not there)'}, from $JAXMP_DATA, else $TFDS_DATA_DIR"
     yield f"cache {cache_folder()}"
@@ -100,6 +115,10 @@ def _data() -> Iterator[str]:
 
 
 def _missing() -> list[str]:
+    import jax
+
+    from jaxmp.data.catalog import list_datasets
+
     lines = []
     if jax.local_devices()[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
         lines.append("JAX does not see the NVIDIA GPU of this machine: " + _install("cuda12") + " (or cuda13)")
@@ -128,3 +147,6 @@ def _cpu_flags() -> set[str]:
 
 def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+COMMAND = Command("doctor", Options, doctor)

@@ -1,4 +1,4 @@
-"""`jaxmp train CONFIG --dry-run`: what a run would be, from one step that is traced and compiled, and never run."""
+"""`jaxmp train CONFIG --dry-run`: describes a run by one step that is traced and compiled, but not run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ MIB = 2**20
 
 
 def dry_run(experiment: Experiment) -> str:
-    """Shapes, batches, parameters, policies by module, and memory of a step, as text.
+    """Describes a run as text: shapes, batches, parameters, the policy of each module, and the memory of a step.
 
-    Raises: InputError for all that training would refuse before its first step.
+    Raises:
+      InputError: training would refuse the experiment before its first step.
     """
     trainer = Trainer(experiment)
     check(trainer)
@@ -47,7 +48,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
 
 
 def _memory(trainer: Trainer) -> Iterator[str]:
-    """What lies on each device during a step, in MiB: as predicted, and by the compiler's own account."""
+    """Lists the memory of each device during a step, in MiB: predicted from shapes, then reported by the compiler."""
     experiment, (step, arguments) = trainer.experiment, trainer.program()
     compiled = step.lower(*arguments).compile().memory_analysis()
     resident = nbytes(trainer.source()) <= experiment.data.device_limit * MIB

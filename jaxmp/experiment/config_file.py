@@ -1,4 +1,4 @@
-"""`ConfigFile`: a Python file with `get_config() -> Experiment`, and what the command line changes in it.
+"""`ConfigFile`: a Python file with `get_config() -> Experiment`.
 
 Finding and listing configs needs no JAX; running one does.
 """
@@ -6,11 +6,8 @@ Finding and listing configs needs no JAX; running one does.
 from __future__ import annotations
 
 import ast
-import collections.abc
-import dataclasses
 import linecache
 import sys
-import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +17,18 @@ from typing import TYPE_CHECKING, Any
 from jaxmp.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
     from jaxmp.experiment.experiment import Experiment
 
 
 def folders() -> list[Path]:
-    """Where configs are looked for by name: `./configs`, then those that come with jaxmp."""
+    """The folders in which configs are searched by name: `./configs`, then the one that comes with jaxmp."""
     package = Path(__file__).parents[1]
     shipped = package / "configs"  # in the wheel; in a checkout they stand beside the package
     return [Path("configs"), shipped if shipped.is_dir() else package.parent / "configs"]
 
 
 def available() -> dict[str, Path]:
-    """The configs that can be named, by name."""
+    """The path of each config that has a name; `./configs` comes first."""
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("[!_]*.py")):
@@ -43,10 +38,10 @@ def available() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The source of a config, from a file or from a run folder that kept it."""
+    """The source of a config, read from a file or from a run folder."""
 
     name: str
-    """the file's name without `.py`; run folders stand under it"""
+    """the file's name without `.py`; the folder of its runs has this name"""
     source: str
     """the text of the file"""
     file: str
@@ -54,10 +49,10 @@ class ConfigFile:
 
     @classmethod
     def find(cls, config: str) -> ConfigFile:
-        """The config that a command line names: the path of a Python file, or a bare name.
+        """Reads the config that a command line names: the path of a Python file, or a bare name.
 
         Raises:
-          InputError: there is none, or it is no text.
+          InputError: the file does not exist, or is not text.
         """
         path = Path(config)
         if path.suffix != ".py" and len(path.parts) == 1:
@@ -78,17 +73,17 @@ class ConfigFile:
 
     @property
     def docstring(self) -> str:
-        """The record at the top of the file, read without running it; "" where there is none."""
+        """The docstring of the file, read without running it; "" if it has none."""
         try:
             return ast.get_docstring(ast.parse(self.source)) or ""
         except (SyntaxError, ValueError):  # ValueError: a null byte
             return "(not Python)"
 
     def experiment(self, overrides: Sequence[str] = ()) -> Experiment:
-        """Runs the file's `get_config()`, and applies command-line overrides to what it returns.
+        """Runs the file's `get_config()` and changes the experiment by recorded command-line arguments.
 
         Raises:
-          InputError: the file raises (the message has its line), or returns something else.
+          InputError: the file raises (the message shows its line), or returns anything but an Experiment.
         """
         from jaxmp.experiment.experiment import Experiment
 
@@ -106,10 +101,17 @@ class ConfigFile:
                 f"config {self.file}: get_config() returned {experiment!r:.60}, a {type(experiment).__name__}; "
                 "expected a jaxmp.Experiment"
             )
-        return _changed(experiment, overrides, prog="jaxmp", description="")
+        if not overrides:
+            return experiment
+        from jaxmp.experiment.overrides import override
+
+        return override(experiment, overrides)
 
     def origin(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """How an experiment of this file can be made again, for `fit` to record. Called after `experiment`."""
+        """What `fit` records to make the experiment again: source, file, local imports and overrides.
+
+        Call it after `experiment`, so that the modules are found where the file imported them from.
+        """
         from jaxmp.experiment.imports import local_imports
 
         imports = local_imports(self.source, self.file)
@@ -133,7 +135,9 @@ class ConfigFile:
             raise InputError(f"config {self.file} {self._where_and_what(error)}") from error
 
     def _where_and_what(self, error: BaseException) -> str:
-        """The file's own line in which `error` arose, and the error; no lines of anyone else's."""
+        """The line of the file in which `error` was raised, and the error; lines of other files are left out."""
+        import traceback
+
         what = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
         if isinstance(error, SyntaxError) and error.filename == self.file:
@@ -141,134 +145,6 @@ class ConfigFile:
         if not lines:
             return f"raised {what}"
         return f"raised in line {lines[-1]}:\n    {linecache.getline(self.file, lines[-1] or 0).strip()}\n{what}"
-
-
-def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", description: str = "") -> Any:
-    """A dataclass (an Experiment) with leaves changed by arguments such as `--optimizer.learning-rate 3e-4`.
-
-    What no argument names stays the very object that it was.
-
-    Raises:
-      InputError: a value that the dataclass refuses, or one that another field leaves without effect.
-      SystemExit: 2 after a message about an argument that cannot be read, 0 after `--help`.
-    """
-    changed = _changed(experiment, arguments, prog=prog, description=description)
-    _refuse_without_effect(changed, {argument.partition("=")[0].replace("_", "-") for argument in arguments})
-    return changed
-
-
-def _refuse_without_effect(experiment: Any, names: set[str]) -> None:
-    """Raises an InputError where one of the fields named, `--loop.epochs`, has no effect in `experiment`.
-
-    Of a field in the file that cannot be known: it may be there for another command line.
-    """
-    steps = getattr(getattr(experiment, "loop", None), "steps", None)
-    if steps is not None and "--loop.epochs" in names:
-        raise InputError(
-            f"--loop.epochs: without effect beside loop.steps = {steps}; expected one of the two, or --loop.steps None"
-        )
-    kind = getattr(getattr(experiment, "scaler", None), "kind", None)
-    takes = {"static": {"--scaler.kind", "--scaler.init-scale"}, "none": {"--scaler.kind"}}
-    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(str(kind), names)
-    if idle:
-        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {kind}; expected dynamic")
-
-
-def _changed(experiment: Any, arguments: Sequence[str], *, prog: str, description: str) -> Any:
-    if not arguments:
-        return experiment
-    import tyro
-
-    try:
-        return tyro.cli(
-            type(experiment),
-            default=experiment,
-            args=arguments,
-            prog=prog,
-            description=description,
-            registry=_registry(),
-        )
-    except _Refused as refused:
-        raise refused.error from None
-
-
-class _Refused(Exception):
-    """Carries an InputError past tyro, which makes its own message of every ValueError."""
-
-    def __init__(self, error: InputError):
-        self.error = error
-
-
-def _registry() -> ConstructorRegistry:
-    """How tyro is to treat dataclasses that have a value already, and functions."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructTypeInfo
-
-    registry = ConstructorRegistry()
-    asking = False
-
-    @registry.struct_rule
-    def replace_what_changed(info: StructTypeInfo) -> StructConstructorSpec | None:
-        # tyro would call the class with the fields it knows: a Linen module would lose its name, and an untouched
-        # subtree would be built anew.
-        nonlocal asking
-        default = info.default
-        if asking or isinstance(default, type) or not dataclasses.is_dataclass(default):
-            return None
-        asking = True
-        try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            asking = False
-
-        def replace(**fields: Any) -> Any:
-            changed = {name: value for name, value in fields.items() if value is not getattr(default, name)}
-            for name, value in changed.items():  # tyro makes a list of what is annotated as a Sequence
-                if isinstance(value, list) and isinstance(getattr(default, name), tuple):
-                    changed[name] = tuple(value)
-            try:
-                return dataclasses.replace(info.default, **changed) if changed else default
-            except InputError as error:
-                raise _Refused(error) from error
-
-        replace.__doc__ = type(default).__doc__
-        return dataclasses.replace(spec, instantiate=replace) if isinstance(spec, StructConstructorSpec) else None
-
-    @registry.primitive_rule
-    def show_functions_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if not _holds_functions(info):
-            return None
-
-        def refuse(arguments: list[str]) -> Any:
-            raise ValueError(f"{arguments[0]!r} given, but a function or class is set in the config file")
-
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="{set in the file}",
-            instance_from_str=refuse,
-            is_instance=callable,
-            str_from_instance=lambda function: [_plain_name(function)],
-        )
-
-    return registry
-
-
-def _holds_functions(info: PrimitiveTypeInfo) -> bool:
-    """Whether values of the type are functions, classes or dtypes: shown by name, and not to be typed in."""
-    kind = info.type_origin or info.type
-    if kind is collections.abc.Callable or kind is type:
-        return True
-    if not isinstance(kind, type) or dataclasses.is_dataclass(kind):
-        return False
-    return any("__call__" in vars(base) for base in kind.__mro__)
-
-
-def _plain_name(function: Any) -> str:
-    while not hasattr(function, "__name__"):
-        inner = getattr(function, "__wrapped__", getattr(function, "func", None))  # jax.jit, functools.partial
-        if inner is None:
-            return type(function).__name__
-        function = inner
-    return getattr(function, "__qualname__", None) or function.__name__
 
 
 def _nearest_file(path: Path) -> str:

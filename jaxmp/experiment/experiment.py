@@ -31,24 +31,24 @@ class Experiment:
     """
 
     model: Any
-    """The Flax Linen module that is trained."""
+    """Flax Linen module to train."""
     data: Any = TFDS()
-    """Where examples come from: TFDS or Arrays, with batch size, normalisation and augmentation."""
+    """Dataset (TFDS or Arrays), with its batch size, normalisation and augmentation."""
     task: Any = Classification()
-    """How a batch feeds the model, and how its outputs become a loss and metrics."""
+    """How a batch is fed to the model, and how its outputs become a loss and metrics."""
     optimizer: Any = Adam()
-    """How gradients change the weights: SGD, Adam, AdamW, LAMB or Lion."""
+    """Optimizer: SGD, Adam, AdamW, LAMB or Lion."""
     precision: str = "mixed_float16"
-    """A preset (float32, mixed_bfloat16, mixed_float16, ...), a policy such as p=f32,c=bf16,o=f32, or rules by module
-    before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
+    """Dtypes of weights, computation and outputs: float32, mixed_bfloat16, mixed_float16 or p=f32,c=bf16,o=f32.
+    Rules for single modules go before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
     scaler: Any = Scaling()
-    """How the loss is scaled, so that small gradients survive in float16: Scaling, or any scaler."""
+    """Loss scaling, which keeps small gradients from becoming 0 in float16."""
     parallel: Parallel = Parallel()
-    """How a step is spread over devices; no part of the run's hash."""
+    """How a step is distributed over devices; no part of the run's hash."""
     loop: Loop = Loop()
     """How long to train, and when to evaluate, save and stop."""
     seed: int = 0
-    """Seed of the initial weights, the order of the data and all noise; no part of the run's hash."""
+    """Seed of the initial weights, the order of the data and all random draws; no part of the run's hash."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

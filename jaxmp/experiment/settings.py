@@ -19,39 +19,39 @@ class Loop:
     """How long to train, and what to do on the way."""
 
     epochs: int = 10
-    """passes over the training set"""
+    """Passes over the training set."""
     steps: int | None = None
-    """steps to train, instead of epochs"""
+    """Steps to train; replaces epochs."""
     log_every: int = 50
-    """steps between two lines of training metrics, each the mean over the steps since the last"""
+    """Steps between two lines of training metrics; each line shows the mean since the last one."""
     eval_every: int | None = None
-    """steps between two evaluations; each epoch by default"""
+    """Steps between two evaluations on the validation split; by default one evaluation an epoch."""
     save_every: int | None = None
-    """steps between two checkpoints, besides those after each evaluation"""
+    """Steps between two checkpoints; one is also saved at every evaluation."""
     keep: int = 2
-    """how many of the last checkpoints are kept, besides the best"""
+    """Number of the latest checkpoints to keep; the best one is kept as well."""
     monitor: str = "accuracy"
-    """validation metric by which a checkpoint is the best and training stops early"""
+    """Validation metric that decides which checkpoint is the best, and when training stops early."""
     mode: Literal["max", "min"] | None = None
-    """whether more of that metric is better, or less; by default less of a loss, more of anything else"""
+    """Whether the best value of that metric is the largest or the smallest; by default min for a loss, else max."""
     patience: int | None = None
-    """evaluations in a row without a better metric after which training stops early"""
+    """Stop early after this many evaluations in a row without a better value; by default never."""
     accumulate_steps: int = 1
-    """microbatches into which a batch is split, to save memory: the same update, to rounding"""
+    """Microbatches to split each batch into; their gradients are summed, which saves memory."""
     accumulate_overflow: Literal["window", "microbatch"] = "window"
-    """what an overflow in one microbatch drops: the step, or only that microbatch of that device"""
+    """What is dropped if one microbatch overflows: the whole step (window), or only that microbatch."""
     batch_norm: Literal["global", "replica"] = "global"
-    """over which examples batch normalisation takes its statistics: of all devices, or of each device for itself"""
+    """Devices over which batch normalisation takes its statistics: all together (global), or each its own (replica)."""
     ema_decay: float | None = None
-    """decay of a moving average of the weights, which is then what is evaluated"""
+    """Decay of an exponential moving average of the weights, for example 0.999; evaluation then uses the average."""
     max_consecutive_skips: int = 50
-    """steps skipped in a row after which the run has failed"""
+    """Fail after this many skipped steps in a row; a step is skipped if its gradients overflow."""
     steps_per_dispatch: int | None = None
-    """most steps in one dispatch; by default all up to the next thing to do, or one where that is faster"""
+    """Largest number of steps in one call of the device; by default chosen for speed."""
     ranges_every: int | None = None
-    """steps between two looks at exponents, under- and overflow; changes no bit, and is no part of the run's hash"""
+    """Steps between two records of the ranges of values, with under- and overflows; no part of the run's hash."""
     wandb: bool = False
-    """also report to Weights & Biases"""
+    """Send the metrics to Weights & Biases, too."""
 
     def __post_init__(self) -> None:
         """Refuses what could not run."""
@@ -80,14 +80,13 @@ class Parallel:
     """How the work is spread over the devices, and what of it is done twice to save memory."""
 
     mode: Literal["jit", "pmap"] = "jit"
-    """jit with a manual region around the gradient, or pmap"""
+    """How the step is distributed: by jax.jit over a mesh of devices, or by jax.pmap."""
     shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
-    """what is split over the devices: nothing; the optimizer's state; or the parameters too, with collectives by XLA,
-    in the dtype of the products (zero1 and fsdp need jit)"""
+    """What is split over the devices: nothing, the optimizer state (zero1), or the parameters as well (fsdp)."""
     remat: tuple[str, ...] = ()
-    """modules that the backward pass computes again, to keep less in memory: paths such as encoder/*, or @Class"""
+    """Modules to recompute in the backward pass, to save memory: paths such as encoder/*, or classes such as @Block."""
     remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
-    """what is kept inside of these modules nevertheless, as jax.checkpoint_policies calls it"""
+    """What is stored of these modules nevertheless; a policy in jax.checkpoint_policies."""
 
     def __post_init__(self) -> None:
         """Refuses what no mode can do."""

@@ -275,21 +275,21 @@ class Scaling:
     """Which loss scaler a run uses, and its numbers; those of a dynamic one are `DynamicScaler`'s."""
 
     kind: Kind = "auto"
-    """How the loss is scaled; auto: dynamic where anything computes in float16, else none."""
+    """How the loss is scaled; auto means dynamic if anything computes in float16, else none."""
     init_scale: float = DynamicScaler.init_scale
-    """Loss scale of the first step (static: of every step), a power of two."""
+    """Loss scale of the first step (of every step if static), a power of two."""
     growth_factor: float = DynamicScaler.growth_factor
-    """Factor after growth_interval finite steps in a row, a power of two."""
+    """Factor by which the scale grows after growth_interval finite steps in a row, a power of two."""
     backoff_factor: float = DynamicScaler.backoff_factor
-    """Factor after an overflow, a power of two."""
+    """Factor by which an overflow lowers the scale, a power of two."""
     growth_interval: int = DynamicScaler.growth_interval
-    """Finite steps in a row before the scale grows."""
+    """Number of finite steps in a row after which the scale grows."""
     hysteresis: int = DynamicScaler.hysteresis
-    """Overflows in a row before the scale is lowered."""
+    """Number of overflows in a row from which on the scale is lowered."""
     min_scale: float = DynamicScaler.min_scale
-    """Floor of the scale."""
+    """Smallest scale."""
     max_scale: float = DynamicScaler.max_scale
-    """Cap of the scale."""
+    """Largest scale."""
 
     def __post_init__(self) -> None:
         kinds = get_args(Kind)

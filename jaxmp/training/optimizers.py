@@ -63,16 +63,16 @@ class Optimizer:
     """What all optimizers share: the learning rate and its schedule, clipping, weight decay."""
 
     learning_rate: float = 1e-3
-    """Its peak, that is without the schedule."""
+    """Peak learning rate; the schedule multiplies it by a factor of 0 to 1."""
     _: KW_ONLY
     schedule: Any = ConstantRate()
-    """How the learning rate changes: ConstantRate, CosineDecay, LinearDecay, StepDecay, or what has their `make`."""
+    """How the learning rate changes during the run: ConstantRate, CosineDecay, LinearDecay or StepDecay."""
     clip_norm: float | None = None
-    """The largest global norm of the gradients, which are scaled down to it; None: as they are."""
+    """Largest global norm of the gradients: larger ones are scaled down to it. By default they are not clipped."""
     weight_decay: float = 0.0
-    """Share of a parameter that is added to its gradient (L2 regularisation)."""
+    """Weight decay: this multiple of a parameter is added to its gradient (L2 regularisation)."""
     decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
-    """Paths of the parameters that decay (`*`: any characters); by default not biases and the scales of norms."""
+    """Parameters that weight decay applies to: paths, with * for any characters; by default not biases and norms."""
 
     def __post_init__(self) -> None:
         require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
@@ -114,12 +114,12 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     learning_rate: float = 0.1
-    """Its peak, that is without the schedule."""
+    """Peak learning rate; the schedule multiplies it by a factor of 0 to 1."""
     _: KW_ONLY
     momentum: float = 0.9
-    """What is kept of the sum of past gradients; 0: no momentum, and no memory for it."""
+    """Decay of the running sum of gradients; 0 turns momentum off and stores none."""
     nesterov: bool = False
-    """Nesterov's momentum, which looks one step ahead."""
+    """Use Nesterov's momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,9 +137,9 @@ class Adam(Optimizer):
     b1: float = 0.9
     """Decay of the running mean of the gradients."""
     b2: float = 0.999
-    """Decay of the running mean of their squares."""
+    """Decay of the running mean of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of that mean, in float32: in float16 it would be 0, and a gradient of 0 then gives a NaN."""
+    """Added to the denominator, the root of the mean square; in float32, since float16 rounds 1e-8 to 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +156,7 @@ class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
 
     weight_decay: float = 0.01
-    """Share of a parameter that a step takes off it, times the learning rate."""
+    """Weight decay: a step takes this multiple of a parameter off it, times the learning rate."""
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.adamw(
@@ -169,9 +169,9 @@ class LAMB(Adam):
     """Adam with a step in proportion to each layer's norm, for large batches (You et al., https://arxiv.org/abs/1904.00962)."""
 
     eps: float = 1e-6
-    """Added to the root of the mean of squares, in float32."""
+    """Added to the denominator, the root of the mean square; in float32."""
     weight_decay: float = 0.01
-    """Share of a parameter that is added to its update, before the update is scaled to the layer's norm."""
+    """Weight decay: this multiple of a parameter is added to its update, before the layer's norm scales the update."""
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.lamb(
@@ -184,14 +184,14 @@ class Lion(Optimizer):
     """The sign of a running mean: one moment, steps of one size (Chen et al., https://arxiv.org/abs/2302.06675)."""
 
     learning_rate: float = 1e-4
-    """Its peak, that is without the schedule; the paper's advice is a third to a tenth of AdamW's."""
+    """Peak learning rate, which the schedule scales by 0 to 1; the paper advises 1/10 to 1/3 of AdamW's."""
     _: KW_ONLY
     b1: float = 0.9
-    """Share of the running mean in the mix with the gradient whose sign is the update."""
+    """Weight of the running mean when it is mixed with the gradient; the sign of the mix is the update."""
     b2: float = 0.99
     """Decay of the running mean of the gradients."""
     weight_decay: float = 0.1
-    """Share of a parameter that a step takes off it, times the learning rate; three to ten times AdamW's."""
+    """Weight decay: a step takes this multiple of a parameter off it, times the learning rate; 3 to 10 x AdamW's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -389,17 +389,19 @@ import sys
 from pathlib import Path
 
 import jax
+import tyro
 
-from jaxmp.cli import TrainOptions, _join, _split_off_options
+from jaxmp.commands import train
+from jaxmp.distributed import processes
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.fit import steps
 
 first, shard, *arguments = sys.argv[1:]
-options, _ = _split_off_options(arguments, "relay")
+options = tyro.cli(train.Options, args=arguments)
 if options.distributed:
-    _join(options)
+    processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
 experiment = ConfigFile.find("noise.py").experiment(["--parallel.shard", shard])
 training, number = Trainer(experiment), int(first)
 if number:

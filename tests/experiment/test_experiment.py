@@ -1,4 +1,4 @@
-"""An Experiment: what it refuses, its JSON and hash, config files and overrides."""
+"""An Experiment: what it refuses, its JSON and its hash."""
 
 import dataclasses
 import functools
@@ -7,9 +7,8 @@ import math
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,15 +27,13 @@ from jaxmp import (
     DynamicScaler,
     Experiment,
     InputError,
-    Loop,
     NoScaler,
     Parallel,
     Scaling,
     StaticScaler,
 )
-from jaxmp.experiment import config_file
 from jaxmp.experiment.canonical import canonical
-from jaxmp.experiment.config_file import ConfigFile, override
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.mlp import MLP
 
 
@@ -45,33 +42,17 @@ class Block(nn.Module):
 
     width: int = 8
     """Width."""
-    rate: float | None = None
-    """Dropout."""
-    activation: Callable[..., Any] = nn.relu
-    """Activation."""
-    dtype: Any = jnp.float32
-    """dtype."""
 
     @nn.compact
     def __call__(self, x):
-        return self.activation(nn.Dense(self.width)(x))
+        return nn.relu(nn.Dense(self.width)(x))
 
 
 class Net(nn.Module):
-    """All kinds of fields."""
+    """A model with a field that holds several values."""
 
-    blocks: tuple[nn.Module, ...] = (Block(), Block(width=9))
-    """Blocks."""
-    first: Any = Block(name="first")
-    """First block."""
     features: Sequence[int] = (4, 5)
     """Widths."""
-    kernel: tuple[int, int] = (3, 3)
-    """Kernel."""
-    bias: bool = True
-    """Bias."""
-    label: str = "a"
-    """Label."""
 
     @nn.compact
     def __call__(self, x):
@@ -84,66 +65,6 @@ def load(split, rows=4):
 
 def experiment(**fields):
     return Experiment(**({"model": Net(), "data": Arrays(load), "optimizer": Adam(schedule=CosineDecay())} | fields))
-
-
-def leaves(value, path=()):
-    """(path, value) of every leaf below a dataclass, as the command line spells it."""
-    if dataclasses.is_dataclass(value):
-        of_flax = ("parent", "name") if isinstance(value, nn.Module) else ()
-        for field in dataclasses.fields(value):
-            if field.name not in of_flax:
-                yield from leaves(getattr(value, field.name), (*path, field.name))
-    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(part) for part in value):
-        for index, part in enumerate(value):
-            yield from leaves(part, (*path, str(index)))
-    else:
-        yield path, value
-
-
-def at(value, path):
-    for name in path:
-        value = value[int(name)] if name.isdigit() else getattr(value, name)
-    return value
-
-
-# Where any other number or word will not do.
-OTHERS = {
-    "precision": "float32",
-    "scaler.kind": "dynamic",
-    "scaler.backoff_factor": 0.25,
-    "parallel.mode": "pmap",
-    "parallel.shard": None,  # another than replicated contradicts the other mode
-    "parallel.remat_policy": "dots_saveable",
-    "loop.accumulate_overflow": "microbatch",
-    "loop.batch_norm": "replica",
-    "loop.mode": "min",
-    "loop.ema_decay": 0.5,
-    "data.version": "1.0.0",
-}
-
-
-def another(path, value):
-    """Another valid value of a leaf; None where it is no scalar."""
-    if ".".join(path) in OTHERS:
-        return OTHERS[".".join(path)]
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, float):
-        return value / 2 or 0.5
-    return {str: "other", type(None): 7}.get(type(value))
-
-
-def overridable(experiment):
-    """(path, the arguments that give it another value, that value) of every scalar leaf."""
-    for path, value in leaves(experiment):
-        new = another(path, value)
-        *above, name = (part.replace("_", "-") for part in path)
-        if isinstance(value, bool):
-            yield path, ["--" + ".".join([*above, name if new else f"no-{name}"])], new
-        elif new is not None:
-            yield path, ["--" + ".".join([*above, name]), str(new)], new
 
 
 # What an Experiment is and refuses.
@@ -432,224 +353,3 @@ def test_a_lambda_that_cannot_be_told_from_its_neighbour_is_refused():
         _ = experiment(data=Arrays(first)).hash
     with pytest.raises(InputError, match="without source"):
         _ = experiment(data=Arrays(eval("lambda split: 1"))).hash
-
-
-# Overrides.
-
-
-def test_every_scalar_leaf_can_be_overridden_and_changes_the_hash():
-    base = experiment()
-    paths = set()
-    for path, arguments, value in overridable(base):
-        changed = override(base, arguments)
-        assert at(changed, path) == value, path
-        assert at(base, path) != value, path
-        assert (changed.hash == base.hash) == (path[0] in ("seed", "parallel") or path == ("loop", "ranges_every")), (
-            path
-        )
-        others = [other for other, _ in leaves(base) if other != path]
-        assert all(at(changed, other) is at(base, other) or at(changed, other) == at(base, other) for other in others)
-        paths.add(".".join(path))
-    assert {"model.blocks.1.width", "model.first.rate", "optimizer.schedule.warmup_steps", "model.bias"} <= paths
-    assert {"precision", "seed", "scaler.kind", "loop.steps", "data.batch_size", "task.label_smoothing"} <= paths
-
-
-def test_tuples_and_optional_fields_can_be_overridden():
-    changed = override(
-        experiment(model=Net(first=Block(rate=0.5))),
-        "--model.features 1 2 3 --model.kernel 5 7 --model.first.rate None".split()
-        + "--data.mean 0.1 0.2 --optimizer.decay *".split(),
-    )
-    assert changed.model.features == (1, 2, 3)
-    assert changed.model.kernel == (5, 7)
-    assert changed.model.first.rate is None
-    assert changed.data.mean == (0.1, 0.2)
-    assert changed.optimizer.decay == ("*",)
-
-
-def test_an_override_keeps_all_else_the_names_of_modules_included():
-    base = experiment()
-    changed = override(base, ["--model.first.width", "77"])
-    assert changed.model.first.name == "first"
-    assert changed.model.first.activation is nn.relu
-    assert changed.data is base.data
-    assert changed.optimizer is base.optimizer
-    assert changed.model.first.width == 77
-    assert override(base, []) is base
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--optimizer.learning-rat 1", "--optimizer.learning-rate"),
-        ("--optimizer.learning-rate fast", "could not convert string to float: 'fast'"),
-        ("--model.first.width 1.5", "invalid literal for int"),
-        ("--loop.mode best", "max"),
-        ("--model.kernel 3", "Expected 2 values"),
-        ("--model.first.activation gelu", "set in the config file"),
-    ],
-)
-def test_an_override_that_cannot_be_read_is_one_message_and_exit_code_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        override(experiment(), arguments.split())
-    assert stop.value.code == 2
-    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in printed
-    assert "Traceback" not in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--precision flaot32", "did you mean 'float32'"),
-        ("--seed -1", "seed"),
-        ("--scaler.init-scale 3", "power of two"),
-        ("--optimizer.learning-rate -1", "learning_rate = -1.0: expected 0 or a positive number"),
-        ("--data.batch-size 0", "1 or more"),
-        ("--loop.epochs 0", "at least 1"),
-    ],
-)
-def test_an_override_that_is_refused_is_an_input_error(arguments, message):
-    with pytest.raises(InputError, match=message):
-        override(experiment(), arguments.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--loop.steps 20 --loop.epochs 3", "--loop.epochs: without effect beside loop.steps = 20"),
-        (
-            "--scaler.kind static --scaler.growth-interval=5",
-            "--scaler.growth-interval: without effect .*scaler.kind = static",
-        ),
-        ("--scaler.kind none --scaler.init_scale 8", "--scaler.init-scale: without effect .*scaler.kind = none"),
-    ],
-)
-def test_an_override_without_effect_is_refused_but_not_in_a_run_that_recorded_it(tmp_path, arguments, message):
-    with pytest.raises(InputError, match=message):
-        override(experiment(), arguments.split())
-    assert ConfigFile.find(str(write(tmp_path, SMALL))).experiment(arguments.split())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--loop.steps None --loop.epochs 3",
-        "--loop.steps 3",
-        "--scaler.kind static --scaler.init-scale 8",
-        "--scaler.kind dynamic --scaler.growth-interval 5",
-        "--scaler.growth-interval 5",
-    ],
-)
-def test_an_override_with_effect_is_taken_whatever_the_file_says_beside_it(arguments):
-    base = experiment(loop=Loop(epochs=7, steps=20) if "None" in arguments else Loop(epochs=7))
-    assert override(base, arguments.split()).hash != base.hash
-
-
-# Config files.
-
-
-def write(folder, text, name="my.py"):
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
-SMALL = (
-    "from jaxmp import *\nfrom jaxmp.models.mlp import MLP\n\ndef get_config():\n    return Experiment(model=MLP())\n"
-)
-
-
-def test_a_config_is_found_by_path_and_by_name_in_the_working_folder_first(tmp_path, monkeypatch):
-    shipped, own = tmp_path / "shipped", tmp_path / "own"
-    for folder in (shipped, own / "configs"):
-        folder.mkdir(parents=True)
-        write(folder, SMALL, "same.py")
-    write(shipped, SMALL, "other.py")
-    monkeypatch.chdir(own)
-    monkeypatch.setattr(config_file, "folders", lambda: [Path("configs"), shipped])
-    assert Path(ConfigFile.find("same").file) == own / "configs" / "same.py"
-    assert Path(ConfigFile.find("other").file) == shipped / "other.py"
-    assert Path(ConfigFile.find("configs/same.py").file) == own / "configs" / "same.py"
-    assert sorted(config_file.available()) == ["other", "same"]
-    with pytest.raises(InputError, match="did you mean 'other'"):
-        ConfigFile.find("othr")
-    with pytest.raises(InputError, match=r"no such file.*did you mean 'same\.py'"):
-        ConfigFile.find("configs/sme.py")
-    with pytest.raises(InputError, match="no such file"):
-        ConfigFile.find("nowhere/same.py")
-
-
-def test_a_config_that_raises_is_one_message_with_its_own_line(tmp_path):
-    path = write(tmp_path, SMALL.replace("MLP()", "MLP(featurs=3)"))
-    with pytest.raises(InputError) as error:
-        ConfigFile.find(str(path)).experiment()
-    assert str(error.value).startswith(
-        f"config {path} raised in line 5:\n    return Experiment(model=MLP(featurs=3))\n"
-    )
-    assert "TypeError" in str(error.value) and "featurs" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def get_config(:\n", "line 1:\n    def get_config"),
-        ("import nothing_of_this_name\n", "ModuleNotFoundError"),
-        ("raise SystemExit(3)\n", "SystemExit"),
-        (SMALL.replace("model=MLP()", "model=MLP(), precision='flaot32'"), "did you mean 'float32'"),
-        (SMALL.replace("get_config", "get_confg"), r"expected a function get_config\(\).*did you mean 'get_confg'"),
-        (
-            SMALL.replace("Experiment(model=MLP())", "3"),
-            r"get_config\(\) returned 3, a int; expected a jaxmp.Experiment",
-        ),
-        (SMALL.replace("get_config()", "get_config(seed)"), "missing 1 required positional argument"),
-        ("\0", "null bytes"),
-    ],
-)
-def test_a_config_that_cannot_be_used_is_an_input_error(text, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        ConfigFile.find(str(write(tmp_path, text))).experiment()
-
-
-def test_a_file_that_is_no_text_is_an_input_error(tmp_path):
-    (tmp_path / "my.py").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="expected a Python file"):
-        ConfigFile.find(str(tmp_path / "my.py"))
-
-
-def test_docstrings_of_configs_are_read_without_running_them(tmp_path):
-    path = write(tmp_path, '"""The record.\n\nMore."""\nraise RuntimeError\n')
-    assert ConfigFile.find(str(path)).docstring.splitlines()[0] == "The record."
-    assert ConfigFile.find(str(write(tmp_path, "def"))).docstring == "(not Python)"
-
-
-def test_classes_and_annotations_of_a_config_are_its_own(tmp_path):
-    # String annotations are looked up in the module, and so are the docstrings that --help shows.
-    text = (
-        "from __future__ import annotations\nimport flax.linen as nn\n"
-        + SMALL
-        + ("\nclass Mine(nn.Module):\n    width: int = 3\n    'Width.'\n")
-    )
-    config = ConfigFile.find(str(write(tmp_path, text.replace("model=MLP()", "model=Mine()"))))
-    assert config.experiment(["--model.width", "4"]).model.width == 4
-
-
-def test_a_config_is_plain_python_whatever_jaxmp_imports_from_the_future():
-    text = "def get_config(x: int = 0):\n    raise TypeError(get_config.__annotations__)\n"
-    with pytest.raises(InputError, match=r"\{'x': <class 'int'>\}"):
-        ConfigFile("my", text, "my.py").experiment()
-
-
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_scalar_leaf_of_every_shipped_config_can_be_overridden(path):
-    config = ConfigFile.find(str(path))
-    base = config.experiment()
-    assert config.docstring
-    changes = [change for change in overridable(base) if change[0] != ("loop", "epochs")]  # no effect beside steps
-    changed = override(base, [argument for _, arguments, _ in changes for argument in arguments])
-    for leaf, _, value in changes:
-        assert at(changed, leaf) == value, leaf
-    assert len(changes) > 40

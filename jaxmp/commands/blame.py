@@ -1,0 +1,42 @@
+"""`jaxmp blame RUN`: why a step of a run was skipped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxmp.commands.command import Command, require_path
+from jaxmp.errors import DONE
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `jaxmp blame`."""
+
+    run: str
+    """Run folder, or a folder that contains one run."""
+    step: int | None = None
+    """Step to repeat, from 1; by default the last skipped one. A step that was not skipped is compared with float32."""
+    json: str | None = None
+    """File to which the answer is also written, as JSON."""
+
+
+def blame(options: Options) -> int:
+    """Names what overflowed in a skipped step of a run, and what would have prevented it.
+
+    Shows the module, the operation and the line of source, the loss scale and the policy rule without overflow.
+    """
+    require_path(run=options.run, json=options.json)
+    from jaxmp.reports.page import write
+    from jaxmp.runs.run import Run
+    from jaxmp.studies.overflow import blame_run
+
+    found = blame_run(Run(options.run), options.step)
+    print(found)
+    if options.json is not None:
+        write(Path(options.json), json.dumps(found.to_json(), indent=1) + "\n")
+    return DONE
+
+
+COMMAND = Command("blame", Options, blame)

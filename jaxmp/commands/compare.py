@@ -1,0 +1,63 @@
+"""`jaxmp compare CONFIG`: one experiment under several precisions and seeds."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jaxmp.commands.command import ConfigCommand, require_path
+from jaxmp.errors import DONE, FAILED, STOPPED, InputError
+from jaxmp.experiment.config_file import ConfigFile
+
+if TYPE_CHECKING:
+    from jaxmp.experiment.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `jaxmp compare`."""
+
+    precision: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16")
+    """Precisions to train under; each is compared with the first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds to train with, under every precision."""
+    output: str | None = None
+    """HTML file to write, with a JSON file next to it; by default WORKDIR/CONFIG/compare.html."""
+    workdir: str = "runs"
+    """Folder for the runs; runs that exist are resumed, or read if they are finished."""
+    gradients: int = 0
+    """Number of steps of the first run at which gradients are compared as well."""
+    gradients_against: Literal["float64", "float32"] = "float64"
+    """Precision of the reference gradients: float64 (without dropout) or float32 (with dropout, as in training)."""
+
+
+def compare(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
+    """Trains a config under several precisions and seeds, and compares them on an HTML page."""
+    require_path(workdir=options.workdir, output=options.output)
+    if any(argument.partition("=")[0] == "--seed" for argument in overrides):
+        raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
+    from jaxmp.studies import compare as study
+
+    comparison = study.compare(
+        config,
+        options.precision,
+        options.seeds,
+        overrides=overrides,
+        workdir=options.workdir,
+        gradients=options.gradients,
+        gradients_against=options.gradients_against,
+    )
+    if comparison is None:
+        return STOPPED
+    output = Path(options.output or Path(options.workdir) / config.name / "compare.html")
+    study.save(comparison, output)
+    print(f"{'report':<16} {output}")
+    failures = study.failures(comparison)
+    for failure in failures:
+        print(f"jaxmp: failed: {failure}", file=sys.stderr)
+    return FAILED if failures else DONE
+
+
+COMMAND = ConfigCommand("compare", Options, compare)

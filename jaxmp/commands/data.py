@@ -1,0 +1,86 @@
+"""`jaxmp data list`, `jaxmp data prepare NAME`, `jaxmp data info NAME`: the datasets of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxmp.commands.command import Command
+from jaxmp.errors import DONE
+
+if TYPE_CHECKING:
+    from jaxmp.data.catalog import Prepared
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """`jaxmp data list` has no options."""
+
+
+def list_datasets(options: ListOptions) -> int:
+    """Lists the datasets that are prepared on this machine, or by jaxmp when first used."""
+    from jaxmp.data import catalog
+
+    for dataset in catalog.list_datasets():
+        print(f"{dataset.name:<20} {dataset.version:<8} {_rows(dataset)}")
+    print(f"\nlooked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
+    return DONE
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The options of `jaxmp data prepare`."""
+
+    name: str
+    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
+
+
+def prepare(options: PrepareOptions) -> int:
+    """Prepares a dataset, unless it is prepared already.
+
+    jaxmp's own datasets need no network; any other is prepared by its TFDS builder.
+    """
+    from jaxmp.data.catalog import prepare_dataset
+
+    dataset = prepare_dataset(options.name)
+    print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
+    return DONE
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """The options of `jaxmp data info`."""
+
+    name: str
+    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
+
+
+def info(options: InfoOptions) -> int:
+    """Shows rows, features, licence and source of a prepared dataset."""
+    from jaxmp.data.catalog import describe
+
+    description = describe(options.name)
+    dataset = description.dataset
+    lines = {
+        "dataset": f"{dataset.name} {dataset.version}",
+        "folder": f"{dataset.folder} ({dataset.nbytes / 2**20:.1f} MiB)",
+        "rows": _rows(dataset),
+        "features": ", ".join(f"{key} {feature}" for key, feature in description.features.items()),
+        "about": description.text,
+        "homepage": description.homepage,
+        "licence": description.licence,
+        "citation": description.citation,
+    }
+    for key, value in lines.items():
+        if value:
+            print(f"{key:<9} {value}")
+    return DONE
+
+
+def _rows(dataset: Prepared) -> str:
+    return ", ".join(f"{split} {rows}" for split, rows in dataset.splits.items()) or "prepared when first used"
+
+
+LIST = Command("data list", ListOptions, list_datasets)
+PREPARE = Command("data prepare", PrepareOptions, prepare)
+INFO = Command("data info", InfoOptions, info)

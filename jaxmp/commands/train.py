@@ -1,0 +1,93 @@
+"""`jaxmp train CONFIG`: trains an experiment, alone or as one of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxmp.commands.command import ConfigCommand, require_path
+from jaxmp.commands.summary import print_summary
+from jaxmp.errors import DONE, STOPPED, InputError
+from jaxmp.experiment.config_file import ConfigFile
+
+if TYPE_CHECKING:
+    from jaxmp.experiment.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `jaxmp train`."""
+
+    workdir: str = "runs"
+    """Folder for the runs; this one goes to WORKDIR/CONFIG/HASH-sSEED."""
+    dry_run: bool = False
+    """Show shapes, parameters, precision, memory and batches per epoch, from one step that is compiled but not run."""
+    overwrite: bool = False
+    """Delete this run if it exists and start again, instead of resuming it."""
+    distributed: bool = False
+    """Train together with other processes that run the same command; Slurm, Open MPI and Kubernetes are detected."""
+    coordinator: str | None = None
+    """Address of process 0, HOST:PORT; needed with --distributed if the cluster is not detected."""
+    process_count: int | None = None
+    """Number of processes; needed with --distributed if the cluster is not detected."""
+    process_index: int | None = None
+    """Number of this process, from 0; needed with --distributed if the cluster is not detected."""
+    start_timeout: int = 300
+    """Seconds to wait until all processes have started."""
+
+
+def train(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
+    """Trains a config; the same command resumes a run that was stopped."""
+    require_path(workdir=options.workdir)
+    from jaxmp.distributed import processes
+
+    if options.dry_run:
+        from jaxmp.commands.dry_run import dry_run
+
+        lines = dry_run(experiment)
+        if processes.is_first():
+            print(lines)
+        return DONE
+    from jaxmp.runs.fit import fit
+
+    fitted = fit(
+        experiment,
+        workdir=options.workdir,
+        name=config.name,
+        origin=config.origin(overrides),
+        overwrite=options.overwrite,
+    )
+    if fitted.stopped:
+        return STOPPED
+    if not processes.is_first():
+        return DONE
+    if not fitted.trained:
+        print(f"{fitted.path} is finished: nothing was trained, this is its summary; --overwrite starts again")
+    print_summary(fitted.summary)
+    print(f"{'run':<16} {fitted.path}")
+    return DONE
+
+
+def join(options: Options, argv: Sequence[str]) -> int | None:
+    """With --distributed: hands `argv` to a child process, or joins the other processes if this is one.
+
+    Called before the config file is run: it may ask JAX for its devices, and no process can join after that.
+    """
+    if not options.distributed:
+        for name in ("coordinator", "process_count", "process_index"):
+            if getattr(options, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option} {getattr(options, name)}: only with --distributed, which is not given")
+        return None
+    from jaxmp.distributed import parent
+
+    if parent.is_needed():
+        return parent.run(["train", *argv])
+    from jaxmp.distributed import processes
+
+    processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
+    return None
+
+
+COMMAND = ConfigCommand("train", Options, train, before_config=join)

@@ -1,0 +1,143 @@
+"""`override`: an experiment with fields changed by command-line arguments, read by tyro."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxmp.errors import InputError
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+
+def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", description: str = "") -> Any:
+    """Changes fields of an experiment by arguments such as `--optimizer.learning-rate 3e-4`.
+
+    Args:
+      experiment: an Experiment, or any other dataclass.
+      arguments: names of fields with their values; or `--help`, which prints all fields and exits.
+      prog: the words before the arguments, for help and messages.
+      description: text at the top of the help.
+
+    Returns:
+      The changed experiment. Every part that no argument names is the same object as before.
+
+    Raises:
+      InputError: a dataclass refuses a value.
+      SystemExit: 2 after a message about an argument that cannot be read, 0 after `--help`.
+    """
+    if not arguments:
+        return experiment
+    import tyro
+
+    try:
+        return tyro.cli(
+            type(experiment),
+            default=experiment,
+            args=arguments,
+            prog=prog,
+            description=description,
+            registry=_registry(),
+        )
+    except _Refused as refused:
+        raise refused.error from None
+
+
+def refuse_without_effect(experiment: Any, arguments: Iterable[str]) -> None:
+    """Raises InputError if one of the arguments that changed `experiment` has no effect beside its other fields.
+
+    A field that the config file sets is not checked: the file may serve another command line.
+    """
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    steps = getattr(getattr(experiment, "loop", None), "steps", None)
+    if steps is not None and "--loop.epochs" in names:
+        raise InputError(
+            f"--loop.epochs: without effect beside loop.steps = {steps}; expected one of the two, or --loop.steps None"
+        )
+    kind = getattr(getattr(experiment, "scaler", None), "kind", None)
+    takes = {"static": {"--scaler.kind", "--scaler.init-scale"}, "none": {"--scaler.kind"}}
+    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(str(kind), names)
+    if idle:
+        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {kind}; expected dynamic")
+
+
+class _Refused(Exception):
+    """Carries an InputError past tyro, which makes its own message of every ValueError."""
+
+    def __init__(self, error: InputError):
+        self.error = error
+
+
+def _registry() -> ConstructorRegistry:
+    """The rules by which tyro changes a dataclass that has values, and shows functions."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+    asking = False
+
+    @registry.struct_rule
+    def replace_what_changed(info: StructTypeInfo) -> StructConstructorSpec | None:
+        # tyro would call the class with the fields it knows: a Linen module would lose its name, and an untouched
+        # subtree would be built anew.
+        nonlocal asking
+        default = info.default
+        if asking or isinstance(default, type) or not dataclasses.is_dataclass(default):
+            return None
+        asking = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+
+        def replace(**fields: Any) -> Any:
+            changed = {name: value for name, value in fields.items() if value is not getattr(default, name)}
+            for name, value in changed.items():  # tyro makes a list of what is annotated as a Sequence
+                if isinstance(value, list) and isinstance(getattr(default, name), tuple):
+                    changed[name] = tuple(value)
+            try:
+                return dataclasses.replace(info.default, **changed) if changed else default
+            except InputError as error:
+                raise _Refused(error) from error
+
+        replace.__doc__ = type(default).__doc__
+        return dataclasses.replace(spec, instantiate=replace) if isinstance(spec, StructConstructorSpec) else None
+
+    @registry.primitive_rule
+    def show_functions_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if not _holds_functions(info):
+            return None
+
+        def refuse(arguments: list[str]) -> Any:
+            raise ValueError(f"{arguments[0]!r} given, but a function or class is set in the config file")
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{set in the file}",
+            instance_from_str=refuse,
+            is_instance=callable,
+            str_from_instance=lambda function: [_plain_name(function)],
+        )
+
+    return registry
+
+
+def _holds_functions(info: PrimitiveTypeInfo) -> bool:
+    """Whether values of the type are functions, classes or dtypes, which the command line shows but cannot set."""
+    kind = info.type_origin or info.type
+    if kind is collections.abc.Callable or kind is type:
+        return True
+    if not isinstance(kind, type) or dataclasses.is_dataclass(kind):
+        return False
+    return any("__call__" in vars(base) for base in kind.__mro__)
+
+
+def _plain_name(function: Any) -> str:
+    while not hasattr(function, "__name__"):
+        inner = getattr(function, "__wrapped__", getattr(function, "func", None))  # jax.jit, functools.partial
+        if inner is None:
+            return type(function).__name__
+        function = inner
+    return getattr(function, "__qualname__", None) or function.__name__
