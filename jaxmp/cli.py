@@ -312,6 +312,7 @@ def compare(arguments: list[str]) -> int:
     _refuse_empty(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
+    from jaxmp.reports.comparison import failures
     from jaxmp.studies import compare as runs
 
     comparison = runs.compare(
@@ -328,10 +329,10 @@ def compare(arguments: list[str]) -> int:
     output = Path(options.output or Path(options.workdir) / config.name / "compare.html")
     runs.save(comparison, output)
     print(f"{'report':<16} {output}")
-    failures = runs.failures(comparison)
-    for failure in failures:
+    found = failures(comparison)
+    for failure in found:
         print(f"jaxmp: failed: {failure}", file=sys.stderr)
-    return FAILED if failures else DONE
+    return FAILED if found else DONE
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ class Loop:
     """steps between two checkpoints, besides those after each evaluation"""
     keep: int = 2
     """how many of the last checkpoints are kept, besides the best"""
-    monitor: str = "accuracy"
-    """validation metric by which a checkpoint is the best and training stops early"""
+    monitor: str | None = None
+    """validation metric by which a checkpoint is the best and training stops early; by default the task's"""
     mode: Literal["max", "min"] | None = None
-    """whether more of that metric is better, or less; by default less of a loss, more of anything else"""
+    """whether more of that metric is better, or less; by default as the task declares it"""
     patience: int | None = None
     """evaluations in a row without a better metric after which training stops early"""
     accumulate_steps: int = 1
@@ -68,11 +68,6 @@ class Loop:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(f"loop.{name}={getattr(self, name)}: expected {expected}")
-
-    @property
-    def best_is(self) -> Literal["max", "min"]:
-        """Whether the best is the most or the least of the monitored metric."""
-        return self.mode or ("min" if "loss" in self.monitor else "max")
 
 
 @dataclasses.dataclass(frozen=True)

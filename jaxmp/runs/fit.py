@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -26,7 +26,7 @@ import numpy as np
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
 from jaxmp.distributed.signals import stop_signals
-from jaxmp.errors import InputError, RunFailed, nearest
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.imports import changed_import, program
 from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.checkpoint import Checkpoints
@@ -37,9 +37,9 @@ from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.scalers import LARGEST, Scaler
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
-from jaxmp.tasks.classification import check_labels
+from jaxmp.tasks.task import check_rows
 from jaxmp.training.feed import NAN_LOSS, Feed
-from jaxmp.training.metrics import Metrics, compute
+from jaxmp.training.metrics import Metrics, compute, specs_to_json
 from jaxmp.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
       next dispatch is given the memory of `state`: copy what is to be kept.
     """
     training = Training(experiment)
-    check_labels(experiment.model, experiment.task, training.example, {"train": training.source})
+    _ = training.metric_specs
+    _check_rows(training, {"train": training.source})
     devices = training.devices
     feed = training.feed(many=training.should_fuse_steps)
     state = devices.put_state(training.init() if state is None else state)
@@ -182,7 +183,8 @@ def fit(
             (folder / FAILURE).unlink(missing_ok=True)
             if not recorded:
                 run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "fuse_steps": many}
-                whole = run | (origin or {}) | {"experiment": experiment.to_json()} | provenance()
+                shown = {"metrics": specs_to_json(training.metric_specs), "monitor": training.monitor.name}
+                whole = run | (origin or {}) | {"experiment": experiment.to_json()} | shown | provenance()
                 _write_json(folder / "config.json", whole)
 
         processes.from_first(take_folder)
@@ -225,7 +227,9 @@ class _Session:
         self.training, self.feed, self.folder, self.log, self.loop = training, feed, folder, log, loop
         self.stop_asked = stop  # of this process
         self.stop_agreed = False  # of all, see `_stops`
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
+        self.monitor = training.monitor
+        best_of, mode = self.monitor
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=loop.keep, best_of=best_of, mode=mode)
         self.writers: list[Writer] = []
         self.read = jax.jit(_read)
         self.looked: list[tuple[int, StepRanges, jax.Array]] = []  # step, what was seen of it, scale: not written yet
@@ -266,7 +270,7 @@ class _Session:
         self.writers = [
             JsonLines(folder / "metrics.jsonl", resume_step=step),
             TensorBoard(folder, resume_step=step),
-            Console(training.steps, training.batches.per_epoch),
+            Console(training.steps, training.batches.per_epoch, training.metric_specs),
         ]
         if self.loop.wandb:
             self.writers.append(WeightsAndBiases(folder, folder.parent.name, training.experiment.to_json()))
@@ -275,7 +279,7 @@ class _Session:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
         records = read_lines(self.folder / "metrics.jsonl")
         evaluations = [record for record in records if record["split"] == "validation"]
-        evaluated = [(record["step"], _number(record[self.loop.monitor])) for record in evaluations]
+        evaluated = [(record["step"], _number(record[self.monitor.name])) for record in evaluations]
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
 
     def _stops(self) -> bool:
@@ -387,7 +391,7 @@ class _Session:
         readings = {name: readings[name] for name in ("loss_scale", "skipped_steps")}
         self._record(step, split, values, readings)
         if split == "validation":
-            self.evaluated.append((step, values[self.loop.monitor]))
+            self.evaluated.append((step, values[self.monitor.name]))
         self.line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
         return values
 
@@ -419,7 +423,7 @@ class _Session:
             "skipped_steps": int(skipped_steps(state.opt_state)),
             "loss_scale": float(loss_scale(state.opt_state)),
             "test": test,
-            "best": {"step": best_step, self.loop.monitor: best},
+            "best": {"step": best_step, self.monitor.name: best},
             "stopped_early": step < self.training.steps,
             "wall_seconds": self._seconds(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -430,7 +434,7 @@ class _Session:
         return summary
 
     def _best(self) -> tuple[int, float]:
-        sign = 1 if self.loop.best_is == "max" else -1
+        sign = 1 if self.monitor.best == "max" else -1
         numbers = [pair for pair in self.evaluated if not math.isnan(pair[1])]
         return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
 
@@ -497,15 +501,10 @@ def _read(opt_state: Any) -> dict[str, jax.Array]:
 
 def check(training: Training) -> None:
     """What would otherwise be found out only at the first evaluation, or after it, or not at all. Raises InputError."""
-    experiment, loop, data = training.experiment, training.experiment.loop, training.experiment.data
+    experiment, data = training.experiment, training.experiment.data
     training.explain()
-    training.experiment.parallel.make(training.experiment.data.batch_size, loop.accumulate_steps)
-    measured = [name for name in training.no_metrics if name != NAN_LOSS]
-    if loop.monitor not in measured:
-        raise InputError(
-            f"loop.monitor={loop.monitor!r} is nothing that is measured; expected one of {', '.join(measured)}"
-            f"{nearest(loop.monitor, measured)}"
-        )
+    experiment.parallel.make(data.batch_size, experiment.loop.accumulate_steps)
+    _ = training.monitor
     train = training.source[np.arange(1)]
     others = {split: data.source(split) for split in ("validation", "test")}
     for split, source in others.items():
@@ -517,7 +516,12 @@ def check(training: Training) -> None:
                 raise InputError(
                     f"{name!r} of the {split} split is {found}; expected {expected}, as in the train split"
                 )
-    check_labels(experiment.model, experiment.task, training.example, {"train": training.source, **others})
+    _check_rows(training, {"train": training.source, **others})
+
+
+def _check_rows(training: Training, splits: Mapping[str, Any]) -> None:
+    for split, source in splits.items():
+        check_rows(training.experiment.task, training.outputs, getattr(source, "columns", {}), split)
 
 
 def _recorded(folder: Path, experiment: Experiment, origin: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

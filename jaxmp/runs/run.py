@@ -25,7 +25,7 @@ from jaxmp.runs.fit import FAILURE, read_summary
 from jaxmp.runs.trainer import Training
 from jaxmp.runs.writers import read_lines
 from jaxmp.scaling.transform import loss_scale
-from jaxmp.training.metrics import compute
+from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
 from jaxmp.training.state import TrainState
 
 
@@ -58,6 +58,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """What config.json says: the resolved experiment, its source and overrides, versions, git revision, devices."""
         return _read_config(self.path)
+
+    @property
+    def metric_specs(self) -> dict[str, MetricSpec]:
+        """How each metric is read and shown, by name, as config.json says; empty for a run of an earlier version."""
+        return specs_from_json(self.config.get("metrics", {}))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -148,12 +153,13 @@ class Run:
         return Training(self.experiment)
 
     def state(self, step: int | Literal["last", "best"] = "last") -> TrainState:
-        """The state of a checkpoint: the last, the best by the loop's `monitor`, or that of a step.
+        """The state of a checkpoint: the last, the best by the monitored metric, or that of a step.
 
         Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
         """
         loop, training = self.experiment.loop, self._training
-        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
+        best_of, mode = training.monitor
+        checkpoints = Checkpoints(self.path / "checkpoints", keep=loop.keep, best_of=best_of, mode=mode)
         if step == "best":
             step = checkpoints.best_step() or "last"
         template = {"state": jax.eval_shape(training.init), "metrics": training.no_metrics}

@@ -20,12 +20,13 @@ from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.memory import Memory, memory
 from jaxmp.instruments.ranges import StepRanges, count_each, count_lost_updates, grad_and_module_counts
-from jaxmp.modules.linen import Explanation, cast_to_param, explain
+from jaxmp.modules.linen import Explanation, cast_to_param, explain, mode_argument, with_policy
 from jaxmp.scaling.transform import loss_scale, loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
+from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
 from jaxmp.training.batch import LossFn
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed
-from jaxmp.training.metrics import Mean, Metrics, merge, zeros_like
+from jaxmp.training.metrics import Mean, Metrics, MetricSpec, merge, zeros_like
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_eval_step, make_train_step
@@ -196,8 +197,30 @@ class Training:
         return jax.jit(init, out_shardings=devices.shardings(jax.eval_shape(init, key)))(key)
 
     @functools.cached_property
+    def outputs(self) -> Any:
+        """Shapes and dtypes of what the model gives for `example` in evaluation."""
+        model, state = self.experiment.model, jax.eval_shape(self.init)
+        apply = with_policy(model.apply, self.experiment.policy)
+        variables = {"params": state.params, **state.model_state}
+        return jax.eval_shape(
+            lambda v, *inputs: apply(v, *inputs, **mode_argument(model, False)), variables, *self._inputs
+        )
+
+    @functools.cached_property
+    def metric_specs(self) -> dict[str, MetricSpec]:
+        """The spec of each metric, the loss first; raises InputError if the task's declaration does not fit."""
+        return metric_specs(self.experiment.task, self._forward[1])
+
+    @functools.cached_property
+    def monitor(self) -> Monitor:
+        """The metric by which the best weights are chosen, and whether more or less of it is better."""
+        loop = self.experiment.loop
+        return find_monitor(self.experiment.task, self.metric_specs, loop.monitor, loop.mode)
+
+    @functools.cached_property
     def _forward(self) -> tuple[Any, Metrics]:
         """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
+        check_outputs(self.experiment.task, self.outputs, self.example)
         state = jax.eval_shape(self.init)
         loss_fn = self.make_loss()
         trace = jax.make_jaxpr(loss_fn, return_shape=True)

@@ -6,16 +6,18 @@ A record is one flat mapping. Its fields:
     applied_steps        int, those of them that changed the parameters
     epoch                float, passes over the training set so far
     split                "train", "validation" or "test"
-    loss, accuracy       float, means over the examples that the record stands for
+    loss                 float, the mean over the examples that the record stands for
     loss_scale           float, S of the step; 1 without loss scaling
     skipped_steps        int, total so far
     examples_per_second  float
-    ...                  any other metric of the task, a float
+    wall_seconds         float, of all sessions of the run so far
+    ...                  any other metric of the task, a float: accuracy, say
 
-A record of split "ranges" has what was seen of one step instead: `ranges` is a mapping of kind (parameters, gradients,
-...) and name to what `jaxmp.instruments.ranges.Range.to_json` says.
+A record of split "ranges" has the magnitudes of one step instead of metrics: `ranges` maps a kind (parameters,
+gradients, ...) and a name to what `jaxmp.instruments.ranges.Range.to_json` returns.
 
-`step` and `split` are always there. A loss that is not finite is written as such, in the way each format has for it.
+`step` and `split` are always present. All fields but the metrics are listed in `jaxmp.training.metrics.BOOKKEEPING`. A
+value that is not finite is written as each format writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +37,8 @@ from jaxmp.errors import InputError
 
 if TYPE_CHECKING:
     import rich.console
+
+    from jaxmp.training.metrics import MetricSpec
 
 Record = Mapping[str, Any]
 
@@ -206,7 +210,9 @@ class TensorBoard:
         return self._summary.Value(tag=f"{tag} log2", histo=histogram)
 
     def _append(self, **fields: Any) -> None:
-        """One record of a TFRecord file: length, its checksum, data, its checksum."""
+        """Appends one record of a TFRecord file: length, its checksum, data, its checksum."""
+        # tensorboardX's RecordWriter frames alike, but its flush waits for the disk (fsync) at each line, and it
+        # overwrites a file of that name.
         from tensorboardX.record_writer import masked_crc32c
 
         data = self._event(wall_time=time.time(), **fields).SerializeToString()
@@ -288,16 +294,24 @@ class Console:
     Args:
       total_steps: the steps of the whole run.
       steps_per_epoch: for the number of epochs.
-      console: rich's console, for another place than the standard output.
+      metrics: the spec of each metric to show, in this order.
+      console: rich's console; by default one on the standard output.
     """
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, console: rich.console.Console | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        metrics: Mapping[str, MetricSpec],
+        console: rich.console.Console | None = None,
+    ):
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
 
         self._total_steps = total_steps
         self._epochs = total_steps / steps_per_epoch
+        self._metrics = metrics
         self._console = console or RichConsole()
         self._progress = None
         if self._console.is_terminal:
@@ -332,16 +346,18 @@ class Console:
             self._progress.stop()
 
     def _numbers(self, record: Record) -> str:
-        def mean(value: float) -> str:
+        def mean(value: float, digits: int) -> str:
             # Skipped steps are no part of a mean over training: it is NaN where all steps were.
             nothing = math.isnan(value) and record["split"] == "train" and record.get("skipped_steps")
-            return "-" if nothing else f"{value:.4f}"
+            return "-" if nothing else f"{value:.{digits}f}"
 
-        fields = {
+        def metric(name: str, digits: int) -> Callable[[Any], str]:
+            return lambda value: f"{name} {mean(value, digits)}"
+
+        fields: dict[str, Callable[[Any], str]] = {
             "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
             "step": lambda step: f"step {step}/{self._total_steps}",
-            "loss": lambda loss: f"loss {mean(loss)}",
-            "accuracy": lambda accuracy: f"accuracy {mean(accuracy)}",
+            **{name: metric(name, spec.digits) for name, spec in self._metrics.items()},
             "loss_scale": lambda scale: f"scale {scale:g}",
             "skipped_steps": lambda steps: f"skipped {steps}",
             "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",

@@ -15,16 +15,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxmp.cli import main
 from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.gradient_error import gradient_errors
+from jaxmp.reports.comparison import page
 from jaxmp.reports.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.reports.run_report import Curve, grouped_figure
 from jaxmp.runs.fit import Fitted
 from jaxmp.runs.run import Run
-from jaxmp.studies.compare import differences, grid, page
+from jaxmp.studies.compare import differences
+from jaxmp.studies.grid import grid
 
 pytestmark = pytest.mark.xdist_group("compare")  # one worker: the fixtures train
 
@@ -125,8 +128,10 @@ def test_differences_are_paired_by_seed(compared):
     (one,) = before["pairs"].values()
     assert list(after["pairs"].values()) == pytest.approx([one, one + 0.25])
     assert after["difference"]["mean"] == pytest.approx(one + 0.125)
-    assert (after["difference"]["low"], after["difference"]["high"]) == pytest.approx((one, one + 0.25))
-    assert before["difference"]["low"] is None  # of one seed there is no interval
+    half = stats.t.ppf(0.975, 1) * 0.125  # the standard error of two differences that are 0.25 apart
+    interval = one + 0.125 - half, one + 0.125 + half
+    assert (after["difference"]["low"], after["difference"]["high"]) == pytest.approx(interval)
+    assert before["difference"]["low"] is None and before["difference"]["no_interval"] == "no interval: one pair"
 
 
 @pytest.mark.slow
