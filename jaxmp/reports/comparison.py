@@ -80,7 +80,10 @@ def _summary(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tup
     metrics = _metrics(comparison)
     header = ["precision", *(f"test {spec_of(specs, m).label(m)}" for m in metrics)]
     first = f"difference in {metrics[0].replace('_', ' ')}" if metrics else "difference"
-    header += [_with_unit(first, _difference_unit(spec_of(specs, metrics[0]))) if metrics else first, "p"]
+    header += [_with_unit(first, _difference_unit(spec_of(specs, metrics[0]))) if metrics else first]
+    # From few seeds there is no p; then the note below the figures says so, and a column of dashes would not.
+    has_p = any(d["difference"] and d["difference"]["p"] is not None for d in comparison["differences"])
+    header += ["p"] if has_p else []
     header += ["steps skipped", "failed", "ms a step", "temporaries, MiB"]
     rows = []
     for precision, measured in zip(comparison["precisions"], comparison["measured"], strict=True):
@@ -93,7 +96,7 @@ def _summary(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tup
                 precision,
                 *(_mean_and_spread(of[m], spec_of(specs, m)) for m in metrics),
                 _interval_text(versus, spec_of(specs, metrics[0])) if versus else "reference" if metrics else "",
-                number(versus["p"], ".3g") if versus else "",
+                *([number(versus["p"], ".3g") if versus else ""] if has_p else []),
                 f"{sum(_skipped(r) for r in runs):,}",
                 f"{sum(bool(r['failed']) for r in runs)} of {len(runs)}",
                 number(1e3 * statistics.median(seconds) if seconds else None, ",.2f"),

@@ -23,7 +23,7 @@ from jaxmp.training.metrics import BOOKKEEPING, MetricSpec, spec_of
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run measured over its steps: a plain copy of its lines."""
+    """The lines of one run, as they are drawn."""
 
     group: str
     """its name beside others; runs of one group differ by their seed alone"""
@@ -91,7 +91,7 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
 
 
 def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
-    """A figure of each metric, of the loss scale, of skipped steps and of speed, as `Page.figures` takes them."""
+    """Draws each metric, the loss scale, skipped steps and speed, as `Page.figures` takes them."""
     found = []
     for metric in metrics_of(curves):
         name = title(metric)
@@ -123,7 +123,7 @@ def metrics_of(curves: Sequence[Curve]) -> dict[str, MetricSpec]:
 
 
 def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str) -> str:
-    """A metric on a split: each run, and the mean of each group that has several."""
+    """Draws a metric on a split: each run, and the mean of each group that has several."""
     groups = list(dict.fromkeys(curve.group for curve in curves))
     faint: list[Series] = []
     bold: list[Series] = []
@@ -178,7 +178,7 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
-    """The median over the lines of training but the first, in which the step was compiled; NaN where there is none."""
+    """The median over all training lines but the first, which includes compiling; NaN if there is no other."""
     rates = [line["examples_per_second"] for line in lines if line["split"] == "train"][1:]
     return statistics.median(rates) if rates else math.nan
 
@@ -187,7 +187,7 @@ def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """What each run is called: what sets it apart from the others, but for the seed."""
+    """Names each run after the fields, other than the seed, in which it differs from the others."""
     flat = [{"config": run.config["name"], **_leaves(run.config["experiment"])} for run in runs]
     keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
     apart = [key for key in keys if key != "seed" and len({json.dumps(leaves.get(key)) for leaves in flat}) > 1]
@@ -240,14 +240,14 @@ def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], l
 
 
 def shown(spec: MetricSpec, value: float | None, *, sign: str = "") -> str:
-    """A metric's value as text, without its unit; a dash for none, and for NaN. `sign` is "+" to show a plus too."""
+    """Formats a metric's value, without its unit; a dash for None and NaN. `sign` is "+" to show a plus too."""
     if value is None or value != value:
         return NO_VALUE
     return spec.text(value, sign=sign).replace("-", "\N{MINUS SIGN}")
 
 
 def number(value: float | None, form: str) -> str:
-    """A number as text; a dash for none, and for NaN."""
+    """Formats a number; a dash for None and NaN."""
     return NO_VALUE if value is None or value != value else format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
@@ -260,11 +260,11 @@ def _policies(page: Page, runs: Sequence[Run], names: Sequence[str]) -> None:
 
 
 def policy_tables(page: Page, summaries: Mapping[str, dict[str, Any] | None]) -> None:
-    """The policy of each module, side by side for runs of one model.
+    """Adds tables of the policy of each module, side by side for runs of one model.
 
     Args:
       page: takes the tables.
-      summaries: what summary.json says, by the name of the run; None for one that failed, and has none.
+      summaries: the content of summary.json by the name of the run; None for a run that failed and has none.
     """
     tables: dict[str, dict[str, list[str]]] = {}
     for name, summary in summaries.items():

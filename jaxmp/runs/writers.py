@@ -44,10 +44,10 @@ Record = Mapping[str, Any]
 
 
 class Writer(Protocol):
-    """Takes records as they come, in the order of their steps."""
+    """Takes the records of a run, in the order of their steps."""
 
     def write(self, record: Record) -> None:
-        """Writes one record. Raises InputError where it cannot be written (disk full)."""
+        """Writes one record. Raises InputError if it cannot be written (disk full)."""
 
     def close(self) -> None:
         """Writes what is left. Nothing may be written afterwards."""
@@ -66,7 +66,7 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
-    """The histograms of a record: name, base 2 logarithms at which bins begin, and how many numbers are in each."""
+    """Yields the histograms of a record: name, base 2 logarithms at which bins begin, and counts of the bins."""
     for kind, ranges in record.get("ranges", {}).items():
         for name, seen in ranges.items():
             low, counts = seen["lowest_exponent"], seen["counts"]
@@ -75,13 +75,13 @@ def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
 
 
 class JsonLines:
-    """One JSON object a line, every field of the record; a metric that is not finite is null, as JSON has none.
+    """Writes one JSON object a line, with every field of the record; a metric that is not finite is null.
 
-    Each line is handed to the system before `write` returns, so a `kill -9` costs at most the one being written.
+    Each line is handed to the system before `write` returns, so a `kill -9` loses at most the line being written.
 
     Args:
       path: the file, in a folder that exists or can be made.
-      resume_step: the step that was restored: later lines are cut, and a half-written last one. None: start anew.
+      resume_step: the restored step: later lines, and a half-written last one, are cut. None: an empty file.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
@@ -104,7 +104,7 @@ class JsonLines:
             self._file.close()
 
     def _keep_until(self, step: int) -> None:
-        """Replaces the file in one rename, so that a kill leaves either the old lines or the new."""
+        """Cuts later lines; the file is replaced in one rename, so that a kill leaves either the old lines or the new."""
         if not self.path.exists():
             return
         if step >= 0:
@@ -116,9 +116,9 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; what follows the last newline is still being written, and left out.
+    """Reads the records of a metrics.jsonl, in order, without what follows the last newline: it is being written.
 
-    Raises: InputError for a line that is none, with its number.
+    Raises: InputError with the number of a line that is no record.
     """
     if not path.exists():
         return []
@@ -144,7 +144,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinite for one that a run which goes on writes again: the test, or what was cut off."""
+    """The step of a line; infinity for a line that a resumed run writes again: a test line, or half a line."""
     try:
         record = json.loads(line)
         return record["step"] if line.endswith(b"\n") and record["split"] != "test" else math.inf
@@ -153,14 +153,14 @@ def _step_of(line: bytes) -> float:
 
 
 class TensorBoard:
-    """Scalars named `<split>/<field>` at each step, in an event file of its own.
+    """Writes scalars named `<split>/<field>` at each step, to a TensorBoard event file of its own.
 
-    Written here and now, with tensorboardX's protocol buffers: its SummaryWriter writes in a thread whose errors nobody
-    sees, and once that has died of a full disk, the queue in front of it fills up and the run stands still.
+    It writes before it returns, with tensorboardX's protocol buffers. tensorboardX's SummaryWriter writes in a thread:
+    once that thread has died of a full disk, its queue fills up and the run hangs.
 
     Args:
       folder: TensorBoard's log folder.
-      resume_step: the step that was restored: TensorBoard then drops what earlier files say of later steps.
+      resume_step: the restored step: TensorBoard then drops later steps of earlier files.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
@@ -224,14 +224,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run: scalars named `<split>/<field>` over `step`. Online or not as `WANDB_MODE` says.
+    """Writes scalars named `<split>/<field>` over `step` to Weights & Biases, online or offline by `WANDB_MODE`.
 
-    A run folder that is resumed goes on with the same W&B run.
+    A run folder that is resumed continues the same W&B run.
 
     Args:
       folder: the run folder; W&B's own files go to `wandb` in it.
       name: the run's name on the page.
-      config: what it was run with, shown beside it.
+      config: the experiment as JSON, shown beside it.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
@@ -286,7 +286,7 @@ class WeightsAndBiases:
 
 
 class Console:
-    """The screen: a bar on a terminal, plain lines elsewhere.
+    """Shows records on the screen: a bar on a terminal, plain lines elsewhere.
 
     The bar shows the last training record, and every evaluation leaves a line above it. Where the output goes to a file
     or a pipe, each record is one line.
@@ -327,7 +327,7 @@ class Console:
             self._progress.start()
 
     def write(self, record: Record) -> None:
-        """Shows the record, but for ranges."""
+        """Shows the record; one of split "ranges" is not shown."""
         if record["split"] == "ranges":
             return
         numbers = self._numbers(record)
@@ -341,7 +341,7 @@ class Console:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the cursor back."""
+        """Stops the bar as it stands and restores the cursor."""
         if self._progress is not None:
             self._progress.stop()
 

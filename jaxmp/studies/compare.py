@@ -98,7 +98,7 @@ def compare(
 
 
 def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], None]) -> dict[str, Any] | None:
-    """One cell as JSON; None where it was stopped."""
+    """Trains one cell and returns it as JSON; None if a signal stopped it."""
     experiment, failed = cell.experiment, None
     before = _peak()
     try:
@@ -134,7 +134,7 @@ def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], No
 
 
 def _peak() -> int | None:
-    """The most memory that this process has held on a device, in bytes; None where the device does not say."""
+    """The most memory that this process has held on a device, in bytes; None if the device does not report it."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in peaks if peak is not None), default=None)
 
@@ -148,7 +148,7 @@ def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_precision(cell: Cell) -> dict[str, Any]:
-    """What a precision's step is, as compiled and as traced: no matter of the seed."""
+    """Memory, operations and audit findings of a precision's step, which do not depend on the seed."""
     # pmap runs the same step, which wants its arrays stacked.
     training = Training(dataclasses.replace(cell.experiment, parallel=Parallel("jit")))
     step: Any = training.devices.compile(training.train_step, (0, 0))
@@ -171,9 +171,9 @@ def _of_precision(cell: Cell) -> dict[str, Any]:
 
 
 def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) -> list[dict[str, Any]]:
-    """Each metric on the test set by precision, and its paired differences to the first precision.
+    """Computes each metric on the test set by precision, and its paired differences to the first precision.
 
-    Only seeds with which both runs ended are pairs.
+    A seed is a pair only if both of its runs ended.
     """
     ended = {(r["precision"], r["seed"]): r["summary"]["test"] for r in results if not r["failed"]}
     metrics = sorted({name for test in ended.values() for name in test})
@@ -201,6 +201,6 @@ def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) ->
 
 
 def save(comparison: dict[str, Any], output: Path) -> None:
-    """Writes the page to `output` and the JSON beside it. Raises InputError where that cannot be done."""
+    """Writes the page to `output` and the JSON beside it. Raises InputError if a file cannot be written."""
     write(output.with_suffix(".json"), json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     page(comparison).write(output)

@@ -99,6 +99,11 @@ def test_an_interval_is_shown_or_it_is_said_why_there_is_none(perplexities, word
     assert ("mixed_bfloat16: no interval: " in figure) == ("no interval" in words)
 
 
+def test_a_column_of_p_is_there_only_where_there_is_a_p():
+    few, many = (visible(comparison([[30.0] * n, [31.0, *[32.0] * (n - 1)]]))[1] for n in (5, 6))
+    assert "p" not in few and many[many.index("p") - 1] == "difference in perplexity" and "0.0312" in many
+
+
 def test_what_failed_is_a_line_each():
     found = comparison([[30.0], [31.0]])
     found["runs"][1]["failed"] = "diverged"
