@@ -316,7 +316,7 @@ def _line(series: Series, across: _Scale, up: _Scale) -> list[str]:
 
 
 def _labels(ends: list[tuple[float, float, Series]], edge: float) -> list[str]:
-    """Draws the names of the lines beside their ends, moved apart where they would overlap, with a sample of each line."""
+    """Draws the names of the lines beside their ends, moved apart where they overlap, with a sample of each line."""
     ends = sorted(ends, key=lambda end: end[0])
     places: list[float] = []
     for y, _, _ in ends:

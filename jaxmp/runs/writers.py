@@ -104,7 +104,7 @@ class JsonLines:
             self._file.close()
 
     def _keep_until(self, step: int) -> None:
-        """Cuts later lines; the file is replaced in one rename, so that a kill leaves either the old lines or the new."""
+        """Cuts later lines; replaces the file in one rename, so that a kill leaves either the old lines or the new."""
         if not self.path.exists():
             return
         if step >= 0:
