@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmp import Arrays, Classification, Experiment, InputError, Loop, Mean, MetricSpec, Run, Task, fit, steps
+from jaxmp.cli import main
 from jaxmp.commands.dry_run import dry_run
 from jaxmp.reports.run_report import report
 from jaxmp.tasks.task import Monitor, find_monitor, metric_specs
@@ -119,6 +120,56 @@ def test_a_run_records_its_specs_and_a_report_names_its_axes_after_them(trained)
         assert f">test {label}</th>" in text, label
     share = 100 * fitted.summary["test"]["within_a_kilogram"]
     assert f">{share:.1f}</td>" in text and f">{fitted.summary['test']['deviation']:.3f}</td>" in text
+
+
+FILE = '''"""A metric of one's own, in one file."""
+import dataclasses
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxmp import Arrays, Experiment, Loop, Mean, MetricSpec, Task
+
+
+class Line(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(Task):
+    inputs: tuple[str, ...] = ("x",)
+    target: str = "y"
+    power: float = 2.0
+
+    metrics = {"surprise": MetricSpec("min", "kg", digits=1)}
+    monitor = "surprise"
+
+    def __call__(self, outputs, batch):
+        error = jnp.abs(outputs.astype(jnp.float32)[:, 0] - batch["y"])
+        return Mean.of(error**self.power, batch["weight"]), {"surprise": Mean.of(10 * error, batch["weight"])}
+
+
+def load(split):
+    x = np.random.default_rng(len(split)).normal(size=(32, 3)).astype(np.float32)
+    return {"x": x, "y": x.sum(1)}
+
+
+def get_config():
+    loop = Loop(steps=4, eval_every=1, patience=4)
+    return Experiment(model=Line(), data=Arrays(load, batch_size=8, images=()), task=Regression(), loop=loop)
+'''
+
+
+def test_a_metric_in_a_file_of_ones_own_is_monitored_shown_and_reported(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(FILE)
+    command = [str(tmp_path / "my.py"), "--workdir", str(tmp_path / "runs"), "--task.power", "1.5"]
+    assert main(["train", *command]) == 0
+    run = Run(tmp_path / "runs")
+    assert f"  surprise {run.summary['test']['surprise']:.1f}  scale" in capsys.readouterr().out
+    assert run.summary["best"]["surprise"] == run.curve("surprise", "validation")[1].min()
+    assert main(["report", str(run.path)]) == 0
+    assert ">surprise, kg</text>" in (run.path / "report.html").read_text()
 
 
 def test_the_fields_of_a_line_that_are_no_metrics_are_all_known(trained):
