@@ -47,7 +47,9 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.overflow import blame
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.loss import make_loss
+    from jaxmp.tasks.task import Task
     from jaxmp.training.evaluation import make_eval_step
+    from jaxmp.training.metrics import Mean, MetricSpec
     from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState

@@ -38,6 +38,7 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     require_path(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
+    from jaxmp.reports.comparison import failures
     from jaxmp.studies import compare as study
 
     comparison = study.compare(
@@ -54,10 +55,10 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     output = Path(options.output or Path(options.workdir) / config.name / "compare.html")
     study.save(comparison, output)
     print(f"{'report':<16} {output}")
-    failures = study.failures(comparison)
-    for failure in failures:
+    failed = failures(comparison)
+    for failure in failed:
         print(f"jaxmp: failed: {failure}", file=sys.stderr)
-    return FAILED if failures else DONE
+    return FAILED if failed else DONE
 
 
 COMMAND = ConfigCommand("compare", Options, compare)

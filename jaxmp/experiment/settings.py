@@ -30,10 +30,10 @@ class Loop:
     """Steps between two checkpoints; one is also saved at every evaluation."""
     keep: int = 2
     """Number of the latest checkpoints to keep; the best one is kept as well."""
-    monitor: str = "accuracy"
-    """Validation metric that decides which checkpoint is the best, and when training stops early."""
+    monitor: str | None = None
+    """Validation metric that decides which checkpoint is best and when training stops early; by default the task's."""
     mode: Literal["max", "min"] | None = None
-    """Whether the best value of that metric is the largest or the smallest; by default min for a loss, else max."""
+    """Whether the best value of that metric is the largest or the smallest; by default as the task declares."""
     patience: int | None = None
     """Stop early after this many evaluations in a row without a better value; by default never."""
     accumulate_steps: int = 1
@@ -68,11 +68,6 @@ class Loop:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(f"loop.{name}={getattr(self, name)}: expected {expected}")
-
-    @property
-    def best_is(self) -> Literal["max", "min"]:
-        """Whether the best is the most or the least of the monitored metric."""
-        return self.mode or ("min" if "loss" in self.monitor else "max")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Figures as SVG text, for a page that has to be one file: no plotting library, no script, no font of its own.
+"""Draws figures as SVG text, for a page that has to be one file: no plotting library, no script, no font of its own.
 
-Colours, dashes and text sizes are classes that the style sheet of `jaxmp.reports.page` gives their values, so that one
+Colours, dashes and text sizes are classes; the style sheet of `jaxmp.reports.page` gives them values, so that one
 drawing serves a light screen, a dark one and paper. Series differ by colour and by dashes, and carry their names at
 their ends: nothing is told by colour alone.
 """
@@ -22,13 +22,13 @@ LETTER = 6.4
 """width of a letter at the size of labels, on average"""
 LABEL_HEIGHT = 15
 NAME_LETTERS = 28
-"""most letters of the name at the end of a line, so that there is room left for the line"""
+"""most letters of the name at the end of a line, to leave room for the line"""
 ROW_LETTERS = 15
 """most letters of a name on the left of its row, on paper too, where letters are a quarter wider"""
 LONG_LETTERS = 60
-"""most letters of a name above its row, where one is longer than that"""
+"""most letters of a name above its row, where names that are too long for the left are drawn"""
 DOTS = 40
-"""points of a line up to which each is marked, and says its numbers when pointed at"""
+"""most points of a line for which each gets a dot, whose tooltip shows its numbers"""
 
 
 @dataclass(frozen=True)
@@ -36,36 +36,36 @@ class Series:
     """One line of a figure."""
 
     label: str
-    """name at its end; "" for none"""
+    """name at its end; "": no name"""
     x: Sequence[float]
     y: Sequence[float]
-    """values, NaN where there is none"""
+    """values; NaN leaves a gap"""
     style: int = 0
-    """which colour and dash"""
+    """index of its colour and dash"""
     faint: bool = False
-    """a single run behind the mean of several, or training behind validation"""
+    """whether it is drawn thin, as a single run behind the mean of several"""
     steps: bool = False
-    """whether a value holds until the next, as a loss scale does"""
+    """whether a value holds until the next, as a loss scale does: drawn as stairs"""
     failed: bool = False
-    """whether the run ended where the line does, which a cross marks"""
+    """whether the run failed; a cross marks the end of the line"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis measures, and how it is laid out."""
+    """The quantity on an axis, and its scale."""
 
     label: str
     """quantity and unit"""
     scale: Literal["linear", "log10", "log2"] = "linear"
-    """log2 for powers of two, written as such"""
+    """log2: ticks are written as powers of two"""
     include: tuple[float, ...] = ()
-    """values that the axis has to reach"""
+    """values that the axis includes whatever the data"""
     whole: bool = False
-    """whether only whole numbers make sense"""
+    """whether ticks are whole numbers only"""
 
 
 def line_figure(x: Axis, y: Axis, series: Sequence[Series], *, name: str) -> str:
-    """Lines over a common axis, as an `<svg>` element.
+    """Draws lines over a common axis, as an `<svg>` element.
 
     Args:
       x: the horizontal axis.
@@ -88,7 +88,7 @@ def line_figure(x: Axis, y: Axis, series: Sequence[Series], *, name: str) -> str
 
 
 def interval_figure(x: Axis, rows: Sequence[tuple[str, int, Sequence[float], Any]], *, name: str) -> str:
-    """Rows of points with the interval of their mean, about a line at zero, as an `<svg>` element.
+    """Draws rows of points with the interval of their mean, and a line at zero, as an `<svg>` element.
 
     Args:
       x: the horizontal axis.
@@ -121,7 +121,7 @@ def interval_figure(x: Axis, rows: Sequence[tuple[str, int, Sequence[float], Any
 
 
 def bar_figure(x: Axis, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, name: str) -> str:
-    """Horizontal bars, each of one or more parts end to end, as an `<svg>` element.
+    """Draws horizontal bars, each of one or more parts end to end, as an `<svg>` element.
 
     Args:
       x: the horizontal axis.
@@ -156,7 +156,7 @@ def histogram_figure(
     marks: Sequence[tuple[float, str]] = (),
     name: str,
 ) -> str:
-    """Shares by power of two, before zones that say what becomes of them, as an `<svg>` element.
+    """Draws a histogram by power of two, over shaded zones that a format treats differently, as an `<svg>` element.
 
     Args:
       x: the horizontal axis; its values are exponents of two.
@@ -208,7 +208,7 @@ def histogram_figure(
 
 
 class _Scale:
-    """From values of an axis to places in the drawing."""
+    """Maps values of an axis to coordinates of the drawing."""
 
     def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float, padded: bool = False):
         self.axis, self.start, self.end = axis, start, end
@@ -231,7 +231,7 @@ class _Scale:
         return function(value)
 
     def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """Places and texts of about `count` ticks."""
+        """Coordinates and texts of about `count` ticks."""
         if self.axis.scale == "linear":
             return [(self(v), text) for v, text in _linear_ticks(self.low, self.high, count, self.axis.whole)]
         whole = range(math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9) + 1)
@@ -268,7 +268,7 @@ def _power(base: int, exponent: int) -> str:
 
 
 def _only_drawable(series: Series, y: Axis) -> Series:
-    """The series with NaN wherever its value has no place on the axis."""
+    """Replaces values that the axis cannot show by NaN: infinite ones, and on a logarithmic axis those not positive."""
     values = [v if math.isfinite(v) and (v > 0 or y.scale == "linear") else math.nan for v in series.y]
     return Series(series.label, series.x, values, series.style, series.faint, series.steps, series.failed)
 
@@ -316,7 +316,7 @@ def _line(series: Series, across: _Scale, up: _Scale) -> list[str]:
 
 
 def _labels(ends: list[tuple[float, float, Series]], edge: float) -> list[str]:
-    """The names of the lines beside their ends, moved apart so that none covers another, with a sample of the line."""
+    """Draws the names of the lines beside their ends, moved apart where they overlap, with a sample of each line."""
     ends = sorted(ends, key=lambda end: end[0])
     places: list[float] = []
     for y, _, _ in ends:
@@ -377,7 +377,7 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
 
 
 def _rows(names: Sequence[str]) -> tuple[float, float]:
-    """Where rows of these names begin, and how much higher they are for a name that stands above its row."""
+    """The left edge of rows with these names, and how much higher each row is if names are drawn above them."""
     above = any(len(name) > ROW_LETTERS for name in names)
     return (LEFT, LABEL_HEIGHT) if above else (LEFT + 76, 0)
 
@@ -387,9 +387,9 @@ def _row_name(y: float, name: str, above: float) -> str:
 
 
 def _name(x: float, y: float, name: str, kind: str, letters: int) -> str:
-    """A name of at most that many letters: of a longer one the middle is left out, and the whole shown when pointed at.
+    """Draws a name of at most `letters` letters; of a longer one the middle is left out, and a tooltip shows it whole.
 
-    What sets two precisions apart is the module that the first begins with, or the default that they end with.
+    Two precisions mostly differ in the module that they begin with, or in the default that they end with.
     """
     if len(name) <= letters:
         return _text(x, y, name, kind)

@@ -1,4 +1,4 @@
-"""`Page`: one self-contained HTML file, for a light screen, a dark one, and paper."""
+"""`Page`: one self-contained HTML file, for a light screen, a dark one and paper."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from typing import Any
 from jaxmp.errors import InputError
 
 NO_VALUE = "\N{EN DASH}"
-"""what stands in a table where there is no number"""
+"""text of a table cell without a number"""
 
 
 @dataclass
 class Page:
-    """The parts of a page, in the order in which they are added."""
+    """The parts of a page, shown in the order in which they are added."""
 
     title: str
-    """of the page"""
+    """title of the page"""
     lead: str = ""
-    """a line under the title"""
+    """line under the title"""
     parts: list[str] = field(default_factory=list)
     """HTML of each part"""
 
     def section(self, title: str, text: str = "") -> None:
-        """Begins a section, with a paragraph of plain text."""
+        """Begins a section with a title and a paragraph of plain text."""
         self.parts.append(f"<h2>{escape(title)}</h2>")
         self.paragraph(text)
 
     def paragraph(self, text: str, kind: str = "") -> None:
-        """A paragraph of plain text."""
+        """Adds a paragraph of plain text; `kind` is its class in the style sheet."""
         if text:
             self.parts.append(f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>")
 
     def figures(self, figures: Sequence[tuple[str, str, str]]) -> None:
-        """Figures side by side, where there is room: title, `<svg>` element and a caption of plain text each."""
+        """Adds figures, side by side where they fit: `(title, <svg> element, caption)` each, the caption plain text."""
         items = [
             f"<figure><h3>{escape(title)}</h3>{svg}"
             + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "")
@@ -49,7 +49,7 @@ class Page:
         self.parts.append(f'<div class="figures">{"".join(f"{item}</figure>" for item in items)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = True) -> None:
-        """A table of plain text; columns of numbers alone stand right. `first`: the first column is a heading."""
+        """Adds a table of plain text, columns of numbers aligned right. `first`: the first column holds headings."""
         right = ["n" if all(_is_number(row[i]) for row in rows) else "" for i in range(len(header))]
         head = "".join(_cell("th", text, kind) for text, kind in zip(header, right, strict=True))
         body = "".join(
@@ -64,11 +64,11 @@ class Page:
         self.parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
     def details(self, title: str, text: str) -> None:
-        """Text that is shown as it stands, folded away."""
+        """Adds preformatted text, folded away."""
         self.parts.append(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
     def data(self, value: Any) -> None:
-        """The numbers behind the page as JSON, for programs."""
+        """Adds the numbers behind the page as JSON, for programs."""
         # In a script element `</` would end it.
         text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
         self.parts.append(f'<script type="application/json" id="data">{text}</script>')
@@ -87,12 +87,12 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Writes the page, whole or not at all. Raises InputError where it cannot be written."""
+        """Writes the page, whole or not at all. Raises InputError if it cannot be written."""
         write(path, str(self))
 
 
 def write(path: Path, text: str) -> None:
-    """A text file that is either whole or not there. Raises InputError where it cannot be written."""
+    """Writes a text file, whole or not at all. Raises InputError if it cannot be written."""
     temporary = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +103,12 @@ def write(path: Path, text: str) -> None:
 
 
 def command() -> str:
-    """The command line that this process was started with, the program by its name alone."""
+    """The command line of this process, with the program's name without its folder."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("__main__.py", "jaxmp", 1)
 
 
 def provenance_rows(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `jaxmp.runs.provenance` noted, as rows of a table."""
+    """The device, versions and git revision that `jaxmp.runs.provenance` recorded, as rows of a table."""
     git, devices = origin.get("git"), list(origin.get("devices", ()))
     dirty = git and git.get("dirty", bool(git.get("patch")))
     counted = [f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices)]
@@ -120,7 +120,7 @@ def provenance_rows(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def escape(text: str) -> str:
-    """Plain text as HTML."""
+    """Escapes plain text for HTML."""
     return html.escape(text, quote=True)
 
 

@@ -1,4 +1,4 @@
-"""What was seen of the numbers of single steps (`loop.ranges_every`, or `Run.look`), as figures and tables."""
+"""Figures and tables of the magnitudes of single steps, as `loop.ranges_every` or `Run.look` measured them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmp.reports.page import NO_VALUE, Page
 
 
 def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Adds a section on the magnitudes of activation gradients and of all else that was looked at.
+    """Adds a section on the magnitudes of activation gradients, parameters, gradients and updates.
 
     The figure is that of Micikevicius et al. 2018, Mixed Precision Training (figure 3 there: activation gradients, most
     of which float16 would make 0 without a loss scale).
@@ -37,7 +37,7 @@ def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> Non
 
 
 def _histogram(lines: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
-    """The figure, and its caption."""
+    """The histogram of activation gradients, and its caption."""
     counts: dict[int, int] = {}
     zeros = size = 0
     for line in lines:
@@ -101,7 +101,7 @@ def _share(share: float | None) -> str:
 
 
 def _magnitude(value: float | None, exact: bool) -> str:
-    """A magnitude; one that is known to a power of two alone as the two that it lies between."""
+    """Formats a magnitude; one that is known to a power of two only as the interval that it lies in."""
     if value is None:
         return NO_VALUE
     text = f"{value:.2e}" if exact else f"{value:.2e} to {2 * value:.2e}"

@@ -1,4 +1,4 @@
-"""`report`: what one or more runs did, as one self-contained HTML file."""
+"""`report`: curves, tables and provenance of one or more runs, as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +18,53 @@ from jaxmp.reports.figure import Axis, Series, line_figure
 from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
 from jaxmp.reports.ranges import add_ranges
 from jaxmp.runs.run import Run
-
-BOOKKEEPING = {
-    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "examples_per_second", "wall_seconds")
-}
-"""fields of a line of metrics that are no metric of the task"""
+from jaxmp.training.metrics import BOOKKEEPING, MetricSpec, spec_of
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run did over its steps: a plain copy of its lines."""
+    """The lines of one run, as they are drawn."""
 
     group: str
-    """what it is called beside others; runs of one group differ by their seed alone"""
+    """its name beside others; runs of one group differ by their seed alone"""
     seed: int
     lines: Sequence[dict[str, Any]]
     """lines of its metrics.jsonl"""
     failed: bool = False
-    """whether it broke off"""
+    """whether the run failed"""
+    specs: Mapping[str, MetricSpec] = field(default_factory=dict)
+    """how metrics are shown, by name, in the order of the page; the same for all curves of a page"""
 
     def of(self, metric: str, split: Split) -> tuple[list[int], list[float]]:
-        """Steps and values, NaN for a value that was not finite; accuracies in percent."""
+        """Steps and values as they are shown (a share in percent); NaN for a value that was not finite."""
+        factor = spec_of(self.specs, metric).factor
         lines = [line for line in self.lines if line["split"] == split and metric in line]
-        values = [math.nan if line[metric] is None else line[metric] * unit(metric)[0] for line in lines]
+        values = [math.nan if line[metric] is None else line[metric] * factor for line in lines]
         return [line["step"] for line in lines], values
 
 
-def unit(metric: str) -> tuple[float, str]:
-    """What a metric is multiplied by to be shown, and its name with the unit."""
-    if "accuracy" in metric:
-        return 100.0, f"{metric.replace('_', ' ')}, %"
-    return 1.0, metric.replace("_", " ")
-
-
 def report(runs: Sequence[Run], *, look: bool = False) -> Page:
-    """A page about runs: curves, loss scale, skipped steps, speed, policies, and where all of it comes from.
+    """Draws a page about runs: curves, loss scale, skipped steps, speed, policies and provenance.
 
-    Runs that differ by their seed alone are drawn in one colour, with their mean. A run that has not ended is shown as
-    far as it is.
+    Runs that differ by their seed alone are drawn in one colour, with their mean. Of a run that has not ended, the
+    lines so far are drawn.
 
     Args:
-      runs: one or more, in the order in which they are to appear.
-      look: whether to do a step of each run again that has no `ranges`, from its last checkpoint, and look at it.
+      runs: one or more, in the order of the page.
+      look: whether to measure ranges for runs that kept none, by repeating a step from their last checkpoint.
     """
     names = _names(runs)
+    specs: dict[str, MetricSpec] = {}
+    for run in runs:  # where runs declare a metric differently, the first counts
+        specs |= {name: spec for name, spec in run.metric_specs.items() if name not in specs}
     curves = [
-        Curve(name, run.config["seed"], run.metrics, run.failure is not None)
+        Curve(name, run.config["seed"], run.metrics, run.failure is not None, specs)
         for name, run in zip(names, runs, strict=True)
     ]
-    title = runs[0].config["name"] if len({run.config["name"] for run in runs}) == 1 else "Runs"
+    heading = runs[0].config["name"] if len({run.config["name"] for run in runs}) == 1 else "Runs"
     only = runs[0] if len(runs) == 1 else None
     lead = f"{only.config['experiment']['precision']}, seed {only.config['seed']}" if only else f"{len(runs)} runs"
-    page = Page(title, f"{lead} \N{MIDDLE DOT} {_devices(runs)}")
+    page = Page(heading, f"{lead} \N{MIDDLE DOT} {_devices(runs)}")
     page.table(*_summary(curves, runs))
     for run in runs:
         if run.failure:
@@ -96,11 +91,10 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
 
 
 def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
-    """A figure of each metric, of the loss scale, of skipped steps and of speed, as `Page.figures` takes them."""
+    """Draws each metric, the loss scale, skipped steps and speed, as `Page.figures` takes them."""
     found = []
     for metric in metrics_of(curves):
-        name = metric.replace("_", " ")
-        name = name[0].upper() + name[1:]
+        name = title(metric)
         if len(curves) == 1:
             found.append((name, _both_splits(curves[0], metric), ""))
             continue
@@ -114,14 +108,22 @@ def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
     return found
 
 
-def metrics_of(curves: Sequence[Curve]) -> list[str]:
-    """The task's metrics that any of the curves has in training, the loss first."""
-    names = {name for curve in curves for line in curve.lines if line["split"] == "train" for name in line}
-    return sorted(names - BOOKKEEPING, key=lambda name: (name != "loss", name))
+def title(metric: str) -> str:
+    """A metric's name as the title of its figure."""
+    name = metric.replace("_", " ")
+    return name[0].upper() + name[1:]
+
+
+def metrics_of(curves: Sequence[Curve]) -> dict[str, MetricSpec]:
+    """The specs of all metrics that any of the curves has in training: the loss first, then in the order of `specs`."""
+    present = {name for curve in curves for line in curve.lines if line["split"] == "train" for name in line}
+    specs = curves[0].specs if curves else {}
+    order = dict.fromkeys(["loss", *specs, *sorted(present)])
+    return {name: spec_of(specs, name) for name in order if name in present and name not in BOOKKEEPING}
 
 
 def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str) -> str:
-    """A metric on a split: each run, and the mean of each group that has several."""
+    """Draws a metric on a split: each run, and the mean of each group that has several."""
     groups = list(dict.fromkeys(curve.group for curve in curves))
     faint: list[Series] = []
     bold: list[Series] = []
@@ -139,7 +141,7 @@ def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str
             label = f"{group} ({failed} failed)" if failed else group
             bold.append(_mean([c.of(metric, split) for c in members if not c.failed], label, style, held))
     series = [*faint, *bold]
-    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series), series, name=name)
+    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series, curves[0]), series, name=name)
 
 
 def _both_splits(curve: Curve, metric: str) -> str:
@@ -147,10 +149,10 @@ def _both_splits(curve: Curve, metric: str) -> str:
         Series("training", *curve.of(metric, "train"), 1, failed=curve.failed),
         Series("validation", *curve.of(metric, "validation"), 0, failed=curve.failed),
     ]
-    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series), series, name=metric)
+    return line_figure(Axis("step", include=(0.0,)), _value_axis(metric, series, curve), series, name=metric)
 
 
-def _value_axis(metric: str, series: Sequence[Series]) -> Axis:
+def _value_axis(metric: str, series: Sequence[Series], curve: Curve) -> Axis:
     values = [v for s in series for v in s.y if math.isfinite(v)]
     if metric == "loss_scale":
         return Axis("loss scale", "log2", (1.0,) if not values else ())
@@ -158,8 +160,9 @@ def _value_axis(metric: str, series: Sequence[Series]) -> Axis:
         return Axis("steps skipped so far", include=(0.0, 1.0), whole=True)
     if metric == "examples_per_second":
         return Axis("examples a second", include=(0.0,))
-    wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values) and "accuracy" not in metric
-    return Axis(unit(metric)[1], "log10" if wide else "linear")
+    spec = spec_of(curve.specs, metric)
+    wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values) and spec.unit != "%"
+    return Axis(spec.label(metric), "log10" if wide else "linear")
 
 
 def _mean(lines: Sequence[tuple[list[int], list[float]]], label: str, style: int, held: bool) -> Series:
@@ -175,16 +178,16 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
-    """The median over the lines of training but the first, in which the step was compiled; NaN where there is none."""
+    """The median over all training lines but the first, which includes compiling; NaN if there is no other."""
     rates = [line["examples_per_second"] for line in lines if line["split"] == "train"][1:]
     return statistics.median(rates) if rates else math.nan
 
 
-# What is said of the runs in words and tables.
+# Tables and words.
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """What each run is called: what sets it apart from the others, but for the seed."""
+    """Names each run after the fields, other than the seed, in which it differs from the others."""
     flat = [{"config": run.config["name"], **_leaves(run.config["experiment"])} for run in runs]
     keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
     apart = [key for key in keys if key != "seed" and len({json.dumps(leaves.get(key)) for leaves in flat}) > 1]
@@ -212,7 +215,7 @@ def _devices(runs: Sequence[Run]) -> str:
 def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     metrics = metrics_of(curves)
     header = ["run", "seed", "steps", "skipped", "loss scale"]
-    header += [f"test {unit(metric)[1]}" for metric in metrics]
+    header += [f"test {spec.label(metric)}" for metric, spec in metrics.items()]
     header += ["best step", "examples/s", "wall time, s", "parameters"]
     rows = []
     for curve, run in zip(curves, runs, strict=True):
@@ -226,7 +229,7 @@ def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], l
                 number(summary.get("steps", last.get("step")), ",d"),
                 number(known.get("skipped_steps"), ",d"),
                 number(known.get("loss_scale"), ",g"),
-                *(number(scaled(metric, summary.get("test", {}).get(metric)), ".4g") for metric in metrics),
+                *(shown(spec, summary.get("test", {}).get(metric)) for metric, spec in metrics.items()),
                 number(summary.get("best", {}).get("step"), ",d"),
                 number(examples_per_second(curve.lines), ",.0f"),
                 number(known.get("wall_seconds"), ",.1f"),
@@ -236,13 +239,15 @@ def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], l
     return header, rows
 
 
-def scaled(metric: str, value: float | None) -> float | None:
-    """A metric's value as it is shown."""
-    return None if value is None else value * unit(metric)[0]
+def shown(spec: MetricSpec, value: float | None, *, sign: str = "") -> str:
+    """Formats a metric's value, without its unit; a dash for None and NaN. `sign` is "+" to show a plus too."""
+    if value is None or value != value:
+        return NO_VALUE
+    return spec.text(value, sign=sign).replace("-", "\N{MINUS SIGN}")
 
 
 def number(value: float | None, form: str) -> str:
-    """A number as text; a dash for none, and for NaN."""
+    """Formats a number; a dash for None and NaN."""
     return NO_VALUE if value is None or value != value else format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
@@ -255,11 +260,11 @@ def _policies(page: Page, runs: Sequence[Run], names: Sequence[str]) -> None:
 
 
 def policy_tables(page: Page, summaries: Mapping[str, dict[str, Any] | None]) -> None:
-    """The policy of each module, side by side for runs of one model.
+    """Adds tables of the policy of each module, side by side for runs of one model.
 
     Args:
       page: takes the tables.
-      summaries: what summary.json says, by the name of the run; None for one that failed, and has none.
+      summaries: the content of summary.json by the name of the run; None for a run that failed and has none.
     """
     tables: dict[str, dict[str, list[str]]] = {}
     for name, summary in summaries.items():

@@ -62,9 +62,7 @@ class Checkpoints:
       mode: whether "max" or "min" of that metric is best. On a tie the earlier step is best; NaN never is.
     """
 
-    def __init__(
-        self, folder: Path, *, keep: int = 2, best_of: str | None = "accuracy", mode: Literal["max", "min"] = "max"
-    ):
+    def __init__(self, folder: Path, *, keep: int = 2, best_of: str | None = None, mode: Literal["max", "min"] = "max"):
         import orbax.checkpoint as ocp  # here: importing it takes longer than `jaxmp --help` may
 
         if keep < 1:

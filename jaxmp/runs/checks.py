@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.source import Source
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError
 from jaxmp.runs.trainer import Trainer
-from jaxmp.tasks.classification import check_labels
-from jaxmp.training.feed import NAN_LOSS
+from jaxmp.tasks.task import check_rows
 
 OTHERS: tuple[Split, ...] = ("validation", "test")
 """the splits that are evaluated"""
@@ -22,15 +20,10 @@ def check(trainer: Trainer) -> None:
       InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
         monitored metric that is not measured, columns that differ between the splits, labels out of range.
     """
-    experiment, loop = trainer.experiment, trainer.experiment.loop
+    experiment = trainer.experiment
     trainer.explain()
-    experiment.parallel.make(experiment.data.batch_size, loop.accumulate_steps)
-    measured = [name for name in trainer.no_metrics if name != NAN_LOSS]
-    if loop.monitor not in measured:
-        raise InputError(
-            f"loop.monitor={loop.monitor!r} is nothing that is measured; expected one of {', '.join(measured)}"
-            f"{nearest(loop.monitor, measured)}"
-        )
+    experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
+    _ = trainer.monitor
     train = trainer.source()[np.arange(1)]
     for split in OTHERS:
         row = trainer.source(split)[np.arange(1)]
@@ -45,7 +38,7 @@ def check(trainer: Trainer) -> None:
 
 
 def check_targets(trainer: Trainer, *splits: Split) -> None:
-    """Refuses labels of these splits that are none of the model's classes."""
-    experiment = trainer.experiment
-    sources: dict[str, Source] = {split: trainer.source(split) for split in splits}
-    check_labels(experiment.model, experiment.task, trainer.batch_spec, sources)
+    """Refuses rows of these splits that the task cannot take, such as labels out of range."""
+    for split in splits:
+        columns = getattr(trainer.source(split), "columns", {})
+        check_rows(trainer.experiment.task, trainer.outputs, columns, split)

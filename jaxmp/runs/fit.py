@@ -31,7 +31,7 @@ from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training.feed import Feed
-from jaxmp.training.metrics import Metrics
+from jaxmp.training.metrics import Metrics, specs_to_json
 from jaxmp.training.state import TrainState
 
 
@@ -71,6 +71,7 @@ def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[S
       next dispatch is given the memory of `state`: copy what is to be kept.
     """
     trainer = Trainer(experiment)
+    _ = trainer.metric_specs  # checks the task's declaration
     check_targets(trainer, "train")
     devices = trainer.devices
     feed = trainer.feed(fuse=trainer.fuse_steps)
@@ -163,7 +164,8 @@ def fit(
             folder.clear_failure()
             if not recorded:
                 run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "fuse_steps": fuse}
-                folder.write_config(run | origin | {"experiment": experiment.to_json()} | provenance())
+                shown = {"metrics": specs_to_json(trainer.metric_specs), "monitor": trainer.monitor.name}
+                folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
         processes.from_first(take_folder)
         _log_particulars(trainer, recorded, log)
@@ -235,12 +237,13 @@ class _Session:
         log: Callable[[str], None],
         stop_asked: Callable[[], bool],
     ):
-        loop = trainer.experiment.loop
         self.trainer, self.feed, self.folder, self.log = trainer, feed, folder, log
         self.stop_asked = stop_asked  # of this process
         self.stop_agreed = False  # of all, see `_stops`
         self.records = Records(trainer, folder)
-        self.checkpoints: Checkpoints = folder.checkpoints(keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
+        self.checkpoints: Checkpoints = folder.checkpoints(
+            keep=trainer.experiment.loop.keep, best_of=trainer.monitor.name, mode=trainer.monitor.best
+        )
 
     def __enter__(self) -> _Session:
         return self
@@ -335,7 +338,7 @@ class _Session:
             "skipped_steps": int(skipped_steps(state.opt_state)),
             "loss_scale": float(loss_scale(state.opt_state)),
             "test": test,
-            "best": {"step": best_step, experiment.loop.monitor: best},
+            "best": {"step": best_step, self.trainer.monitor.name: best},
             "stopped_early": step < self.trainer.steps,
             "wall_seconds": records.seconds(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

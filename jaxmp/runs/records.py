@@ -78,7 +78,7 @@ class Records:
         self._writers = [
             JsonLines(self._folder.metrics, resume_step=step),
             TensorBoard(path, resume_step=step),
-            Console(trainer.steps, trainer.batches.per_epoch),
+            Console(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs),
         ]
         if self._loop.wandb:
             self._writers.append(WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json()))
@@ -87,7 +87,7 @@ class Records:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
         records = self._folder.read_lines()
         evaluations = [record for record in records if record["split"] == "validation"]
-        evaluated = [(record["step"], _number(record[self._loop.monitor])) for record in evaluations]
+        evaluated = [(record["step"], _number(record[self._trainer.monitor.name])) for record in evaluations]
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
 
     # Training lines.
@@ -158,13 +158,13 @@ class Records:
         readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
         self._record(step, split, values, {name: readings[name] for name in ("loss_scale", "skipped_steps")})
         if split == "validation":
-            self._evaluated.append((step, values[self._loop.monitor]))
+            self._evaluated.append((step, values[self._trainer.monitor.name]))
         self._line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
         return values
 
     def best(self) -> tuple[int, float]:
         """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""
-        sign = 1 if self._loop.best_is == "max" else -1
+        sign = 1 if self._trainer.monitor.best == "max" else -1
         numbers = [pair for pair in self._evaluated if not math.isnan(pair[1])]
         return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
 

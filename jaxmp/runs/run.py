@@ -22,7 +22,7 @@ from jaxmp.modules.linen import mode_argument, with_policy
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
-from jaxmp.training.metrics import compute
+from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
 from jaxmp.training.state import TrainState
 
 
@@ -61,6 +61,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """What config.json says: the resolved experiment, its source and overrides, versions, git revision, devices."""
         return self._folder.read_config()
+
+    @property
+    def metric_specs(self) -> dict[str, MetricSpec]:
+        """How each metric is read and shown, by name, as config.json says; empty for a run of an earlier version."""
+        return specs_from_json(self.config.get("metrics", {}))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -151,12 +156,13 @@ class Run:
         return Trainer(self.experiment)
 
     def state(self, step: int | Literal["last", "best"] = "last") -> TrainState:
-        """The state of a checkpoint: the last, the best by the loop's `monitor`, or that of a step.
+        """The state of a checkpoint: the last, the best by the monitored metric, or that of a step.
 
         Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
         """
-        loop, trainer = self.experiment.loop, self.trainer
-        checkpoints = self._folder.checkpoints(keep=loop.keep, best_of=loop.monitor, mode=loop.best_is)
+        trainer = self.trainer
+        best_of, mode = trainer.monitor
+        checkpoints = self._folder.checkpoints(keep=self.experiment.loop.keep, best_of=best_of, mode=mode)
         if step == "best":
             step = checkpoints.best_step() or "last"
         template = {"state": trainer.state_spec, "metrics": trainer.no_metrics}

@@ -20,14 +20,15 @@ from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, cast_to_param, explain
+from jaxmp.modules.linen import Explanation, cast_to_param, explain, mode_argument, with_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
+from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
 from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
-from jaxmp.training.metrics import Mean, Metrics, zeros_like
+from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_train_step
@@ -204,8 +205,29 @@ class Trainer:
     # What can be known without running a step.
 
     @functools.cached_property
+    def outputs(self) -> Any:
+        """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
+        model, state = self.experiment.model, self.state_spec
+        apply = with_policy(model.apply, self.experiment.policy)
+        variables = {"params": state.params, **state.model_state}
+        mode = mode_argument(model, False)
+        return jax.eval_shape(lambda v, *inputs: apply(v, *inputs, **mode), variables, *self.inputs)
+
+    @functools.cached_property
+    def metric_specs(self) -> dict[str, MetricSpec]:
+        """The spec of each metric, the loss first. Raises InputError if what the task declares does not fit."""
+        return metric_specs(self.experiment.task, self._forward[1])
+
+    @functools.cached_property
+    def monitor(self) -> Monitor:
+        """The metric by which the best weights are chosen, and whether more or less of it is better."""
+        loop = self.experiment.loop
+        return find_monitor(self.experiment.task, self.metric_specs, loop.monitor, loop.mode)
+
+    @functools.cached_property
     def _forward(self) -> tuple[Any, Metrics]:
         """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
+        check_outputs(self.experiment.task, self.outputs, self.batch_spec)
         state, loss_fn = self.state_spec, self.make_loss()
         trace = jax.make_jaxpr(loss_fn, return_shape=True)
         jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.batch_spec, state.key)

@@ -6,16 +6,18 @@ A record is one flat mapping. Its fields:
     applied_steps        int, those of them that changed the parameters
     epoch                float, passes over the training set so far
     split                "train", "validation" or "test"
-    loss, accuracy       float, means over the examples that the record stands for
+    loss                 float, the mean over the examples that the record stands for
     loss_scale           float, S of the step; 1 without loss scaling
     skipped_steps        int, total so far
     examples_per_second  float
-    ...                  any other metric of the task, a float
+    wall_seconds         float, of all sessions of the run so far
+    ...                  any other metric of the task, a float: accuracy, say
 
-A record of split "ranges" has what was seen of one step instead: `ranges` is a mapping of kind (parameters, gradients,
-...) and name to what `jaxmp.instruments.ranges.Range.to_json` says.
+A record of split "ranges" has the magnitudes of one step instead of metrics: `ranges` maps a kind (parameters,
+gradients, ...) and a name to what `jaxmp.instruments.ranges.Range.to_json` returns.
 
-`step` and `split` are always there. A loss that is not finite is written as such, in the way each format has for it.
+`step` and `split` are always present. All fields but the metrics are listed in `jaxmp.training.metrics.BOOKKEEPING`. A
+value that is not finite is written as each format writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,14 +38,16 @@ from jaxmp.errors import InputError
 if TYPE_CHECKING:
     import rich.console
 
+    from jaxmp.training.metrics import MetricSpec
+
 Record = Mapping[str, Any]
 
 
 class Writer(Protocol):
-    """Takes records as they come, in the order of their steps."""
+    """Takes the records of a run, in the order of their steps."""
 
     def write(self, record: Record) -> None:
-        """Writes one record. Raises InputError where it cannot be written (disk full)."""
+        """Writes one record. Raises InputError if it cannot be written (disk full)."""
 
     def close(self) -> None:
         """Writes what is left. Nothing may be written afterwards."""
@@ -62,7 +66,7 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
-    """The histograms of a record: name, base 2 logarithms at which bins begin, and how many numbers are in each."""
+    """Yields the histograms of a record: name, base 2 logarithms at which bins begin, and counts of the bins."""
     for kind, ranges in record.get("ranges", {}).items():
         for name, seen in ranges.items():
             low, counts = seen["lowest_exponent"], seen["counts"]
@@ -71,13 +75,13 @@ def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
 
 
 class JsonLines:
-    """One JSON object a line, every field of the record; a metric that is not finite is null, as JSON has none.
+    """Writes one JSON object a line, with every field of the record; a metric that is not finite is null.
 
-    Each line is handed to the system before `write` returns, so a `kill -9` costs at most the one being written.
+    Each line is handed to the system before `write` returns, so a `kill -9` loses at most the line being written.
 
     Args:
       path: the file, in a folder that exists or can be made.
-      resume_step: the step that was restored: later lines are cut, and a half-written last one. None: start anew.
+      resume_step: the restored step: later lines, and a half-written last one, are cut. None: an empty file.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
@@ -100,7 +104,7 @@ class JsonLines:
             self._file.close()
 
     def _keep_until(self, step: int) -> None:
-        """Replaces the file in one rename, so that a kill leaves either the old lines or the new."""
+        """Cuts later lines; replaces the file in one rename, so that a kill leaves either the old lines or the new."""
         if not self.path.exists():
             return
         if step >= 0:
@@ -112,9 +116,9 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; what follows the last newline is still being written, and left out.
+    """Reads the records of a metrics.jsonl, in order, without what follows the last newline: it is being written.
 
-    Raises: InputError for a line that is none, with its number.
+    Raises: InputError with the number of a line that is no record.
     """
     if not path.exists():
         return []
@@ -140,7 +144,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinite for one that a run which goes on writes again: the test, or what was cut off."""
+    """The step of a line; infinity for a line that a resumed run writes again: a test line, or half a line."""
     try:
         record = json.loads(line)
         return record["step"] if line.endswith(b"\n") and record["split"] != "test" else math.inf
@@ -149,14 +153,14 @@ def _step_of(line: bytes) -> float:
 
 
 class TensorBoard:
-    """Scalars named `<split>/<field>` at each step, in an event file of its own.
+    """Writes scalars named `<split>/<field>` at each step, to a TensorBoard event file of its own.
 
-    Written here and now, with tensorboardX's protocol buffers: its SummaryWriter writes in a thread whose errors nobody
-    sees, and once that has died of a full disk, the queue in front of it fills up and the run stands still.
+    It writes before it returns, with tensorboardX's protocol buffers. tensorboardX's SummaryWriter writes in a thread:
+    once that thread has died of a full disk, its queue fills up and the run hangs.
 
     Args:
       folder: TensorBoard's log folder.
-      resume_step: the step that was restored: TensorBoard then drops what earlier files say of later steps.
+      resume_step: the restored step: TensorBoard then drops later steps of earlier files.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
@@ -206,7 +210,9 @@ class TensorBoard:
         return self._summary.Value(tag=f"{tag} log2", histo=histogram)
 
     def _append(self, **fields: Any) -> None:
-        """One record of a TFRecord file: length, its checksum, data, its checksum."""
+        """Appends one record of a TFRecord file: length, its checksum, data, its checksum."""
+        # tensorboardX's RecordWriter frames alike, but its flush waits for the disk (fsync) at each line, and it
+        # overwrites a file of that name.
         from tensorboardX.record_writer import masked_crc32c
 
         data = self._event(wall_time=time.time(), **fields).SerializeToString()
@@ -218,14 +224,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run: scalars named `<split>/<field>` over `step`. Online or not as `WANDB_MODE` says.
+    """Writes scalars named `<split>/<field>` over `step` to Weights & Biases, online or offline by `WANDB_MODE`.
 
-    A run folder that is resumed goes on with the same W&B run.
+    A run folder that is resumed continues the same W&B run.
 
     Args:
       folder: the run folder; W&B's own files go to `wandb` in it.
       name: the run's name on the page.
-      config: what it was run with, shown beside it.
+      config: the experiment as JSON, shown beside it.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
@@ -280,7 +286,7 @@ class WeightsAndBiases:
 
 
 class Console:
-    """The screen: a bar on a terminal, plain lines elsewhere.
+    """Shows records on the screen: a bar on a terminal, plain lines elsewhere.
 
     The bar shows the last training record, and every evaluation leaves a line above it. Where the output goes to a file
     or a pipe, each record is one line.
@@ -288,16 +294,24 @@ class Console:
     Args:
       total_steps: the steps of the whole run.
       steps_per_epoch: for the number of epochs.
-      console: rich's console, for another place than the standard output.
+      metrics: the spec of each metric to show, in this order.
+      console: rich's console; by default one on the standard output.
     """
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, console: rich.console.Console | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        metrics: Mapping[str, MetricSpec],
+        console: rich.console.Console | None = None,
+    ):
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
 
         self._total_steps = total_steps
         self._epochs = total_steps / steps_per_epoch
+        self._metrics = metrics
         self._console = console or RichConsole()
         self._progress = None
         if self._console.is_terminal:
@@ -313,7 +327,7 @@ class Console:
             self._progress.start()
 
     def write(self, record: Record) -> None:
-        """Shows the record, but for ranges."""
+        """Shows the record; one of split "ranges" is not shown."""
         if record["split"] == "ranges":
             return
         numbers = self._numbers(record)
@@ -327,21 +341,23 @@ class Console:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the cursor back."""
+        """Stops the bar as it stands and restores the cursor."""
         if self._progress is not None:
             self._progress.stop()
 
     def _numbers(self, record: Record) -> str:
-        def mean(value: float) -> str:
+        def mean(value: float, digits: int) -> str:
             # Skipped steps are no part of a mean over training: it is NaN where all steps were.
             nothing = math.isnan(value) and record["split"] == "train" and record.get("skipped_steps")
-            return "-" if nothing else f"{value:.4f}"
+            return "-" if nothing else f"{value:.{digits}f}"
 
-        fields = {
+        def metric(name: str, digits: int) -> Callable[[Any], str]:
+            return lambda value: f"{name} {mean(value, digits)}"
+
+        fields: dict[str, Callable[[Any], str]] = {
             "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
             "step": lambda step: f"step {step}/{self._total_steps}",
-            "loss": lambda loss: f"loss {mean(loss)}",
-            "accuracy": lambda accuracy: f"accuracy {mean(accuracy)}",
+            **{name: metric(name, spec.digits) for name, spec in self._metrics.items()},
             "loss_scale": lambda scale: f"scale {scale:g}",
             "skipped_steps": lambda steps: f"skipped {steps}",
             "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp.data.source import Source
 from jaxmp.errors import InputError
-from jaxmp.modules.linen import mode_argument
-from jaxmp.tasks.loss import init_model
 from jaxmp.tasks.task import Task
 from jaxmp.training.batch import Batch
-from jaxmp.training.metrics import Mean, Metrics
+from jaxmp.training.metrics import Mean, Metrics, MetricSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """One of several classes an example: softmax cross-entropy and accuracy from logits (examples, classes)."""
+class Classification(Task):
+    """Softmax cross-entropy and accuracy of one of several classes an example, from logits (examples, ..., classes)."""
 
     inputs: tuple[str, ...] = ("image",)
     """keys of the batch that the model is called with"""
     target: str = "label"
-    """key of the integer labels, (examples,), from 0 on"""
+    """key of the integer labels, (examples, ...), from 0 on"""
     label_smoothing: float = 0.0
     """share of the target that is spread evenly over all classes"""
+
+    metrics: ClassVar[Mapping[str, MetricSpec]] = {
+        "loss": MetricSpec("min", "nats"),
+        "accuracy": MetricSpec("max", "%"),
+    }
+    monitor = "accuracy"
 
     def __post_init__(self) -> None:
         """Checks the range of the smoothing, and that `inputs` are several."""
@@ -39,13 +42,9 @@ class Classification:
             raise InputError(f"label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1")
 
     def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
-        """Mean cross-entropy in nats, and `accuracy`."""
+        """Mean cross-entropy in nats, and `accuracy`, a share from 0 to 1."""
+        self.check(outputs, batch)
         logits, labels = outputs.astype(jnp.float32), batch[self.target]
-        if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
-            raise InputError(
-                f"{self.target!r} is {labels.dtype}{list(labels.shape)} beside logits of {list(logits.shape)}; "
-                f"expected whole numbers, one an example: {list(logits.shape[:-1])}"
-            )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if self.label_smoothing:
             uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
@@ -53,36 +52,30 @@ class Classification:
         correct = jnp.argmax(logits, axis=-1) == labels
         return Mean.of(losses, batch["weight"]), {"accuracy": Mean.of(correct, batch["weight"])}
 
+    def check(self, outputs: Any, batch: Any) -> None:
+        """Raises InputError unless the labels are integers, one for each row of logits."""
+        labels = batch[self.target]
+        if not hasattr(outputs, "shape"):
+            raise InputError(f"the model's outputs are of type {type(outputs).__name__}; expected one array of logits")
+        if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != outputs.shape[:-1]:
+            raise InputError(
+                f"{self.target!r} is {labels.dtype}{list(labels.shape)} beside logits of {list(outputs.shape)}; "
+                f"expected whole numbers, one an example: {list(outputs.shape[:-1])}"
+            )
 
-def check_labels(model: Any, task: Task, batch: Any, splits: Mapping[str, Source]) -> None:
-    """Refuses labels of a `Classification` that are none of the model's classes, which no loss shows for what they are.
+    def check_rows(self, outputs: Any, columns: Mapping[str, Any], split: str) -> None:
+        """Raises InputError if a label is outside [0, classes); cross-entropy would accept it silently.
 
-    They are looked at where they are at hand, in a column in memory or memory-mapped; no other column is read.
-
-    Args:
-      model: as for `make_loss`.
-      task: one that makes its loss of labels in another way than `Classification` is not looked at.
-      batch: arrays or `ShapeDtypeStruct`s that the model can be called with.
-      splits: sources of rows by the name of their split, for the message.
-
-    Raises: InputError with the least and the greatest label.
-    """
-    if not isinstance(task, Classification) or type(task).__call__ is not Classification.__call__:
-        return
-
-    def outputs(key: jax.Array) -> Any:
-        params, model_state = init_model(model, task, batch, key)
-        inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
-        return model.apply({"params": params, **model_state}, *inputs, **mode_argument(model, False))
-
-    classes = jax.eval_shape(outputs, jax.random.key(0)).shape[-1]
-    for split, source in splits.items():
-        labels = getattr(source, "columns", {}).get(task.target)
+        A subclass with a `__call__` of its own may take other labels, and is not checked.
+        """
+        labels = columns.get(self.target)
+        if type(self).__call__ is not Classification.__call__:
+            return
         if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or not labels.size:
-            continue
-        least, most = int(labels.min()), int(labels.max())
+            return
+        least, most, classes = int(labels.min()), int(labels.max()), outputs.shape[-1]
         if least < 0 or most >= classes:
             raise InputError(
-                f"{task.target!r} of the {split} split: labels run from {least} to {most}; expected 0 to "
+                f"{self.target!r} of the {split} split: labels run from {least} to {most}; expected 0 to "
                 f"{classes - 1}, one for each of the model's {classes} outputs"
             )

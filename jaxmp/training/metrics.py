@@ -1,16 +1,90 @@
-"""Metrics as states that merge by addition: over steps, batches and replicas, and exactly so over padded rows."""
+"""Metrics as states that merge by addition, and `MetricSpec`, which says how each is read and shown."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp.errors import InputError
+
+BOOKKEEPING = (
+    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps"),
+    *("examples_per_second", "wall_seconds", "ranges"),
+)
+"""fields of a line of metrics.jsonl that are no metrics"""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricSpec:
+    """How a metric is read and shown.
+
+    Raises: InputError if `best`, `unit` or `digits` is not one of the values below.
+
+    >>> MetricSpec("max", "%").label("accuracy"), MetricSpec("max", "%").text(0.9851)
+    ('accuracy, %', '98.51')
+    >>> MetricSpec("min", "nats").label("loss"), MetricSpec("min", "nats").text(0.0582)
+    ('loss, nats', '0.0582')
+    """
+
+    best: Literal["max", "min"] | None = None
+    """whether more ("max") or less ("min") is better; None: no direction, so it cannot be monitored"""
+    unit: str = ""
+    """unit, shown on axes and in tables; "%" is for a share from 0 to 1, which reports show times 100"""
+    digits: int = 4
+    """decimals of the value on the console and in reports; reports show a percentage with two fewer"""
+
+    def __post_init__(self) -> None:
+        if self.best not in ("max", "min", None):
+            raise InputError(f"MetricSpec(best={self.best!r}): expected 'max', 'min' or None")
+        if not isinstance(self.unit, str):
+            raise InputError(f"MetricSpec(unit={self.unit!r}): expected a string, such as '%' or 'nats'")
+        if isinstance(self.digits, bool) or not isinstance(self.digits, int) or self.digits < 0:
+            raise InputError(f"MetricSpec(digits={self.digits!r}): expected a whole number of at least 0")
+
+    @property
+    def factor(self) -> float:
+        """What a value is multiplied by in reports: 100 for "%", else 1."""
+        return 100.0 if self.unit == "%" else 1.0
+
+    def label(self, name: str) -> str:
+        """The metric's name with its unit, for an axis or the head of a column."""
+        return f"{name.replace('_', ' ')}{f', {self.unit}' if self.unit else ''}"
+
+    def text(self, value: float, *, sign: str = "") -> str:
+        """A value, or a difference of two, as reports show it, without the unit; `sign` is "+" to show a plus too."""
+        decimals = max(self.digits - 2, 0) if self.unit == "%" else self.digits
+        return format(self.factor * value, f"{sign}.{decimals}f")
+
+
+LOSS = MetricSpec("min")
+"""the spec of a loss that the task declares nothing about"""
+
+
+def specs_to_json(specs: Mapping[str, MetricSpec]) -> dict[str, Any]:
+    """Specs by name as JSON: `{name: {"best": ..., "unit": ..., "digits": ...}}`."""
+    return {name: dataclasses.asdict(spec) for name, spec in specs.items()}
+
+
+def specs_from_json(value: Mapping[str, Any]) -> dict[str, MetricSpec]:
+    """Specs by name from what `specs_to_json` made."""
+    return {name: MetricSpec(**fields) for name, fields in value.items()}
+
+
+def spec_of(specs: Mapping[str, MetricSpec], name: str) -> MetricSpec:
+    """The spec of a metric; of one that is not declared, no direction, no unit and four decimals."""
+    return specs.get(name, LOSS if name == "loss" else MetricSpec())
+
 
 class Mean(NamedTuple):
-    """A weighted mean that is not divided yet."""
+    """A weighted mean that is not divided yet: its sum and its weight, which merge by addition.
+
+    Sums over steps, batches and replicas are exact to rounding, padded rows (weight 0) included.
+    """
 
     total: jax.Array
     """weighted sum of the values, float32 scalar"""
@@ -19,35 +93,39 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
-        """The mean of `values` under `weights`, of one shape. A value of weight 0 counts for nothing, even NaN.
+        """The mean of `values` under `weights`; a value of weight 0 is left out, even if it is NaN.
 
-        (Not so in gradients: 0 times the NaN that a row of weight 0 makes on its way through a model is NaN.)
+        (Its gradient is not: 0 times the NaN that a row of weight 0 makes on its way through a model is NaN.)
+
+        Args:
+          values: any shape and number dtype, computed with in float32.
+          weights: of the same shape.
         """
         weights = weights.astype(jnp.float32)
         values = jnp.where(weights != 0, values.astype(jnp.float32), 0)
         return cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))
 
     def compute(self) -> jax.Array:
-        """The mean, float32 scalar; NaN where nothing was counted."""
+        """The mean, float32 scalar; NaN if the weight is 0."""
         return self.total / self.weight
 
 
 Metrics = dict[str, Mean]
-"""What a step or an evaluation measured, by name."""
+"""Metrics of a step or an evaluation, by name."""
 
 
 def merge(first: Metrics, second: Metrics) -> Metrics:
-    """The metrics of two sets of examples together."""
+    """Merges the metrics of two sets of examples."""
     return jax.tree.map(jnp.add, first, second)
 
 
 def zeros_like(metrics: Any) -> Metrics:
-    """Metrics like `metrics`, arrays or `jax.ShapeDtypeStruct`s, that have counted nothing; on the host."""
+    """Makes metrics of weight 0, as NumPy arrays; `metrics` holds arrays or `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
 
 
 def compute(metrics: Metrics) -> dict[str, float]:
-    """The metrics as Python floats, computed in float64. Waits for the device."""
+    """Fetches metrics from the device, and divides in float64; NaN where the weight is 0."""
     values = jax.device_get(metrics)
     return {
         name: float(mean.total) / float(mean.weight) if mean.weight else float("nan") for name, mean in values.items()

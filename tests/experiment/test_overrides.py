@@ -98,6 +98,7 @@ OTHERS = {
     "parallel.remat_policy": "dots_saveable",
     "loop.accumulate_overflow": "microbatch",
     "loop.batch_norm": "replica",
+    "loop.monitor": "loss",
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
     "data.version": "1.0.0",

@@ -189,7 +189,7 @@ def test_every_difference_from_the_template_is_named_with_its_path_before_anythi
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2, best_of="accuracy")
     for step, accuracy in enumerate([float("nan"), 0.5, 0.9, 0.9, 0.1, 0.2]):
         checkpoints.save(step, {"w": jnp.ones(2)}, {"accuracy": accuracy})
     checkpoints.close()
@@ -209,7 +209,7 @@ def test_the_smallest_is_best_where_asked_and_without_a_metric_only_the_newest_a
 
 
 def test_saving_a_step_twice_is_harmless_and_may_add_its_metrics(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, best_of="accuracy")
     checkpoints.save(4, {"w": jnp.ones(2)})
     checkpoints.save(4, {"w": jnp.ones(2)}, {"accuracy": 0.5})
     assert checkpoints.best_step() == 4

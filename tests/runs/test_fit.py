@@ -469,11 +469,6 @@ def test_a_config_whose_code_has_changed_is_refused(tmp_path):
         fit(short, workdir=tmp_path, origin={**origin, "source": "x = 2\n"})
 
 
-def test_less_of_a_loss_is_better():
-    assert Loop(monitor="loss").best_is == "min" and Loop().best_is == "max"
-    assert Loop(monitor="loss", mode="max").best_is == "max"
-
-
 @pytest.mark.slow
 def test_one_device_gives_one_result_in_both_modes(tmp_path):
     """Dropout and augmentation included; and a run of either mode is read back."""

@@ -15,6 +15,9 @@ from rich.console import Console as RichConsole
 
 from jaxmp.errors import InputError
 from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, read_lines
+from jaxmp.training.metrics import MetricSpec
+
+SPECS = {"loss": MetricSpec("min"), "accuracy": MetricSpec("max", "%")}
 
 
 def record(step: int, split: str = "train", **fields: float) -> dict:
@@ -238,7 +241,7 @@ def test_without_weights_and_biases_the_error_says_how_to_install_it(tmp_path, m
 
 def test_on_a_terminal_there_is_a_bar_with_the_numbers_and_a_line_for_each_evaluation():
     screen = io.StringIO()
-    console = Console(100, 10, RichConsole(force_terminal=True, file=screen, width=140, color_system=None))
+    console = Console(100, 10, SPECS, RichConsole(force_terminal=True, file=screen, width=140, color_system=None))
     console.write(record(20))
     console.write(record(20, "validation", accuracy=0.75))
     console.write(record(30, skipped_steps=2, loss_scale=16384.0))
@@ -254,7 +257,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_numbers_and_a_line_for_each_evalu
 def test_elsewhere_each_record_is_one_plain_line(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     screen = io.StringIO()
-    console = Console(100, 10, RichConsole(file=screen, width=40))
+    console = Console(100, 10, SPECS, RichConsole(file=screen, width=40))
     console.write(record(20))
     console.write({"step": 20, "split": "validation", "loss": float("nan"), "[bold]": 1.0})
     console.close()
@@ -265,14 +268,22 @@ def test_elsewhere_each_record_is_one_plain_line(monkeypatch):
     ]
 
 
+def test_metrics_of_ones_own_are_shown_in_the_order_and_with_the_digits_of_their_specs():
+    specs = {"loss": MetricSpec("min", digits=1), "perplexity": MetricSpec("min", digits=2), "undeclared": MetricSpec()}
+    screen = io.StringIO()
+    console = Console(100, 10, specs, RichConsole(file=screen))
+    console.write({"step": 20, "split": "test", "undeclared": 0.5, "perplexity": 3.14159, "loss": 2.25, "other": 1.0})
+    assert screen.getvalue() == "test        step 20/100  loss 2.2  perplexity 3.14  undeclared 0.5000\n"
+
+
 def test_a_mean_over_no_applied_step_is_a_dash():
     screen = io.StringIO()
-    Console(100, 10, RichConsole(file=screen)).write(record(20, loss=float("nan"), accuracy=float("nan")))
+    Console(100, 10, SPECS, RichConsole(file=screen)).write(record(20, loss=float("nan"), accuracy=float("nan")))
     assert "loss -  accuracy -  scale" in screen.getvalue()
 
 
 def test_a_resumed_run_does_not_count_the_steps_before_it_as_done_in_no_time():
-    console = Console(1000, 10, RichConsole(force_terminal=True, file=io.StringIO(), width=140))
+    console = Console(1000, 10, SPECS, RichConsole(force_terminal=True, file=io.StringIO(), width=140))
     console.write(record(900))
     (task,) = console._progress.tasks
     assert task.completed == 900 and task.time_remaining is None

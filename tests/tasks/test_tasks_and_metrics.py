@@ -20,7 +20,7 @@ from jaxmp.models.mlp import MLP
 from jaxmp.modules.linen import mode_argument
 from jaxmp.runs.fit import fit, steps
 from jaxmp.runs.trainer import Trainer
-from jaxmp.tasks.classification import Classification, check_labels
+from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.training.metrics import Mean, compute, merge, zeros_like
 
@@ -152,8 +152,9 @@ class Everywhere(nn.Module):
 
 def check(label, model, split="train", task=None):
     columns = {"image": Unreadable(), "label": label}
-    batch = {"image": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
-    check_labels(model, task or Classification(), batch, {split: Columns(columns)})
+    image, key = jax.ShapeDtypeStruct((2, 4), jnp.float32), jax.random.key(0)
+    outputs = jax.eval_shape(lambda image: model.init_with_output(key, image)[0], image)
+    (task or Classification()).check_rows(outputs, Columns(columns).columns, split)
 
 
 @pytest.mark.parametrize("positions", [(), (2,)])

@@ -1,0 +1,59 @@
+"""Curves of runs: gaps, units and axes.
+
+Whole pages of real runs are drawn in tests/studies/test_compare.py and tests/tasks/test_task.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from jaxmp.reports.run_report import Curve, curve_figures, grouped_figure, metrics_of
+from jaxmp.training.metrics import MetricSpec
+
+
+def test_numbers_that_are_not_finite_leave_a_gap():
+    lines = [
+        {"step": s, "split": "train", "loss": v} for s, v in [(1, 0.5), (2, 0.25), (3, None), (4, 0.125), (5, None)]
+    ]
+    figure = ElementTree.fromstring(grouped_figure([Curve("a", 0, lines, True)], "loss", "train", "Loss"))
+    (path,) = [p for p in figure.iter("path") if p.get("data-x")]
+    assert path.get("d").count("M") == 2 and path.get("data-y") == "0.5 0.25 nan 0.125 nan"
+    assert any("cross" in p.get("class", "") for p in figure.iter("path"))
+
+
+def lines(**metrics):
+    fixed = {"loss_scale": 1.0, "skipped_steps": 0, "examples_per_second": 1.0, "epoch": 0.1, "wall_seconds": 1.0}
+    return [{"step": s, "split": split, **fixed, **metrics} for s in (1, 2) for split in ("train", "validation")]
+
+
+def labels(figure):
+    return [text.text for text in ElementTree.fromstring(figure).iter("text")]
+
+
+def test_a_share_is_drawn_in_percent_whatever_its_name_and_an_accuracy_of_no_share_is_not():
+    specs = {"loss": MetricSpec("min", "nats"), "recall": MetricSpec("max", "%"), "accuracy_in_mm": MetricSpec("min")}
+    curve = Curve("a", 0, lines(loss=0.5, recall=0.25, accuracy_in_mm=3.0), specs=specs)
+    assert curve.of("recall", "train") == ([1, 2], [25.0, 25.0])
+    assert curve.of("accuracy_in_mm", "train") == ([1, 2], [3.0, 3.0])
+    figures = {name: labels(svg) for name, svg, _ in curve_figures([curve])}
+    assert "recall, %" in figures["Recall"] and "loss, nats" in figures["Loss"]
+    assert "accuracy in mm" in figures["Accuracy in mm"]
+
+
+def test_metrics_are_drawn_in_the_order_of_their_specs_and_bookkeeping_is_none():
+    specs = {"loss": MetricSpec("min"), "zeal": MetricSpec(), "absent": MetricSpec()}
+    assert list(metrics_of([Curve("a", 0, lines(loss=1.0, zeal=1.0, alpha=1.0), specs=specs)])) == [
+        "loss", "zeal", "alpha"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "logarithmic"), [(MetricSpec("min", "nats"), True), (MetricSpec("max", "%"), False)])
+def test_a_wide_range_is_drawn_logarithmically_but_for_a_share(spec, logarithmic):
+    wide = [{"step": s, "split": "train", "x": 10.0**-s} for s in range(1, 7)]
+    figure = grouped_figure([Curve("a", 0, wide, specs={"x": spec})], "x", "train", "X")
+    places = [circle.get("cy") for circle in ElementTree.fromstring(figure).iter("circle")]
+    steps = {round(float(b) - float(a), 0) for a, b in itertools.pairwise(places)}
+    assert (len(steps) == 1) == logarithmic
