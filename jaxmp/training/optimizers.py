@@ -1,9 +1,9 @@
-"""Optimizers and learning-rate schedules: what a config says, made into one optax transformation.
+"""Optimizers as config values; `make` turns one, with its schedule, clipping and weight decay, into an optax optimizer.
 
     Adam(1e-3, schedule=CosineDecay(warmup_steps=500), clip_norm=1.0).make(steps=10_000)
 
-There is no loss scaling in here: `jaxmp.loss_scaling(optimizer.make(steps), scaler)` goes around the whole, so that
-clipping, weight decay and the schedule's count are part of what an overflow skips.
+Loss scaling is not part of it: wrap the result, `jaxmp.loss_scaling(optimizer.make(steps), scaler)`, so that an
+overflow also skips clipping, weight decay and the count of the schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxmp.training.schedules import ConstantRate
 from jaxmp.trees import path_name
 
 KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
-"""What weight decay is for in Flax's naming: it leaves alone biases and the scales of norms."""
+"""Flax's names of the parameters that usually decay: not biases, and not the scales of norms."""
 
 
 def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
@@ -49,7 +49,7 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
 
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
-    """The path whose tail, of as many segments as the pattern has, is most like the pattern."""
+    """Returns the path whose last segments, as many as the pattern has, are most similar to the pattern."""
     segments = pattern.count("/") + 1
 
     def likeness(path: str) -> float:
@@ -60,19 +60,23 @@ def _nearest_path(pattern: str, paths: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What all optimizers share: the learning rate and its schedule, clipping, weight decay."""
+    """The base class of optimizers: learning rate, schedule, clipping and weight decay.
+
+    Raises:
+      InputError: a value is out of range.
+    """
 
     learning_rate: float = 1e-3
-    """Its peak, that is without the schedule."""
+    """Peak learning rate, before the schedule."""
     _: KW_ONLY
     schedule: Any = ConstantRate()
-    """How the learning rate changes: ConstantRate, CosineDecay, LinearDecay, StepDecay, or what has their `make`."""
+    """Learning-rate schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay, or any class with their `make`."""
     clip_norm: float | None = None
-    """The largest global norm of the gradients, which are scaled down to it; None: as they are."""
+    """Gradients with a larger global norm are scaled down to this norm; None: no clipping."""
     weight_decay: float = 0.0
-    """Share of a parameter that is added to its gradient (L2 regularisation)."""
+    """Weight decay as L2 regularisation: this factor times the parameter is added to its gradient."""
     decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
-    """Paths of the parameters that decay (`*`: any characters); by default not biases and the scales of norms."""
+    """Path patterns of the parameters that decay (`*`: any characters); by default no biases and scales of norms."""
 
     def __post_init__(self) -> None:
         require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
@@ -90,20 +94,23 @@ class Optimizer:
         )
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        """The optax optimizer, weight decay included."""
+        """Returns the optax optimizer, with weight decay but without clipping."""
         raise NotImplementedError
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """Clipping, then the optimizer, for a run of `steps` applied steps; its `init` checks `decay`."""
+        """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
+
+        Its `init` raises InputError if a pattern in `decay` matches no parameter.
+        """
         rule = self._rule(self.schedule.make(self.learning_rate, steps))
         return rule if self.clip_norm is None else optax.chain(clip_by_global_norm(self.clip_norm), rule)
 
     def _decay_mask(self) -> Callable[[Any], Any] | None:
-        """What tells optax, from the parameters, which of them decay; None where none does."""
+        """Returns the mask function for optax, which selects the parameters that decay; None without weight decay."""
         return functools.partial(decay_mask, patterns=self.decay) if self.weight_decay else None
 
     def _after_l2(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-        """`rule`, given gradients with the weight decay added to them."""
+        """Chains adding weight decay to the gradients (L2 regularisation) with `rule`."""
         if not self.weight_decay:
             return rule
         return optax.chain(optax.add_decayed_weights(self.weight_decay, self._decay_mask()), rule)
@@ -114,12 +121,12 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     learning_rate: float = 0.1
-    """Its peak, that is without the schedule."""
+    """Peak learning rate, before the schedule."""
     _: KW_ONLY
     momentum: float = 0.9
-    """What is kept of the sum of past gradients; 0: no momentum, and no memory for it."""
+    """Decay of the sum of past gradients; 0: no momentum, and no memory for it."""
     nesterov: bool = False
-    """Nesterov's momentum, which looks one step ahead."""
+    """Use Nesterov's momentum, which evaluates one step ahead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,9 +144,9 @@ class Adam(Optimizer):
     b1: float = 0.9
     """Decay of the running mean of the gradients."""
     b2: float = 0.999
-    """Decay of the running mean of their squares."""
+    """Decay of the running mean of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of that mean, in float32: in float16 it would be 0, and a gradient of 0 then gives a NaN."""
+    """Added to the root of the mean of squares, in float32 (in float16 it would be 0, and a zero gradient give NaN)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +163,7 @@ class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
 
     weight_decay: float = 0.01
-    """Share of a parameter that a step takes off it, times the learning rate."""
+    """Weight decay: each step subtracts this factor times the learning rate times the parameter."""
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.adamw(
@@ -166,12 +173,15 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class LAMB(Adam):
-    """Adam with a step in proportion to each layer's norm, for large batches (You et al., https://arxiv.org/abs/1904.00962)."""
+    """Adam with updates scaled to the norm of each layer, for large batches.
+
+    Source: You et al. 2020, https://arxiv.org/abs/1904.00962.
+    """
 
     eps: float = 1e-6
     """Added to the root of the mean of squares, in float32."""
     weight_decay: float = 0.01
-    """Share of a parameter that is added to its update, before the update is scaled to the layer's norm."""
+    """Weight decay: this factor times the parameter is added to its update, before scaling to the norm of the layer."""
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.lamb(
@@ -181,17 +191,20 @@ class LAMB(Adam):
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    """The sign of a running mean: one moment, steps of one size (Chen et al., https://arxiv.org/abs/2302.06675)."""
+    """Lion: updates by the sign of a running mean of gradients, so that all have one size; keeps a single moment.
+
+    Source: Chen et al. 2023, https://arxiv.org/abs/2302.06675.
+    """
 
     learning_rate: float = 1e-4
-    """Its peak, that is without the schedule; the paper's advice is a third to a tenth of AdamW's."""
+    """Peak learning rate, before the schedule; the paper recommends a third to a tenth of AdamW's."""
     _: KW_ONLY
     b1: float = 0.9
-    """Share of the running mean in the mix with the gradient whose sign is the update."""
+    """Weight of the running mean against the gradient, in the mix whose sign is the update."""
     b2: float = 0.99
     """Decay of the running mean of the gradients."""
     weight_decay: float = 0.1
-    """Share of a parameter that a step takes off it, times the learning rate; three to ten times AdamW's."""
+    """Weight decay, times the learning rate and the parameter; the paper recommends three to ten times AdamW's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

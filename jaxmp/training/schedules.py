@@ -28,7 +28,7 @@ class Schedule:
         require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more steps")
 
     def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        """Returns the learning rate at step `t` (float32 scalar) of `steps`, as a fraction of the peak, without warm-up."""
+        """Returns the learning rate at step `t` (float32 scalar) without warm-up, as a fraction of the peak."""
         raise NotImplementedError
 
     def make(self, peak: float, steps: int) -> optax.Schedule:
@@ -54,7 +54,7 @@ class Schedule:
         return learning_rate
 
     def _progress(self, t: jax.Array, steps: int) -> jax.Array:
-        """Returns the progress of the run after the warm-up: 0 at the end of the warm-up, 1 from the end of the run on."""
+        """Returns the progress of the run: 0 at the end of the warm-up, 1 at and after the end of the run."""
         return jnp.clip((t - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
 
 
