@@ -47,7 +47,8 @@ class CNN(nn.Module):
         if min(size) < 2**blocks:
             most = min(size).bit_length() - 1
             raise InputError(
-                f"CNN: channels={self.channels} halve an image of {size} {blocks} times: expected {most} at most"
+                f"CNN: channels={self.channels} would halve an image of {size} {blocks} times; "
+                f"expected at most {most} blocks"
             )
         x = image
         for channels in self.channels:

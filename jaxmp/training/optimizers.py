@@ -89,9 +89,7 @@ class Optimizer:
         require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
         require(self, "decay", not isinstance(self.decay, str), f"a tuple, ({self.decay!r},)")
-        require(
-            self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "a pattern at least, for the weight decay"
-        )
+        require(self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "at least one pattern with weight decay")
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Returns the optax optimizer, with weight decay but without clipping."""
