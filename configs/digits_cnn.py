@@ -1,7 +1,7 @@
 """8x8 handwritten digits with a small convolutional network: seconds on a CPU, and nothing to download.
 
 Data: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, https://doi.org/10.24432/C50P49,
-as included in scikit-learn. jaxmp splits them by class: 1,258 train, 270 validation, 269 test.
+as included in scikit-learn, in a stratified split that jaxmp makes: 1,258 train, 270 validation, 269 test.
 
 Command:   jaxmp train digits_cnn
 Hardware:  2 CPU cores, 5 s after the start of Python and JAX
