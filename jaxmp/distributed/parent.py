@@ -22,7 +22,7 @@ from jaxmp.errors import DONE, FAILED, STOPPED
 PIPE = "JAXMP_PARENT"
 """environment variable that marks a child: the file descriptor of a pipe that closes when the parent ends"""
 
-IMPATIENCE = 3
+SIGNALS_BEFORE_KILL = 3
 """number of signals after which a child that has not ended is killed"""
 
 GO_ON = "the same command on all machines goes on from the last checkpoint"
@@ -52,12 +52,12 @@ def run(arguments: list[str]) -> int:
     signals: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, frame: object) -> None:
+    def forward_signal(number: int, frame: object) -> None:
         signals.append(number)
         if child is not None:
-            child.send_signal(number if len(signals) < IMPATIENCE else signal.SIGKILL)
+            child.send_signal(number if len(signals) < SIGNALS_BEFORE_KILL else signal.SIGKILL)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         # In a new session: Ctrl-C then reaches it only once, through its parent.
         child = subprocess.Popen(
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> int:
         if signals:
             child.send_signal(signals[-1])
         held: list[bytes] = []
-        reader = threading.Thread(target=_hand_on_lines, args=(child.stderr, held), daemon=True)
+        reader = threading.Thread(target=_forward_stderr, args=(child.stderr, held), daemon=True)
         reader.start()
         code = child.wait()
     finally:
@@ -82,48 +82,48 @@ def run(arguments: list[str]) -> int:
         with contextlib.suppress(ProcessLookupError):  # data workers of the child that are still running
             os.killpg(child.pid, signal.SIGKILL)
     reader.join(timeout=5)  # another process may still hold its standard error open
-    if code < 0 and (-code in signals or len(signals) >= IMPATIENCE):
+    if code < 0 and (-code in signals or len(signals) >= SIGNALS_BEFORE_KILL):
         return 128 + signals[-1]
-    said = b"".join(held)
+    output = b"".join(held)
     if -code != signal.SIGABRT:
-        sys.stderr.buffer.write(said)
+        sys.stderr.buffer.write(output)
     if code >= 0:
         return code
-    print(f"jaxmp: {explain(said.decode(errors='replace'), -code)}", file=sys.stderr)
+    print(f"jaxmp: {explain(output.decode(errors='replace'), -code)}", file=sys.stderr)
     return FAILED
 
 
-def explain(said: str, number: int) -> str:
+def explain(output: str, number: int) -> str:
     """Returns what happened to a child that signal `number` ended, and what to do next.
 
-    `said` is the last output of JAX.
+    `output` is the last output of JAX.
 
     >>> explain("The following tasks are unhealthy (stopped sending heartbeats):\\n1\\nThe tasks ...", 6).split(";")[0]
     'process 1 does not answer: killed, or its machine is lost'
     >>> explain("", 9).split(";")[0]
     'the process on this machine was killed by SIGKILL, as the system does when memory runs out'
     """
-    if number != signal.SIGABRT or not said:
+    if number != signal.SIGABRT or not output:
         cause = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
         name = signal.Signals(number).name
         return f"the process on this machine was killed by {name}{cause}; the others will end too, and {GO_ON}"
-    if "RegisterTask" in said:
+    if "RegisterTask" in output:
         return (
             "not all processes joined in time (--start-timeout): run this command --process-count times, each with "
             "another --process-index, where the coordinator can be reached"
         )
-    if silent := re.search(r"stopped sending heartbeats\):\n([\d\n]+)", said):
+    if silent := re.search(r"stopped sending heartbeats\):\n([\d\n]+)", output):
         numbers = silent[1].split()
         if len(numbers) == 1:
             return f"process {numbers[0]} does not answer: killed, or its machine is lost; {GO_ON}"
         return f"processes {', '.join(numbers)} do not answer: killed, or their machines are lost; {GO_ON}"
-    if "Failed to send RPC to coordination service" in said:
+    if "Failed to send RPC to coordination service" in output:
         return f"process 0, which coordinates the others, has ended or cannot be reached; {GO_ON}"
-    status = re.search(r"absl::Status: (.*)", said)
-    return f"another process has failed ({status[1] if status else said.splitlines()[0]}); {GO_ON}"
+    status = re.search(r"absl::Status: (.*)", output)
+    return f"another process has failed ({status[1] if status else output.splitlines()[0]}); {GO_ON}"
 
 
-def _hand_on_lines(stream: IO[bytes], held: list[bytes]) -> None:
+def _forward_stderr(stream: IO[bytes], held: list[bytes]) -> None:
     """Copies the child's standard error line by line; collects JAX's output while it aborts in `held` instead."""
     with stream:
         for line in stream:

@@ -113,23 +113,23 @@ def _add_nearest(param: Any, update: Any) -> Any:
     if not has_gradient(param):
         return param
     param = jnp.asarray(param)
-    total = _wide(param) + _wide(update) if _is_half(param) else param + update
+    total = _float32(param) + _float32(update) if _is_half(param) else param + update
     return _unless_skipped(update, _rounded(total, param.dtype), param)
 
 
 def _add_stochastic(param: Any, update: Any, key: jax.Array) -> Any:
     if not _is_half(param):
         return _add_nearest(param, update)
-    total = quantize(_wide(param) + _wide(update), param.dtype.name, rounding="stochastic", key=key)
+    total = quantize(_float32(param) + _float32(update), param.dtype.name, rounding="stochastic", key=key)
     return _unless_skipped(update, total.astype(param.dtype), param)
 
 
 def _add_kahan(param: Any, update: Any, compensation: jax.Array) -> tuple[Any, jax.Array]:
     if not _is_half(param):
         return _add_nearest(param, update), compensation
-    due = _wide(update) + _wide(compensation)
-    new = _rounded(_wide(param) + due, param.dtype)
-    lost = _rounded(due - (_wide(new) - _wide(param)), COMPENSATION_DTYPE)
+    due = _float32(update) + _float32(compensation)
+    new = _rounded(_float32(param) + due, param.dtype)
+    lost = _rounded(due - (_float32(new) - _float32(param)), COMPENSATION_DTYPE)
     return _unless_skipped(update, new, param), _unless_skipped(update, lost, compensation)
 
 
@@ -147,7 +147,7 @@ def _unless_skipped(update: Any, new: jax.Array, old: Any) -> jax.Array:
     return jnp.where(functools.reduce(jnp.logical_and, [(x == 0) & jnp.signbit(x) for x in parts]), old, new)
 
 
-def _wide(x: Any) -> jax.Array:
+def _float32(x: Any) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 

@@ -73,7 +73,7 @@ def float32_math(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Float32MathState:
-        state = inner.init(_widened(params))
+        state = inner.init(_upcast_tree(params))
         seen: set[str] = set()
 
         def stored(path: Any, x: Any) -> Any:
@@ -91,7 +91,7 @@ def float32_math(
         return Float32MathState(inner_state=state, steps=jnp.array(0, jnp.int32))
 
     def update(grads: Any, state: Float32MathState, params: Any = None, **extra: Any) -> tuple[Any, Float32MathState]:
-        updates, new = inner.update(_widened(grads), _widened(state.inner_state), _widened(params), **extra)
+        updates, new = inner.update(_upcast_tree(grads), _upcast_tree(state.inner_state), _upcast_tree(params), **extra)
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.steps)
         position = itertools.count()
 
@@ -166,7 +166,7 @@ def _stored_dtype(dtype: Any) -> Any:
     return found
 
 
-def _widened(tree: Any) -> Any:
+def _upcast_tree(tree: Any) -> Any:
     return jax.tree.map(upcast, tree)
 
 

@@ -68,7 +68,7 @@ class Resident:
         self._columns = devices.put(resident(source))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data, batches)
-        counted = _counted(step)
+        accumulating = _accumulating(step)
 
         @jax.jit
         def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
@@ -85,7 +85,7 @@ class Resident:
             )
             raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
             batch = {**raw, "weight": own["weight"]}
-            return counted(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
+            return accumulating(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
 
         def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
             return jax.lax.fori_loop(0, count, lambda _, carry: advance(carry, columns, rows), (state, metrics))
@@ -136,11 +136,11 @@ class Streamed:
         self._ahead: Any = None
         self._next = -1  # the step whose batch `_ahead` returns next
         self._prepare = _preparation(data, batches)
-        counted = _counted(step)
+        accumulating = _accumulating(step)
 
         def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
             batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
-            return counted((state, metrics), batch)
+            return accumulating((state, metrics), batch)
 
         self.program = devices.compile(one_step, (0, 0, 0))
 
@@ -181,13 +181,13 @@ def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax
     return prepared
 
 
-def _counted(step: TrainStep) -> Callable[[Any, Any], Any]:
+def _accumulating(step: TrainStep) -> Callable[[Any, Any], Any]:
     """Returns the step with accumulated metrics: `((state, metrics), batch) -> (state, metrics)`.
 
     Metrics are added step by step, so that the sums do not depend on how steps are split into dispatches.
     """
 
-    def counted(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
+    def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = carry
         state, measured = step(state, batch)
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
@@ -195,4 +195,4 @@ def _counted(step: TrainStep) -> Callable[[Any, Any], Any]:
         measured = jax.tree.map(lambda x: jnp.where(applied, x, jnp.zeros_like(x)), measured)
         return state, merge(metrics, {**measured, NAN_LOSS: Mean(is_nan, jnp.float32(1))})
 
-    return counted
+    return accumulating

@@ -124,7 +124,7 @@ class SGD(Optimizer):
     momentum: float = 0.9
     """Decay of the sum of past gradients; 0: no momentum, and no memory for it."""
     nesterov: bool = False
-    """Use Nesterov's momentum, which evaluates one step ahead."""
+    """Use Nesterov momentum, which looks one step ahead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,7 +144,7 @@ class Adam(Optimizer):
     b2: float = 0.999
     """Decay of the running mean of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean of squares, in float32 (in float16 it would be 0, and a zero gradient give NaN)."""
+    """Added to the root of the mean square, in float32; in float16 it would be 0, and a zero gradient would be NaN."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,7 +177,7 @@ class LAMB(Adam):
     """
 
     eps: float = 1e-6
-    """Added to the root of the mean of squares, in float32."""
+    """Added to the root of the mean square, in float32."""
     weight_decay: float = 0.01
     """Weight decay: this factor times the parameter is added to its update, before scaling to the norm of the layer."""
 

@@ -106,8 +106,7 @@ class Replicas:
 
         def shard_map(params: Any, *args: Any) -> Any:
             grads = jax.tree.map(self._spec, params)
-            # check_vma=True would put a psum in half precision at each use of a replicated weight, inside scans (trap
-            # T16).
+            # check_vma=True would put a psum, in half, at each use of a replicated weight, inside scans (trap T16).
             return jax.shard_map(
                 function,
                 mesh=mesh,
@@ -155,8 +154,7 @@ class Replicas:
         )
 
     def sum_gradients(self, grads: Any) -> Any:
-        """Sums gradients over replicas, in one collective in the reduce dtype; returns leaves without gradient
-        unchanged.
+        """Sums gradients over replicas, in one collective in the reduce dtype; leaves without gradient are unchanged.
 
         If the state is split, each device receives only its share of the sum.
         """
@@ -172,8 +170,8 @@ class Replicas:
         dtype = jnp.dtype(self.reduce_dtype)
         if dtype.itemsize >= 4:
             return self._sum_shares([g.astype(jnp.promote_types(g.dtype, dtype)) for g in grads])
-        # Divides by a power of two, so that the division is exact, that is at least the number of replicas, so that the
-        # sum of values that fit the dtype fits it too (trap T3).
+        # The divisor is a power of two, so that dividing is exact, and at least the number of replicas, so that the sum
+        # of values that fit into the dtype also fits into it (trap T3).
         share = 2.0 ** -math.ceil(math.log2(jax.lax.axis_size(self.axis_name)))
         # Complex gradients are summed in their own dtype: JAX has no half-precision complex dtype.
         summed = self._sum_shares([g if jnp.iscomplexobj(g) else (upcast(g) * share).astype(dtype) for g in grads])
@@ -283,7 +281,7 @@ class Devices:
             return jax.device_put(tree, shardings)
         if isinstance(shardings, NamedSharding):
             shardings = jax.tree.map(lambda _: shardings, tree)
-        return jax.tree.map(_of_equal_parts, tree, shardings)
+        return jax.tree.map(_place_whole, tree, shardings)
 
     def whole(self, tree: Any) -> Any:
         """Replicates a pytree of arrays on all devices, without the first axis of `pmap`."""
@@ -363,23 +361,23 @@ class Devices:
         """
         if self.mode == "jit":
             return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, P(AXIS)))
-        return jax.tree.map(lambda x: _own(x, self.count), rows)
+        return jax.tree.map(lambda x: _replica_slice(x, self.count), rows)
 
     def global_index(self, batch_size: int) -> jax.Array:
         """Returns the indices in the whole batch of the rows from `share`, int32 (rows,); only inside a program."""
         return self.share(self.interleave_microbatches(jnp.arange(batch_size, dtype=jnp.int32)))
 
 
-def _own(x: Any, count: int) -> jax.Array:
+def _replica_slice(x: Any, count: int) -> jax.Array:
     size = x.shape[0] // count
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * size, size)
 
 
-def _of_equal_parts(x: Any, sharding: NamedSharding) -> jax.Array:
+def _place_whole(x: Any, sharding: NamedSharding) -> jax.Array:
     """Places an array that every process holds on the devices of all of them; reshards one that is already there."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_of_equal_parts(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+        return jax.random.wrap_key_data(_place_whole(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     whole = np.asarray(x)  # jax.device_put would first compare it across processes
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
