@@ -144,7 +144,7 @@ class Adam(Optimizer):
     b2: float = 0.999
     """Decay of the running mean of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean square, in float32; in float16 it would be 0, and a zero gradient would be NaN."""
+    """Added to the root of the mean square, in float32; in float16 it is 0, and a zero gradient then gives NaN."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
