@@ -82,7 +82,7 @@ def loss_scaling(
     Source: the order of operations is Micikevicius et al. 2018, section 3.2.
     """
     scaler = DynamicScaler() if scaler is None else scaler
-    if not isinstance(inner, optax.GradientTransformation):  # such as optax.MultiSteps, which only has init and update
+    if not isinstance(inner, optax.GradientTransformation):  # optax.MultiSteps has init and update, and is none
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
 
@@ -113,7 +113,7 @@ def loss_scaling(
             extra["value"] = value
         scale_fits = finite if overflowed is None else finite & ~overflowed
         grad_max = jnp.where(scale_fits, largest_magnitude(grads).astype(jnp.float32), jnp.inf)  # computed where used
-        # The scale with which this loss was scaled, not the next one; a power of two, so 1/S is exact.
+        # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
         inner_params = None if params is None else inner_view(params)
