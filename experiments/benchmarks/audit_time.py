@@ -1,12 +1,12 @@
-"""How long `jaxmp.audit` takes on a train step of the size of GPT-2, traced abstractly: no array is made.
+"""Measures how long `jaxmp.audit` takes on a train step of GPT-2. The step is traced without creating arrays.
 
     python experiments/benchmarks/audit_time.py --output audit_time.json
 
 The model is GPT-2 with 124 million parameters (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners", table 2, the smallest: 12 layers, width 768, 1024 tokens, a vocabulary of 50257) as one writes it in plain
-Flax Linen, with tied embeddings, under mixed_float16 and loss_scaling, with AdamW. Each round traces it afresh. Its
-FLOPs are checked against a count by hand. What the audit finds is true: the positions' embedding is broadcast over the
-batch in half, so that its gradient is summed over the batch in half.
+Learners", table 2, the smallest: 12 layers, width 768, 1024 tokens, a vocabulary of 50257) in plain Flax Linen with
+tied embeddings, under mixed_float16 and loss_scaling, with AdamW. Each round traces it again. The FLOPs in the report
+are compared with a count by hand. The finding that the audit reports is correct: the position embedding is broadcast
+over the batch in half precision, so that its gradient is summed over the batch in half precision.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ VOCABULARY, LENGTH, WIDTH, HEADS = 50257, 1024, 768, 12
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, each after a layer norm and beside a residual connection."""
+    """A transformer block: causal attention and an MLP, each with a layer norm before and a residual connection."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) to the same."""
+        """Maps `x` (batch, time, width) to the same shape."""
         mask = nn.make_causal_mask(jnp.ones(x.shape[:2]))
         x += nn.MultiHeadDotProductAttention(HEADS, name="attention")(nn.LayerNorm()(x), mask=mask)
         hidden = nn.gelu(nn.Dense(4 * WIDTH, name="up")(nn.LayerNorm()(x)))
@@ -45,13 +45,13 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Tokens int32 (batch, time) to logits (batch, time, vocabulary)."""
+    """GPT-2: maps tokens int32 (batch, time) to logits (batch, time, vocabulary)."""
 
     layers: int = 12
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """The logits."""
+        """Returns the logits (batch, time, vocabulary)."""
         embedding = nn.Embed(VOCABULARY, WIDTH, name="tokens")
         x = embedding(tokens) + nn.Embed(LENGTH, WIDTH, name="positions")(jnp.arange(tokens.shape[1]))
         for i in range(self.layers):
@@ -66,14 +66,14 @@ class NextToken:
     inputs: tuple[str, ...] = ("tokens",)
 
     def __call__(self, outputs: jax.Array, batch: Any) -> tuple[Mean, dict[str, Mean]]:
-        """The mean over tokens, in float32."""
+        """Returns the loss: the mean over tokens, in float32."""
         logits = outputs[:, :-1].astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
         return Mean.of(losses, jnp.broadcast_to(batch["weight"][:, None], losses.shape)), {}
 
 
 def step_and_arguments(layers: int, batch_size: int) -> tuple[Any, Any, Any]:
-    """The compiled train step, and shapes of its state and batch."""
+    """Returns the train step, and the shapes of its state and batch."""
     model, tx = GPT2(layers), loss_scaling(optax.adamw(6e-4))
     batch = {
         "tokens": jax.ShapeDtypeStruct((batch_size, LENGTH), jnp.int32),
@@ -89,19 +89,19 @@ def step_and_arguments(layers: int, batch_size: int) -> tuple[Any, Any, Any]:
 
 
 def hand_count(layers: int, batch_size: int) -> int:
-    """FLOPs of all products of a step: three for each of the forward pass."""
+    """Returns the FLOPs of all matrix products of a step: three times those of the forward pass."""
     tokens = batch_size * LENGTH
     block = 2 * tokens * 12 * WIDTH**2 + 2 * 2 * tokens * LENGTH * WIDTH
     return 3 * (layers * block + 2 * tokens * WIDTH * VOCABULARY)
 
 
 def measure(layers: int = 12, batch_size: int = 8, rounds: int = 5, output: Path | None = None) -> None:
-    """Times the audit and prints, or writes, the result.
+    """Times the audit, and prints the result or writes it to a file.
 
     Args:
-      layers: blocks of the model.
-      batch_size: sequences in a batch.
-      rounds: how often to trace and audit afresh.
+      layers: number of blocks of the model.
+      batch_size: number of sequences in a batch.
+      rounds: how often to trace and audit.
       output: file to write the result to.
     """
     seconds = collections.defaultdict(list)

@@ -1,10 +1,10 @@
-"""What XLA makes of the train steps of configs for H100s, in several precisions, compiled without a GPU.
+"""Compiles the train steps of configs for H100s, in several precisions, and lists the kernels; needs no GPU.
 
     JAX_PLATFORMS=cpu python experiments/benchmarks/h100_program.py --output h100_program.json
 
-Takes the CUDA build of JAX. For each config, precision and target: how many kernels a step launches, by kind and dtype,
-the memory of a GPU in bytes, and the collectives. Nothing runs, so there are no times; and no kernel is autotuned, so
-that which kernel computes a product may differ from a run, but not its dtype, the memory or the collectives.
+Needs the CUDA build of JAX. For each config, precision and target, it reports how many kernels a step launches, by kind
+and dtype, the memory per GPU in bytes, and the collectives. Nothing is run, so there are no times. Kernels are not
+autotuned, so that a real run may use another kernel for a product; dtypes, memory and collectives are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxmp.runs.trainer import Trainer
 
 
 def summary(config: str, precision: str, target: Target) -> dict[str, Any]:
-    """The program of one config's step, in figures."""
+    """Returns the figures of the compiled train step of a config."""
     experiment = dataclasses.replace(ConfigFile.find(config).experiment(), precision=precision)
     trainer = Trainer(experiment, target.mesh())
     step, arguments = trainer.program()
@@ -49,12 +49,12 @@ def measure(
     targets: tuple[str, ...] = ("h100", "h100x8"),
     output: Path | None = None,
 ) -> None:
-    """Compiles every combination and prints, or writes, the figures.
+    """Compiles every combination, and prints the figures or writes them to a file.
 
     Args:
-      configs: which configs.
-      precisions: in which precisions.
-      targets: for which GPUs.
+      configs: names of configs.
+      precisions: values of --precision.
+      targets: GPUs to compile for, such as h100 or h100x8 (eight of them).
       output: file to write the figures to.
     """
     results = {

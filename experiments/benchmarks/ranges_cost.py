@@ -1,11 +1,12 @@
-"""What it costs to look at the ranges of one step in a hundred.
+"""Measures the cost of `--loop.ranges-every 100`, which records value ranges of one step in a hundred.
 
     python experiments/benchmarks/ranges_cost.py --output experiments/benchmarks/ranges_cost_cpu.json
 
-In one process and in turns: some steps, dispatched as training dispatches them, and one look, which is all that
-`--loop.ranges-every` adds to a step: the batch once more, forward and backward with counting, fetching, metrics.jsonl
-and TensorBoard. The share is the time of a look over that of 100 steps, of the fastest rounds, by the clock and by the
-processor time of all threads. (In training, fetching and writing go on while the device computes.)
+Alternates in one process between some training steps, dispatched as in training, and one look. A look is everything
+that `--loop.ranges-every` adds to a step: forward and backward pass of the batch again, with counting; fetching the
+counts; and writing metrics.jsonl and TensorBoard events. The reported share is the time of a look divided by the time
+of 100 steps, each from its fastest round, once in wall time and once in processor time of all threads. (In training,
+fetching and writing overlap with the computation of the device.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ EVERY, STEPS = 100, 10
 
 
 def measure(config: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step and of a look, and what share of the steps a look is."""
+    """Returns milliseconds per step and per look, and the time of a look as a share of the steps."""
     trainer = Trainer(ConfigFile.find(config).experiment())
     devices, fuse = trainer.devices, trainer.fuse_steps
     feed = trainer.feed(fuse=fuse)
@@ -75,7 +76,7 @@ def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, output: Path | No
 
     Args:
         configs: Names of configs.
-        rounds: How often each is measured, in turns.
+        rounds: How often steps and look are measured, alternately.
         output: JSON file to write; none by default.
     """
     results = {}

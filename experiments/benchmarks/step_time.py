@@ -1,14 +1,15 @@
-"""jaxmp's train step against the same step written by hand in plain JAX, and against Flax's DynamicScale.
+"""Compares the speed of jaxmp's train step with the same step in plain JAX, and with Flax's DynamicScale.
 
     python experiments/benchmarks/step_time.py --output step_time.json
 
-All in one process, in interleaved rounds, so that a busy machine is busy for everyone. What counts are the ratios: that
-of the fastest rounds, and the median of the ratios round by round. Every contender has float32 master weights, half
-compute, dynamic loss scaling and optax's Adam, donates its state, and is dispatched step by step.
+All contenders run in one process, in interleaved rounds, so that other load on the machine affects all of them. Compare
+the ratios rather than the times: the ratio of the fastest rounds, and the median of the ratios of single rounds. Every
+contender has float32 master weights, half-precision compute, dynamic loss scaling and optax's Adam, donates its state,
+and is dispatched step by step.
 
-The last two lines are another comparison: jaxmp's many steps in one dispatch against its own step by step. On a CPU, a
-step on one example is compiled kernels alone, and dispatch is nearly all of its time; on several, each product of
-matrices is a call of a library, which takes as long however it is dispatched.
+The last two lines compare something else: jaxmp with many steps in one dispatch, and jaxmp dispatched step by step. On
+a CPU, a step on a single example consists of compiled kernels only, and dispatch is nearly all of its time. With
+several examples, each matrix product is a library call, whose time does not depend on dispatch.
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ class Case:
 
     @property
     def model(self) -> MLP:
-        """A module without any dtype, as all of jaxmp's."""
+        """The model, without dtypes, like all models of jaxmp."""
         return MLP(self.features, classes=CLASSES)
 
     def params(self) -> Any:
-        """Fresh ones, the same each time, in buffers that a step may be given to donate."""
+        """Returns new parameters, the same each time, in buffers that may be donated."""
         return self.model.init(jax.random.key(0), jnp.zeros((1, self.inputs)))["params"]
 
     def batch(self) -> dict[str, jax.Array]:
-        """Random rows: image float32 (examples, inputs), label int32 (examples,), weight 1."""
+        """Returns random rows: image float32 (examples, inputs), label int32 (examples,), weight 1."""
         rng = np.random.default_rng(0)
         return {
             "image": jnp.asarray(rng.standard_normal((self.examples, self.inputs)), jnp.float32),
@@ -72,20 +73,20 @@ DISPATCH_BOUND = Case(features=(8,) * 31, inputs=8, examples=8)  # 64 leaves
 
 
 def cases() -> dict[str, Case]:
-    """Dispatch-bound, small, and about 20 ms a step (on 2 CPU cores, or on a GPU)."""
+    """Returns three cases: dispatch-bound, small, and about 20 ms per step (on 2 CPU cores, or on a GPU)."""
     large = Case((1024, 1024), 784, 192) if jax.default_backend() == "cpu" else Case((8192,) * 4, 8192, 8192)
     return {"dispatch-bound": DISPATCH_BOUND, "128x2": Case((128, 128), 64, 64), "20 ms": large}
 
 
 def jaxmp_step(case: Case, precision: str) -> tuple[Step, Any]:
-    """The step of this package, and its first state."""
+    """Returns jaxmp's train step and its first state."""
     tx = loss_scaling(optax.adam(LEARNING_RATE))
     step = make_train_step(make_loss(case.model, Classification(), precision), tx)
     return jax.jit(step, donate_argnums=0), TrainState.create(case.params(), tx, key=jax.random.key(0))
 
 
 def hand_written_step(case: Case, precision: str) -> tuple[Step, Any]:
-    """The same by hand: what one would write for this model and no other."""
+    """Returns the same step in plain JAX, written for this model only, and its first state."""
     dtype, layers = half(precision), len(case.features) + 1
     optimizer = optax.adam(LEARNING_RATE)
 
@@ -124,21 +125,21 @@ def hand_written_step(case: Case, precision: str) -> tuple[Step, Any]:
 
 
 class FlaxMLP(nn.Module):
-    """The model as Flax's own examples write it: a dtype at every layer."""
+    """The model in the style of Flax's examples, with a dtype in every layer."""
 
     features: tuple[int, ...]
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Images (batch, inputs) to float32 logits (batch, classes)."""
+        """Maps images (batch, inputs) to float32 logits (batch, classes)."""
         for width in self.features:
             x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
         return nn.Dense(CLASSES, dtype=self.dtype)(x).astype(jnp.float32)
 
 
 def flax_step(case: Case, precision: str) -> tuple[Step, Any]:
-    """Flax's DynamicScale, used as Flax's ImageNet example uses it."""
+    """Returns a step with Flax's DynamicScale, as in Flax's ImageNet example, and its first state."""
     model, optimizer = FlaxMLP(case.features, half(precision)), optax.adam(LEARNING_RATE)
 
     def step(state: Any, batch: Any) -> Any:
@@ -164,12 +165,12 @@ CONTENDERS = {"jaxmp": jaxmp_step, "hand-written": hand_written_step, "flax": fl
 
 
 def half(precision: str) -> Any:
-    """The compute dtype of a preset."""
+    """Returns the compute dtype of a preset."""
     return {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}[precision]
 
 
 def step_by_step(step: Step, state: Any, batch: Any) -> Callable[[int], float]:
-    """A function that runs so many steps and returns the seconds that each took."""
+    """Returns a function that runs a given number of steps and returns the seconds per step."""
 
     def run(count: int) -> float:
         nonlocal state
@@ -183,7 +184,7 @@ def step_by_step(step: Step, state: Any, batch: Any) -> Callable[[int], float]:
 
 
 def compare(runs: dict[str, Callable[[int], float]], rounds: int, seconds: float) -> dict[str, Any]:
-    """Times each of `runs` in every round, for about `seconds` each; ratios are to each of the others."""
+    """Times all `runs` in every round, for about `seconds` each, and returns times and ratios of all pairs."""
     for run in runs.values():
         run(3)  # compiles; Flax's twice
     count = int(np.clip(seconds / min(run(3) for run in runs.values()), 5, 5000))
@@ -210,7 +211,7 @@ def compare(runs: dict[str, Callable[[int], float]], rounds: int, seconds: float
 
 
 def compare_steps(case: Case, precision: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """jaxmp's step and the others on one model. Raises RuntimeError where they do not train alike."""
+    """Compares all steps on one model. Raises RuntimeError if their losses differ."""
     batch, runs, losses = case.batch(), {}, {}
     for name, make in CONTENDERS.items():
         step, state = make(case, precision)
@@ -227,7 +228,7 @@ def compare_steps(case: Case, precision: str, rounds: int, seconds: float) -> di
 
 
 def compare_dispatch(case: Case, precision: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """One dispatch for many steps against one for each, by the feeds that `fit` uses: batches from the device."""
+    """Compares one dispatch for many steps with one per step, using the feeds of `fit` with data on the device."""
     steps_in_epoch = 5000
 
     def load(split: str) -> dict[str, np.ndarray]:
@@ -261,13 +262,13 @@ def main(
     seconds: float = 0.3,
     precision: Literal["mixed_float16", "mixed_bfloat16"] = "mixed_float16",
 ) -> None:
-    """Prints a table, and writes all of it as JSON.
+    """Runs all comparisons, prints a table, and writes the results as JSON.
 
     Args:
         output: JSON file to write; none by default.
-        rounds: Rounds of each comparison, 7 or more.
-        seconds: Time that each contender gets in a round.
-        precision: Policy of all contenders.
+        rounds: Number of rounds of each comparison, 7 or more.
+        seconds: Seconds per contender and round.
+        precision: Precision of all contenders.
     """
     results: dict[str, Any] = {}
     for name, case in cases().items():
@@ -283,7 +284,7 @@ def main(
 
 
 def report(name: str, result: dict[str, Any]) -> None:
-    """One line on the terminal."""
+    """Prints a result as one line."""
     times = ", ".join(f"{who} {each['min']:.0f}" for who, each in result["microseconds"].items())
     ratios = ", ".join(
         f"{pair} {each['min']:.3f} (median {each['median']:.3f})" for pair, each in result["ratio"].items()

@@ -1,11 +1,11 @@
-"""The laws of jaxmp.testing on published systems, each in the version that is installed: a table.
+"""Checks the laws of jaxmp.testing on published systems, and prints a table.
 
     uv run --with-requirements experiments/conformance/requirements.txt --with torch \
         python experiments/conformance/conformance.py --output experiments/conformance/conformance.json
 
-Each file of `systems` has `subjects()`: the ways in which one system is used, as its documentation or its examples use
-it, with an adapter. Systems that are not installed are left out, with a line that says so. "holds" means that no
-counterexample was found among the examples of hypothesis's quick profile.
+Each file in `systems` has a function `subjects()`. It returns adapters for one system, used as in its documentation or
+its examples. Systems are tested in the installed version; systems that are not installed are left out, with a line that
+says so. "holds" means that hypothesis found no counterexample with the examples of its quick profile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SYSTEMS = (
 
 
 def rows_of(subject: Subject, versions: dict[str, str]) -> list[dict[str, Any]]:
-    """A row for each law: JSON."""
+    """Returns a row for each law, as JSON."""
     version = ", ".join(f"{package} {versions[package]}" for package in subject.packages)
     rows = []
     for law in subject.laws.laws:
@@ -51,18 +51,18 @@ def rows_of(subject: Subject, versions: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A line of a Markdown table."""
+    """Formats a row as a line of a Markdown table."""
     words = " ".join(row["words"].split()).replace("|", "\\|")
     return f"| {row['system']} | {row['version']} | `{row['law']}` | {row['verdict']} | {words} |"
 
 
 def log(message: str) -> None:
-    """To stderr, so that stdout is the table."""
+    """Prints to stderr, so that stdout contains only the table."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run(system: str) -> dict[str, Any]:
-    """One system in a process of its own: its `rows` and `versions`, or why it is `left_out`."""
+    """Tests one system in a new process; returns its `rows` and `versions`, or the reason why it is `left_out`."""
     started = time.monotonic()
     try:
         subjects = importlib.import_module(f"systems.{system}").subjects()
@@ -80,8 +80,8 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
     """Runs the laws and prints the table.
 
     Args:
-        systems: Which files of the folder `systems`.
-        processes: How many systems at a time.
+        systems: Names of files in the folder `systems`.
+        processes: Number of systems to test at the same time.
         output: JSON file to write; none by default.
     """
     for system in systems:

@@ -1,4 +1,4 @@
-"""`Subject`: one way of using a published system, and the small regression that its steps train on."""
+"""`Subject`: one way of using a published system, and the batch of a small regression for train steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxmp.testing import Laws
 
 
 class Subject(NamedTuple):
-    """One way of using a published system, and its laws."""
+    """One way of using a published system, and the laws to check on it."""
 
     name: str
     """the system and the way, a few words"""
@@ -24,6 +24,6 @@ class Subject(NamedTuple):
 
 
 def batch() -> dict[str, Any]:
-    """Eight rows: `x` float32 (8, 4), `y` float32 (8, 3)."""
+    """Returns eight rows: `x` float32 (8, 4), `y` float32 (8, 3)."""
     random = np.random.default_rng(0)
     return {"x": random.normal(size=(8, 4)).astype(np.float32), "y": random.normal(size=(8, 3)).astype(np.float32)}

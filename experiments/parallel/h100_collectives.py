@@ -1,14 +1,15 @@
-"""What eight H100s say to each other in one train step, and what each of them holds: compiled, without a GPU.
+"""Collectives and memory of one train step on eight H100s, from the compiled program; needs no GPU.
 
     cd experiments/parallel
     JAX_PLATFORMS=cpu uv run python h100_collectives.py --output h100_collectives.json
 
-takes the CUDA build of JAX (`uv sync --extra cuda12`), and two minutes on 2 CPU cores. The model is a causal
-transformer of 12 scanned layers of width 768 (GPT-2's, with 8,192 words and 256 places), under mixed_bfloat16 with
-AdamW, in each sharding, also with four microbatches and with the gradient reduced in bfloat16.
+Needs the CUDA build of JAX (`uv sync --extra cuda12`), and takes two minutes on 2 CPU cores. The model is a causal
+transformer of 12 scanned layers of width 768 (the layers of GPT-2, with a vocabulary of 8,192 and 256 positions), under
+mixed_bfloat16 with AdamW. It is compiled for each value of `--parallel.shard`, also with four microbatches, and with
+the gradient reduced in bfloat16.
 
-XLA combines all-reduces up to a size of its own choice, so the replicated gradient goes out in several; "in one" is
-without that limit.
+XLA combines all-reduces only up to a certain size, so that it splits the replicated gradient into several; the cases
+"in one" are compiled without that limit.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ CASES: dict[str, tuple[str, Parallel, Loop]] = {
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward layer, each after a norm and added to what came in."""
+    """A transformer layer: attention and a feed-forward network, each after a layer norm, with residual connections."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
-        """`x` (batch, length, width)."""
+        """Maps `x` (batch, length, width) to the same shape; the second result is for `nn.scan`."""
         attention = nn.MultiHeadDotProductAttention(HEADS, deterministic=not train)
         y = attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
         x = x + nn.Dropout(0.1, deterministic=not train)(y)
@@ -63,11 +64,11 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model, its layers scanned."""
+    """A causal language model with scanned layers."""
 
     @nn.compact
     def __call__(self, words: jax.Array, *, train: bool = False) -> jax.Array:
-        """Words (batch, length) to logits (batch, length, words)."""
+        """Maps words (batch, length) to logits (batch, length, words)."""
         place = self.param("place", nn.initializers.normal(0.02), (LENGTH, WIDTH))
         axes, keys = {"params": 0}, {"params": True, "dropout": True}
         layers = nn.scan(Layer, variable_axes=axes, split_rngs=keys, in_axes=nn.broadcast, length=LAYERS)
@@ -89,13 +90,13 @@ class NextWord:
 
 
 def load(split: str) -> dict[str, np.ndarray]:
-    """Words at random: nothing is trained here."""
+    """Returns random words: nothing is trained here."""
     words = np.random.default_rng(0).integers(0, WORDS, (BATCH, LENGTH), dtype=np.int32)
     return {"words": words, "next": words}
 
 
 def compiled(precision: str, parallel: Parallel, loop: Loop, target: Target, *, in_one: bool) -> dict[str, Any]:
-    """The collectives and the memory of one step on each device, and what they would be at best."""
+    """Returns collectives and memory of one step per device, and the smallest possible values."""
     experiment = Experiment(
         model=Transformer(),
         data=Arrays(load, batch_size=BATCH, images=()),
@@ -135,7 +136,7 @@ def compiled(precision: str, parallel: Parallel, loop: Loop, target: Target, *, 
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays, whole."""
+    """Returns the size of all arrays in bytes, before splitting them over devices."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -1,11 +1,12 @@
-"""Test accuracy of configs under several precisions and seeds: a run for each, and a table.
+"""Trains configs under several precisions and seeds, and prints a table of test accuracies.
 
     python experiments/precisions/accuracy.py --output digits.json
     python experiments/precisions/accuracy.py --configs mnist_mlp mnist_cnn --precisions float32 mixed_bfloat16 \
         mixed_float16 --seeds 0 --output mnist.json
 
-Runs stand in the work folder as those of `jaxmp train CONFIG --precision PRECISION --seed SEED` do; those that are
-there are only read. The last column is the difference of the mean to that of the first precision, in points.
+The runs are those of `jaxmp train CONFIG --precision PRECISION --seed SEED`, in the same folders; a run that is already
+finished is read and not repeated. The last column of the table is the mean minus that of the first precision, in
+percentage points.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxmp.runs.provenance import provenance
 
 
 def accuracies(config: str, precision: str, seeds: tuple[int, ...], options: list[str], workdir: Path) -> list[float]:
-    """Test accuracy of one run a seed."""
+    """Returns the test accuracy of one run per seed; trains runs that do not exist yet."""
     file, found = ConfigFile.find(config), []
     for seed in seeds:
         overrides = ["--precision", precision, "--seed", str(seed), *options]
@@ -39,7 +40,7 @@ def accuracies(config: str, precision: str, seeds: tuple[int, ...], options: lis
 
 
 def row(config: str, precision: str, found: list[float], reference: float) -> dict[str, Any]:
-    """Mean and spread (standard deviation of a sample, None of a single run), all in percent."""
+    """Returns a row of the table: mean and sample standard deviation (None for a single run), in percent."""
     mean = statistics.mean(found)
     return {
         "config": config,
@@ -52,7 +53,7 @@ def row(config: str, precision: str, found: list[float], reference: float) -> di
 
 
 def line(row: dict[str, Any]) -> str:
-    """A line of a Markdown table."""
+    """Formats a row as a line of a Markdown table."""
     spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
     return f"| `{row['config']}` | `{row['precision']}` | {row['mean']:.2f}{spread} | {row['difference']:+.2f} |"
 
@@ -65,14 +66,14 @@ def main(
     workdir: Path = Path("runs"),
     output: Path | None = None,
 ) -> None:
-    """Trains what has not been trained yet, and prints the table.
+    """Trains the runs that do not exist yet, and prints the table.
 
     Args:
         configs: Names of configs, or paths of Python files.
-        precisions: Anything that --precision takes; the first is what the others are compared with.
-        seeds: One run each.
-        options: Further options of `jaxmp train` for all runs, as one text: --options="--optimizer.learning-rate 1e-4"
-        workdir: Folder of all runs.
+        precisions: Values of --precision; the others are compared with the first.
+        seeds: Seeds; one run for each.
+        options: More options of `jaxmp train` for all runs, as one string: --options="--optimizer.learning-rate 1e-4"
+        workdir: Folder that contains all runs.
         output: JSON file to write; none by default.
     """
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
-"""Several processes in one run: how they find each other, and how all of them come to know what one knows.
+"""Runs on several processes: they join one JAX program, and share what the first process reads.
 
-`join` makes them one JAX program: `jax.devices()` are then those of all processes. One of them, the first, writes and
-speaks; what is decided from the disk is decided there (`from_first`). A process that fails alone ends alone: JAX ends
-the others, after HEARTBEAT_SECONDS at the latest. So nothing here waits for a process that may be gone.
+After `join`, `jax.devices()` are the devices of all processes. Only the first process writes files and prints. What
+depends on files is read by the first process and sent to the others (`from_first`). If one process fails, JAX ends the
+others after at most HEARTBEAT_SECONDS. So nothing here needs to wait for a process that may be gone.
 """
 
 from __future__ import annotations
@@ -18,32 +18,38 @@ from jax.experimental import multihost_utils
 from jaxmp.errors import InputError
 
 HEARTBEAT_SECONDS = 60
-"""how long a process may be silent before it is taken for dead: more than a virtual machine stands still to be moved"""
+"""seconds without a sign of life after which a process counts as lost; longer than migrating a virtual machine takes"""
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, timeout: int) -> None:
-    """Makes this process one of several, before anything else is asked of JAX.
+    """Makes this process one of several in a JAX program. Call it before any other JAX function.
 
-    What is None is asked of Slurm, Open MPI or Kubernetes, as JAX finds them. JAX aborts the process where not all have
-    come within `timeout` seconds.
+    JAX takes arguments that are None from Slurm, Open MPI or Kubernetes. If not all processes have joined within
+    `timeout` seconds, JAX aborts this one.
+
+    Args:
+      coordinator: HOST:PORT, the host of process 0 and a free port there.
+      count: number of processes.
+      index: index of this process, 0 to count - 1.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      InputError: what is given is not valid; or nothing is given, and nothing found.
+      InputError: an argument is not valid, is missing and cannot be found, or the coordinator cannot be started.
     """
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise InputError(f"--coordinator {coordinator}: expected HOST:PORT, of process 0 and a free port there")
+        raise InputError(f"--coordinator {coordinator}: expected HOST:PORT, with process 0's host and a free port")
     if count is not None and count < 1:
         raise InputError(f"--process-count {count}: expected at least 1")
     if index is not None and not 0 <= index < (index + 1 if count is None else count):
         raise InputError(f"--process-index {index}: expected 0 to {'...' if count is None else count - 1}")
-    # Its handler of SIGTERM would swallow the signal until ours is there.
+    # Its handler of SIGTERM would swallow the signal until our own is installed.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
-            # Nothing to be found where all is given: a pod would want permissions of Kubernetes for that.
+            # No detection if everything is given: in a Kubernetes pod, detection needs extra permissions.
             cluster_detection_method="deactivate" if None not in (coordinator, count, index) else None,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -60,19 +66,22 @@ def join(coordinator: str | None, count: int | None, index: int | None, timeout:
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Returns whether the run has more than one process."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Returns whether this is the first process, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """What `function` returns in the first process (JSON, NaN included), in all of them; it is called in no other.
+    """Calls `function` in the first process only, and returns its result in all processes.
 
-    All have to call this at the same place of the program. An InputError or OSError there is raised in all.
+    All processes must call this at the same point of the program. The result must be JSON (NaN is allowed).
+
+    Raises:
+      InputError: `function` raised an InputError or OSError (the first process raises that error itself).
     """
     if not several():
         return function()
@@ -89,7 +98,7 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def _broadcast(text: str) -> str:
-    """The first process's text."""
+    """Returns the `text` of the first process in all processes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     buffer = np.zeros(size, np.uint8)
     if is_first():

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag that training reads."""
+"""Turns SIGTERM and Ctrl-C into a flag that the training loop reads."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from typing import Any
 from jaxmp.distributed import processes
 
 SAME_SIGNAL_SECONDS = 10
-"""how much later the same signal can reach one of several processes once more"""
+"""seconds within which the same signal may reach one of several processes a second time"""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within: SIGTERM and Ctrl-C only set a flag, which the yielded function reads; a later one acts as ever.
+    """Context manager in which the first SIGTERM or Ctrl-C sets a flag; a later one has its default effect.
 
-    What comes at once is the same signal again: Slurm sends it to all processes of a step, and a parent
-    (parent.py) hands it on. It may come as late as on the way out, where the other processes are waited for.
+    Yields a function that returns whether the flag is set.
+
+    A second signal that follows immediately (with several processes: within SAME_SIGNAL_SECONDS) is ignored, since it
+    is the same signal again: Slurm sends it to all processes of a step, and the parent (parent.py) forwards it too.
+    With several processes, the handlers stay installed after the context if the flag is set: the repeated signal may
+    arrive while the process waits for the others to end.
     """
     received = threading.Event()
     acts_from = math.inf

@@ -1,7 +1,7 @@
-"""Any value of a config as JSON that comes out the same in every process: what a run is named after.
+"""Converts any config value to JSON that is the same in every process. A run is named after the hash of this JSON.
 
-The default `repr` will not do: that of a function is an address, that of an array is cut short, and that of a Flax
-module depends on Flax's version.
+`repr` is not suitable: that of a function contains an address, that of an array is abbreviated, and that of a Flax
+module depends on the version of Flax.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from jaxmp.errors import InputError
 
 
 def canonical(value: Any, where: str) -> Any:
-    """`value` as JSON: equal values give equal JSON, in any process, and different values different JSON.
+    """Converts `value` to JSON, such that equal values give equal JSON in any process, and different values do not.
 
-    Numbers of equal value are equal (1 and 1.0), dtypes go by their name, arrays by dtype, shape and a digest of their
-    bytes, dataclasses and Flax modules by class and fields, functions by module and qualified name together with the
-    values of their closure and defaults, lambdas by their code. The body of a named function is not looked at.
+    - Numbers are compared by value: 1 equals 1.0.
+    - dtypes are represented by their name; arrays by dtype, shape and a digest of their bytes.
+    - Dataclasses and Flax modules are represented by class and fields.
+    - Named functions are represented by module, qualified name, and the values in their closure and defaults. Their
+      bodies are not compared.
+    - Lambdas are represented by their source code, and the values in their closure and defaults.
 
     Args:
       value: a tree of dataclasses, Flax modules, named tuples, mappings, sequences, sets and leaves.
-      where: the path of `value` in the config, for the message.
+      where: path of `value` in the config, for error messages.
 
     Raises:
-      InputError: a value without an identity that outlives the process (an open file, an object of a plain class).
+      InputError: a value cannot be identified in another process, such as an open file or an object of a plain class.
     """
     return _canonical(value, where, ())
 
 
 def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
-    """`canonical`, inside the functions `within`: one that refers to itself is not followed for ever."""
+    """Implements `canonical`. `within` holds the enclosing functions, so that recursion into itself ends."""
 
     def part(name: str, of: Any) -> Any:
         return _canonical(of, f"{where}{name}", within)
@@ -73,7 +76,7 @@ def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         if _is_linen(value):
-            del fields["parent"]  # the module that it is bound to, of which a config has none
+            del fields["parent"]  # set only while a module is bound to another
             if fields["name"] is None:
                 del fields["name"]
         return {"class": _name_of(type(value))} | {name: part(f".{name}", of) for name, of in fields.items()}
@@ -95,10 +98,10 @@ def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
 
 
 def _as_dtype(value: Any) -> str | None:
-    """`"float16"` for `np.float16`, `jnp.float16`, `np.dtype("float16")`; None for what is no dtype."""
+    """Returns "float16" for `np.float16`, `jnp.float16` and `np.dtype("float16")`; None if `value` is not a dtype."""
     if isinstance(value, np.dtype):
         return value.name
-    # jnp.float16 is of a class of its own, which is no np.generic.
+    # jnp.float16 has a class of its own, which is not a subclass of np.generic.
     if isinstance(value, type(jnp.float16)) or (isinstance(value, type) and issubclass(value, np.generic)):
         with contextlib.suppress(TypeError):  # an abstract one, such as np.floating: a class like any other
             return jnp.dtype(value).name
@@ -106,7 +109,7 @@ def _as_dtype(value: Any) -> str | None:
 
 
 def _number(value: float) -> Any:
-    """JSON of a float: 1.0 as 1, since a config may say either, and what JSON cannot say as a string."""
+    """Converts a float to JSON: 1.0 becomes 1, since a config may use either; inf and NaN become strings."""
     if not np.isfinite(value):
         return {"float": repr(float(value))}
     return int(value) if value.is_integer() and abs(value) <= 2**53 else float(value)
@@ -129,7 +132,7 @@ def _name_of(value: Any) -> str:
 
 
 def _is_linen(value: Any) -> bool:
-    linen = sys.modules.get("flax.linen")  # a Linen module cannot be here without it
+    linen = sys.modules.get("flax.linen")  # if it is not imported, there is no Linen module
     return linen is not None and isinstance(value, linen.Module)
 
 
@@ -140,7 +143,7 @@ def _function(value: Any, where: str, within: tuple[Any, ...]) -> Any:
     if isinstance(value, types.MethodType):
         return {"method": value.__func__.__qualname__, "of": _canonical(value.__self__, f"{where} (self)", within)}
     if not isinstance(value, types.FunctionType):
-        if hasattr(value, "__wrapped__"):  # jax.jit, jax.custom_jvp, functools.lru_cache: what they compute is inside
+        if hasattr(value, "__wrapped__"):  # jax.jit, jax.custom_jvp, functools.lru_cache: the function is inside
             return _canonical(value.__wrapped__, where, within)
         if not _is_reachable(value):
             raise _no_identity(value, where)
@@ -148,7 +151,7 @@ def _function(value: Any, where: str, within: tuple[Any, ...]) -> Any:
     if value in within:
         return {"recursive": value.__qualname__}
     within = (*within, value)
-    # What a function of a library keeps in private (sentinels, decorators) is settled by the function's name.
+    # Private values in a library function (sentinels, decorators) are identified by the name of the function.
     opaque_is_fine = _is_reachable(value)
 
     def held(name: str, of: Any) -> Any:
@@ -177,12 +180,12 @@ def _function(value: Any, where: str, within: tuple[Any, ...]) -> Any:
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # a variable of the enclosing function that has no value yet
+    except ValueError:  # a variable of the enclosing function that is not assigned yet
         return None
 
 
 def _is_reachable(value: Any) -> bool:
-    """Whether the function's module holds it under its name, so that the name alone says which function it is."""
+    """Returns whether a function can be looked up by its name in its module, so that the name identifies it."""
     try:
         name = getattr(value, "__qualname__", None) or value.__name__
         found = operator.attrgetter(name)(sys.modules[value.__module__])
@@ -192,7 +195,7 @@ def _is_reachable(value: Any) -> bool:
 
 
 def _code_of_lambda(function: Callable[..., Any], where: str) -> str:
-    """The expression of a lambda as its source says it, without layout and comments: stable between Python versions."""
+    """Returns the source of a lambda without layout and comments, which is stable between Python versions."""
     code = function.__code__
     source = function.__globals__.get("__source__") or "".join(linecache.getlines(code.co_filename))
     try:
@@ -202,8 +205,8 @@ def _code_of_lambda(function: Callable[..., Any], where: str) -> str:
     found = {ast.unparse(n) for n in nodes if isinstance(n, ast.Lambda) and n.lineno == code.co_firstlineno}
     if len(found) != 1:
         raise InputError(
-            f"{where}: a lambda {'without source' if not found else 'beside another on one line'} cannot be told from "
-            f"others (line {code.co_firstlineno} of {code.co_filename}); give it a name with `def`"
+            f"{where}: a lambda {'without source' if not found else 'on one line with another'} cannot be identified "
+            f"(line {code.co_firstlineno} of {code.co_filename}); give it a name with `def`"
         )
     return found.pop()
 
@@ -212,7 +215,7 @@ def _no_identity(value: Any, where: str) -> InputError:
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return InputError(
-        f"{where} = {text}: a {_name_of(type(value))} is not the same in the next process, so that a run cannot be "
-        "named after it or rebuilt; expected numbers, strings, tuples, dicts, arrays, functions, frozen dataclasses or "
-        "Flax modules"
+        f"{where} = {text}: a {_name_of(type(value))} is not the same in the next process, so that a run with it "
+        "could not be named or rebuilt; expected numbers, strings, tuples, dicts, arrays, functions, frozen "
+        "dataclasses or Flax modules"
     )

@@ -1,6 +1,6 @@
-"""What a config file imports from its own folder: recorded with a run, and compared when the run is gone on with.
+"""Finds the modules that a config file imports from its own folder.
 
-Needs no JAX.
+A run records their sources, and compares them when it is resumed. Does not import JAX.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from pathlib import Path
 
 
 def local_imports(source: str, file: str) -> dict[str, str]:
-    """The texts of the modules that a Python file imports from its own folder or below it, by name.
+    """Returns the sources of all modules that a Python file imports from its own folder or below, by module name.
 
-    Those that they import from there are among them, and those that a function imports when it is called. Nothing is
-    imported to find them. jaxmp and installed packages do not count: a run records their versions.
+    Includes imports of the imported modules and imports inside functions. Finds them without importing anything. Omits
+    jaxmp and installed packages, whose versions a run records.
+
+    Args:
+      source: text of the Python file.
+      file: its path.
     """
     folder = Path(file).resolve().parent
     found: dict[str, str] = {}
@@ -36,9 +40,12 @@ def local_imports(source: str, file: str) -> dict[str, str]:
 
 
 def changed_import(recorded: Mapping[str, str]) -> str | None:
-    """The file of the first module that is another program than was `recorded`, by `local_imports`; None: all are same.
+    """Returns the path of the first module whose program differs from its recorded source, or None if none does.
 
-    One that is not found is left to the import, which says so.
+    Ignores modules that cannot be found: importing them raises an error of its own.
+
+    Args:
+      recorded: sources by module name, as `local_imports` returns them.
     """
     for name, source in recorded.items():
         spec = _spec(name)
@@ -49,7 +56,11 @@ def changed_import(recorded: Mapping[str, str]) -> str | None:
 
 
 def program(source: str) -> str:
-    """What a Python file does: without comments, layout and the docstring, which records results."""
+    """Returns the program in a Python source, without comments, layout and module docstring, for comparison.
+
+    The docstring is left out because configs record their results in it. A source that is not valid Python is returned
+    unchanged.
+    """
     try:
         module = ast.parse(source)
     except (SyntaxError, ValueError):  # ValueError: a null byte
@@ -60,14 +71,14 @@ def program(source: str) -> str:
 
 
 def _imported(source: str, package: str) -> Iterator[str]:
-    """The names that may be modules in the imports of a file of `package`, and those of the packages around them."""
+    """Yields all names that may be modules in the imports of a file of `package`, and their parent packages."""
     with contextlib.suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                with contextlib.suppress(ImportError):  # relative, where there is no package
+                with contextlib.suppress(ImportError):  # a relative import outside a package
                     base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                     names = [f"{base}.{alias.name}" for alias in node.names]
             for name in names:
@@ -76,7 +87,7 @@ def _imported(source: str, package: str) -> Iterator[str]:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Where a module comes from: as imported, or as it would be."""
+    """Returns the spec of a module, whether it has been imported or not; None if it cannot be found."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     above = name.rpartition(".")[0]
     if spec is not None or not above:

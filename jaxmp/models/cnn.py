@@ -1,4 +1,4 @@
-"""A small convolutional network for classifying images."""
+"""`CNN`: a small convolutional network for image classification."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from jaxmp.errors import InputError
 
 
 class CNN(nn.Module):
-    """Blocks of convolution, activation and 2x2 max-pooling, then Dense layers and one more to the logits."""
+    """A convolutional network: blocks of convolution, activation and 2x2 max-pooling, then Dense layers to the logits.
+
+    Raises:
+      InputError: a size is below 1, `dropout` is not in [0, 1), or, when called, the image is too small for the blocks.
+    """
 
     channels: tuple[int, ...] = (32, 64)
-    """Channels of each block; each halves height and width (rounded down)."""
+    """Number of channels of each block; each block halves height and width, rounded down."""
     kernel: int = 3
-    """Height and width of the convolutions' kernels; the padding keeps the image's size."""
+    """Height and width of the convolution kernels; padding keeps the size of the image."""
     dense: tuple[int, ...] = ()
     """Width of each hidden Dense layer."""
     classes: int = 10
     """Number of logits."""
     dropout: float = 0.0
-    """Share of the activations of each hidden Dense layer that are dropped in training."""
+    """Dropout rate after each hidden Dense layer, during training."""
     activation: Callable[..., Any] = nn.relu
-    """What follows each convolution and hidden Dense layer."""
+    """Activation function after each convolution and hidden Dense layer."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "kernel", "dense", "classes"):
@@ -38,12 +42,13 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images (batch, height, width, channels) to logits (batch, classes)."""
+        """Maps images (batch, height, width, channels) to logits (batch, classes)."""
         blocks, size = len(self.channels), image.shape[1:3]
         if min(size) < 2**blocks:
             most = min(size).bit_length() - 1
             raise InputError(
-                f"CNN: channels={self.channels} halve an image of {size} {blocks} times: expected {most} at most"
+                f"CNN: channels={self.channels} would halve an image of {size} {blocks} times; "
+                f"expected at most {most} blocks"
             )
         x = image
         for channels in self.channels:

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron."""
+"""`MLP`: a multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from jaxmp.errors import InputError
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation after each, and a Dense layer to the logits."""
+    """A multi-layer perceptron: hidden Dense layers, each followed by an activation, and a Dense layer to the logits.
+
+    Raises:
+      InputError: a size is below 1, or `dropout` is not in [0, 1).
+    """
 
     features: tuple[int, ...] = (128,)
     """Width of each hidden layer."""
     classes: int = 10
     """Number of logits."""
     dropout: float = 0.0
-    """Share of the activations of each hidden layer that are dropped in training."""
+    """Dropout rate after each hidden layer, during training."""
     activation: Callable[..., Any] = nn.relu
-    """What follows each hidden layer."""
+    """Activation function after each hidden layer."""
 
     def __post_init__(self) -> None:
         if min((*self.features, self.classes)) < 1:
@@ -32,7 +36,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Inputs (batch, ...), flattened to (batch, features), to logits (batch, classes)."""
+        """Maps inputs (batch, ...), flattened to (batch, features), to logits (batch, classes)."""
         x = inputs.reshape(inputs.shape[0], -1)
         for width in self.features:
             x = self.activation(nn.Dense(width)(x))

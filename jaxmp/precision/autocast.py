@@ -1,12 +1,12 @@
-"""`autocast`: any JAX function in mixed precision, by lists of operations.
+"""`autocast`: runs any JAX function in mixed precision, with a dtype for each kind of operation.
 
-Where `with_policy` knows the layers of a Flax model, `autocast` knows nothing but the operations of a traced function,
-and so works for Equinox, Haiku, NNX and plain functions alike. Matrix products and convolutions run in half precision;
-exponentials, logarithms, powers and sums run in float32; everything else runs in the widest dtype among its operands.
+`with_policy` works on the layers of a Flax model; `autocast` works on the operations of a traced function, and so also
+supports Equinox, Haiku, NNX and plain functions. Matrix products and convolutions run in half precision; exponentials,
+logarithms, powers and sums run in float32; all other operations run in the widest dtype among their operands.
 
-Each cast sits at the very operation that needs it: in the body of a scan, in a rematerialised block, at each use of a
-tied weight. So the gradients of all uses of a float32 weight meet in float32 (trap T1 of the numerics contract), and
-that of a float32 bias is summed over the batch in float32 (T2).
+Casts are placed directly at the operations that need them: in the body of a scan, in a rematerialised block, at each
+use of a tied weight. So the gradients of all uses of a float32 weight are summed in float32 (trap T1 of the numerics
+contract), and the gradient of a float32 bias is summed over the batch in float32 (trap T2).
 
 Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.3, for the three groups; PyTorch's "Autocast Op
 Reference" (torch.amp) for the lists.
@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Not public, and used for one thing: operations keep the line of the user's code and the named scopes that they were
-# traced with, for error messages and profiles.
+# Not public. Used only to keep the line of the user's code and the named scopes of each operation, for error messages
+# and profiles.
 from jax._src import source_info_util
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
@@ -37,10 +37,10 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.trees import FLOAT32, HALF
 
 ELIGIBLE = (*HALF, FLOAT32)
-"""The dtypes that are cast. As in torch, what is float64, complex, integer or fp8 keeps its dtype."""
+"""The dtypes that are cast. As in torch, float64, complex, integer and fp8 arrays keep their dtypes."""
 
 SCOPE = "jaxmp.autocast"
-"""The `jax.named_scope` of the operations of an `autocast` function: for profiles, and for an outer `autocast`."""
+"""The `jax.named_scope` of operations in an `autocast` function, for profiles; an outer `autocast` skips them."""
 
 _PRIMITIVES = jax.extend.core.primitives
 _LINALG = {v.name for v in vars(lax.linalg).values() if isinstance(v, Primitive)}
@@ -53,7 +53,7 @@ _AS_TRACED = _LINALG | {
     # They read and write memory that has a dtype of its own.
     *("get", "swap", "addupdate"),
 }
-"""Operations that run in the dtypes for which the function was traced."""
+"""Operations that run in the dtypes with which the function was traced."""
 
 _SCATTERS = {
     "scatter-add": lax.scatter_add,
@@ -62,16 +62,16 @@ _SCATTERS = {
     "scatter-min": lax.scatter_min,
     "scatter-max": lax.scatter_max,
 }
-"""Operations with an update function, of the traced dtypes, among their parameters, and what makes them anew."""
+"""Operations whose parameters include an update function with traced dtypes, and the functions that rebuild them."""
 
 _INDEPENDENT = {"optimization_barrier", "sort", "device_put"}
-"""Operations whose operands have nothing to do with each other's dtypes."""
+"""Operations whose operands may have different dtypes."""
 
 _WITH_FUNCTIONS = {
     *("jit", "scan", "while", "cond", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_lin", "shard_map"),
     *("call", "closed_call", "eval_jaxpr", "custom_linear_solve", "reduce", "reduce_window", "select_and_scatter"),
 }
-"""Primitives that hold functions: there is a rule for them below, or they run as traced."""
+"""Primitives with functions as parameters: they have a rule below, or run as traced."""
 
 _PLAIN = {
     *(v.name for m in (lax, _PRIMITIVES) for v in vars(m).values() if isinstance(v, Primitive)),
@@ -79,19 +79,20 @@ _PLAIN = {
     *("ragged_dot_general", "log2", "one_minus_square", "polynomial", "random_wrap", "random_unwrap"),
     *("psum_invariant", "pvary", "pbroadcast", "reduce_scatter", "all_gather_invariant", "all_gather_reduced"),
 } - (_AS_TRACED | _WITH_FUNCTIONS)
-"""Primitives of JAX that compute in whatever float dtype their operands have."""
+"""Primitives of JAX that compute in the float dtype of their operands."""
 
 SQUARE, RECIPROCAL = "square", "reciprocal"
 LISTABLE = (_PLAIN - {"convert_element_type"}) | {SQUARE, RECIPROCAL}
-"""The names that an `OperationLists` may hold."""
+"""The operation names that `OperationLists` accepts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OperationLists:
-    """Which operations run in half precision and which in float32; what is in neither promotes its operands.
+    """Lists of operations that run in half precision and in float32.
 
-    Operations go by the names of JAX's primitives, as `jax.make_jaxpr` shows them. Two names stand for more than one
-    spelling: `square` is also the product of an array with itself, and `reciprocal` a constant divided by an array.
+    Operations in neither list run in the widest dtype among their operands. Names are those of JAX primitives, as
+    `jax.make_jaxpr` shows them. Two names cover several spellings: `square` also means the product of an array with
+    itself, and `reciprocal` means a constant divided by an array.
 
     >>> OperationLists(low=("dot_general",), float32=("exp", "lgo"))
     Traceback (most recent call last):
@@ -99,7 +100,7 @@ class OperationLists:
     jaxmp.errors.InputError: OperationLists 'own', float32: 'lgo' is no operation that can be listed; ...'log'?
 
     Raises:
-      InputError: a name that no operation has, or one in both lists.
+      InputError: a name is not that of an operation, or is in both lists.
     """
 
     low: Collection[str]
@@ -107,7 +108,7 @@ class OperationLists:
     float32: Collection[str]
     """operations that run in float32"""
     name: str = "own"
-    """what messages call these lists"""
+    """name of these lists in error messages"""
 
     def __post_init__(self) -> None:
         for field in ("low", "float32"):
@@ -142,41 +143,45 @@ TORCH = OperationLists(
         *("psum", "psum_invariant", "reduce_scatter"),
     ),
 )
-"""torch's lists for CUDA, as JAX primitives. What torch lists and JAX composes (norms, losses, softmax) is there by its
-pieces. Source: PyTorch documentation, torch.amp, "CUDA Op-Specific Behavior"."""
+"""torch's lists for CUDA, as JAX primitives. Operations that JAX composes of others (norms, losses, softmax) are
+covered by these others.
+
+Source: PyTorch documentation, torch.amp, "CUDA Op-Specific Behavior"."""
 
 APEX_O1 = OperationLists(name="APEX_O1", low=TORCH.low, float32=set(TORCH.float32) - {"log1p", RECIPROCAL})
-"""apex's optimization level O1: torch's lists without `log1p`, and dividing a constant promotes.
+"""apex's optimization level O1: torch's lists without `log1p` and without dividing a constant by an array.
 
 Source: NVIDIA apex, apex/amp/lists (torch_overrides, tensor_overrides, functional_overrides)."""
 
 
 def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: Any = jnp.bfloat16) -> Callable[..., Any]:
-    """`fn` in mixed precision: same arguments, same structure, shapes and dtypes of results, other dtypes inside.
+    """Returns a version of `fn` that computes in mixed precision.
 
-    `fn` is traced for the dtypes of its arguments, and what was traced is evaluated with casts put in: operations in
-    `lists.low` take their float operands in `dtype`, those in `lists.float32` in float32, all others in the widest
-    dtype among theirs. The result goes into jit, grad, vmap, scan, remat and shard_map like `fn`, and reaches into
-    those inside `fn`, backward rules of `jax.custom_vjp` included. What jit cannot trace, `autocast` cannot either.
+    It takes the same arguments and returns results of the same structure, shapes and dtypes as `fn`. Each call traces
+    `fn` and evaluates the traced operations with casts: operations in `lists.low` take their float operands in `dtype`,
+    those in `lists.float32` take them in float32, and all others in the widest dtype among their operands. The returned
+    function works inside jit, grad, vmap, scan, remat and shard_map, and also casts inside those that `fn` uses,
+    including the backward rules of `jax.custom_vjp`. `fn` must be traceable by jit.
 
-    **Results** come in the dtypes in which `fn` alone would give them. torch hands on the dtype of the last operation
-    instead; here the function can then be the body of a scan, a branch, or a custom rule, whose types are checked, and
-    casting half to float32 loses nothing. For the same reason a loop's carry and the results of a branch keep the
-    dtypes that they have in `fn`, at each turn. All else (residuals, stacked outputs of a scan, results of an inner
-    jit) stays in the dtype in which it was computed.
+    **Results** have the dtypes that `fn` alone would return; torch instead returns the dtype of the last operation. So
+    the function can be the body of a scan, a branch, or a custom derivative rule, whose types JAX checks, and casting
+    half precision to float32 loses nothing. For the same reason the carry of a loop, in each iteration, and the results
+    of a branch keep the dtypes that they have in `fn`. All other values (residuals, stacked outputs of a scan, results
+    of an inner jit) stay in the dtype in which they were computed.
 
-    **Constants.** A scalar that is known while tracing (`2 * x`) takes the dtype of the arrays that it meets, unless
-    `dtype` cannot hold it: `x + 1e-8` in float16, or a mask of -1e30, runs in float32.
+    **Constants.** A scalar that is known while tracing (`2 * x`) takes the dtype of the arrays that it is combined
+    with, unless `dtype` cannot represent it: `x + 1e-8` in float16 runs in float32, and so does a mask of -1e30.
 
-    **Explicit dtypes.** A product whose `preferred_element_type` is wider than its operands keeps it. But where `fn`
-    computes in float32 anyway, `x.astype(jnp.float32)` leaves no trace and asks for nothing: for a float32 part, list
-    the operations, or wrap the part in an `autocast` with empty lists. Where one is inside another, the inner one
-    decides. The precision or algorithm of a float32 product does not apply to the half one that replaces it.
+    **Explicit dtypes.** A product whose `preferred_element_type` is wider than its operands keeps it. However, if `fn`
+    computes in float32 anyway, `x.astype(jnp.float32)` leaves no operation in the trace and has no effect. To keep a
+    part in float32, list its operations, or wrap the part in an `autocast` with empty lists: of nested `autocast`s, the
+    inner one decides. The precision or algorithm of a float32 product does not apply to the half-precision product that
+    replaces it.
 
-    **As traced** run, in the dtypes of `fn`: linear algebra, FFTs, `lax.custom_linear_solve`, `lax.reduce` with a
-    function of one's own, callbacks, Pallas kernels, and primitives that are not JAX's own.
+    **Not cast**, but run in the dtypes of `fn`: linear algebra, FFTs, `lax.custom_linear_solve`, `lax.reduce` with a
+    user-defined function, callbacks, Pallas kernels, and primitives that JAX does not define.
 
-    float16 wants a loss scale (`jaxmp.loss_scaling`); bfloat16 has the range of float32 and wants none.
+    float16 needs a loss scale (`jaxmp.loss_scaling`); bfloat16 has the range of float32 and needs none.
 
     >>> weight = jnp.ones((4, 3))
     >>> layer = lambda x: jax.nn.softmax(x @ weight)
@@ -187,13 +192,13 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
 
     Args:
       fn: a function of pytrees. Arrays in its arguments are traced; all other leaves (Python numbers, strings,
-        activation functions in an Equinox module) are handed to it as they are. What it closes over is cast at each
-        use, like its arguments.
-      lists: `TORCH`, `APEX_O1`, or one's own.
+        activation functions in an Equinox module) are passed to it unchanged. Arrays that it closes over are cast at
+        each use, like its arguments.
+      lists: `TORCH`, `APEX_O1`, or your own `OperationLists`.
       dtype: the half precision, bfloat16 or float16.
 
     Raises:
-      InputError: `dtype` is another; or, when called, `fn` has no float anywhere.
+      InputError: `dtype` is another dtype; or, when called, `fn` does not compute with floats.
     """
     interpreter = _Interpreter(lists, _half(dtype))
 
@@ -227,19 +232,19 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
 
 
 class _Operand(NamedTuple):
-    """A value that an operation is given."""
+    """An operand of an operation."""
 
     value: Any
-    """an array, in whatever dtype it was computed in"""
+    """array, in the dtype in which it was computed"""
     aval: Any
-    """its type when the function was traced"""
+    """its abstract type when the function was traced"""
     scalar: bool
-    """whether it is a scalar known while tracing, or filled with one, and half precision can hold it"""
+    """whether it is a scalar known while tracing, or an array filled with one, that half precision can represent"""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Interpreter:
-    """Evaluates jaxprs with casts put in. Hashable, so that what it makes of a jaxpr can be cached."""
+    """Evaluates jaxprs with casts inserted. Hashable, so that retraced jaxprs can be cached."""
 
     lists: OperationLists
     dtype: np.dtype
@@ -252,13 +257,13 @@ class _Interpreter:
         scalars: Sequence[bool] = (),
         dtypes: Sequence[Any] | None = None,
     ) -> list[Any]:
-        """The outputs of a jaxpr, open or closed.
+        """Evaluates a jaxpr, open or closed, and returns its outputs.
 
         Args:
-          jaxpr: what to evaluate.
-          args: its inputs, floats in any eligible dtype.
-          scalars: for each input, `_Operand.scalar`.
-          dtypes: of the outputs; by default those in which they were computed.
+          jaxpr: the jaxpr.
+          args: its inputs; floats may have any eligible dtype.
+          scalars: `_Operand.scalar` of each input.
+          dtypes: dtypes to which outputs are cast; by default they keep those in which they were computed.
         """
         jaxpr, consts = _opened(jaxpr)
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -280,7 +285,7 @@ class _Interpreter:
         return out if dtypes is None else [_cast(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
 
     def run(self, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
-        """The outputs of one equation, with its operands cast to where its operation belongs."""
+        """Runs one equation with its operands cast as the lists say, and returns its outputs."""
         name = eqn.primitive.name
         if any(type(x.aval) is not ShapedArray for x in operands) or SCOPE in str(eqn.source_info.name_stack):
             return _run_as_traced(eqn, operands)
@@ -313,7 +318,7 @@ class _Interpreter:
         return _bind(eqn, values, params)
 
     def _dtype_of(self, operation: str, floats: list[_Operand]) -> np.dtype:
-        """The dtype in which an operation takes its float operands."""
+        """Returns the dtype in which an operation takes its float operands."""
         if operation in self.lists.low:
             return self.dtype
         if operation in self.lists.float32:
@@ -324,7 +329,7 @@ class _Interpreter:
         return _widest([jax.typeof(x.value) for x in voters or floats])
 
     def _can_hold(self, literal: Any) -> bool:
-        """Whether a constant survives in half precision: not as inf, and not as 0 or a subnormal."""
+        """Returns whether half precision can represent a constant without turning it into inf, 0 or a subnormal."""
         if literal.aval.dtype != FLOAT32 and not jnp.issubdtype(literal.aval.dtype, jnp.integer):
             return False  # an integer may be cast to float32 later: `jnp.where(mask, x, 0)`
         with np.errstate(all="ignore"):
@@ -335,20 +340,21 @@ class _Interpreter:
     def retrace(
         self, jaxpr: Any, operands: Sequence[_Operand], *, scalars: Sequence[bool] = (), dtypes: Any = None
     ) -> Any:
-        """`jaxpr` with casts put in, open or closed as it came, for operands of the dtypes that they have by now."""
+        """Returns `jaxpr` with casts inserted, for the current dtypes of the operands; open if it was open."""
         given = tuple(jax.typeof(x.value).dtype for x in operands)
         closed = _retraced(self, jaxpr, given, tuple(scalars), None if dtypes is None else tuple(dtypes))
         return closed if isinstance(closed, type(jaxpr)) else closed.jaxpr
 
     def call(self, fn: Callable[..., Any], args: Any, traced_for: Any) -> Any:
-        """`fn(*args)` with casts put in, traced for floats of the dtypes in `traced_for`.
+        """Calls `fn(*args)` with casts inserted, traced with the dtypes in `traced_for`.
 
         Args:
           fn: a function of flat sequences of arrays that returns a pytree.
-          args: its arguments, in the dtypes that they have by now.
-          traced_for: the same structure of dtypes.
+          args: its arguments, in their current dtypes.
+          traced_for: dtypes to trace with, in the same structure.
 
-        Returns: what it returns, and that as types of the trace.
+        Returns:
+          The result of `fn`, and the same pytree with the types of the trace.
         """
         types = jax.tree.map(lambda x, dtype: jax.typeof(x).update(dtype=dtype, weak_type=False), args, traced_for)
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*types)
@@ -495,7 +501,7 @@ def _custom_vjp(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operan
 
 
 class _Original:
-    """The call of a function with a custom derivative, as a function of its float inputs."""
+    """The original call of a function with a custom derivative, as a function of its float inputs."""
 
     def __init__(self, eqn: JaxprEqn):
         self.eqn = eqn
@@ -505,19 +511,19 @@ class _Original:
         self.out_is_float = [_is_inexact(dtype) for dtype in _dtypes(eqn.outvars)]
 
     def of_floats(self, args: Sequence[Any]) -> Callable[..., list[Any]]:
-        """The call with all other inputs taken from `args`."""
+        """Returns the call as a function of its float inputs; other inputs are taken from `args`."""
         return lambda *floats: list(_bind(self.eqn, _merge(self.is_float, floats, args)))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Traced:
-    """What a backward rule must know of its forward rule, other than arrays."""
+    """Static data that a forward rule passes to its backward rule."""
 
     residuals: Any
-    """the dtypes for which its residuals were traced"""
+    """dtypes with which the residuals were traced"""
     args: list[Any]
-    """those of the arguments"""
+    """dtypes of the arguments"""
 
 
 _RULES = {
@@ -533,7 +539,7 @@ _RULES = {
 
 
 def _operation(eqn: JaxprEqn) -> str:
-    """The name under which the lists know an equation."""
+    """Returns the name of the operation of an equation, as in the lists."""
     name = eqn.primitive.name
     if name == "mul" and eqn.invars[0] is eqn.invars[1]:
         return SQUARE
@@ -553,7 +559,7 @@ def _run_as_traced(eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
 
 
 def _as_traced(operands: Sequence[_Operand]) -> list[_Operand]:
-    """The operands in the dtypes for which they were traced."""
+    """Casts operands to the dtypes with which they were traced."""
     return [x._replace(value=_cast(x.value, x.aval.dtype)) if type(x.aval) is ShapedArray else x for x in operands]
 
 

@@ -1,13 +1,13 @@
-"""Float formats: facts about each, and exact emulation of any of them on any device.
+"""Float formats: their properties, and exact emulation of any of them on any device.
 
-    quantize(x, "e4m3")                           # the nearest numbers of OCP's e4m3, in x's own dtype
-    fake_quantize(x, "e4m3", "e5m2")              # the same, and the gradient rounded to e5m2
+    quantize(x, "e4m3")                           # rounds to the numbers of OCP's e4m3; the dtype stays that of x
+    fake_quantize(x, "e4m3", "e5m2")              # also rounds the gradient, to e5m2
     quantize(x, "e3m4", rounding="stochastic", key=key)
 
-A format is named as in `e4m3` (4 exponent bits, 3 mantissa bits). Emulation works on the bits of float32, in integers.
-So it cannot be folded away, as a cast can (trap T6: between two 16-bit operations XLA may keep what the first one did
-not round), it sees float32's subnormals, which XLA flushes in arithmetic (T10), and it gives the same bits on every
-device, in and out of jit.
+The name `e4m3` means 4 exponent bits and 3 mantissa bits. Emulation works on the bits of float32 with integer
+operations. So XLA cannot remove it, as it can remove a cast (trap T6: between two 16-bit operations XLA may keep the
+unrounded value); it handles float32's subnormals, which XLA flushes to zero in float arithmetic (trap T10); and it
+gives the same bits on every device, with and without jit.
 """
 
 from __future__ import annotations
@@ -33,34 +33,35 @@ _SHORT = {(8, 23): "f32", (8, 10): "tf32", (8, 7): "bf16", (5, 10): "f16"}
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A binary float format: a sign bit, exponent bits, mantissa bits, subnormals, and what the extreme codes mean.
+    """A binary float format with a sign bit, exponent bits, mantissa bits and subnormal numbers.
 
-    Its normal numbers are ±2^(E - bias) * 1.M with E at least 1, its subnormals ±2^(1 - bias) * 0.M. All its numbers
-    are numbers of float32. `specials` says what is spent on infinity and NaN:
+    Its normal numbers are ±2^(E - bias) * 1.M with E at least 1, its subnormals ±2^(1 - bias) * 0.M. Float32 can
+    represent all of them. `specials` says which codes are infinity and NaN:
 
-    - `ieee`: the largest exponent, on both, as IEEE 754 does;
-    - `fn`: no infinity; NaN is the largest code where the format has 8 bits or more, and nothing is where it has fewer
-      (OCP's e4m3 and e2m1, e2m3, e3m2; ml_dtypes' names ending in `fn`);
-    - `fnuz`: no infinity and no negative zero; NaN is the code that negative zero would have.
+    - `ieee`: the codes with the largest exponent are infinities and NaNs, as in IEEE 754;
+    - `fn`: there is no infinity. If the format has 8 bits or more, NaN is the largest code; if it has fewer, it has no
+      NaN either (OCP's e4m3, e2m1, e2m3 and e3m2; ml_dtypes' names that end in `fn`);
+    - `fnuz`: there is no infinity and no negative zero; NaN is the code that negative zero would have.
 
-    `str(format)` is a name that `parse_format` turns back into the format.
+    `parse_format(str(format))` returns an equal format.
 
     Sources: IEEE 754-2019, section 3.4; OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats
     (MX) 1.0, section 5.3; Noune et al. 2022, 8-bit Numerical Formats for Deep Neural Networks (fnuz).
-    Raises: InputError for sizes out of range, or where float32 could not hold every number.
+    Raises:
+      InputError: a size is out of range, `specials` is unknown, or float32 cannot represent every number of the format.
     """
 
     exponent_bits: int
-    """bits of the exponent, 2 to 8"""
+    """number of exponent bits, 2 to 8"""
     mantissa_bits: int
-    """bits of the mantissa, 1 to 23; the leading 1 of normal numbers is not one of them"""
+    """number of mantissa bits, 1 to 23, without the implicit leading 1 of normal numbers"""
     bias: int
-    """what is subtracted from the stored exponent"""
+    """exponent bias: the exponent of a normal number is its stored exponent minus the bias"""
     specials: Specials
-    """what the extreme codes mean"""
+    """which codes are infinity and NaN: ieee, fn or fnuz"""
 
     def __post_init__(self) -> None:
-        """Refuses what is no format, and what float32 cannot carry."""
+        """Checks the sizes, and that float32 can represent every number."""
         shape = f"e{self.exponent_bits}m{self.mantissa_bits}"
         if not (2 <= self.exponent_bits <= 8 and 1 <= self.mantissa_bits <= 23):
             raise InputError(f"float format {shape}: expected 2 to 8 exponent bits and 1 to 23 mantissa bits")
@@ -76,7 +77,7 @@ class Format:
 
     @property
     def name(self) -> str:
-        """The shortest name: `e4m3`, `e4m3ieee`, `e4m3b11fnuz`, `bf16`."""
+        """The shortest name, such as `e4m3`, `e4m3ieee`, `e4m3b11fnuz` or `bf16`."""
         shape = (self.exponent_bits, self.mantissa_bits)
         specials = "" if self.specials == _usual_specials(*shape) else self.specials
         bias = "" if self.bias == _usual_bias(self.exponent_bits, self.specials) else f"b{self.bias}"
@@ -89,32 +90,32 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Bits of a number, sign included."""
+        """The number of bits, sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def has_infinity(self) -> bool:
-        """Whether there are infinities."""
+        """Whether the format has infinities."""
         return self.specials == "ieee"
 
     @property
     def has_nan(self) -> bool:
-        """Whether there is a NaN."""
+        """Whether the format has a NaN."""
         return self.specials != "fn" or self.bits >= 8
 
     @property
     def has_negative_zero(self) -> bool:
-        """Whether zero has a sign."""
+        """Whether the format has a negative zero."""
         return self.specials != "fnuz"
 
     @property
     def min_exponent(self) -> int:
-        """Base 2 logarithm of the smallest normal number."""
+        """The base 2 logarithm of the smallest normal number."""
         return 1 - self.bias
 
     @property
     def max_exponent(self) -> int:
-        """Base 2 logarithm of the largest power of two."""
+        """The base 2 logarithm of the largest power of two."""
         return (self._largest_code >> self.mantissa_bits) - self.bias
 
     @property
@@ -125,12 +126,12 @@ class Format:
 
     @property
     def smallest_normal(self) -> float:
-        """The smallest positive number with a full mantissa."""
+        """The smallest positive normal number."""
         return 2.0**self.min_exponent
 
     @property
     def smallest_subnormal(self) -> float:
-        """The smallest positive number; all subnormal numbers are multiples of it."""
+        """The smallest positive number; every subnormal number is a multiple of it."""
         return 2.0 ** (self.min_exponent - self.mantissa_bits)
 
     @property
@@ -146,7 +147,7 @@ class Format:
         return 2 ** (self.bits - 1) - 1 - (self.specials == "fn" and self.has_nan)
 
     def contains(self, other: Format) -> bool:
-        """Whether every finite number of `other` is one of this format's."""
+        """Whether this format can represent every finite number of `other`."""
         return (
             other.mantissa_bits <= self.mantissa_bits
             and other.max <= self.max
@@ -181,17 +182,19 @@ _GRAMMAR = re.compile(r"(?:float(\d+)_)?e(\d+)m(\d+)(?:b(-?\d+))?(ieee|fnuz|fn)?
 
 
 def parse_format(text: str) -> Format:
-    """The format that `text` names.
+    """Parses the name of a float format.
 
-    - `eXmY`, with X exponent bits (2 to 8) and Y mantissa bits (1 to 23). As OCP standardised them, `e4m3`, `e2m1`,
-      `e2m3` and `e3m2` have no infinities (`fn`); all others are as in IEEE 754, `e5m2` included.
-    - A suffix `ieee`, `fn` or `fnuz` (see `Format`) says otherwise, and `bN` before it gives the bias: `e4m3ieee`,
-      `e4m3b11fnuz`. The usual bias is 2^(X-1) - 1; for `fnuz` it is 2^(X-1).
+    A name is one of:
+
+    - `eXmY`, with X exponent bits (2 to 8) and Y mantissa bits (1 to 23). `e4m3`, `e2m1`, `e2m3` and `e3m2` have no
+      infinities (`fn`), as OCP standardised them; all others follow IEEE 754, including `e5m2`.
+    - `eXmY` with a suffix `ieee`, `fn` or `fnuz` (see `Format`), such as `e4m3ieee`. `bN` before the suffix sets the
+      bias, as in `e4m3b11fnuz`. The default bias is 2^(X-1) - 1, or 2^(X-1) for `fnuz`.
     - `float32` (`f32`), `tensorfloat32` (`tf32`), `bfloat16` (`bf16`), `float16` (`f16`).
-    - ml_dtypes' name of a dtype, meaning that dtype. Mind that `float8_e4m3` is the IEEE-like one, `e4m3ieee`, and
-      `float8_e4m3fn` is OCP's `e4m3`.
+    - A dtype name of ml_dtypes. Note that `float8_e4m3` is the IEEE-like `e4m3ieee`, while `float8_e4m3fn` is OCP's
+      `e4m3`.
 
-    `e8m0` is none of them: it has neither zero nor sign, and holds scales rather than numbers.
+    `e8m0` is refused: it has neither zero nor sign, and is used for scales rather than for numbers.
 
     >>> parse_format("e4m3").max, parse_format("float8_e4m3").max, parse_format("e5m2").max
     (448.0, 240.0, 57344.0)
@@ -199,7 +202,7 @@ def parse_format(text: str) -> Format:
     ('e4m3', 'bf16', 'e6m9')
 
     Raises:
-      InputError: an unknown name, sizes out of range, or a number of bits that contradicts the rest.
+      InputError: the name is unknown, a size is out of range, or the number of bits contradicts the sizes.
     """
     name = text.strip().lower()
     match = _GRAMMAR.fullmatch(_SYNONYMS.get(name, name))
@@ -212,7 +215,7 @@ def parse_format(text: str) -> Format:
     assert exponent_bits is not None and mantissa_bits is not None  # the grammar demands them
     if match[5] is not None:
         specials = cast(Specials, match[5])
-    else:  # a dtype's name says `fn` where it means it
+    else:  # the names of ml_dtypes always spell out `fn`
         specials = "ieee" if bits is not None else _usual_specials(exponent_bits, mantissa_bits)
     if bits is not None and bits != 1 + exponent_bits + mantissa_bits:
         raise InputError(
@@ -232,27 +235,27 @@ def quantize(
     key: jax.Array | None = None,
     saturate: bool | None = None,
 ) -> jax.Array:
-    """`x` rounded to the numbers of `format`, in its own shape and dtype. Exact, subnormals of the format included.
+    """Rounds `x` to the numbers of `format`; returns an array with the shape and dtype of `x`.
 
-    NaN stays NaN, also where the format has none: a cast would hide it. Zero keeps its sign where the format's zero has
-    one. Float32's subnormals count as the numbers that they are, and come out as such where the format has them
-    (bf16, tf32), though the next addition may flush them. Apart from that and from where `saturate` says otherwise,
-    rounding to nearest is what the casts of ml_dtypes do, to the bit.
+    The rounding is exact, subnormal numbers of the format included. NaN stays NaN, even if the format has no NaN (a
+    cast would hide it). Zero keeps its sign if the format has a negative zero. Subnormal float32 inputs are not treated
+    as zero; if the format has such numbers (bf16, tf32), they are returned, although the next addition may flush them.
+    Except for these cases and for `saturate`, rounding to nearest gives the same bits as a cast with ml_dtypes.
 
-    The derivative is taken to be 1 (straight-through; Bengio et al. 2013), not the 0 of a step function, forward mode
-    included.
+    The derivative is 1 in forward and reverse mode (the straight-through estimator, Bengio et al. 2013), not the 0 of a
+    step function.
 
     Args:
       x: float32, bfloat16 or float16, any shape.
       format: a `Format` or its name.
-      rounding: `nearest`, ties to even; or `stochastic`, to one of the two neighbours with the probabilities that make
-        the mean equal to `x`, below the smallest subnormal too. (There, they are off by less than 2^-31; above 2^-8 of
-        it they are exact.) Beyond the largest number, the next neighbour is the one that there would be.
-      key: PRNG key of stochastic rounding; 32 random bits are drawn for each number. Replicas that must agree give the
-        same key. Under `vmap` give a batch of keys; in `shard_map`, fold the axis index into the key of sharded `x`.
-      saturate: what overflow, from rounding and of infinity, becomes: the largest number, if true; if false, infinity
-        where the format has one, else NaN where it has one, else the largest number. By default true for formats of at
-        most 8 bits, as accelerators convert to them (trap T9: e4m3 would turn overflow into NaN), else false.
+      rounding: `nearest` rounds ties to even. `stochastic` rounds to one of the two neighbours, with probabilities that
+        make the mean equal to `x`. They are exact down to 2^-8 of the smallest subnormal, and off by less than 2^-31
+        below. Values beyond the largest number are rounded as if the format went on, and then overflow.
+      key: PRNG key of stochastic rounding; 32 random bits are drawn per number. Replicas that must agree pass the same
+        key. Under `vmap`, pass a batch of keys; in `shard_map`, fold the axis index into the key of a sharded `x`.
+      saturate: what overflow and infinity become. If true: the largest number. If false: infinity if the format has
+        one, else NaN if it has one, else the largest number. The default is true for formats of at most 8 bits, as
+        accelerators convert to them (trap T9: unsaturated e4m3 turns overflow into NaN), and false for others.
 
     >>> quantize(jnp.array([0.3, 17.0, 1e4]), "e4m3")
     Array([3.125e-01, 1.600e+01, 4.480e+02], dtype=float32)
@@ -260,8 +263,8 @@ def quantize(
     Array([nan, nan], dtype=float32)
 
     Raises:
-      InputError: an unknown format or rounding, stochastic rounding without a key, a dtype that is none of the three
-        (float64 would be rounded twice on its way through float32), or one that cannot hold every number of `format`.
+      InputError: the format or rounding is unknown; stochastic rounding has no key; the dtype of `x` is none of the
+        three (float64 would be rounded twice, first to float32), or cannot represent every number of `format`.
     """
     format = _as_format(format)
     x = _checked(x, format)
@@ -278,21 +281,21 @@ def fake_quantize(
     key: jax.Array | None = None,
     saturate: bool | None = None,
 ) -> jax.Array:
-    """`quantize(x, forward)`, whose cotangent is rounded to the numbers of `backward` on its way back.
+    """Rounds `x` to the numbers of `forward`, and its cotangent (the gradient in the backward pass) to `backward`.
 
-    Either format may be None, for no rounding that way. To emulate a matrix product with operands in e4m3 and
-    gradients in e5m2, round the operands forward and the result backward, so that both products of the backward pass
-    see the rounded cotangent: `fake_quantize(fake_quantize(a, "e4m3") @ fake_quantize(b, "e4m3"), None, "e5m2")`
+    To emulate a matrix product with operands in e4m3 and gradients in e5m2, round the operands forward and the result
+    backward, so that both products of the backward pass see the rounded cotangent:
+    `fake_quantize(fake_quantize(a, "e4m3") @ fake_quantize(b, "e4m3"), None, "e5m2")`
     (the HYBRID recipe of NVIDIA's Transformer Engine; Micikevicius et al. 2022, FP8 Formats for Deep Learning).
 
     Args:
       x: float32, bfloat16 or float16, any shape.
-      forward: format of the result.
-      backward: format of the cotangent. With one, only reverse mode is possible.
-      rounding: how `x` is rounded, and `backward_rounding` how the cotangent is; see `quantize`.
-      backward_rounding: see `rounding`.
-      key: key of stochastic rounding, split between the two directions.
-      saturate: see `quantize`; for both directions.
+      forward: format of the result; None leaves `x` unrounded.
+      backward: format of the cotangent; None leaves it unrounded. With a format, only reverse mode works.
+      rounding: how `x` is rounded; see `quantize`.
+      backward_rounding: how the cotangent is rounded; see `quantize`.
+      key: PRNG key of stochastic rounding; it is split into one for each direction.
+      saturate: see `quantize`; applies to both directions.
 
     Raises:
       InputError: as for `quantize`.
@@ -309,23 +312,22 @@ def fake_quantize(
 
 
 class DelayedScalingState(NamedTuple):
-    """What `DelayedScaling` keeps of one tensor between steps."""
+    """The state of `DelayedScaling` for one tensor."""
 
     scale: jax.Array
-    """what the tensor is multiplied by before it is rounded, float32 scalar"""
+    """factor by which the tensor is multiplied before rounding, float32 scalar"""
     amax_history: jax.Array
-    """its largest magnitudes in the last steps, latest first, float32 of shape (history,); 0 where none was yet"""
+    """largest magnitude of the tensor in each of the last steps, newest first, float32 (history,); initially 0"""
 
 
 @dataclasses.dataclass(frozen=True)
 class DelayedScaling:
-    """A scale that brings a tensor into the range of a narrow format, by its magnitudes in the steps before.
+    """Scales a tensor into the range of a narrow format, based on its largest magnitudes (amax) in earlier steps.
 
-    The scale is the largest number of the format over the largest magnitude (amax) in the history, over 2^margin;
-    rounded down to a power of two, so that scaling itself rounds nothing. While all magnitudes are 0, or below 2^-126,
-    it stays as it is.
-    A magnitude that is inf or NaN changes neither scale nor history. (Transformer Engine keeps the scale too, but lets
-    the magnitude into its history, where it holds up the scale until it falls out.)
+    The scale is `format.max / max(amax_history) / 2^margin`, rounded down to a power of two so that multiplying by it
+    is exact. It does not change while all magnitudes in the history are below 2^-126. An amax of inf or NaN changes
+    neither scale nor history. (Transformer Engine keeps the scale too, but adds such an amax to its history, and the
+    scale stays fixed until it drops out of the history.)
 
     >>> scaling = DelayedScaling("e4m3", history=16)
     >>> x, state = jnp.array([0.001, -0.02]), scaling.init()
@@ -336,20 +338,21 @@ class DelayedScaling:
 
     Source: the DelayedScaling recipe of NVIDIA's Transformer Engine (`_default_sf_compute`), with the default history
     and the maximum over it; Micikevicius et al. 2022, FP8 Formats for Deep Learning, section 3.
-    Raises: InputError for an unknown format or numbers out of range.
+    Raises:
+      InputError: the format is unknown, or a number is out of range.
     """
 
     format: Format | str = "e4m3"
-    """format that the scaled tensor is rounded to"""
+    """format to which the scaled tensor is rounded"""
     history: int = 1024
-    """steps whose largest magnitude counts"""
+    """number of past steps whose largest magnitudes are kept"""
     margin: int = 0
-    """powers of two of headroom below the largest number of the format"""
+    """headroom below the largest number of the format, in powers of two"""
     power_of_two: bool = True
-    """whether the scale is rounded down to a power of two; Transformer Engine's is not"""
+    """whether the scale is rounded down to a power of two; Transformer Engine does not round it"""
 
     def __post_init__(self) -> None:
-        """Refuses what would only be seen in the first step."""
+        """Checks the fields, so that an error is raised before the first step."""
         _as_format(self.format)
         if self.history != int(self.history) or self.history < 1:
             raise InputError(f"DelayedScaling.history={self.history}: expected a whole number of at least 1")
@@ -357,20 +360,20 @@ class DelayedScaling:
             raise InputError(f"DelayedScaling.margin={self.margin}: expected a whole number from -126 to 126")
 
     def init(self) -> DelayedScalingState:
-        """A state at scale 1, before any step."""
+        """Creates the state before the first step, with scale 1."""
         return DelayedScalingState(jnp.array(1, jnp.float32), jnp.zeros(self.history, jnp.float32))
 
     def scale(self, state: DelayedScalingState) -> jax.Array:
-        """What to multiply the tensor of the next step by, float32 scalar within [2^-126, 2^126]."""
+        """Returns the factor for the tensor of the next step, float32 scalar within [2^-126, 2^126]."""
         return state.scale
 
     def update(self, state: DelayedScalingState, amax: jax.Array) -> DelayedScalingState:
-        """The state after a step.
+        """Returns the state after a step.
 
         Args:
-          state: the state before it.
-          amax: scalar: the largest magnitude of the unscaled tensor in this step; over all replicas, where it is
-            sharded.
+          state: the state before the step.
+          amax: largest magnitude of the unscaled tensor in this step, scalar; if the tensor is sharded, the maximum
+            over all replicas.
         """
         amax = jnp.asarray(amax, jnp.float32)
         usable = jnp.isfinite(amax)
@@ -381,7 +384,7 @@ class DelayedScaling:
         return DelayedScalingState(jnp.where(known, scale, state.scale), history)
 
     def _power_of_two_scale(self, amax: jax.Array) -> jax.Array:
-        """The largest power of two S with S * amax <= max / 2^margin, by exponents: a division might round up."""
+        """The largest power of two S with S * amax <= max / 2^margin, from exponents: a division might round up."""
         amax_bits, top = float32_bits(amax).astype(jnp.int32), int(np.float32(_as_format(self.format).max).view("i4"))
         exponent = (top >> 23) - (amax_bits >> 23) - ((amax_bits & _MANTISSA) > (top & _MANTISSA)) - self.margin
         return bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
@@ -391,7 +394,7 @@ class DelayedScaling:
         return jnp.clip(scale, jnp.float32(2.0**-126), jnp.float32(2.0**126))
 
 
-# Emulation, in integers. `bits` below are those of float32, as uint32.
+# Emulation with integer operations. Below, `bits` are the bits of a float32, as uint32.
 
 _SIGN = np.uint32(0x80000000)
 _INFINITY, _NAN, _MANTISSA, _LEADING = 0x7F800000, 0x7FC00000, 0x007FFFFF, 0x00800000
@@ -400,8 +403,8 @@ _CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16")
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
-    """`quantize`, given 32 random bits for each number, or None to round to nearest."""
-    with jax.named_scope(f"quantize_{format}"):  # one operation to profiles and to `blame`
+    """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
+    with jax.named_scope(f"quantize_{format}"):  # profiles and `blame` show it as one operation
         return _from_float32_bits(_round_bits(float32_bits(x), noise, format, saturate), x.dtype)
 
 
@@ -416,7 +419,7 @@ def _round_cotangent(x: jax.Array, key: jax.Array | None, format: Format, roundi
 
 
 def _keep_key(x: jax.Array, key: jax.Array | None, *_: Any) -> tuple[jax.Array, jax.Array | None]:
-    return x, key  # random bits are drawn in the backward pass, and take no memory before
+    return x, key  # random bits are drawn in the backward pass, so they take no memory before it
 
 
 def _round_back(
@@ -429,20 +432,20 @@ _round_cotangent.defvjp(_keep_key, _round_back)
 
 
 def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
-    """The bits of the neighbour in `format` that the rounding chooses."""
+    """Rounds float32 bits to a neighbour in `format`; returns float32 bits."""
     sign, magnitude = bits & _SIGN, bits & ~_SIGN
     mantissa_bits, min_exponent = format.mantissa_bits, format.min_exponent
-    if min_exponent == -126:  # the format's subnormals are among float32's: codes of both grow alike
+    if min_exponent == -126:  # the format has float32's exponents: dropping low bits of the code rounds it
         drop = jnp.uint32(23 - mantissa_bits)
         rounded = _drop_bits(magnitude, drop, noise) << drop
     else:
-        # A number is significand * 2^(exponent - 23), and shall be a whole number of quanta, each 2^quantum.
+        # x is significand * 2^(exponent - 23); it is rounded to a whole number of quanta, each 2^quantum.
         stored = (magnitude >> 23).astype(jnp.int32)
         exponent = jnp.maximum(stored, 1) - 127
         significand = (magnitude & _MANTISSA) | jnp.where(stored > 0, jnp.uint32(_LEADING), jnp.uint32(0))
         quantum = jnp.maximum(exponent, min_exponent) - mantissa_bits
         drop = quantum - (exponent - 23)
-        # 32 random bits decide on up to 31 dropped ones; of what lies deeper, the deepest bits count for nothing.
+        # 32 random bits can decide about 31 dropped bits; bits below those are ignored.
         significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)
         quanta = _drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
         # float32 holds the count exactly; the quantum is added to its exponent.
@@ -462,19 +465,19 @@ def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, satura
 
 
 def _drop_bits(value: jax.Array, count: jax.Array, noise: jax.Array | None) -> jax.Array:
-    """`value / 2^count`, rounded to a whole number; `count` is at most 31, and `value` leaves room for the carry."""
+    """Rounds `value / 2^count` to a whole number. `count` is at most 31; `value` must leave room for the carry."""
     dropped = (jnp.uint32(1) << count) - 1
     if noise is not None:
         carry = noise & dropped
-    else:  # just below half, and the last bit that stays: a tie goes up from odd numbers
+    else:  # just below half, plus the last kept bit: ties round up from odd numbers, so to even ones
         carry = (dropped >> 1) + ((value >> count) & 1 & dropped)
     return (value + carry) >> count
 
 
 def float32_bits(x: jax.Array) -> jax.Array:
-    """The bits of `x`, float32, bfloat16 or float16, in float32, as uint32.
+    """Returns the bits of `x` (float32, bfloat16 or float16) converted to float32, as uint32.
 
-    Not by a cast: XLA might hand on what was there before `x` was rounded to 16 bits.
+    Uses integer operations rather than a cast: XLA might keep the value from before `x` was rounded to 16 bits.
     """
     if x.dtype == np.float32:
         return bitcast_convert_type(x, jnp.uint32)
@@ -491,7 +494,7 @@ def float32_bits(x: jax.Array) -> jax.Array:
 
 
 def _from_float32_bits(bits: jax.Array, dtype: Any) -> jax.Array:
-    """The array of `dtype` whose numbers have these bits in float32; they are numbers of `dtype`."""
+    """Converts float32 bits to an array of `dtype`, which must be able to represent the numbers."""
     if dtype == jnp.bfloat16:
         return bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return bitcast_convert_type(bits, jnp.float32).astype(dtype)
@@ -506,12 +509,12 @@ def _saturates(format: Format, saturate: bool | None) -> bool:
 
 
 def _checked(x: Any, format: Format) -> jax.Array:
-    """`x` as an array, if its dtype can be rounded to `format`."""
+    """Returns `x` as an array; raises InputError if its dtype cannot be rounded to `format`."""
     x = jnp.asarray(x)
     if x.dtype not in _CARRIERS:
         raise InputError(
             f"quantize to {format}: x is {x.dtype.name}; expected float32, bfloat16 or float16 (float64 would be "
-            "rounded twice: cast it to float32 yourself, if that is meant)"
+            "rounded twice; cast it to float32 first if you accept that)"
         )
     if not parse_format(x.dtype.name).contains(format):
         raise InputError(
@@ -530,6 +533,6 @@ def _check_rounding(rounding: str, key: jax.Array | None) -> None:
 
 
 def _noise(x: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array | None:
-    """32 random bits for each number of `x`, or None where none are needed."""
+    """Draws 32 random bits per number of `x`; returns None for rounding to nearest."""
     _check_rounding(rounding, key)
     return None if rounding == "nearest" or key is None else jax.random.bits(key, x.shape, jnp.uint32)

@@ -1,4 +1,4 @@
-"""`Policy`: in which dtype parameters are kept, computations run, outputs come out and gradients add up."""
+"""`Policy`: the dtypes of parameters, computations, outputs and gradient sums."""
 
 from __future__ import annotations
 
@@ -19,33 +19,41 @@ from jaxmp.trees import FLOAT32, HALF, cast_floats
 
 @dataclasses.dataclass(frozen=True)
 class Policy(jmp.Policy):
-    """A `jmp.Policy` that also says in which dtype gradients accumulate, and how matrix products round.
+    """A `jmp.Policy` that also holds the dtypes of gradient sums and the rounding of products and updates.
 
-    `str(policy)` is parsed back to the same policy by `parse_policy`.
+    dtypes are normalised: `jnp.float16`, `"float16"` and `np.dtype("float16")` give equal policies.
+    `parse_policy(str(policy))` returns an equal policy.
+
+    Raises:
+      InputError: a dtype is not a float of at least 16 bits; `grad` is neither float32 nor the compute dtype; `reduce`
+        is float16; `rounding` is unknown, or is not `nearest` although parameters are wider than 16 bits; or only one
+        of `operands` and `cotangents` is given.
     """
 
     param_dtype: Any
-    """dtype in which parameters are kept between steps (float32: master weights)"""
+    """dtype in which parameters are stored between steps (float32: master weights)"""
     compute_dtype: Any
     """dtype of the operands of every layer"""
     output_dtype: Any
-    """dtype in which the model hands its outputs to the loss"""
+    """dtype of the model outputs that the loss receives"""
     grad: Any = FLOAT32
-    """dtype in which the gradients of all uses of a parameter add up: float32, or the compute dtype to study what plain
-    half precision loses (traps T1, T2 and T15; in a tree with rules, T2 and T15 alone)"""
+    """dtype in which the gradients from all uses of a parameter are summed: float32, or the compute dtype to study what
+    plain half precision loses (traps T1, T2 and T15; in a policy tree with rules, only T2 and T15)"""
     reduce: Any = FLOAT32
-    """dtype of the sum of the gradients over replicas: float32 or bfloat16 (trap T3)"""
+    """dtype in which gradients are summed over replicas: float32 or bfloat16 (trap T3)"""
     matmul: DotAlgorithmPreset = DotAlgorithmPreset.DEFAULT
-    """algorithm of float32 dots and convolutions; DEFAULT leaves it to JAX, which on a GPU means TensorFloat-32"""
+    """algorithm of float32 dots and convolutions; DEFAULT is JAX's default, which is TensorFloat-32 on a GPU"""
     operands: Format | None = None
-    """format that the operands of layers with a kernel are rounded to, emulated in the compute dtype, saturating"""
+    """format to which layers with a kernel round their operands, emulated in the compute dtype; values that are too
+    large become the largest number of the format"""
     cotangents: Format | None = None
-    """format that the gradients of such a layer's result are rounded to, not saturating: an overflow is to be seen"""
+    """format to which the gradients of the results of such layers are rounded; overflow becomes inf or NaN where the
+    format has them, so that the loss scaler sees it"""
     rounding: str = "nearest"
-    """how updates are added to parameters in half precision: nearest, stochastic or kahan (see `apply_updates`)"""
+    """how updates to half-precision parameters are rounded: nearest, stochastic or kahan (see `apply_updates`)"""
 
     def __post_init__(self) -> None:
-        """Normalises the dtypes, so that `jnp.float16`, `"float16"` and `np.dtype("float16")` are one policy."""
+        """Normalises the dtypes and checks the fields."""
         if (self.operands is None) != (self.cotangents is None):
             raise InputError(f"operands={self.operands}, cotangents={self.cotangents}: expected a format for both")
         if self.operands is not None and jnp.dtype(self.compute_dtype) != FLOAT32:
@@ -68,35 +76,38 @@ class Policy(jmp.Policy):
             )
         if self.rounding != "nearest" and self.param_dtype not in HALF:
             raise InputError(
-                f"rounding={self.rounding} in policy {self}: parameters in {_name(self.param_dtype)} lose nothing that "
-                "it would keep; expected p=bf16 or p=f16, as in the presets bfloat16 and float16"
+                f"rounding={self.rounding} in policy {self}: it only affects half-precision parameters, but these are "
+                f"{_name(self.param_dtype)}; expected p=bf16 or p=f16, as in the presets bfloat16 and float16"
             )
         if self.reduce == np.float16:
             raise InputError(f"reduce=f16 in policy {self}: float16 sums overflow; expected f32 or bf16")
 
     def cast_to_param(self, x: Any) -> Any:
-        """The floats of a pytree in the parameter dtype."""
+        """Casts the float leaves of a pytree to the parameter dtype; other leaves are unchanged."""
         return cast_floats(x, self.param_dtype)
 
     def cast_to_compute(self, x: Any) -> Any:
-        """The floats of a pytree in the compute dtype."""
+        """Casts the float leaves of a pytree to the compute dtype; other leaves are unchanged."""
         return cast_floats(x, self.compute_dtype)
 
     def cast_to_output(self, x: Any) -> Any:
-        """The floats of a pytree in the output dtype."""
+        """Casts the float leaves of a pytree to the output dtype; other leaves are unchanged."""
         return cast_floats(x, self.output_dtype)
 
     @property
     def wants_scaling(self) -> bool:
-        """Whether gradients can underflow, in float16 or a format of no wider range, so that the loss wants a scale."""
+        """Whether training needs a loss scale, because gradients can underflow to zero.
+
+        True if any dtype is float16, or if `cotangents` is a format whose range is no wider than float16's.
+        """
         if self.cotangents is not None and self.cotangents.max_exponent <= 15:
             return True
         return np.dtype(np.float16) in (self.param_dtype, self.compute_dtype, self.output_dtype)
 
     @property
     def matmul_precision(self) -> str | None:
-        """`matmul` as an argument of `jax.default_matmul_precision`."""
-        # The portable names, where there are any: CPUs refuse the TF32 algorithm as such.
+        """The argument for `jax.default_matmul_precision` that selects `matmul`; None for JAX's default."""
+        # Portable names where they exist: CPUs refuse the name of the TF32 algorithm.
         return {
             DotAlgorithmPreset.DEFAULT: None,
             DotAlgorithmPreset.F32_F32_F32: "float32",
@@ -120,7 +131,7 @@ class Policy(jmp.Policy):
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 _DTYPES = {name: jnp.dtype(long) for long, short in _SHORT.items() for name in (short, long)} | {"full": FLOAT32}
 _NARROW = re.compile(r"e\d|tf32|float[468]_")
-"""How the name of a format begins that is no dtype of a policy, and is emulated."""
+"""Matches the beginning of a format name that is not a policy dtype: such a format is emulated."""
 _KEYS = {
     "p": "param_dtype",
     "params": "param_dtype",
@@ -153,17 +164,23 @@ PRESETS = {
     "bf16-mixed": _mixed(jnp.bfloat16),
     "16-mixed": _mixed(jnp.float16),
 }
-"""Named policies: Keras's names, and Lightning's for the mixed ones. `float32` is true float32 on every device."""
+"""Policies by name: Keras's names, and Lightning's for the mixed ones. `float32` is true float32 on every device."""
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy that `text` names.
+    """Parses a policy.
 
-    Either a preset (`mixed_float16`), a dtype for everything (`bf16`), or jmp's notation: `p=f32,c=bf16,o=f32`, where
-    parameters default to float32, compute to the parameters' dtype and output to the compute dtype. The fields `grad`,
-    `reduce`, `matmul` and `rounding` may follow any of them. Spaces are allowed. The compute dtype may also be any
-    format that `parse_format` knows, emulated in float32, or two: `c=e4m3/e5m2` for operands in e4m3 and gradients in
-    e5m2.
+    `text` is one of:
+
+    - a preset, such as `mixed_float16`;
+    - one dtype for everything, such as `bf16`;
+    - jmp's notation, such as `p=f32,c=bf16,o=f32`: `p` is the parameter dtype (default: float32), `c` the compute dtype
+      (default: that of the parameters), `o` the output dtype (default: the compute dtype).
+
+    Each may be followed by the fields `grad`, `reduce`, `matmul` and `rounding` of `Policy`. Spaces are ignored.
+
+    `c` also accepts a format that `parse_format` knows, which is emulated in float32, or two formats: `c=e4m3/e5m2`
+    rounds operands to e4m3 and gradients to e5m2.
 
     >>> str(parse_policy("mixed_float16"))
     'p=f32,c=f16,o=f32'
@@ -173,12 +190,13 @@ def parse_policy(text: str) -> Policy:
     'p=f32,c=e4m3/e5m2,o=f32'
 
     Raises:
-      InputError: no text, an unknown preset, key, dtype or algorithm, a key given twice, or rules by module.
+      InputError: `text` is not a string; contains an unknown preset, key, dtype or algorithm; gives a key twice; or
+        contains rules for single modules (`PolicyTree.parse` reads those).
     """
     if not isinstance(text, str):
-        raise InputError(f"precision {text!r}: expected text such as 'mixed_float16'; of a policy, str(policy)")
+        raise InputError(f"precision {text!r}: expected text such as 'mixed_float16', or str(policy) for a Policy")
     if ";" in text:
-        raise InputError(f"precision {text!r}: rules by module are read by jaxmp.PolicyTree.parse; expected one policy")
+        raise InputError(f"precision {text!r}: expected one policy; jaxmp.PolicyTree.parse reads rules for modules")
     head, *parts = [part.strip() for part in text.split(",")]
     if "=" in head:
         base, parts = None, [head, *parts]

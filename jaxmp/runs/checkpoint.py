@@ -1,19 +1,19 @@
-"""Checkpoints: everything a run needs to go on, written while it goes on.
+"""`Checkpoints`: saves everything that a run needs to be resumed, in the background, and restores it.
 
-    checkpoints/<step>/arrays/        the leaves, by Orbax: one flat mapping of path to array
+    checkpoints/<step>/arrays/        the leaves, written by Orbax: a flat mapping from path to array
     checkpoints/<step>/manifest.json  step, metrics; dtype and shape of each leaf; CRC-32 of each file
-    checkpoints/<step>.partial        being written
-    checkpoints/<step>.deleted        being deleted
-    checkpoints/<step>.corrupt        was found damaged; moved out of the way, never deleted
+    checkpoints/<step>.partial        a checkpoint that is being written
+    checkpoints/<step>.deleted        a checkpoint that is being deleted
+    checkpoints/<step>.corrupt        a damaged checkpoint; renamed, never deleted
 
-A folder is called by its bare step only while it is whole: one rename gives it that name after the last byte, another
-takes it away before the first file goes. So a `kill -9` at any moment leaves nothing that looks like a checkpoint and
-is none.
+A folder is named by its step alone only while it is complete: it is renamed to this name after its last byte has been
+written, and renamed away before its first file is deleted. So even after a `kill -9`, no incomplete folder looks like a
+checkpoint.
 
-Orbax writes the arrays (`AsyncCheckpointer`: one checkpoint, nothing else). Which ones there are, which is best and
-which go is decided here, from what is on the disk: `CheckpointManager` remembers its own list and deletes in place,
-which goes wrong after a kill or with a damaged file. Of several processes, which need a file system in common, each
-writes its own shards, and the first does all the rest. `orbax.checkpoint.experimental.v1` is not stable yet.
+Orbax only writes the arrays (`AsyncCheckpointer`). This module decides which checkpoints exist, which is the best and
+which are deleted, from the files on disk. Orbax's `CheckpointManager` would keep its own list and delete in place,
+which fails after a kill or with a damaged file; `orbax.checkpoint.experimental.v1` is not stable yet. Several processes
+need a common file system: each writes its own shards, and the first does everything else.
 """
 
 from __future__ import annotations
@@ -47,23 +47,28 @@ _ARRAYS = "arrays"
 
 
 class _Corrupt(Exception):
-    """Why a checkpoint cannot be read back as it was written."""
+    """A checkpoint is damaged; the text says how."""
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep`, and the best.
+    """The checkpoints of one run: keeps the newest `keep` and the best.
 
-    Nothing is created before the first `save`: a run that is only read is not changed. One program at a time may save.
+    Nothing is created before the first `save`, so that reading a run does not change it. Only one program at a time may
+    save.
 
     Args:
-      folder: holds one folder a step.
-      keep: how many of the newest to keep, at least 1.
-      best_of: the metric whose best checkpoint is kept as well; None: only the newest.
-      mode: whether "max" or "min" of that metric is best. On a tie the earlier step is best; NaN never is.
+      folder: folder that contains one folder per checkpoint.
+      keep: number of newest checkpoints to keep, at least 1.
+      best_of: metric whose best checkpoint is also kept; None keeps only the newest.
+      mode: "max" if larger values of that metric are better, "min" if smaller ones are. The earlier step wins a tie;
+        NaN is never best.
+
+    Raises:
+      InputError: `keep` or `mode` is not valid.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, best_of: str | None = None, mode: Literal["max", "min"] = "max"):
-        import orbax.checkpoint as ocp  # here: importing it takes longer than `jaxmp --help` may
+        import orbax.checkpoint as ocp  # not at the top: this import would make `jaxmp --help` slow
 
         if keep < 1:
             raise InputError(f"keep={keep}: at least 1 checkpoint must be kept")
@@ -83,14 +88,19 @@ class Checkpoints:
         _wait_before_exit(self)
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
-        """Saves `tree` as it is now; returns when its buffers may be donated, and writes in the background.
+        """Saves `tree` in the background; returns as soon as its buffers may be donated.
 
-        `tree` is any pytree of arrays (of any dtype, PRNG keys included) and scalars. Of a step that is saved already
-        only the metrics are taken, where it had none. Waits for a save that is still being written.
+        Waits first for an earlier save to finish. If there is already a checkpoint of this step, only adds `metrics` to
+        it, unless it has some.
+
+        Args:
+          step: number of the step; names the checkpoint.
+          tree: any pytree of arrays (any dtype, including PRNG keys) and scalars.
+          metrics: metrics of this state, by name, to choose the best checkpoint by.
 
         Raises:
-          InputError: this or the save before could not be written (disk full, folder not writable). Those before are
-            whole.
+          InputError: this save or the one before could not be written (disk full, folder not writable). Older
+            checkpoints are intact.
         """
         if not processes.is_first():
             self.wait()
@@ -103,8 +113,8 @@ class Checkpoints:
                 return
             arrays = {path: _storable(leaf) for path, leaf in named.items()}
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
-            # Nothing is copied here. Orbax fetches from a GPU before it returns; on a CPU it holds views of JAX's own
-            # buffers, and while such a view lives, JAX gives a donated buffer's memory to nobody else.
+            # No copy is necessary. On a GPU, Orbax fetches the arrays before it returns. On a CPU, it holds views of
+            # JAX's buffers, and JAX does not reuse the memory of a donated buffer while a view of it exists.
             self._orbax.save(partial / _ARRAYS, args=self._ocp.args.PyTreeSave(arrays))
         except OSError as error:
             raise self._not_written(step, error) from error
@@ -116,15 +126,22 @@ class Checkpoints:
     def restore(
         self, template: Any, *, step: int | None = None, warn: Callable[[str], None] = warnings.warn
     ) -> tuple[int, Any] | None:
-        """The newest whole checkpoint, or that of `step`: (step, tree like `template`); None where there is none.
+        """Restores the newest checkpoint, or that of `step`.
 
-        Template leaves are arrays or `jax.ShapeDtypeStruct`s. Each leaf comes back bit by bit as it was saved, with the
-        template's sharding, strongly typed; a numpy leaf of the template comes back as numpy. A damaged checkpoint is
-        reported through `warn` and the one before is used (not where `step` was asked for).
+        Leaves are restored to the bit, strongly typed, and with the sharding of the template; where the template has a
+        numpy array, so does the result. If the newest checkpoint is damaged, the one before is used.
+
+        Args:
+          template: a pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`s.
+          step: the checkpoint to restore; None for the newest. With a step, no other checkpoint is used.
+          warn: called with a message for each damaged checkpoint that is passed over.
+
+        Returns:
+          (step, tree); None if there is no checkpoint.
 
         Raises:
-          InputError: path, shape or dtype of a leaf differ from the template's (all of them are named, before anything
-            is read); there are checkpoints, but all are damaged; there is none of `step`.
+          InputError: paths, shapes or dtypes differ from the template (all differences are listed, and nothing is
+            read); all checkpoints are damaged; or there is no checkpoint of `step`.
         """
         self.wait()
         self._saved = None  # it may turn out to be damaged, and must then be saved again
@@ -155,17 +172,17 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint on the disk, ascending, without one that is still being written."""
+        """Returns the steps of all checkpoints on disk, ascending, without one that is still being written."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def best_step(self) -> int | None:
-        """The step whose `best_of` metric is best; None where no checkpoint has one."""
+        """Returns the step whose `best_of` metric is best; None if no checkpoint has that metric."""
         return self._best({step: manifest["metrics"] for step, manifest in self._manifests().items()})
 
     def wait(self) -> None:
-        """Returns when all is on the disk and the old ones are deleted. Raises InputError where writing failed."""
+        """Waits until all saves are written and old checkpoints deleted. Raises InputError if writing failed."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -174,7 +191,7 @@ class Checkpoints:
             raise self._not_written(step, error) from error
 
     def close(self) -> None:
-        """Waits, as `wait` does, and frees Orbax's threads."""
+        """Calls `wait`, and ends Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -183,7 +200,7 @@ class Checkpoints:
     # Writing.
 
     def _begin(self, step: int, metrics: dict[str, float]) -> bool:
-        """Makes the folder of a checkpoint; False where there is one of that step, which then gets its metrics."""
+        """Creates the folder of a checkpoint. If that step is already saved, adds `metrics` to it and returns False."""
         self.wait()
         self._tidy()
         if step == self._saved or (self.folder / str(step)).exists():
@@ -193,11 +210,11 @@ class Checkpoints:
         return True
 
     def _finish(self, manifest: dict) -> None:
-        """In the background: the manifest, the rename that makes it a checkpoint, and away with what is too old now."""
+        """Writes the manifest, renames the folder to its final name and deletes old checkpoints; runs in a thread."""
         step = manifest["step"]
         partial = self._path(step, "partial")
         try:
-            self._orbax.wait_until_finished()  # in the first process: until all have written
+            self._orbax.wait_until_finished()  # in the first process, waits for all processes
             if processes.is_first():
                 files = sorted(path for path in (partial / _ARRAYS).rglob("*") if path.is_file())
                 manifest["files"] = {str(path.relative_to(partial)): _crc32(path) for path in files}
@@ -211,7 +228,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _delete_old(self) -> None:
-        manifests = self._manifests()  # what cannot be read neither counts as one of the newest nor is deleted
+        manifests = self._manifests()  # damaged ones are neither counted nor deleted
         best = self._best({step: manifest["metrics"] for step, manifest in manifests.items()})
         for step in sorted(manifests)[: -self.keep]:
             if step != best:
@@ -220,7 +237,7 @@ class Checkpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _tidy(self) -> None:
-        """Clears what a killed process left half-written or half-deleted; moves damaged checkpoints out of the way."""
+        """Deletes what a killed process left half-written or half-deleted, and renames damaged checkpoints."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.suffix in (".partial", ".deleted") and path.stem.isdecimal():
@@ -239,7 +256,8 @@ class Checkpoints:
     def _not_written(self, step: int, error: Exception) -> InputError:
         return InputError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. "
-            f"Whole are: {self.steps() or 'none'}. Make room or choose another folder, and run the same command again"
+            f"Intact checkpoints: {self.steps() or 'none'}. Make room or choose another folder, and run the same "
+            "command again"
         )
 
     def _path(self, step: int, suffix: str) -> Path:
@@ -276,7 +294,7 @@ class Checkpoints:
         return (max if self.mode == "max" else min)(sorted(values), key=values.__getitem__)
 
     def _checked(self, step: int, template: Any) -> tuple[dict | None, str | None]:
-        """The manifest of a checkpoint whose files are as they were written; or None, and what is wrong."""
+        """Checks a checkpoint. Returns (manifest, None) if it is intact, or (None, what is wrong)."""
         try:
             manifest = self._manifest(step)
             self._compare(step, manifest, template)
@@ -286,7 +304,7 @@ class Checkpoints:
         return manifest, None
 
     def _compare(self, step: int, manifest: dict, template: Any) -> None:
-        """Orbax casts to the template's dtype without a word, so the difference is looked for first."""
+        """Raises InputError if leaves differ from the template; Orbax would silently cast to its dtypes (B19)."""
         saved = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in manifest["leaves"].items()}
         expected = {path: "{}{}".format(*_dtype_and_shape(leaf)) for path, leaf in _named_leaves(template).items()}
         wrong = [
@@ -309,7 +327,7 @@ class Checkpoints:
                 self.folder / str(step) / _ARRAYS, args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
             )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
-            if processes.several():  # the others may have read it, and would not follow to the one before
+            if processes.several():  # others may have read it, and would not use the one before
                 raise InputError(f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}") from error
             raise _Corrupt(_reason(error)) from error
         restored = []
@@ -320,7 +338,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), restored)
 
     def _verify(self, step: int, manifest: dict) -> None:
-        """Compares the files with their checksums, for what Orbax does with a damaged one is anyone's guess."""
+        """Compares all files with their checksums, since Orbax may not notice that a file is damaged."""
         for name, checksum in manifest["files"].items():
             try:
                 if _crc32(self.folder / str(step) / name) != checksum:
@@ -329,7 +347,7 @@ class Checkpoints:
                 raise _Corrupt(f"{name}: {error.strerror}") from error
 
     def _restore_args(self, like: Any) -> Any:
-        """Through host memory, so that uncommitted arrays stay so; straight to devices that span processes."""
+        """Restores to host memory, so that uncommitted arrays stay so; across processes, directly to devices."""
         sharding = getattr(like, "sharding", None)
         if sharding is None or sharding.is_fully_addressable:
             return self._ocp.RestoreArgs(restore_type=np.ndarray)
@@ -337,11 +355,11 @@ class Checkpoints:
 
 
 def _wait_before_exit(checkpoints: Checkpoints) -> None:
-    """Lets a save end that the program did not wait for, and says so where it could not.
+    """Waits at exit for a save that the program did not wait for, and prints a message if it could not be finished.
 
-    `atexit` is too late: Python has then shut down the executors that Orbax writes with, and its threads die with a
-    traceback, or wait for ever. concurrent.futures uses this hook itself; ours, being later, runs before its own. From
-    Python 3.12 on no thread can start any more by then, and what has not been written by the others is lost.
+    `atexit` would be too late: by then Python has shut down the executors with which Orbax writes, and Orbax's threads
+    fail with a traceback or wait for ever. This uses the hook of concurrent.futures, which runs later registrations
+    first. From Python 3.12 on, no thread can be started by then, and the save is lost if Orbax still needs a new one.
     """
     reference = weakref.ref(checkpoints)
 
@@ -356,7 +374,7 @@ def _wait_before_exit(checkpoints: Checkpoints) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's reason where there is one (TensorStore hides it in a long text), or the first line."""
+    """Returns the reason of the operating system, which TensorStore hides in a long text, or else the first line."""
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
         if os.strerror(code) in str(error):
             return os.strerror(code)
@@ -366,7 +384,7 @@ def _reason(error: Exception) -> str:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by path: `params/Dense_0/kernel`, `opt_state/0/mu`, ... in the order of the tree."""
+    """Returns the leaves by path, such as `params/Dense_0/kernel` or `opt_state/0/mu`, in the order of the tree."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {path_name(path) or "value": leaf for path, leaf in flat}
     if len(leaves) != len(flat):
@@ -384,13 +402,13 @@ def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
-    """What the manifest says of a leaf, its checksums aside. A key's dtype and shape are the key's, not its bits'."""
+    """Returns the manifest entry of a leaf. For a PRNG key, dtype and shape are those of the key, not of its bits."""
     dtype, shape = _dtype_and_shape(leaf)
     return {"dtype": dtype, "shape": shape} | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
 
 
 def _storable(leaf: Any) -> jax.Array | np.ndarray:
-    """The array that Orbax writes for a leaf."""
+    """Converts a leaf to the array that Orbax writes."""
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, _dtype_and_shape(leaf)[0])
@@ -405,13 +423,13 @@ def _crc32(path: Path) -> int:
 
 
 def _place(array: jax.Array | np.ndarray, key: str | None, like: Any) -> jax.Array | np.ndarray:
-    """`array` as a leaf like `like`: a PRNG key where `key` names its kind, on the template's devices."""
+    """Converts a restored array to a leaf like `like`, on its devices. `key` names the kind of a PRNG key."""
     if isinstance(like, np.ndarray | np.generic):
         return array
     leaf = array if key is None else jax.random.wrap_key_data(jnp.asarray(array), impl=key)
-    if isinstance(array, jax.Array):  # Orbax has put it where it belongs
+    if isinstance(array, jax.Array):  # Orbax has already placed it
         return leaf
-    # An uncommitted array stays one: committed to a device, it could not meet a batch that is spread over several.
+    # An uncommitted array stays uncommitted: a committed one could not be combined with a batch on several devices.
     return jax.device_put(leaf, getattr(like, "sharding", None) if getattr(like, "committed", True) else None)
 
 
@@ -426,7 +444,7 @@ def _write_manifest(path: Path, manifest: dict) -> None:
 
 
 def _quieten_orbax() -> None:
-    """Keeps Orbax's tracebacks off the terminal: what matters in them is raised, and said in a sentence, here."""
+    """Hides Orbax's tracebacks: this module raises its own errors, with one sentence each."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
     if sys.unraisablehook is not _unraisable:
         global _next_hook
@@ -441,6 +459,6 @@ _next_hook = sys.__unraisablehook__
 
 
 def _unraisable(unraisable: Any) -> None:
-    # Where several writes fail (disk full), Orbax closes its event loop after the first; TensorStore still calls it.
+    # If several writes fail (disk full), Orbax closes its event loop after the first, but TensorStore still calls it.
     if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
         _next_hook(unraisable)

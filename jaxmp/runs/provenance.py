@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, git revision, command and devices."""
+"""`provenance`: how a result was made: command, versions, git revision and devices."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets
 
 
 def provenance(*, patch: bool = True) -> dict[str, Any]:
-    """What a run notes of its surroundings: `command`, `versions`, `git`, `devices`, all JSON.
+    """Collects how the current process was started, as JSON: `command`, `versions`, `git`, `devices`, `platform`.
 
-    `git` is the revision of the repository that the process stands in, the patch by which its tracked files differ (""
-    where they do not), and the names of files that are neither tracked nor ignored; None where there is no repository.
+    `git` describes the repository of the working directory: its `revision`, a `patch` with the changes to tracked files
+    ("" if there are none), and the `untracked` files that are not ignored. It is None outside a repository.
 
     Args:
-      patch: False for a result that is itself kept in the repository: `dirty`, a bool, stands in the patch's place.
+      patch: False replaces `patch` and `untracked` by a bool, `dirty`, for results that are stored in the repository.
     """
     git = _git()
     if git is not None and not patch:

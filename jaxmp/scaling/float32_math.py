@@ -1,10 +1,11 @@
-"""Optimizer numerics: `float32_math` around any optax optimizer, and a global norm that neither over- nor underflows.
+"""Optimizer numerics: `float32_math` for any optax optimizer, and a global norm without overflow or underflow.
 
     tx = float32_math(optax.adamw(1e-3), store={"mu": jnp.bfloat16})
 
-In half precision Adam's eps of 1e-8 is 0, so that a zero gradient gives NaN; b2 = 0.999 rounds to 1.0, so that the
-second moment never decays (trap T14); and the sum of the squares of a few hundred overflows (trap T5). `loss_scaling`
-hands its inner optimizer float32 numbers as it is; there, `float32_math` inside it is for `store`.
+In half precision, optimizers fail: Adam's eps of 1e-8 is 0 in float16, so that a zero gradient gives NaN; b2 = 0.999
+rounds to 1.0 in bfloat16, so that the second moment never decays (trap T14); and in float16 the sum of squares of a few
+values in the hundreds overflows (trap T5). `loss_scaling` already passes float32 gradients and parameters to its inner
+optimizer. Inside it, `float32_math` is useful for its option `store`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from jaxmp.trees import HALF, has_gradient, is_float, strongly_typed, upcast
 
 
 class Float32MathState(NamedTuple):
-    """The state of `float32_math`, a part of the optimizer state."""
+    """The optimizer state of `float32_math`."""
 
     inner_state: Any
-    """the state of the inner optimizer, its arrays in the dtypes that they are stored in"""
+    """state of the inner optimizer, with its arrays in the dtypes in which they are stored"""
     steps: jax.Array
-    """steps so far, int32: each rounds with random bits of its own"""
+    """number of steps so far, int32 scalar; stochastic rounding draws other random bits in each step"""
 
 
 def float32_math(
@@ -37,29 +38,28 @@ def float32_math(
     *,
     seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, computing in float32 (or wider, where its input is) whatever the dtype of gradients and parameters.
+    """Runs `inner` in float32, whatever the dtypes of gradients and parameters; float64 leaves stay float64.
 
-    Its state is widened before each step and stored after it. The dtypes in the state are those of `init` for ever, and
-    none is weakly typed (traps T7 and T17). Integers, bools, keys and scalars are kept as they are. Leaves of gradients
-    and parameters that are no floats are handed on to `inner` as they are.
+    Gradients, parameters and the state of `inner` are cast to float32 before each step, and the new state is cast to
+    the dtypes in which it is stored. Those dtypes never change after `init`, and no leaf is weakly typed (traps T7 and
+    T17). Integers, bools and PRNG keys pass through unchanged, and scalars in the state keep their dtype.
 
-    The updates come out in float32: `optax.apply_updates` then adds in float32, and rounds the sum once.
+    The updates are float32, so that `optax.apply_updates` adds in float32 and rounds the sum once.
 
-    Rounded to nearest, a bfloat16 moment whose decay is slower than half an ulp (1 - b < 2**-9, such as b2 = 0.999)
-    does not decay at all. Store such moments in float32 (`store={"mu": jnp.bfloat16}`), or give a `seed`. In float16
-    the square of a gradient below 2**-12 is 0.
+    With rounding to nearest, a bfloat16 moment whose decay per step is below half an ulp (1 - b < 2**-9, such as
+    b2 = 0.999) does not decay at all. Store such moments in float32 (`store={"mu": jnp.bfloat16}` stores only the first
+    moment in bfloat16), or pass a `seed`. In a float16 second moment, the square of a gradient below 2**-12 is 0.
 
     Args:
       inner: any optax transformation.
-      store: dtype in which the arrays in the state that have one dimension or more are kept between steps: float32,
-        bfloat16 or float16. Or a mapping from names of state fields, such as `mu`, to dtypes; the others stay as they
-        are.
-      seed: rounds what is stored in half precision stochastically, without bias, with random bits that depend on the
-        seed, the step and the place in the state alone, so that replicas agree. Without one, to nearest.
+      store: dtype in which the arrays of the state are stored between steps, except scalars: float32, bfloat16 or
+        float16. A mapping from names of state fields, such as `mu`, to dtypes applies to these fields only.
+      seed: with a seed, state in half precision is rounded stochastically, without bias. The random bits depend only on
+        the seed, the step and the position in the state, so that replicas agree. Without a seed, it is rounded to
+        nearest.
 
     Raises:
-      InputError: `store` names something that is no such dtype; or, in `init`, a field that the state of `inner` does
-        not have.
+      InputError: `store` contains another dtype; or, in `init`, names a field that the state of `inner` does not have.
 
     >>> tx = float32_math(optax.adam(1e-3), store={"mu": jnp.bfloat16})
     >>> state = tx.init({"w": jnp.ones(3, jnp.bfloat16)})
@@ -68,16 +68,16 @@ def float32_math(
     bfloat16 float32 int32
     """
     dtypes = {name: _stored_dtype(dtype) for name, dtype in _by_name(store).items()}
-    if not isinstance(inner, optax.GradientTransformation):  # optax.MultiSteps has init and update, and is none
+    if not isinstance(inner, optax.GradientTransformation):  # such as optax.MultiSteps, which only has init and update
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Float32MathState:
-        state = inner.init(_widened(params))
+        state = inner.init(_upcast_tree(params))
         seen: set[str] = set()
 
         def stored(path: Any, x: Any) -> Any:
-            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have keys
+            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have DictKeys
             seen.update(fields)
             dtype = next((dtypes[name] for name in ("", *fields) if name in dtypes), None)
             return strongly_typed(x) if dtype is None or not is_float(x) or x.ndim == 0 else x.astype(dtype)
@@ -91,12 +91,12 @@ def float32_math(
         return Float32MathState(inner_state=state, steps=jnp.array(0, jnp.int32))
 
     def update(grads: Any, state: Float32MathState, params: Any = None, **extra: Any) -> tuple[Any, Float32MathState]:
-        updates, new = inner.update(_widened(grads), _widened(state.inner_state), _widened(params), **extra)
+        updates, new = inner.update(_upcast_tree(grads), _upcast_tree(state.inner_state), _upcast_tree(params), **extra)
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.steps)
-        places = itertools.count()
+        position = itertools.count()
 
         def stored(x: Any, old: jax.Array) -> jax.Array:
-            return _rounded(x, old.dtype, None if key is None else jax.random.fold_in(key, next(places)))
+            return _rounded(x, old.dtype, None if key is None else jax.random.fold_in(key, next(position)))
 
         return updates, Float32MathState(jax.tree.map(stored, new, state.inner_state), state.steps + 1)
 
@@ -104,11 +104,12 @@ def float32_math(
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all floats in a pytree, float32 scalar (wider where a leaf is).
+    """Computes the Euclidean norm of all float leaves of a pytree; float32 scalar (float64 if a leaf is float64).
 
-    Sums in float32 whatever the leaves are (trap T5). All values are first divided by a power of two close to the
-    largest, so that no square overflows or underflows: the norm is right wherever float32 can hold it. Inf or NaN where
-    a value is; 0 for an empty tree. Leaves that are no floats (integers, bools, keys, float0) are left out.
+    Sums in float32 even if the leaves are in half precision (trap T5). Values are first divided by a power of two close
+    to the largest, so that no square overflows or underflows: the norm is correct whenever float32 can represent it. It
+    is inf or NaN if a value is, and 0 for an empty tree. Leaves without a gradient (integers, bools, keys, float0) are
+    ignored.
 
     >>> print(global_norm({"a": jnp.full(4, 300.0, jnp.float16), "b": jnp.float32(3e30)}))
     3e+30
@@ -117,18 +118,18 @@ def global_norm(tree: Any) -> jax.Array:
     if not magnitudes:
         return jnp.float32(0)
     largest = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in magnitudes]))
-    # Exact: a power of two, and within 2**126, so that it and its inverse are normal numbers.
+    # A power of two, so that dividing is exact; at most 2**126, so that it and its inverse are normal numbers.
     exponent = jnp.clip(jnp.frexp(largest)[1], -126, 126)  # 0 for inf and NaN
     down, up = jnp.ldexp(jnp.ones_like(largest), -exponent), jnp.ldexp(jnp.ones_like(largest), exponent)
     return jnp.sqrt(sum(jnp.sum(jnp.square(x * down.astype(x.dtype))) for x in magnitudes)) * up
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with `global_norm`: for gradients in half precision, or of any magnitude.
+    """Clips updates by their global norm; like `optax.clip_by_global_norm`, but safe for half precision.
 
-    Optax's sums the squares of a float16 leaf in float16; inf then clips all gradients to 0. Here a tree whose norm is
-    above `max_norm` is multiplied in float32 by `max_norm / norm`, and keeps its dtypes; one within it stays as it is,
-    to the bit. A NaN anywhere makes all of it NaN, as optax's does.
+    Optax sums the squares of a float16 leaf in float16; if the sum overflows to inf, all gradients become 0. This one
+    uses `global_norm`. If the norm exceeds `max_norm`, updates are multiplied by `max_norm / norm` in float32, and keep
+    their dtypes; otherwise they are returned unchanged to the bit. A NaN in any leaf makes all leaves NaN, as in optax.
 
     Source: Pascanu et al. 2013, On the difficulty of training recurrent neural networks, algorithm 1.
     """
@@ -148,7 +149,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _by_name(store: Any) -> Mapping[str, Any]:
-    """`store` as a mapping; "", the name of the root of every path, stands for all of the state."""
+    """Returns `store` as a mapping from field names to dtypes; the name "" stands for the whole state."""
     return {} if store is None else store if isinstance(store, Mapping) else {"": store}
 
 
@@ -165,17 +166,17 @@ def _stored_dtype(dtype: Any) -> Any:
     return found
 
 
-def _widened(tree: Any) -> Any:
+def _upcast_tree(tree: Any) -> Any:
     return jax.tree.map(upcast, tree)
 
 
 def _rounded(x: Any, dtype: Any, key: jax.Array | None) -> jax.Array:
-    """`x` in `dtype`, the one that `init` stored it in: to nearest; with a key, what becomes half stochastically."""
+    """Rounds `x` to `dtype`, in which `init` stored it. With a key, half precision is rounded stochastically."""
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return x
     x = jnp.asarray(x)
     if dtype in HALF and (x.dtype == jnp.float32 or (key is not None and x.dtype == jnp.float64)):
-        # By integers: between two steps in one program, XLA folds away a cast to half and back (trap T6).
+        # With integer operations: between two steps in one program, XLA removes a cast to half and back (trap T6).
         x = quantize(
             x.astype(jnp.float32), jnp.dtype(dtype).name, rounding="nearest" if key is None else "stochastic", key=key
         )

@@ -1,15 +1,16 @@
-"""Historical scalers: the loss scale as torch, jmp, flax, apex, Megatron, DeepSpeed and fairseq move it.
+"""Historical scalers: the loss scaling rules of torch, jmp, Flax, apex, Megatron, DeepSpeed and fairseq.
 
-For reproducing what was trained with them, and for comparing rules; for new work there is `DynamicScaler`. Each follows
-its original step by step, quirks included, in jaxmp's names, with the original's defaults. All differ from their
-originals in these ways:
+They are for reproducing published training runs and for comparing rules; for new work use `DynamicScaler`. Each one
+follows its original step by step, quirks included, with the original's defaults but with jaxmp's names. They differ
+from their originals as follows:
 
-- The scale stays a power of two within `[min_scale, max_scale]`. Where the original knows no such bound, it is 2**-126
-  or 2**126, and S and 1/S are normal float32 numbers (an original without bounds reaches 0 or inf instead: defect B10).
-  A growth that would exceed `max_scale` does not happen, but is counted as one.
-- All counters are in the state, so that a run that is restarted goes on as if it had not stopped (defect B18).
-- Nothing is raised. Where the original stops the run at its floor, the state says `exhausted` from that step on, and
-  `scaler_exhausted(opt_state)` reads it; the scale stays where it is, and the rule goes on.
+- The scale stays a power of two within `[min_scale, max_scale]`. If the original has no bound, the bound is 2**-126 or
+  2**126, so that S and 1/S are normal float32 numbers. (An original without bounds reaches 0 or inf: defect B10.) If
+  the scale should grow beyond `max_scale`, it stays, and its counters change as if it had grown (`ApexScaler`: it
+  becomes `max_scale`).
+- All counters are in the state, so that a restarted run continues exactly as if it had not stopped (defect B18).
+- No scaler raises an exception. If the original stops the run at its smallest scale, `exhausted` becomes True in the
+  state, which `scaler_exhausted(opt_state)` returns; the scale stays, and the rule continues.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from jaxmp.scaling.transform import find_state
 
 @dataclasses.dataclass(frozen=True)
 class _Factors:
-    """What all of the rules have: a scale that is multiplied now and then, within bounds."""
+    """The base of all rules: a scale that is multiplied by one of two factors and stays within bounds."""
 
     init_scale: float = 2.0**16
-    """scale of the first step"""
+    """loss scale of the first step"""
     growth_factor: float = 2.0
-    """factor when the scale grows"""
+    """factor by which the scale grows"""
     backoff_factor: float = 0.5
-    """factor when the scale is lowered"""
+    """factor by which the scale is lowered"""
     growth_interval: int = 2000
-    """finite steps before the scale grows"""
+    """number of finite steps after which the scale grows"""
     min_scale: float = SMALLEST
-    """floor of the scale"""
+    """smallest loss scale"""
     max_scale: float = LARGEST
-    """cap of the scale"""
+    """largest loss scale"""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -57,7 +58,7 @@ class _Factors:
         require_count(f"{type(self).__name__}.growth_interval", self.growth_interval)
 
     def init(self) -> Any:
-        """A state at `init_scale`."""
+        """Returns the state before the first step, with scale `init_scale`."""
         return scaler_state(self.init_scale)
 
     def _grown(self, scale: jax.Array) -> jax.Array:
@@ -73,16 +74,16 @@ class _Factors:
 
 @dataclasses.dataclass(frozen=True)
 class TorchScaler(_Factors):
-    """`torch.amp.GradScaler`: an overflow lowers the scale, `growth_interval` finite steps in a row let it grow.
+    """The rule of `torch.amp.GradScaler`: lower on every overflow, grow after `growth_interval` finite steps in a row.
 
-    Torch has no bounds: its scale can be lowered to 0, and grows as long as it is finite.
+    Torch has no bounds: its scale can fall to 0, and grows as long as it is finite.
 
     Source: pytorch, torch/amp/grad_scaler.py (`GradScaler`), aten/src/ATen/native/cuda/AmpKernels.cu
     (`_amp_update_scale_`).
     """
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         good = state.good_steps + 1
         due = finite & (good == self.growth_interval)
@@ -95,33 +96,34 @@ class TorchScaler(_Factors):
 
 @dataclasses.dataclass(frozen=True)
 class JmpScaler(TorchScaler):
-    """`jmp.DynamicLossScale`: torch's rule, from a lower start and with a floor of 1.
+    """The rule of `jmp.DynamicLossScale`: torch's rule with a lower initial scale, and a smallest scale of 1.
 
-    jmp grows when its counter is `period - 1` before the step: after `growth_interval` finite steps too. Its one
-    `factor` is `growth_factor`, and 1 / `backoff_factor`. Its floor is lost at every jit boundary (defect B1); here it
-    holds.
+    jmp's scale grows when its counter is `period - 1` before the step, which is after `growth_interval` finite steps,
+    as in torch. Its single `factor` is both `growth_factor` and 1 / `backoff_factor`. jmp loses its smallest scale at
+    every jit boundary (defect B1); this class keeps it.
 
     Source: deepmind/jmp, jmp/_src/loss_scale.py (`DynamicLossScale.adjust`).
     """
 
     init_scale: float = 2.0**15
-    """scale of the first step; jmp has no default, its documentation uses this one"""
+    """loss scale of the first step; jmp has no default, this value is from its documentation"""
     min_scale: float = 1.0
-    """floor of the scale; jmp's `min_loss_scale`"""
+    """smallest loss scale; `min_loss_scale` in jmp"""
 
 
 @dataclasses.dataclass(frozen=True)
 class FlaxScaler(_Factors):
-    """`flax.training.dynamic_scale.DynamicScale`: grows on the finite step after `growth_interval` of them in a row.
+    """The rule of `flax.training.dynamic_scale.DynamicScale`: one finite step more than torch's before each growth.
 
-    The step that grows is not counted again, so that growths are `growth_interval + 1` finite steps apart. Flax's cap
-    is the largest float32, which is no power of two.
+    The scale grows on the finite step after `growth_interval` finite steps in a row. That step does not count for the
+    next growth, so that growths are `growth_interval + 1` finite steps apart. Flax's largest scale is the largest
+    float32, which is not a power of two; here it is 2**126.
 
     Source: google/flax, flax/training/dynamic_scale.py (`DynamicScale.value_and_grad`).
     """
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         due = finite & (state.good_steps == self.growth_interval)
         return ScalerState(
@@ -133,26 +135,26 @@ class FlaxScaler(_Factors):
 
 @dataclasses.dataclass(frozen=True)
 class ApexScaler(_Factors):
-    """`apex.amp`: torch's rule with a cap of 2**24, and the hysteresis of apex's update kernel.
+    """The rule of `apex.amp`: torch's rule with a largest scale of 2**24, and the hysteresis of apex's update kernel.
 
-    Only the `hysteresis`-th overflow in a row, and each after it, lowers the scale; every overflow starts the count of
-    finite steps anew. A growth beyond the cap stops at the cap.
+    The first `hysteresis - 1` overflows in a row do not lower the scale; each later one does. Every overflow resets the
+    count of finite steps. A growth beyond `max_scale` sets the scale to `max_scale`.
 
-    Source: NVIDIA/apex, apex/amp/scaler.py (`LossScaler.update_scale`: the cap, no hysteresis) and
-    csrc/update_scale_hysteresis.cu (the hysteresis, no cap).
+    Source: NVIDIA/apex, apex/amp/scaler.py (`LossScaler.update_scale`: largest scale, no hysteresis) and
+    csrc/update_scale_hysteresis.cu (hysteresis, no largest scale).
     """
 
     max_scale: float = 2.0**24
-    """cap of the scale; apex's `max_loss_scale`"""
+    """largest loss scale; `max_loss_scale` in apex"""
     hysteresis: int = 1
-    """overflows in a row before the scale is lowered"""
+    """number of overflows in a row from which on the scale is lowered"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("ApexScaler.hysteresis", self.hysteresis)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         good = state.good_steps + 1
         due = finite & (good == self.growth_interval)
@@ -169,30 +171,30 @@ class ApexScaler(_Factors):
 
 @dataclasses.dataclass(frozen=True)
 class MegatronScaler(_Factors):
-    """Megatron-LM's `DynamicGradScaler`: a hysteresis that only a growth refills.
+    """The rule of Megatron-LM's `DynamicGradScaler`: a hysteresis that only a growth resets.
 
-    `hysteresis - 1` overflows are let pass, in a row or not; each after them lowers the scale, until it grows again.
-    `ScalerState.overflows` counts those since the last growth, up to `hysteresis`.
+    After a growth, the first `hysteresis - 1` overflows do not lower the scale, in a row or not; each later one does,
+    until the scale grows again. `ScalerState.overflows` counts overflows since the last growth, up to `hysteresis`.
 
     Source: NVIDIA/Megatron-LM, megatron/core/optimizer/grad_scaler.py (`DynamicGradScaler.update`); defaults from
     megatron/training/arguments.py.
     """
 
     init_scale: float = 2.0**32
-    """scale of the first step"""
+    """loss scale of the first step"""
     growth_interval: int = 1000
-    """finite steps in a row before the scale grows; Megatron's `loss_scale_window`"""
+    """number of finite steps in a row after which the scale grows; `loss_scale_window` in Megatron"""
     min_scale: float = 1.0
-    """floor of the scale"""
+    """smallest loss scale"""
     hysteresis: int = 2
-    """the overflow since the last growth from which on the scale is lowered"""
+    """number of overflows since the last growth from which on the scale is lowered"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("MegatronScaler.hysteresis", self.hysteresis)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         good = state.good_steps + 1
         due = finite & (good == self.growth_interval)
@@ -206,17 +208,17 @@ class MegatronScaler(_Factors):
 
 @runtime_checkable
 class Exhaustible(Protocol):
-    """A scaler state that knows when its rule is at its end."""
+    """The protocol of a scaler state that tells when the original scaler would stop the run."""
 
     exhausted: jax.Array
-    """bool scalar: an overflow came where the scale could not be lowered any more; stays True"""
+    """whether an overflow occurred when the scale could not be lowered any more, bool scalar; stays True"""
 
 
 def scaler_exhausted(opt_state: Any) -> jax.Array:
-    """Whether the scaler has come to the end of its rule, where its original stops the run; bool scalar.
+    """Whether the original scaler would have stopped the run by now, bool scalar.
 
-    True from that step on; False for a scaler that never gives up, and where `opt_state` holds none. A loop reads it
-    now and then, and ends the run:
+    Always False if the scaler never stops a run, or if `opt_state` holds no scaler. A training loop checks it from time
+    to time:
 
         if scaler_exhausted(state.opt_state):
             raise RunFailed("the loss scale is at its floor, and gradients still overflow")
@@ -233,45 +235,45 @@ class DeepSpeedState(NamedTuple):
     scale: jax.Array
     """the loss scale S, float32, a power of two"""
     good_steps: jax.Array
-    """finite steps since the last overflow or growth, int32; the growing step counts for the next growth"""
+    """finite steps since the last overflow or growth, int32; the step of a growth counts as the first"""
     overflows: jax.Array
-    """overflows since the hysteresis was full, up to `delayed_shift`, int32"""
+    """overflows since the hysteresis was last reset, counted up to `delayed_shift`, int32"""
     exhausted: jax.Array
-    """whether an overflow came at the floor, bool"""
+    """whether an overflow should have lowered the scale at `min_scale`, bool"""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedScaler(_Factors):
-    """DeepSpeed's `DynamicLossScaler`: a hysteresis, and the end of the run at the floor.
+    """The rule of DeepSpeed's `DynamicLossScaler`: a hysteresis, and an end of the run at the smallest scale.
 
-    The `delayed_shift`-th overflow, and each after it, lowers the scale. A growth fills the hysteresis up again; with
-    `consecutive_hysteresis` every finite step does. The finite step after `growth_interval` of them lets the scale
-    grow, and so does each `growth_interval`-th after it. An overflow that finds the scale at `min_scale`, and would
-    lower it, makes the state `exhausted`; DeepSpeed raises there.
+    The first `delayed_shift - 1` overflows do not lower the scale; each later one does. A growth resets this count;
+    with `consecutive_hysteresis`, every finite step does. The scale grows on the finite step after `growth_interval`
+    finite steps in a row, and again on every `growth_interval`-th finite step after it. If an overflow should lower the
+    scale and it is already `min_scale`, the state becomes `exhausted`; DeepSpeed raises an exception there.
 
     Source: microsoft/DeepSpeed, deepspeed/runtime/fp16/loss_scaler.py (`DynamicLossScaler.update_scale`); defaults from
     deepspeed/runtime/constants.py.
     """
 
     growth_interval: int = 1000
-    """finite steps before the scale grows; DeepSpeed's `loss_scale_window`"""
+    """number of finite steps after which the scale grows; `loss_scale_window` in DeepSpeed"""
     min_scale: float = 1.0
-    """floor of the scale"""
+    """smallest loss scale"""
     delayed_shift: int = 2
-    """the overflow from which on the scale is lowered; `hysteresis` in DeepSpeed's configuration"""
+    """number of overflows from which on the scale is lowered; `hysteresis` in DeepSpeed's configuration"""
     consecutive_hysteresis: bool = False
-    """whether every finite step fills the hysteresis up, and not only a growth"""
+    """whether every finite step resets the hysteresis, rather than only a growth"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("DeepSpeedScaler.delayed_shift", self.delayed_shift)
 
     def init(self) -> DeepSpeedState:
-        """A state at `init_scale`."""
+        """Returns the state before the first step, with scale `init_scale`."""
         return DeepSpeedState(*scaler_state(self.init_scale), exhausted=jnp.array(False))
 
     def update(self, state: DeepSpeedState, finite: jax.Array, grad_max: jax.Array) -> DeepSpeedState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         due = finite & (state.good_steps == self.growth_interval)
         overflows = jnp.where(finite, state.overflows, _one_more(state.overflows, self.delayed_shift))
@@ -297,33 +299,34 @@ class FairseqState(NamedTuple):
     steps: jax.Array
     """steps since the scale last grew or was lowered, int32"""
     exhausted: jax.Array
-    """whether the scale should have gone below its floor, bool"""
+    """whether an overflow should have lowered the scale below `min_scale`, bool"""
 
 
 @dataclasses.dataclass(frozen=True)
 class FairseqScaler(_Factors):
-    """fairseq's `DynamicLossScaler`: lowers the scale when too large a share of the steps overflowed.
+    """The rule of fairseq's `DynamicLossScaler`: lower the scale if a large enough share of steps overflowed.
 
-    On an overflow, the overflows since the scale was last *lowered* are divided by the steps since it last *moved*
-    (grown or lowered; the original counts the two so); at a share of `tolerance` or more the scale is lowered. It grows
-    after `growth_interval` finite steps in a row. Where the scale would go below `min_scale` it stays, and the state is
-    `exhausted`; fairseq raises there.
+    On an overflow, the number of overflows since the scale was last *lowered* is divided by the number of steps since
+    it last *changed* (grew or was lowered; the original counts them so). If this share is at least `tolerance`, the
+    scale is lowered. It grows after `growth_interval` finite steps in a row. If the scale should fall below
+    `min_scale`, it stays, and the state becomes `exhausted`; fairseq raises an exception there.
 
-    fairseq raises as soon as the scale reaches 1e-4 (`min_loss_scale`), which is no power of two; 2**-13 is the last
-    one above it, so that the floor of 2**-13 is the same rule. Its one `scale_factor` is `growth_factor`, and 1 /
-    `backoff_factor`; its optional `threshold_loss_scale`, a floor without an end, is left out. Shares are compared in
-    whole numbers, exactly, in the first 2**20 steps after a move; from then on the steps are no longer counted.
+    fairseq raises as soon as the scale reaches its `min_loss_scale` of 1e-4. That is not a power of two; 2**-13 is the
+    smallest one above it, so that `min_scale=2**-13` gives the same rule. fairseq's single `scale_factor` is both
+    `growth_factor` and 1 / `backoff_factor`. Its optional `threshold_loss_scale`, a smallest scale that does not end
+    the run, is left out. Shares are compared exactly, in whole numbers, for the first 2**20 steps after a change; later
+    steps are not counted.
 
     Source: facebookresearch/fairseq, fairseq/optim/dynamic_loss_scaler.py (`DynamicLossScaler`), called from
     fairseq/optim/fp16_optimizer.py.
     """
 
     init_scale: float = 2.0**15
-    """scale of the first step"""
+    """loss scale of the first step"""
     min_scale: float = 2.0**-13
-    """floor of the scale"""
+    """smallest loss scale"""
     tolerance: float = 0.0
-    """share of overflows at which the scale is lowered, 0 to 1, a fraction with a denominator of at most 1000"""
+    """share of overflows from which on the scale is lowered, 0 to 1: a fraction with a denominator of at most 1000"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,15 +343,15 @@ class FairseqScaler(_Factors):
         return fractions.Fraction(self.tolerance).limit_denominator(1000)
 
     def init(self) -> FairseqState:
-        """A state at `init_scale`."""
+        """Returns the state before the first step, with scale `init_scale`."""
         return FairseqState(*scaler_state(self.init_scale), steps=jnp.array(0, jnp.int32), exhausted=jnp.array(False))
 
     def update(self, state: FairseqState, finite: jax.Array, grad_max: jax.Array) -> FairseqState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         good = state.good_steps + 1
         due = finite & (good == self.growth_interval)
-        # Up to 2**20 the products stay within int32; a float32 share could fall on the wrong side of the tolerance.
+        # Up to 2**20, the products fit into int32. A float32 share could round to the wrong side of the tolerance.
         steps = _one_more(state.steps, 2**20)
         overflows = jnp.where(finite, state.overflows, _one_more(state.overflows, 2**20))
         lower = ~finite & (overflows * self._share.denominator >= steps * self._share.numerator)
@@ -363,5 +366,5 @@ class FairseqScaler(_Factors):
 
 
 def _one_more(count: jax.Array, most: int) -> jax.Array:
-    """`count + 1`, but no more than `most`: a count that is only compared with `most` cannot run over."""
+    """Returns `min(count + 1, most)`, so that a count that is only compared with `most` cannot overflow."""
     return jnp.minimum(count + 1, most)

@@ -1,4 +1,4 @@
-"""Scalers: how the loss scale reacts to finite and to overflowing steps."""
+"""Loss scalers: rules that change the loss scale after each step."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**126
 
 
 class ScalerState(NamedTuple):
-    """What a scaler keeps between steps; strongly typed scalars."""
+    """The state of most scalers: strongly typed scalars."""
 
     scale: jax.Array
     """the loss scale S, float32, a power of two"""
     good_steps: jax.Array
-    """finite steps since the scale last changed, or grew as far as it may, int32"""
+    """finite steps since the last overflow or growth (a growth that `max_scale` prevented counts), int32"""
     overflows: jax.Array
-    """overflows in a row that have not lowered the scale yet, int32"""
+    """overflows in a row, counted up to the hysteresis, int32"""
 
 
 class Scaler(Protocol):
-    """A pure pair of functions. A scaler of one's own needs these two methods and nothing else.
+    """The protocol of a loss scaler: any class with these two pure methods is one.
 
-    Its state is a NamedTuple of strongly typed scalars, with the loss scale S as `scale`; `ScalerState`, or another.
+    The state is a NamedTuple of strongly typed scalars, such as `ScalerState`. Its field `scale` must be the loss
+    scale.
     """
 
     def init(self) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         ...
 
     def update(self, state: Any, finite: jax.Array, grad_max: jax.Array) -> Any:
-        """The state after a step.
+        """Returns the state after a step.
 
         Args:
-          state: the state before it.
-          finite: bool scalar: the loss and all gradients of the step were finite.
-          grad_max: float32 scalar: the largest magnitude among the still scaled gradients; inf where not finite.
+          state: the state before the step.
+          finite: whether the loss and all gradients of the step were finite, bool scalar.
+          grad_max: largest magnitude among the gradients before unscaling, float32 scalar; inf if not `finite`.
         """
         ...
 
@@ -53,42 +54,45 @@ class Scaler(Protocol):
 class DynamicScaler:
     """Dynamic loss scaling by the rule of `torch.amp.GradScaler`, with a floor, a cap and hysteresis.
 
-    An overflow multiplies the scale by `backoff_factor`; `growth_interval` finite steps in a row multiply it by
-    `growth_factor`, unless that exceeds `max_scale`. The scale stays within `[min_scale, max_scale]`. With
-    `hysteresis` h only the h-th overflow in a row, and each after it, lowers the scale (apex).
+    An overflow multiplies the scale by `backoff_factor`. After `growth_interval` finite steps in a row, the scale is
+    multiplied by `growth_factor`, unless the result would exceed `max_scale`. The scale stays within
+    `[min_scale, max_scale]`. With `hysteresis=h`, the first h - 1 overflows in a row do not lower the scale (apex).
 
     Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2; the rule as torch 2 applies it.
-    Raises: InputError for values that are no powers of two, contradict each other, or leave float32's normal range.
+
+    Raises:
+      InputError: a scale or factor is not a power of two within float32's normal range, or values contradict each
+        other.
     """
 
     init_scale: float = 2.0**15
-    """scale of the first step"""
+    """loss scale of the first step"""
     growth_factor: float = 2.0
-    """factor after `growth_interval` finite steps in a row"""
+    """factor by which the scale grows after `growth_interval` finite steps in a row"""
     backoff_factor: float = 0.5
-    """factor after an overflow"""
+    """factor by which an overflow lowers the scale"""
     growth_interval: int = 2000
-    """finite steps in a row before the scale grows"""
+    """number of finite steps in a row after which the scale grows"""
     hysteresis: int = 1
-    """overflows in a row before the scale is lowered"""
+    """number of overflows in a row from which on the scale is lowered"""
     min_scale: float = 2.0**-14
-    """floor of the scale"""
+    """smallest loss scale"""
     max_scale: float = 2.0**24
-    """cap of the scale"""
+    """largest loss scale"""
 
     def __post_init__(self) -> None:
-        """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
+        """Checks the fields: every possible scale must be a power of two within float32's normal range."""
         require_bounds(self)
         require_factors(self)
         for name in ("growth_interval", "hysteresis"):
             require_count(f"DynamicScaler.{name}", getattr(self, name))
 
     def init(self) -> ScalerState:
-        """A state at `init_scale`."""
+        """Returns the state before the first step, with scale `init_scale`."""
         return scaler_state(self.init_scale)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
         del grad_max
         good = state.good_steps + 1
         due = good == self.growth_interval
@@ -101,7 +105,7 @@ class DynamicScaler:
         lowered = jnp.where(lower, lowered, state.scale)
 
         zero = jnp.int32(0)
-        # Past `hysteresis` the count stands still, so that it cannot run over in a run that never recovers.
+        # The count stops at `hysteresis`, so that it cannot overflow int32 in a run that never recovers.
         return ScalerState(
             scale=jnp.where(finite, grown, lowered),
             good_steps=jnp.where(finite & ~due, good, zero),
@@ -111,53 +115,55 @@ class DynamicScaler:
 
 @dataclasses.dataclass(frozen=True)
 class StaticScaler:
-    """A loss scale that never changes; steps that overflow are skipped all the same.
+    """A loss scale that never changes. Steps that overflow are still skipped.
 
-    Raises: InputError where `scale` is no power of two within float32's normal range.
+    Raises:
+      InputError: `scale` is not a power of two within float32's normal range.
     """
 
     scale: float
     """the loss scale"""
 
     def __post_init__(self) -> None:
-        """Refuses a scale that would round the gradients (defect B9: 65504 changes 0.16 % of them)."""
+        """Checks that the scale does not round gradients (defect B9: a scale of 65504 changes 0.16 % of them)."""
         require_power_of_two("StaticScaler.scale", self.scale)
 
     def init(self) -> ScalerState:
-        """A state at `scale`."""
+        """Returns the state before the first step."""
         return scaler_state(self.scale)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """`state`, whatever happened."""
+        """Returns `state` unchanged."""
         del finite, grad_max
         return state
 
 
 @dataclasses.dataclass(frozen=True)
 class NoScaler:
-    """A loss scale of 1, for float32 and bfloat16; steps that overflow are skipped all the same."""
+    """A constant loss scale of 1, for float32 and bfloat16. Steps that overflow are still skipped."""
 
     def init(self) -> ScalerState:
-        """A state at scale 1."""
+        """Returns the state before the first step, with scale 1."""
         return scaler_state(1.0)
 
     def update(self, state: ScalerState, finite: jax.Array, grad_max: jax.Array) -> ScalerState:
-        """`state`, whatever happened."""
+        """Returns `state` unchanged."""
         del finite, grad_max
         return state
 
 
 def scaler_state(scale: float) -> ScalerState:
-    """The state of a scaler at `scale` that has counted nothing."""
-    # One buffer a leaf, each strongly typed: shared buffers cannot be donated, weak types compile twice (trap T7).
+    """Creates a `ScalerState` with loss scale `scale` and all counts 0."""
+    # Each leaf has its own buffer, since shared ones cannot be donated, and is strongly typed, since weakly typed ones
+    # make the step compile twice (trap T7).
     return ScalerState(
         scale=jnp.array(scale, jnp.float32), good_steps=jnp.array(0, jnp.int32), overflows=jnp.array(0, jnp.int32)
     )
 
 
 def require_power_of_two(name: str, value: float) -> None:
-    """Raises InputError where `value`, called `name`, is no power of two within float32's normal range."""
-    value = float(value)  # of NumPy's float16, the bounds below are infinite
+    """Raises InputError unless `value` is a power of two from 2**-126 to 2**126. The message calls it `name`."""
+    value = float(value)  # in NumPy's float16, the bounds below would be infinite
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5):
         below = 2.0 ** math.floor(math.log2(value)) if math.isfinite(value) and value > 0 else 1.0
         raise InputError(f"{name}={value!r}: expected a power of two, such as {below:g}; others round the gradients")
@@ -166,7 +172,7 @@ def require_power_of_two(name: str, value: float) -> None:
 
 
 def require_bounds(scaler: Any) -> None:
-    """Raises InputError where a scaler's `init_scale`, `min_scale` and `max_scale` are no powers of two in order."""
+    """Raises InputError unless a scaler's scales are powers of two with `min_scale <= init_scale <= max_scale`."""
     name = type(scaler).__name__
     for field in ("init_scale", "min_scale", "max_scale"):
         require_power_of_two(f"{name}.{field}", getattr(scaler, field))
@@ -178,7 +184,7 @@ def require_bounds(scaler: Any) -> None:
 
 
 def require_factors(scaler: Any) -> None:
-    """Raises InputError where a scaler's `growth_factor` or `backoff_factor` is no power of two, or the wrong way."""
+    """Raises InputError unless `growth_factor` >= 1 and `backoff_factor` <= 1, both powers of two."""
     name = type(scaler).__name__
     for field in ("growth_factor", "backoff_factor"):
         require_power_of_two(f"{name}.{field}", getattr(scaler, field))
@@ -190,7 +196,7 @@ def require_factors(scaler: Any) -> None:
 
 
 def require_count(name: str, value: float, *, least: int = 1, most: int = 2**30) -> None:
-    """Raises InputError where `value`, called `name`, is no whole number from `least` to `most`."""
+    """Raises InputError unless `value` is a whole number from `least` to `most`. The message calls it `name`."""
     if not (least <= value <= most and value == int(value)):
         raise InputError(f"{name}={value}: expected a whole number from {least} to {most}")
 
@@ -199,58 +205,60 @@ class HeadroomState(NamedTuple):
     """The state of `HeadroomScaler`; strongly typed scalars."""
 
     scale: jax.Array
-    """the loss scale S, float32, the largest power of two up to `ceiling`"""
+    """the loss scale S, float32: the largest power of two that is at most `ceiling`"""
     ceiling: jax.Array
-    """the largest scale that leaves the headroom, float32: 65504 / 2**headroom / the largest gradient of late"""
+    """the largest scale that leaves the headroom, float32: 65504 / 2**headroom / (running maximum of gradients)"""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadroomScaler:
-    """Backs off before the overflow: keeps `headroom` bits free above the largest gradient seen lately.
+    """A loss scaler that lowers the scale before an overflow: it keeps recent gradients `headroom` bits below overflow.
 
-    The scale is the largest power of two with `S * largest <= 65504 / 2**headroom`, where `largest` is a running
-    maximum of the unscaled gradients that halves every `half_life` finite steps. So the scale falls at once when
-    gradients grow, in one step and by as much as it takes, and doubles at most once in `half_life` steps when they
-    shrink. Above the floor, gradients that grow by no more than `2**headroom` from one finite step to the next do not
-    overflow.
+    The scale S is the largest power of two with `S * largest <= 65504 / 2**headroom`. Here 65504 is float16's largest
+    number, and `largest` is a running maximum of the magnitudes of the unscaled gradients that halves every `half_life`
+    finite steps. When gradients grow, one step lowers the scale as far as necessary; when they shrink, the scale
+    doubles at most once in `half_life` steps. While the scale is above `min_scale`, gradients that grow by at most
+    `2**headroom` from one finite step to the next do not overflow.
 
-    The scaler sees the gradients of the parameters only. What overflows first may be a gradient inside the network, or
-    a partial sum: the headroom has to cover the distance between the two. Where it does not, and the step overflows,
-    the scale is halved at once, and stays there for `half_life` finite steps. 65504 is float16's largest number;
-    gradients that never pass through float16 need no scaler.
+    The scaler only sees the gradients of parameters. A gradient inside the network or a partial sum may be larger and
+    overflow first; `headroom` has to cover that difference. If a step overflows nevertheless, the scale is halved and
+    stays there for `half_life` finite steps. Gradients that are never float16 need no scaler.
 
-    Source: ours. The thought, a scale chosen from the statistics of gradients, is that of Zhao et al. 2019, Adaptive
-    Loss Scaling for Mixed Precision Training, which has one for each layer.
-    Raises: InputError for values that are no powers of two, contradict each other, or leave float32's normal range.
+    Source: ours. Zhao et al. 2019, Adaptive Loss Scaling for Mixed Precision Training, also choose the scale from
+    statistics of the gradients, but for each layer.
+
+    Raises:
+      InputError: a scale is not a power of two within float32's normal range, values contradict each other, or
+        `headroom` or `half_life` is out of range.
     """
 
     init_scale: float = 2.0**15
-    """scale of the first step, and a ceiling that has to be outgrown like any other"""
+    """loss scale of the first step, and first value of the ceiling"""
     headroom: int = 4
     """bits between the largest scaled gradient and float16's largest number"""
     half_life: int = 1000
-    """finite steps in which the running maximum of the gradients forgets a factor of two"""
+    """number of finite steps in which the running maximum of the gradients halves"""
     min_scale: float = 2.0**-14
-    """floor of the scale"""
+    """smallest loss scale"""
     max_scale: float = 2.0**24
-    """cap of the scale"""
+    """largest loss scale"""
 
     def __post_init__(self) -> None:
-        """Refuses what would break the contract: a scale that is a power of two, within normal float32 numbers."""
+        """Checks the fields: every possible scale must be a power of two within float32's normal range."""
         require_bounds(self)
         require_count("HeadroomScaler.headroom", self.headroom, least=0, most=30)
-        # A longer half-life would be a factor that float32 rounds to 1, or to a much shorter one.
+        # For a longer half-life, float32 would round the factor of a step to 1, or to that of a much shorter one.
         require_count("HeadroomScaler.half_life", self.half_life, most=100_000)
 
     def init(self) -> HeadroomState:
-        """A state at `init_scale`."""
+        """Returns the state before the first step, with scale and ceiling `init_scale`."""
         return HeadroomState(
             scale=jnp.array(self.init_scale, jnp.float32), ceiling=jnp.array(self.init_scale, jnp.float32)
         )
 
     def update(self, state: HeadroomState, finite: jax.Array, grad_max: jax.Array) -> HeadroomState:
-        """The rule of the class; see `Scaler.update` for the arguments."""
-        # Unscaled, `grad_max` could leave float32's range; a ceiling cannot: where there is no gradient it is inf.
+        """Applies the rule described above; see `Scaler.update` for the arguments."""
+        # The unscaled `grad_max` could leave float32's range; the ceiling is clipped (it is inf where `grad_max` is 0).
         limit = jnp.float32(65504 / 2**self.headroom)
         ceiling = jnp.where(
             finite,
@@ -262,7 +270,7 @@ class HeadroomScaler:
 
 
 def _power_of_two_below(x: jax.Array) -> jax.Array:
-    """The largest power of two up to `x`, a positive normal float32: its bits without the mantissa."""
+    """The largest power of two that is at most `x`, a positive normal float32: its bits without the mantissa."""
     exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7F800000)
     return jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
@@ -272,7 +280,7 @@ Kind = Literal["auto", "dynamic", "static", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Which loss scaler a run uses, and its numbers; those of a dynamic one are `DynamicScaler`'s."""
+    """The loss scaler of an experiment; the defaults are those of `DynamicScaler`."""
 
     kind: Kind = "auto"
     """How the loss is scaled; auto means dynamic if anything computes in float16, else none."""
@@ -303,7 +311,7 @@ class Scaling:
             self._dynamic()
 
     def make(self, policy: Policy | PolicyTree) -> Scaler:
-        """The scaler for training under `policy`."""
+        """Creates the scaler for training under `policy`."""
         kind = self.kind
         if kind == "auto":
             kind = "dynamic" if policy.wants_scaling else "none"

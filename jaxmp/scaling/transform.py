@@ -1,4 +1,4 @@
-"""`loss_scaling`: an optimizer as one transaction under a loss scale, and the readers of what it keeps.
+"""`loss_scaling`: wraps an optimizer in loss scaling, and functions that read its state from `opt_state`.
 
     tx = loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), DynamicScaler())
     opt_state = tx.init(params)
@@ -6,8 +6,9 @@
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
 
-On a step whose gradients or loss are not finite, nothing that `inner` keeps changes (moments, counts, schedules), and
-the updates change no parameter. All state is in `opt_state`, so it is checkpointed with it.
+A step whose gradients or loss are not finite is skipped: the state of the inner optimizer (moments, counts, schedules)
+does not change, and adding the updates does not change the parameters. All state is in `opt_state`, and is checkpointed
+with it.
 """
 
 from __future__ import annotations
@@ -23,52 +24,62 @@ from jaxmp.scaling.scalers import DynamicScaler, Scaler
 from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
 OVERWRITTEN = "_overwrite_with_gradient"
-"""Flax's name for what is no parameter but stands among them: fp8 scales and histories, whose "gradient" is their next
-value, and as such neither scaled nor an optimizer's business"""
+"""Flax's name for fp8 scales and histories, which are stored among the parameters. Their "gradient" is their next
+value, so it is neither unscaled nor passed to an optimizer."""
 
 SMALL = 2**14
-"""numbers in a gradient leaf up to which it is searched for inf and NaN together with others of its shape"""
+"""Gradient leaves with at most this many elements are checked for inf and NaN together with others of their shape."""
 TOGETHER = 16
-"""most leaves that are searched together: a kernel takes only so many"""
+"""The largest number of leaves that are checked together: a kernel takes a limited number of operands."""
 
 
 class LossScalingState(NamedTuple):
-    """The state of `loss_scaling`, a part of the optimizer state."""
+    """The optimizer state of `loss_scaling`."""
 
     inner_state: Any
-    """the state of the inner optimizer"""
+    """state of the inner optimizer"""
     scaler: Any
-    """the state of the scaler; its `scale` is the one that the next loss is multiplied by"""
+    """state of the scaler; its `scale` multiplies the loss of the next step"""
     skipped: jax.Array
-    """steps skipped so far, int32"""
+    """number of steps skipped so far, int32 scalar"""
     consecutive_skips: jax.Array
-    """steps skipped in a row up to now, int32; 0 after a step that was applied"""
+    """number of steps skipped in a row up to now, int32 scalar; 0 after a step that was applied"""
     skipped_scale: jax.Array
-    """the loss scale of the last skipped step, float32; of the first step, if none was skipped"""
+    """the loss scale of the last skipped step, float32 scalar; of the first step if none was skipped"""
 
 
 def loss_scaling(
     inner: optax.GradientTransformation, scaler: Scaler | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` under a loss scale: takes scaled gradients, unscales, checks, and updates all or nothing.
+    """Wraps an optimizer in loss scaling: unscales gradients, checks that they are finite, and skips the step if not.
 
-    `inner` sees unscaled gradients and parameters in float32 (or wider, where they are), whatever dtype they came in,
-    so that its state never changes dtype; put everything that changes gradients into it: clipping, weight decay,
-    accumulation (`optax.MultiSteps`), schedules. Leaves that have no gradient (integers, bools, PRNG keys, float0, fp8,
-    and fp8 metadata under Flax's `_overwrite_with_gradient`) are hidden from it, and their updates are zero.
+    `inner` receives unscaled gradients and parameters in float32 (float64 stays float64), whatever their dtypes, so
+    that its state never changes dtype. Everything that changes gradients belongs inside `inner`: clipping, weight
+    decay, accumulation (`optax.MultiSteps`), schedules. Leaves without a gradient (integers, bools, PRNG keys, float0,
+    fp8, and fp8 metadata under Flax's `_overwrite_with_gradient`) are replaced by a scalar 0 for `inner`, and their
+    updates are zero.
 
-    `update(scaled_grads, state, params=None, value=None, overflowed=None, **extra)` returns float32 updates (on a
-    skipped step: -0.0, the number whose addition changes nothing) and the new state. `value` is the unscaled loss;
-    given, it has to be finite too, and it goes on to `inner`, like every other extra argument. `overflowed` tells, of
-    finite gradients, that a part was left out of them for not being finite: the step is applied, and the scaler reacts
-    as to an overflow.
+    The returned transformation has `update(scaled_grads, state, params=None, value=None, overflowed=None, **extra)`,
+    which returns the updates and the new state. The updates are float32; on a skipped step they are -0.0, since adding
+    -0.0 changes no number. Its optional arguments are:
 
-    With `optax.MultiSteps` as `inner`, a microbatch that overflows is left out and another one takes its place; the
-    scale may change within a window, since each microbatch is unscaled by its own.
+    - `value`: the unscaled loss. If it is not finite, the step is skipped. It is passed on to `inner`, like all extra
+      arguments.
+    - `overflowed`: bool scalar; true if a part that was not finite has been left out of the gradients, such as a
+      microbatch. If the gradients are finite, the step is applied, but the scaler reacts as to an overflow.
+
+    With `optax.MultiSteps` as `inner`, a microbatch that overflows is skipped and the next one takes its place. The
+    scale may change between the microbatches of a step, since each is unscaled by the scale it was computed with.
 
     Args:
       inner: any optax transformation.
-      scaler: how the scale reacts; `DynamicScaler()` by default.
+      scaler: how the scale reacts to overflows; `DynamicScaler()` by default.
+
+    Returns:
+      An optax transformation; its state is a `LossScalingState`.
+
+    Raises:
+      ValueError: in `init`, `inner` already contains a `loss_scaling`.
 
     Source: the order of operations is Micikevicius et al. 2018, section 3.2.
     """
@@ -128,39 +139,48 @@ def loss_scaling(
 
 
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
-    """float32 `loss * S`; the float32 loss itself where `opt_state` holds no scaler. Differentiate this."""
+    """Multiplies the loss by the loss scale in `opt_state`; differentiate the result.
+
+    Args:
+      loss: the loss, scalar of any float dtype.
+      opt_state: an optimizer state with a `LossScalingState` anywhere in it. Without one, the loss is not scaled.
+
+    Returns:
+      The scaled loss, float32.
+    """
     loss = jnp.asarray(loss, jnp.float32)
     state = find_state(opt_state)
     return loss if state is None else loss * state.scaler.scale
 
 
 def loss_scale(opt_state: Any) -> jax.Array:
-    """The scale of the next loss, float32 scalar; 1 where `opt_state` holds no scaler."""
+    """Returns the loss scale of the next step, float32 scalar; 1 if `opt_state` holds no scaler."""
     state = find_state(opt_state)
     return jnp.float32(1) if state is None else state.scaler.scale
 
 
 def last_step_finite(opt_state: Any) -> jax.Array:
-    """Whether the last step was applied, bool scalar; True where `opt_state` holds no scaler, or before any step."""
+    """Returns whether the last step was applied, bool scalar; True before the first step or without a scaler."""
     return consecutive_skips(opt_state) == 0
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:
-    """Steps skipped so far, int32 scalar."""
+    """Returns the number of steps skipped so far, int32 scalar; 0 if `opt_state` holds no scaler."""
     state = find_state(opt_state)
     return jnp.int32(0) if state is None else state.skipped
 
 
 def consecutive_skips(opt_state: Any) -> jax.Array:
-    """Steps skipped in a row up to now, int32 scalar."""
+    """Returns the number of steps skipped in a row up to now, int32 scalar; 0 if `opt_state` holds no scaler."""
     state = find_state(opt_state)
     return jnp.int32(0) if state is None else state.consecutive_skips
 
 
 def find_state(opt_state: Any) -> LossScalingState | None:
-    """The `LossScalingState` wherever it is nested in `opt_state`, or None.
+    """Finds the `LossScalingState` anywhere inside `opt_state`; returns None if there is none.
 
-    Raises: ValueError where there are several, since then no one scale belongs to the loss.
+    Raises:
+      ValueError: `opt_state` holds several of them, so that the loss has no single scale.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScalingState))
     found = [leaf for leaf in leaves if isinstance(leaf, LossScalingState)]
@@ -170,14 +190,15 @@ def find_state(opt_state: Any) -> LossScalingState | None:
 
 
 def _is_trained(path: Any, x: Any) -> bool:
-    """Whether a leaf is a parameter: what Flax overwrites by its gradient holds scales and histories."""
+    """Whether a leaf is a trained parameter, rather than fp8 metadata that Flax overwrites with its gradient."""
     return has_gradient(x) and not any(getattr(key, "key", getattr(key, "name", None)) == OVERWRITTEN for key in path)
 
 
 def inner_view(tree: Any) -> Any:
-    """What the inner optimizer sees of a tree: float32 or wider; a scalar 0 in the place of a leaf without a gradient.
+    """Converts a tree of gradients or parameters to what the inner optimizer receives.
 
-    A scalar rather than a hole: masks and labels that the user made for the whole tree still fit it.
+    Leaves are cast to float32 (float64 stays float64); a leaf without a gradient becomes a scalar 0. The structure
+    stays the same, so that masks and labels for the whole tree still fit.
     """
 
     def view(path: Any, x: Any) -> jax.Array:
@@ -190,7 +211,7 @@ def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: ja
     if _is_trained(path, grad):
         nothing = complex(-0.0, -0.0) if jnp.iscomplexobj(update) else -0.0
         return jnp.where(finite, update, jnp.asarray(nothing, update.dtype))
-    # float0, the gradient of an integer, cannot be added to one: zeros like the parameter can. To a key nothing can be.
+    # A float0 gradient cannot be added to its integer parameter, but zeros can. Nothing can be added to a PRNG key.
     dtype = jnp.result_type(like)
     if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
         return grad
@@ -198,23 +219,26 @@ def _outer_update(path: Any, update: jax.Array, grad: Any, like: Any, finite: ja
 
 
 def all_finite(grads: Any) -> jax.Array:
-    """Whether no value of any leaf is infinite or NaN, bool scalar.
+    """Returns whether every element of every leaf is finite, bool scalar.
 
-    Not by the largest magnitude: of 2**12 float32 and more, XLA:CPU's maximum takes no notice of a NaN (jaxlib 0.10 to
-    0.12).
+    Checking the largest magnitude would not be enough: XLA:CPU's maximum over 2**12 or more float32 elements ignores
+    NaN (jaxlib 0.10 to 0.12; trap T18).
     """
     groups = [[g] for g in jax.tree.leaves(grads) if g.size > SMALL]
     by_shape: dict[Any, list[jax.Array]] = {}
     for g in jax.tree.leaves(grads):
         if g.size <= SMALL:
             by_shape.setdefault(g.shape, []).append(g)
-    # Small leaves of one shape together, since a reduction of each would be a kernel of each.
+    # Small leaves of one shape are checked together, since each reduction is a kernel of its own.
     groups += [of[i : i + TOGETHER] for of in by_shape.values() for i in range(0, len(of), TOGETHER)]
     found = [jnp.all(functools.reduce(jnp.logical_and, map(jnp.isfinite, group))) for group in groups]
     return jnp.all(jnp.stack(found)) if found else jnp.bool_(True)
 
 
 def largest_magnitude(grads: Any) -> jax.Array:
-    """The largest |g| of all leaves, float32 or wider scalar; 0 for an empty tree. Of finite ones: see `all_finite`."""
+    """Returns the largest magnitude of all leaves, scalar, float32 or wider; 0 for an empty tree.
+
+    Meaningful only if all values are finite: XLA:CPU's maximum ignores NaN (see `all_finite`).
+    """
     largest = [jnp.max(jnp.abs(g), initial=0.0) for g in jax.tree.leaves(grads)]
     return jnp.max(jnp.stack(largest)) if largest else jnp.float32(0)

@@ -1,7 +1,8 @@
-"""Feeds: how batches reach the train step, and how many steps go into one dispatch.
+"""Feeds: pass batches to the train step, and run one or many steps per dispatch.
 
-Small data lies on the device, and one dispatch runs many steps; larger data is streamed, a step a dispatch. Both give
-the same batch for a step, a pure function of (seed, step), so that a run can go on from any step.
+`Resident` keeps small data on the device and can run many steps in one dispatch. `Streamed` reads larger data batch by
+batch and dispatches each step. With both, the batch of a step is a pure function of (seed, step), so that a run can be
+resumed from any step.
 """
 
 from __future__ import annotations
@@ -22,42 +23,52 @@ from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep
 
-AUGMENTATION = 0x6A786D70  # sets the keys of augmentation apart from all others that the seed gives
+AUGMENTATION = 0x6A786D70  # folded into keys, so that augmentation uses other keys than everything else from that seed
 
 NAN_LOSS = "nan_loss"
-"""name of a metric that feeds add: the share of steps, skipped ones included, whose loss was NaN"""
+"""name of a metric that feeds add: the share of steps, including skipped ones, whose loss was NaN"""
 
 
 class Feed(Protocol):
-    """Runs train steps on the batches that are theirs."""
+    """The protocol of feeds: runs train steps, each on the batch that belongs to it."""
 
     def run(self, state: TrainState, metrics: Metrics, first: int, count: int) -> tuple[TrainState, Metrics]:
-        """Steps `first` to `first + count - 1`, all of one epoch, adding what the applied ones measured to `metrics`.
+        """Runs steps `first` to `first + count - 1`, and merges the metrics of applied steps into `metrics`.
 
-        `state` is donated. Returns without waiting for the device.
+        All these steps must belong to one epoch. `state` is donated. Returns the new state and metrics without waiting
+        for the device.
         """
         ...
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch that the step `step` sees, prepared, on one device; to look at it again later."""
+        """Returns the batch of a step as the train step receives it, whole and on one device, for later inspection."""
         ...
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Stops reading ahead."""
         ...
 
 
 class Resident:
-    """A feed from a training set that lies on the device, with many steps in one dispatch, or one."""
+    """A feed that keeps the training set on the device.
+
+    Args:
+      step: the train step.
+      data: the dataset, which says how rows are scaled and augmented.
+      source: the rows of the training set.
+      batches: which rows make up the batch of each step.
+      devices: the devices to run on.
+      many: whether a dispatch runs many steps, or each step is dispatched singly.
+    """
 
     def __init__(
         self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, *, fuse: bool
     ):
         self._batches, self._devices, self._fuse = batches, devices, fuse
         self._columns = devices.put(resident(source))
-        self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the rows of its batches on the device
+        self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data, batches)
-        counted = _counted(step)
+        accumulating = _accumulating(step)
 
         @jax.jit
         def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
@@ -74,7 +85,7 @@ class Resident:
             )
             raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
             batch = {**raw, "weight": own["weight"]}
-            return counted(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
+            return accumulating(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
 
         def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
             return jax.lax.fori_loop(0, count, lambda _, carry: advance(carry, columns, rows), (state, metrics))
@@ -104,23 +115,32 @@ class Resident:
         return self._batch(columns, rows, weight, np.int32(step))
 
     def close(self) -> None:
-        """Nothing reads ahead."""
+        """Does nothing: this feed does not read ahead."""
 
 
 class Streamed:
-    """A feed from a training set that is read batch by batch, ahead of the step that wants it."""
+    """A feed that reads the training set batch by batch, ahead of the steps.
+
+    Args:
+      step: the train step.
+      data: the dataset, which says how rows are scaled and augmented, and how many workers read.
+      source: the rows of the training set.
+      batches: which rows make up the batch of each step.
+      devices: the devices to run on.
+      last: number of steps of the run: reading ahead stops there.
+    """
 
     def __init__(self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, last: int):
         self._source, self._batches, self._devices, self._last = source, batches, devices, last
         self._workers = data.workers
         self._ahead: Any = None
-        self._next = -1  # the step whose batch comes next out of `_ahead`
+        self._next = -1  # the step whose batch `_ahead` returns next
         self._prepare = _preparation(data, batches)
-        counted = _counted(step)
+        accumulating = _accumulating(step)
 
         def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
             batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
-            return counted((state, metrics), batch)
+            return accumulating((state, metrics), batch)
 
         self.program = devices.compile(one_step, (0, 0, 0))
 
@@ -128,7 +148,7 @@ class Streamed:
         """See `Feed.run`."""
         if self._next != first:
             self.close()
-            # Of several processes, each reads what its own devices take.
+            # Each of several processes reads only the rows of its own devices.
             global_index = self._devices.local_indices(self._batches.batch_size)
             self._ahead = stream(
                 self._source, self._batches, first, self._last, global_index=global_index, workers=self._workers
@@ -161,24 +181,24 @@ def should_fuse_steps(loss: Any) -> bool:
 
 
 def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax.Array]]:
-    """`(raw batch, step, places=None) -> batch`: scaled, normalised and augmented by the key of that step."""
+    """Returns a function `(raw batch, step, global_index=None) -> batch`: scales, normalises and augments the rows."""
     apply = prepare(data, train=True)
 
     def prepared(raw: dict[str, jax.Array], step: Any, global_index: Any = None) -> dict[str, jax.Array]:
-        # A stream of keys of its own, beside the one that the model draws from.
+        # Another stream of keys than the model's.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION), step)
         return apply(raw, key, global_index)
 
     return prepared
 
 
-def _counted(step: TrainStep) -> Callable[[Any, Any], Any]:
-    """The step with what it measured added up: `((state, metrics), batch) -> (state, metrics)`.
+def _accumulating(step: TrainStep) -> Callable[[Any, Any], Any]:
+    """Returns the step with accumulated metrics: `((state, metrics), batch) -> (state, metrics)`.
 
-    One by one and in order, so that the sums do not depend on how the steps are split into dispatches.
+    Metrics are added step by step, so that the sums do not depend on how steps are split into dispatches.
     """
 
-    def counted(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
+    def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = carry
         state, measured = step(state, batch)
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
@@ -186,4 +206,4 @@ def _counted(step: TrainStep) -> Callable[[Any, Any], Any]:
         measured = jax.tree.map(lambda x: jnp.where(applied, x, jnp.zeros_like(x)), measured)
         return state, merge(metrics, {**measured, NAN_LOSS: Mean(is_nan, jnp.float32(1))})
 
-    return counted
+    return accumulating

@@ -1,9 +1,9 @@
-"""Optimizers and learning-rate schedules: what a config says, made into one optax transformation.
+"""Optimizers as config values; `make` turns one, with its schedule, clipping and weight decay, into an optax optimizer.
 
     Adam(1e-3, schedule=CosineDecay(warmup_steps=500), clip_norm=1.0).make(steps=10_000)
 
-There is no loss scaling in here: `jaxmp.loss_scaling(optimizer.make(steps), scaler)` goes around the whole, so that
-clipping, weight decay and the schedule's count are part of what an overflow skips.
+Loss scaling is not part of it: wrap the result, `jaxmp.loss_scaling(optimizer.make(steps), scaler)`, so that an
+overflow also skips clipping, weight decay and the count of the schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxmp.training.schedules import ConstantRate
 from jaxmp.trees import path_name
 
 KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
-"""What weight decay is for in Flax's naming: it leaves alone biases and the scales of norms."""
+"""Flax's names of the parameters that usually decay: not biases, and not the scales of norms."""
 
 
 def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
@@ -49,7 +49,7 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
 
 
 def _nearest_path(pattern: str, paths: list[str]) -> str:
-    """The path whose tail, of as many segments as the pattern has, is most like the pattern."""
+    """Returns the path whose last segments, as many as the pattern has, are most similar to the pattern."""
     segments = pattern.count("/") + 1
 
     def likeness(path: str) -> float:
@@ -60,7 +60,11 @@ def _nearest_path(pattern: str, paths: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What all optimizers share: the learning rate and its schedule, clipping, weight decay."""
+    """The base class of optimizers: learning rate, schedule, clipping and weight decay.
+
+    Raises:
+      InputError: a value is out of range.
+    """
 
     learning_rate: float = 1e-3
     """Peak learning rate; the schedule multiplies it by a factor of 0 to 1."""
@@ -85,25 +89,26 @@ class Optimizer:
         require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
         require(self, "decay", not isinstance(self.decay, str), f"a tuple, ({self.decay!r},)")
-        require(
-            self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "a pattern at least, for the weight decay"
-        )
+        require(self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "at least one pattern with weight decay")
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        """The optax optimizer, weight decay included."""
+        """Returns the optax optimizer, with weight decay but without clipping."""
         raise NotImplementedError
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """Clipping, then the optimizer, for a run of `steps` applied steps; its `init` checks `decay`."""
+        """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
+
+        Its `init` raises InputError if a pattern in `decay` matches no parameter.
+        """
         rule = self._rule(self.schedule.make(self.learning_rate, steps))
         return rule if self.clip_norm is None else optax.chain(clip_by_global_norm(self.clip_norm), rule)
 
     def _decay_mask(self) -> Callable[[Any], Any] | None:
-        """What tells optax, from the parameters, which of them decay; None where none does."""
+        """Returns the mask function for optax, which selects the parameters that decay; None without weight decay."""
         return functools.partial(decay_mask, patterns=self.decay) if self.weight_decay else None
 
     def _after_l2(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-        """`rule`, given gradients with the weight decay added to them."""
+        """Chains adding weight decay to the gradients (L2 regularisation) with `rule`."""
         if not self.weight_decay:
             return rule
         return optax.chain(optax.add_decayed_weights(self.weight_decay, self._decay_mask()), rule)
@@ -166,7 +171,10 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class LAMB(Adam):
-    """Adam with a step in proportion to each layer's norm, for large batches (You et al., https://arxiv.org/abs/1904.00962)."""
+    """Adam with updates scaled to the norm of each layer, for large batches.
+
+    Source: You et al. 2020, https://arxiv.org/abs/1904.00962.
+    """
 
     eps: float = 1e-6
     """Added to the denominator, the root of the mean square; in float32."""
@@ -181,7 +189,10 @@ class LAMB(Adam):
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    """The sign of a running mean: one moment, steps of one size (Chen et al., https://arxiv.org/abs/2302.06675)."""
+    """Lion: updates by the sign of a running mean of gradients, so that all have one size; keeps a single moment.
+
+    Source: Chen et al. 2023, https://arxiv.org/abs/2302.06675.
+    """
 
     learning_rate: float = 1e-4
     """Peak learning rate, which the schedule scales by 0 to 1; the paper advises 1/10 to 1/3 of AdamW's."""

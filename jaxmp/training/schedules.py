@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as functions of the applied step."""
+"""Learning-rate schedules: the learning rate as a function of the number of applied steps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,36 @@ from jaxmp.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate at applied step t = 0, 1, ...: `peak * min(1, (t + 1) / warmup_steps) * factor(t, steps)`.
+    """The base class of schedules: a linear warm-up, multiplied by a factor that each subclass defines.
 
-    The first step of a warm-up is `peak / warmup_steps`, not 0, and its last is the peak. Skipped steps do not count.
+    The learning rate at applied step t = 0, 1, ... is `peak * min(1, (t + 1) / warmup_steps) * factor(t, steps)`. The
+    first step of the warm-up has the rate `peak / warmup_steps`, not 0, and the last one has `peak`. Steps that loss
+    scaling skipped do not count.
     """
 
     warmup_steps: int = 0
-    """Applied steps in which the learning rate rises linearly to its peak."""
+    """Number of applied steps during which the learning rate rises linearly to its peak."""
 
     def __post_init__(self) -> None:
         require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more steps")
 
     def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        """The share of the peak at step `t` (float32 scalar) of `steps`, without the warm-up."""
+        """Returns the learning rate at step `t` (float32 scalar) without warm-up, as a fraction of the peak."""
         raise NotImplementedError
 
     def make(self, peak: float, steps: int) -> optax.Schedule:
-        """A function from the count of applied steps (int32 scalar) to the learning rate (float32 scalar)."""
+        """Creates the optax schedule of a run.
+
+        Args:
+          peak: the peak learning rate.
+          steps: number of steps of the run.
+
+        Returns:
+          A function that maps the count of applied steps (int32 scalar) to the learning rate (float32 scalar).
+
+        Raises:
+          InputError: the warm-up is longer than the run.
+        """
         require(self, "warmup_steps", self.warmup_steps <= steps, f"at most the {steps} steps of the run")
 
         def learning_rate(count: jax.typing.ArrayLike) -> jax.Array:
@@ -41,13 +54,13 @@ class Schedule:
         return learning_rate
 
     def _progress(self, t: jax.Array, steps: int) -> jax.Array:
-        """0 at the end of the warm-up, 1 at the end of the run and after it."""
+        """Returns the progress of the run: 0 at the end of the warm-up, 1 at and after the end of the run."""
         return jnp.clip((t - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantRate(Schedule):
-    """The peak, all the time."""
+    """A constant learning rate, after the warm-up if there is one."""
 
     def _factor(self, t: jax.Array, steps: int) -> jax.Array:
         return jnp.ones_like(t)
@@ -55,10 +68,13 @@ class ConstantRate(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineDecay(Schedule):
-    """Half a cosine from the peak to `final` (Loshchilov and Hutter, https://arxiv.org/abs/1608.03983; no restarts)."""
+    """A learning rate that falls along half a cosine from the peak to `final` times the peak.
+
+    Source: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; without restarts.
+    """
 
     final: float = 0.0
-    """What is left at the end, as a fraction of the peak."""
+    """Learning rate at the end of the run, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +86,10 @@ class CosineDecay(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearDecay(Schedule):
-    """A straight line from the peak to `final`."""
+    """A learning rate that falls linearly from the peak to `final` times the peak."""
 
     final: float = 0.0
-    """What is left at the end, as a fraction of the peak."""
+    """Learning rate at the end of the run, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,12 +101,12 @@ class LinearDecay(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class StepDecay(Schedule):
-    """The peak, multiplied by `drop` from each boundary on."""
+    """A learning rate that is multiplied by `drop` at each boundary."""
 
     boundaries: tuple[float, ...] = (0.5, 0.75)
-    """Where the learning rate drops: fractions of the run (all below 1), or applied steps (all 1 or more)."""
+    """When the learning rate drops: fractions of the run (all below 1) or applied steps (all 1 or more), ascending."""
     drop: float = 0.1
-    """What each boundary multiplies the learning rate by."""
+    """Factor by which the learning rate is multiplied at each boundary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""`TrainState`: everything that persists between two steps, as one pytree of arrays."""
+"""`TrainState`: everything that persists from one step to the next, as one pytree of arrays."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from jaxmp.scaling.transform import skipped_steps
 from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
 ROUNDING_KEY = 2**31 - 1
-"""what the key of a step is folded with for stochastic rounding"""
+"""folded into the key of a step to get the key of stochastic rounding"""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a training run. Arrays only: the model and the optimizer are functions beside it."""
+    """The state of a training run. It holds only arrays; the model and the optimizer are separate functions."""
 
     step: jax.Array
-    """attempted steps, skipped ones included; int32 scalar"""
+    """number of attempted steps, including skipped ones; int32 scalar"""
     params: Any
-    """parameters, in the policy's parameter dtype (float32: master weights)"""
+    """parameters, in the parameter dtype of the policy (float32: master weights)"""
     model_state: Any
-    """the model's other collections, such as batch statistics; {} where there are none"""
+    """other variables of the model, such as batch statistics; {} if there are none"""
     opt_state: Any
-    """optimizer state, loss scale and skip counters included"""
+    """optimizer state, including loss scale and skip counters"""
     key: jax.Array
-    """typed PRNG key of the run; step n draws from `fold_in(key, n)`"""
+    """typed PRNG key of the run; step n uses `fold_in(key, n)`"""
     ema: Any = None
-    """exponential moving average of the parameters, in float32 or wider, or None"""
+    """exponential moving average of the parameters, float32 or wider; None if none is kept"""
     compensation: Any = None
-    """what Kahan summation has yet to add to parameters in half precision, or None"""
+    """Kahan compensation of half-precision parameters, see `jaxmp.apply_updates`; None without Kahan summation"""
 
     @classmethod
     def create(
@@ -48,17 +48,18 @@ class TrainState:
         ema: bool = False,
         rounding: str = "nearest",
     ) -> TrainState:
-        """A state before the first step. Its leaves are copies: no two share a buffer, so all can be donated.
+        """Creates the state before the first step.
 
-        None is weakly typed, so that the step compiles once (trap T7).
+        All leaves are copies: no two share a buffer, so that all can be donated. None of them is weakly typed, so that
+        the step compiles only once (trap T7).
 
         Args:
-          params: the parameters.
+          params: the parameters, any pytree.
           tx: the optimizer.
-          key: typed PRNG key of the run.
-          model_state: the model's other collections.
+          key: typed PRNG key of the run, such as `jax.random.key(0)`.
+          model_state: other variables of the model, such as batch statistics.
           ema: whether to keep a moving average of the parameters.
-          rounding: how updates will be added, see `jaxmp.apply_updates`; `kahan` keeps a compensation.
+          rounding: how updates will be added, see `jaxmp.apply_updates`; `kahan` adds a compensation to the state.
         """
         state = cls(
             step=jnp.int32(0),
@@ -81,15 +82,19 @@ class TrainState:
         ema_decay: float | None = None,
         rounding: str = "nearest",
     ) -> TrainState:
-        """The state after a step: everything new where `finite`, else all as it was, to the bit, but for the count.
+        """Returns the state after a step.
+
+        If `finite` is false, parameters, model state, moving average and compensation keep their values to the bit.
+        `step` is always incremented, and `opt_state` is always replaced.
 
         Args:
-          finite: bool scalar, the same on every replica.
-          updates: what to add to the parameters.
-          model_state, opt_state: the new ones; `opt_state` has decided for itself what to keep (see `loss_scaling`).
-          ema_decay: decay of the moving average; at first less, min(decay, (1 + n) / (10 + n)) after n applied steps,
-            so that the initial weights are forgotten (TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
-          rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`.
+          finite: whether the step is applied, bool scalar, the same on every replica.
+          updates: updates to add to the parameters, as returned by the optimizer.
+          model_state: the new model state.
+          opt_state: the new optimizer state; `loss_scaling` has already kept the old values in it on a skipped step.
+          ema_decay: decay of the moving average. After n applied steps it is min(ema_decay, (1 + n) / (10 + n)), so
+            that the initial weights are forgotten sooner (as TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
+          rounding: how updates are added to half-precision parameters, see `jaxmp.apply_updates`.
         """
         params, compensation = self._add(updates, rounding)
         params = tree_where(finite, params, self.params)
@@ -112,7 +117,7 @@ class TrainState:
         if rounding == "kahan":
             return apply_updates(self.params, updates, "kahan", compensation=self.compensation)
         if rounding == "stochastic":
-            # A stream of its own beside the model's; of the run's key, so that all replicas round alike.
+            # Another stream than the model's; from the key of the run, so that all replicas round alike.
             key = jax.random.fold_in(jax.random.fold_in(self.key, self.step), ROUNDING_KEY)
             return apply_updates(self.params, updates, "stochastic", key=key), None
         return apply_updates(self.params, updates), None

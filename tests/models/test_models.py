@@ -76,7 +76,7 @@ def test_dropout_is_for_training_only_and_follows_its_key(model):
         (lambda: CNN(kernel=0), "kernel=0"),
         (lambda: CNN(dense=(0,)), "dense=(0,)"),
         (lambda: CNN(dropout=-0.1), "dropout=-0.1"),
-        (lambda: parameters(CNN(channels=(2, 2, 2, 2)), (1, 8, 9, 1)), "(8, 9) 4 times: expected 3 at most"),
+        (lambda: parameters(CNN(channels=(2, 2, 2, 2)), (1, 8, 9, 1)), "(8, 9) 4 times; expected at most 3"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_by_name(make, names):

@@ -230,7 +230,7 @@ def test_float16_anywhere_wants_a_loss_scale(text, scaled):
     ("given", "message"),
     [
         (None, "precision None: expected text such as 'mixed_float16'"),
-        (parse_policy("float16"), r"of a policy, str\(policy\)"),
+        (parse_policy("float16"), r"or str\(policy\) for a Policy"),
         ("a=float32; mixed_float16", r"jaxmp\.PolicyTree\.parse"),
     ],
 )

@@ -369,7 +369,7 @@ def test_a_file_that_cannot_be_written_is_one_error_at_the_next_call_and_those_b
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert "checkpoint of step 2 could not be written" in lines[0] and "Whole are: [1]" in lines[0]
+    assert "checkpoint of step 2 could not be written" in lines[0] and "Intact checkpoints: [1]" in lines[0]
     assert lines[-1] == "[1] 1"
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_error_and_there_is_room_again_afterwards(small_disk)
     checkpoints = Checkpoints(small_disk / "run")
     checkpoints.save(1, noise)
     checkpoints.save(2, noise)
-    with pytest.raises(InputError, match=r"step 2 could not be written .*[Nn]o space left .*Whole are: \[1\]"):
+    with pytest.raises(InputError, match=r"step 2 could not be written .*[Nn]o space left .*Intact checkpoints: \[1\]"):
         checkpoints.wait()
     assert checkpoints.restore(noise)[0] == 1
     checkpoints.save(3, jax.tree.map(jnp.ones_like, noise))

@@ -1,4 +1,4 @@
-"""Flax's DynamicScale, alone and in the step of Flax's ImageNet example, with and without `axis_name`.
+"""Adapters of Flax's DynamicScale: alone, and in the step of Flax's ImageNet example, with and without `axis_name`.
 
 The step follows https://github.com/google/flax/blob/main/examples/imagenet/train.py with a small model.
 """
@@ -24,20 +24,20 @@ class Normalised(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Outputs (rows, 3)."""
+        """Returns outputs (rows, 3)."""
         x = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=jnp.float16)(x)
         return nn.Dense(3, dtype=jnp.float16)(x)
 
 
 class State(TrainState):
-    """The example's train state."""
+    """The train state of the example."""
 
     batch_stats: Any
     dynamic_scale: DynamicScale
 
 
 def scaler() -> ScalerAdapter:
-    """The default, `DynamicScale()`."""
+    """Returns an adapter of `DynamicScale()`, with its defaults."""
 
     def value_and_grad(state, loss_fn, params):
         state, _, loss, grads = state.value_and_grad(loss_fn)(params)
@@ -47,11 +47,11 @@ def scaler() -> ScalerAdapter:
 
 
 def step(axis_name: str | None = None, pmean: str | None = None) -> StepAdapter:
-    """The example's `train_step`; growth every fourth step.
+    """Returns an adapter of the example's `train_step`; the scale grows every fourth step.
 
     Args:
-      axis_name: for DynamicScale, which then averages the gradients over that axis.
-      pmean: axis that the step itself averages the gradients over.
+      axis_name: axis over which DynamicScale averages the gradients.
+      pmean: axis over which the step itself averages the gradients.
     """
     model = Normalised()
 
@@ -96,7 +96,7 @@ def step(axis_name: str | None = None, pmean: str | None = None) -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The scaler, and the step on one device and on four replicas."""
+    """Returns the scaler, and the step on one device and on four replicas."""
     packages = ("flax",)
     integers = {"leaves_without_gradient_stay": "jax.value_and_grad, inside it, takes no such leaves"}
     statistics = {"replicas_agree": "the example averages batch statistics over replicas only when it evaluates"}

@@ -1,6 +1,6 @@
-"""jaxamp: `dynamic_scale_value_and_grad` as a scaler, and in the step of its README.
+"""Adapters of jaxamp: `dynamic_scale_value_and_grad` as a scaler, and the train step of its README.
 
-The step is in float32: `jaxamp.amp` 0.0.4 does not run on JAX 0.10, whose `get_bind_params` returns one value.
+The step computes in float32: `jaxamp.amp` 0.0.4 does not run on JAX 0.10, whose `get_bind_params` returns one value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmp.testing import ScalerAdapter, StepAdapter, from_value_and_grad, scale
 
 
 def scaler() -> ScalerAdapter:
-    """One attempt a step: with more, the gradients of the laws, which do not depend on the scale, fail each time."""
+    """Returns an adapter with one attempt per step: the laws inject gradients, which a lower scale does not change."""
 
     def value_and_grad(state, loss_fn, params):
         function = jaxamp.dynamic_scale_value_and_grad(loss_fn, redo_on_nan=0, filter=False)
@@ -30,7 +30,10 @@ def scaler() -> ScalerAdapter:
 
 
 def step() -> StepAdapter:
-    """Its README's `train_step`: up to ten attempts with ever lower scales, then what came out; a patience of 3."""
+    """Returns an adapter of the README's `train_step`, with a patience of 3.
+
+    A step makes up to ten attempts with ever lower scales, and then applies what the last one gave.
+    """
     tx = optax.sgd(0.1, momentum=0.9)
 
     @jax.jit
@@ -59,7 +62,7 @@ def step() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The scaler and a step."""
+    """Returns the scaler and a step."""
     not_asked = {"leaves_without_gradient_stay": "jax.grad, inside it, takes no such leaves"}
     return [
         Subject("jaxamp, dynamic_scale_value_and_grad", ("jaxamp",), scaler_laws(scaler()), not_asked),

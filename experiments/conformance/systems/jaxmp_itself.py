@@ -1,4 +1,4 @@
-"""jaxmp: its dynamic scaler inside `loss_scaling`, its train step, and its policies on a Flax model."""
+"""Adapters of jaxmp: its dynamic scaler inside `loss_scaling`, its train step, and a policy on a Flax model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        """Logits (rows, 3)."""
+        """Returns logits (rows, 3)."""
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
         return nn.Dense(3, name="head")(x)
 
 
 def scaler() -> ScalerAdapter:
-    """`DynamicScaler` with its defaults, through the optimizer that it is a part of."""
+    """Returns an adapter of `DynamicScaler` with its defaults, inside an optimizer."""
     claims = DynamicScaler()
     tx = loss_scaling(optax.identity(), claims)
     return ScalerAdapter(
@@ -43,7 +43,7 @@ def scaler() -> ScalerAdapter:
 
 
 def step() -> StepAdapter:
-    """A step in mixed float16 with clipping, decay and a schedule; the scale grows every third step."""
+    """Returns an adapter of a mixed_float16 step with clipping, decay and a schedule; the scale grows every 3 steps."""
     model, task, rows = Net(), Classification(), batch()
     rows = {"image": rows["x"], "label": rows["y"].argmax(1), "weight": jnp.ones(8)}
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda n: 0.1 / (1 + n)))
@@ -59,7 +59,7 @@ def step() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The scaler, the step and a policy."""
+    """Returns the scaler, the step and a policy."""
     packages = ("jaxmp",)
     return [
         Subject("jaxmp, DynamicScaler", packages, scaler_laws(scaler())),

@@ -1,7 +1,8 @@
-"""jmp's DynamicLossScale, as its documentation makes it and as Haiku's ImageNet example does; and that example's step.
+"""Adapters of jmp's DynamicLossScale as in its documentation and in Haiku's ImageNet example, and of that example's
+step.
 
 The step is that of https://github.com/google-deepmind/dm-haiku/blob/main/examples/imagenet/train.py with a small model;
-its lines on mixed precision are written from their description, not compared with today's file.
+its lines on mixed precision were written from a description, and not compared with the current file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaxmp.testing import ScalerAdapter, StepAdapter, replicated, scaler_laws, s
 
 
 def scaler(init: Callable[[], Any], **claims: float) -> ScalerAdapter:
-    """jmp's three methods."""
+    """Returns an adapter of the three methods of jmp's loss scale."""
     return ScalerAdapter(
         init=init,
         scale=lambda state, loss: state.scale(loss),
@@ -34,13 +35,13 @@ class Normalised(hk.Module):
     """BatchNorm and a linear layer."""
 
     def __call__(self, x):
-        """Outputs (rows, 3)."""
+        """Returns outputs (rows, 3)."""
         x = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.9)(x, is_training=True)
         return hk.Linear(3)(x)
 
 
 def haiku_example() -> StepAdapter:
-    """Haiku's `train_step` for mixed float16 with `--mp_scale_type=Dynamic --mp_skip_nonfinite`."""
+    """Returns an adapter of Haiku's mixed float16 step with `--mp_scale_type=Dynamic --mp_skip_nonfinite`."""
     policy = jmp.get_policy("params=float32,compute=float16,output=float32")
     hk.mixed_precision.set_policy(Normalised, policy)
     hk.mixed_precision.set_policy(hk.BatchNorm, policy.with_output_dtype(jnp.float16))
@@ -81,7 +82,7 @@ def haiku_example() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The scaler in three ways, and Haiku's step."""
+    """Returns the scaler in three ways, and Haiku's step."""
     packages = ("jmp",)
     floor = 2.0**-14
     return [

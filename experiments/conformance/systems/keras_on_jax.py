@@ -1,4 +1,4 @@
-"""Keras 3 on JAX: LossScaleOptimizer, and the train step that `fit` compiles under mixed_float16."""
+"""Adapters of Keras 3 on JAX: LossScaleOptimizer, and the train step that `fit` compiles under mixed_float16."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxmp.testing import ScalerAdapter, StepAdapter, scaler_laws, step_laws
 
 
 def own(optimizer: keras.optimizers.LossScaleOptimizer) -> int:
-    """How many of its variables, the first ones, are LossScaleOptimizer's own and not of the optimizer inside."""
+    """Returns how many variables belong to LossScaleOptimizer itself; they come before those of the inner optimizer."""
     return len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
 
 
 def scale_among(optimizer: keras.optimizers.LossScaleOptimizer) -> int:
-    """Which of its variables is the loss scale."""
+    """Returns the index of the loss scale among the variables."""
     return next(i for i, variable in enumerate(optimizer.variables) if variable is optimizer.dynamic_scale)
 
 
 def optimizer_for(shapes: tuple[tuple[int, ...], ...]) -> keras.optimizers.LossScaleOptimizer:
-    """A LossScaleOptimizer for float32 variables of some shapes, whose updates are minus the unscaled gradients."""
+    """Creates a LossScaleOptimizer for float32 variables of these shapes; updates are minus the unscaled gradients."""
     with jax.ensure_compile_time_eval():
         optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0))
         optimizer.build([keras.Variable(jnp.zeros(shape), dtype="float32") for shape in shapes])
@@ -34,7 +34,7 @@ def optimizer_for(shapes: tuple[tuple[int, ...], ...]) -> keras.optimizers.LossS
 
 
 def scaler() -> ScalerAdapter:
-    """`scale_loss` and `stateless_apply`, as the JAX trainer calls them."""
+    """Returns an adapter of `scale_loss` and `stateless_apply`, as the JAX trainer calls them."""
     scalar = optimizer_for(((),))
 
     def values(optimizer):
@@ -65,7 +65,7 @@ def scaler() -> ScalerAdapter:
 
 
 def step() -> StepAdapter:
-    """`train_step` of a model that is compiled under mixed_float16, which wraps its optimizer by itself."""
+    """Returns an adapter of `train_step` of a model compiled under mixed_float16; Keras wraps its optimizer."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.BatchNormalization(dtype="mixed_float16"), keras.layers.Dense(3, dtype="mixed_float16")]
     model = keras.Sequential([keras.Input((4,)), *layers], name="model")
@@ -102,7 +102,7 @@ def step() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The optimizer and the step."""
+    """Returns the optimizer and the step."""
     packages = ("keras",)
     lists = "Keras takes lists of float gradients, not trees"
     not_asked = {"leaves_without_gradient_stay": lists, "fp8_leaves_stay": lists}

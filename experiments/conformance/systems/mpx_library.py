@@ -1,4 +1,4 @@
-"""mpx (mixed-precision-for-jax): DynamicLossScaling, and the step of its README."""
+"""Adapters of mpx (mixed-precision-for-jax): DynamicLossScaling, and the train step of its README."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxmp.testing import ScalerAdapter, StepAdapter, scaler_laws, step_laws
 
 
 def scaling(period: int = 2000) -> mpx.DynamicLossScaling:
-    """As in its README: from the largest float16 downwards, not below 1."""
+    """Creates the loss scaling of the README: initially the largest float16, and at least 1."""
     return mpx.DynamicLossScaling(
         loss_scaling=jnp.float32(mpx.FLOAT16_MAX), min_loss_scaling=jnp.float32(1), period=period
     )
 
 
 def scaler() -> ScalerAdapter:
-    """Its three methods; as under `eqx.filter_jit`, what is no array is static."""
+    """Returns an adapter of its three methods; fields that are not arrays are static, as under `eqx.filter_jit`."""
     _, static = eqx.partition(scaling(), eqx.is_array)
     whole = lambda arrays: eqx.combine(arrays, static)  # noqa: E731
     return ScalerAdapter(
@@ -33,7 +33,10 @@ def scaler() -> ScalerAdapter:
 
 
 def step() -> StepAdapter:
-    """`filter_value_and_grad` and `optimizer_update` on a linear layer, from a scale of 2**10 that grows every 4."""
+    """Returns an adapter of a step with `filter_value_and_grad` and `optimizer_update`, on a linear layer.
+
+    The scale starts at 2**10 and grows every 4 steps.
+    """
     tx = optax.sgd(0.1, momentum=0.9)
     whole = lambda: eqx.nn.Linear(4, 3, key=jax.random.key(0))  # noqa: E731
     first = mpx.DynamicLossScaling(jnp.float32(2.0**10), jnp.float32(1), period=4)
@@ -65,7 +68,7 @@ def step() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The scaler and the step."""
+    """Returns the scaler and the step."""
     packages = ("mixed-precision-for-jax",)
     return [
         Subject("mpx, DynamicLossScaling", packages, scaler_laws(scaler())),

@@ -1,4 +1,4 @@
-"""optax's apply_if_finite and MultiSteps, in a float32 step that leaves all care to its optimizer."""
+"""Adapters of optax's apply_if_finite and MultiSteps, in a float32 step that leaves overflow handling to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WRAPPERS = optax.ApplyIfFiniteState, optax.MultiStepsState
 
 
 def without_attempts(state: Any) -> Any:
-    """The state without what the wrappers count attempts by."""
+    """Returns the state without the counters of attempts of the wrappers."""
 
     def strip(x: Any) -> Any:
         if isinstance(x, optax.ApplyIfFiniteState):
@@ -26,7 +26,7 @@ def without_attempts(state: Any) -> Any:
 
 
 def step(tx: Any, microbatches: int = 1) -> StepAdapter:
-    """Least squares with an optimizer."""
+    """Returns an adapter of a least squares step with the given optimizer."""
 
     def init():
         params = {"b": jnp.zeros(3), "w": jnp.full((4, 3), 0.5, jnp.float32)}
@@ -44,7 +44,7 @@ def step(tx: Any, microbatches: int = 1) -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """apply_if_finite alone, and inside a chain; MultiSteps."""
+    """Returns apply_if_finite alone, and inside a chain; MultiSteps."""
     guarded, packages = optax.apply_if_finite, ("optax",)
     decayed = optax.chain(guarded(optax.sgd(0.1), 10), optax.add_decayed_weights(-1e-2))
     scheduled = optax.chain(guarded(optax.sgd(1.0), 10), optax.scale_by_schedule(lambda n: 0.1 / (1 + n)))

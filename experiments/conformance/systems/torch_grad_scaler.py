@@ -1,6 +1,6 @@
-"""torch's GradScaler on CPU, in the step of torch's AMP recipe with BatchNorm.
+"""Adapter of torch's GradScaler on CPU, in the train step of torch's AMP recipe, with BatchNorm.
 
-The laws of a scaler alone are not asked: they take 2**18 steps in a scan, of which each would call torch on the host.
+The laws for a scaler alone are not checked: they run 2**18 steps in a scan, and each would call torch on the host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxmp.testing import StepAdapter, step_laws
 
 
 def grad_scaler(state: dict[str, Any], growth_interval: int = 2000) -> torch.amp.GradScaler:
-    """A GradScaler that stands where the state says."""
+    """Creates a GradScaler in the given state."""
     scaler = torch.amp.GradScaler("cpu", growth_interval=growth_interval)
     saved = {"scale": float(state["scale"]), "_growth_tracker": int(state["growth"])}
     scaler.load_state_dict(scaler.state_dict() | saved)
@@ -24,18 +24,18 @@ def grad_scaler(state: dict[str, Any], growth_interval: int = 2000) -> torch.amp
 
 
 def state_of(scaler: torch.amp.GradScaler) -> dict[str, Any]:
-    """Where a GradScaler stands: `scale` float32, `growth` int32."""
+    """Returns the state of a GradScaler: `scale` float32, `growth` int32."""
     saved = scaler.state_dict()
     return {"scale": np.float32(saved["scale"]), "growth": np.int32(saved["_growth_tracker"])}
 
 
 def tensor(x: Any, dtype: Any = None) -> torch.Tensor:
-    """A copy of an array."""
+    """Copies an array to a tensor."""
     return torch.tensor(np.array(x), dtype=dtype)
 
 
 def step() -> StepAdapter:
-    """The recipe's step in float16 autocast: `scale(loss).backward()`, `step(optimizer)`, `update()`."""
+    """Returns an adapter of the step in the recipe: float16 autocast, `scale(loss).backward()`, `step`, `update`."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
@@ -81,5 +81,5 @@ def step() -> StepAdapter:
 
 
 def subjects() -> list[Subject]:
-    """The step."""
+    """Returns the step."""
     return [Subject("torch, AMP recipe with BatchNorm", ("torch",), step_laws(step()))]
