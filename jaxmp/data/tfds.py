@@ -15,7 +15,8 @@ import numpy as np
 from jaxmp.data import catalog
 from jaxmp.data.cache import UNREADABLE, CachedColumns, cache_folder, prepare_once, save_columns
 from jaxmp.data.catalog import Prepared
-from jaxmp.data.dataset import Dataset, Split
+from jaxmp.data.dataset import Split
+from jaxmp.data.images import Images
 from jaxmp.data.records import decode_records, differing_shapes, flatten
 from jaxmp.data.source import Columns
 from jaxmp.errors import InputError, nearest
@@ -25,19 +26,19 @@ CHUNK_BYTES = 2**27  # of decoded images in memory at a time
 
 
 @dataclass(frozen=True)
-class TFDS(Dataset):
+class TFDS(Images):
     """A prepared TFDS dataset: `jaxmp data list` shows which there are."""
 
     name: str = "digits"
-    """Name of the dataset, with its config where it has one: "mnist", "glue/sst2"."""
+    """Name of a prepared dataset, with its config if it has one: "mnist", "glue/sst2". See `jaxmp data list`."""
     train: str = "train"
     """Rows to train on, in TFDS's split syntax: "train[:55000]", "train[80%:]", "train+test"."""
     validation: str = "validation"
-    """Rows to validate on."""
+    """Rows to validate on, in the same syntax."""
     test: str = "test"
-    """Rows to test on."""
+    """Rows to test on, in the same syntax."""
     version: str | None = None
-    """Version of the dataset; the newest prepared one unless given."""
+    """Version of the dataset, such as "3.0.1"; by default the newest that is prepared."""
 
     def source(self, split: Split) -> Columns:
         """The rows of one split: numbers and images of one shape as arrays, text as object arrays of bytes.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
 from jaxmp.errors import InputError
 from jaxmp.experiment.canonical import canonical
@@ -33,7 +34,7 @@ class Experiment:
     model: Any
     """The Flax Linen module that is trained."""
     data: Any = TFDS()
-    """Where examples come from: TFDS or Arrays, with batch size, normalisation and augmentation."""
+    """Where examples come from, and how batches are made of them: TFDS, Arrays, or a Dataset of your own."""
     task: Any = Classification()
     """How a batch feeds the model, and how its outputs become a loss and metrics."""
     optimizer: Any = Adam()
@@ -60,7 +61,7 @@ class Experiment:
         of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
         in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
         self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
-        self._require("data", _has(self.data, "source"), "TFDS(name=...), Arrays(load), or a Dataset of your own")
+        self._require("data", isinstance(self.data, Dataset), "TFDS(name=...), Arrays(load), or a Dataset of your own")
         self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
         self._require("optimizer", _has(self.optimizer, "make"), f"Adam(1e-3) or another of jaxmp's, {of_ones_own}")
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")

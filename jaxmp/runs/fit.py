@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Split
+from jaxmp.data.pipeline import check_splits
 from jaxmp.distributed import processes
 from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed, nearest
@@ -506,17 +507,8 @@ def check(training: Training) -> None:
             f"loop.monitor={loop.monitor!r} is nothing that is measured; expected one of {', '.join(measured)}"
             f"{nearest(loop.monitor, measured)}"
         )
-    train = training.source[np.arange(1)]
-    others = {split: data.source(split) for split in ("validation", "test")}
-    for split, source in others.items():
-        row = source[np.arange(1)]
-        for name in training.columns:
-            expected = f"{train[name].dtype}{list(train[name].shape[1:])}"
-            found = f"{row[name].dtype}{list(row[name].shape[1:])}" if name in row else "nothing"
-            if found != expected:
-                raise InputError(
-                    f"{name!r} of the {split} split is {found}; expected {expected}, as in the train split"
-                )
+    others = {split: data.read(split) for split in ("validation", "test")}
+    check_splits(data, training.source, others, training.columns)
     check_labels(experiment.model, experiment.task, training.example, {"train": training.source, **others})
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import Batches, evaluation_batches, nbytes, prepare
+from jaxmp.data.pipeline import Batches, batch_shapes, evaluation_batches, nbytes
 from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.memory import Memory, memory
@@ -45,8 +45,8 @@ class Training:
 
     @functools.cached_property
     def source(self) -> Source:
-        """The training rows."""
-        return self.experiment.data.source("train")
+        """The training rows, after the host transforms."""
+        return self.experiment.data.read("train")
 
     @functools.cached_property
     def batches(self) -> Batches:
@@ -113,17 +113,11 @@ class Training:
     @functools.cached_property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a prepared training batch of the whole batch size."""
-        size = self.batches.batch_size
-        row = {**self.source[np.arange(1)], "weight": np.ones(1, np.float32)}
-        raw = {
-            name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
-            for name, column in row.items()
-            if column.dtype.kind not in "OSU"
-        }
+        example = batch_shapes(self.experiment.data, self.source, self.batches.batch_size, train=True)
         for name in self.columns:
-            if name not in raw:
-                raise InputError(self._no_numbers(name, row.get(name), sorted(raw)))
-        return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+            if name not in example:
+                raise InputError(self._no_numbers(name, self.source[np.arange(1)].get(name), sorted(example)))
+        return example
 
     def _no_numbers(self, name: str, column: np.ndarray | None, columns: list[str]) -> str:
         field, expected = ("inputs", "numbers") if name in self.experiment.task.inputs else ("target", "whole numbers")
@@ -131,7 +125,10 @@ class Training:
             return f"task.{field} names {name!r}; the data has {', '.join(columns)}{nearest(name, columns)}"
         first = column.ravel().tolist()[0]
         holds = "strings" if isinstance(first, str | bytes) else "objects that are no numbers"
-        return f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}"
+        return (
+            f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}, which a host "
+            "transform can make of it (data.host_transforms)"
+        )
 
     @functools.cached_property
     def arguments(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
@@ -236,7 +233,7 @@ class Training:
         params = state.params if state.ema is None else state.ema
         metrics = self.devices.whole({name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS})
         size = -(-self.experiment.data.eval_batch_size // self.devices.count) * self.devices.count
-        for batch in evaluation_batches(self.experiment.data.source(split), size, self.devices.local_rows(size)):
+        for batch in evaluation_batches(self.experiment.data.read(split), size, self.devices.local_rows(size)):
             metrics = self._evaluation(params, state.model_state, metrics, self.devices.shard_local_rows(batch))
         return metrics
 
@@ -334,7 +331,7 @@ class Training:
     def _evaluation(self) -> Any:
         experiment = self.experiment
         step = make_eval_step(make_loss(experiment.model, experiment.task, experiment.policy, train=False))
-        prepared = prepare(experiment.data, train=False)
+        prepared = experiment.data.prepare(train=False)
 
         @jax.jit
         def evaluation(params: Any, model_state: Any, metrics: Metrics, batch: Any) -> Metrics:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Dataset
-from jaxmp.data.pipeline import Batches, prepare, resident, stream
+from jaxmp.data.pipeline import Batches, resident, stream
 from jaxmp.data.source import Source
 from jaxmp.scaling.transform import last_step_finite
 from jaxmp.training.metrics import Mean, Metrics, merge
@@ -22,7 +22,7 @@ from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep
 
-AUGMENTATION = 0x6A786D70  # sets the keys of augmentation apart from all others that the seed gives
+AUGMENTATION = 0x6A786D70  # sets the keys of the data apart from all others that the seed gives
 
 NAN_LOSS = "nan_loss"
 """name of a metric that feeds add: the share of steps, skipped ones included, whose loss was NaN"""
@@ -150,8 +150,8 @@ class Streamed:
 
 
 def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax.Array]]:
-    """`(raw batch, step, places=None) -> batch`: scaled, normalised and augmented by the key of that step."""
-    apply = prepare(data, train=True)
+    """`(raw batch, step, global_index=None) -> batch`: `data.prepare` with the key of that step."""
+    apply = data.prepare(train=True)
 
     def prepared(raw: dict[str, jax.Array], step: Any, global_index: Any = None) -> dict[str, jax.Array]:
         # A stream of keys of its own, beside the one that the model draws from.
