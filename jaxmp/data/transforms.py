@@ -142,6 +142,9 @@ def _one(transform: Transform, key: jax.Array | None, row: dict[str, jax.Array])
             f"returned {', '.join(map(str, result)) or 'an empty dict'}; expected 'weight', a number, among them, as "
             "in {**row, ...}"
         )
+    for name, value in result.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise InputError(f"returned {_described(value)} as {name!r}; expected an array or a number")
     return {str(name): jnp.asarray(value) for name, value in result.items()}
 
 
@@ -157,7 +160,9 @@ def function_name(function: Any) -> str:
 
 
 def _described(result: Any) -> str:
-    return "None" if result is None else "an empty dict" if result == {} else type(result).__name__
+    if result is None or (isinstance(result, Mapping) and not result):
+        return "None" if result is None else "an empty dict"
+    return "an array" if isinstance(result, jax.Array | np.ndarray) else type(result).__name__
 
 
 def _listed(layout: dict[str, tuple[str, tuple[int, ...]]]) -> str:
