@@ -42,7 +42,7 @@ class Images(Dataset):
         Each column of `images` becomes float32: uint8 is divided by 255, then the mean is subtracted and the result
         divided by the standard deviation, and, if `train`, it is augmented. The images of one row are changed alike.
         Raises InputError if a column named in `images` is missing or holds no images, or if mean, std or augment is set
-        and there are no images.
+        although there are no images.
         """
         transform = super().prepare(train=train)
         augment = self.augment if train else Augment()

@@ -26,7 +26,7 @@ READ_AHEAD = 8  # batches
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """The order in which an epoch visits the rows: a permutation, int32 (examples,), the same with every NumPy version.
+    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version.
 
     A generator's raw bits are guaranteed to stay as they are (NEP 19), and its `permutation` is not.
     """
@@ -36,14 +36,14 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batches:
-    """Where a step stands in the data. An epoch visits each row once; its last batch is padded, with weight 0."""
+    """Which rows each step sees. An epoch visits each row once; its last batch is padded with rows of weight 0."""
 
     examples: int
     """Rows of the split."""
     batch_size: int
-    """Rows of a batch, over all devices."""
+    """Rows of a batch, counted over all devices."""
     seed: int
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
     def __post_init__(self):
         if self.batch_size > self.examples:
@@ -51,11 +51,11 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches of an epoch, the padded one included."""
+        """Number of batches of an epoch, the padded one included."""
         return -(-self.examples // self.batch_size)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last filled up with the first rows."""
+        """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last is padded with the first rows."""
         order = epoch_order(self.seed, epoch, self.examples)
         return np.resize(order, (self.per_epoch, self.batch_size))
 
@@ -193,14 +193,11 @@ def batch_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       dataset: whose host transforms are applied.
-      rows: arrays of shape (n, ...); "weight" among them is ignored.
+      rows: arrays of shape (n, ...); a column "weight" that is left after the host transforms is ignored.
     """
-    columns = {
-        name: column if hasattr(column, "dtype") else as_column(name, column)
-        for name, column in rows.items()
-        if name != "weight"
-    }
+    columns = {name: column if hasattr(column, "dtype") else as_column(name, column) for name, column in rows.items()}
     columns = apply_host_transforms(dataset.host_transforms, columns)
+    columns.pop("weight", None)
     return _numeric(columns) | {"weight": np.ones(len(next(iter(columns.values()))), np.float32)}
 
 
@@ -219,5 +216,8 @@ def batch_shapes(dataset: Dataset, source: Source, size: int, *, train: bool) ->
 
 def _numeric(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "weight" in batch:
-        raise InputError("the data has a column 'weight', which is what a batch calls 1 for a row and 0 for padding")
+        raise InputError(
+            "the data has a column 'weight'; a batch has its own under that name, 1 for a row and 0 for padding: "
+            "rename the column, in a host transform for example"
+        )
     return {name: column for name, column in batch.items() if not is_text(column)}

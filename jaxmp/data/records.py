@@ -12,7 +12,7 @@ from jaxmp.errors import InputError
 
 
 def decode_records(features: Any, records: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """Columns of `records`, of TFDS `features`: each an array, or an object array of bytes for text.
+    """Decodes `records` to columns, by TFDS's `features`: an array each, for text an object array of bytes.
 
     Images, numbers and text are read straight from the protocol buffers, other features by TFDS (MNIST on one CPU core:
     a quarter of TFDS's time a row). Raises InputError if a feature's shape differs between rows.
@@ -29,7 +29,7 @@ def decode_records(features: Any, records: Sequence[bytes]) -> dict[str, np.ndar
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, the names joined by "/"."""
+    """Flattens nested dicts to one, joining the names by "/"."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -37,7 +37,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _reader(feature: Any) -> Callable[[list], np.ndarray] | None:
-    """What makes a column of the protocol buffers of one feature; None where that takes TFDS's own decoder."""
+    """The function that makes a column of one feature's protocol buffers; None if it takes TFDS's own decoder."""
     from tensorflow_datasets.core import features as kinds
 
     tensor, stored = feature.get_tensor_info(), feature.get_serialized_info()
@@ -97,7 +97,7 @@ def _stack(name: str, values: list) -> np.ndarray:
 
 
 def differing_shapes(name: str) -> InputError:
-    """The error for a feature that makes no array."""
+    """The error for a feature whose rows cannot be stacked to one array."""
     return InputError(
         f"feature {name!r} has rows of different shapes; bring them to one, and give them by Arrays(load)"
     )
