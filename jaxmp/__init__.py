@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `__getattr__` reads it as text
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.augment import Augment
+    from jaxmp.data.dataset import Dataset
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment

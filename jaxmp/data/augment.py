@@ -1,6 +1,6 @@
 """Augmentation of images: pure functions of (key, image), image float32 (height, width, channels).
 
-They see normalised images, so what comes in from outside, or is cut out, is 0: the mean.
+They see normalised images, in which 0 is the mean: pixels from outside the image, and cut-out pixels, are 0.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from jaxmp.errors import InputError
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training image, in this order; what is 0 or False is not traced at all."""
+    """Random changes of a training image, applied in the order of the fields. 0 or False switches one off."""
 
     rotation: float = 0.0
-    """Rotate by up to so many degrees, either way."""
+    """Rotate by a random angle of at most this many degrees, either way."""
     scale: float = 0.0
-    """Zoom by a factor between 1 - scale and 1 + scale."""
+    """Zoom by a random factor between 1 - scale and 1 + scale."""
     crop_padding: int = 0
-    """Pad by so many pixels on each side, then crop to the old size at a random place."""
+    """Pad by this many pixels on each side, then crop to the original size at a random place."""
     flip: bool = False
-    """Mirror left and right, every other time."""
+    """Mirror left and right with probability 1/2."""
     cutout: int = 0
-    """Blank a square of so many pixels a side around a random pixel."""
+    """Set a square with sides of this many pixels to zero, around a random pixel."""
 
     def __post_init__(self):
         for name in ("rotation", "crop_padding", "cutout"):
@@ -37,7 +37,7 @@ class Augment:
             raise InputError(f"data.augment.scale is {self.scale}; expected a fraction, 0 <= scale < 1")
 
     def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
-        """`image` (height, width, channels) float32, changed as drawn from `key`. Same shape and dtype."""
+        """Changes `image`, float32 (height, width, channels), at random, by `key`. Keeps shape and dtype."""
         # A key for each, whether it is used or not: switching one on leaves the draws of the others as they were.
         to_warp, to_crop, to_flip, to_cut = jax.random.split(key, 4)
         if self.rotation or self.scale:
@@ -52,7 +52,7 @@ class Augment:
 
 
 def random_warp(key: jax.Array, image: jax.Array, rotation: float, scale: float) -> jax.Array:
-    """Rotate by up to `rotation` degrees and zoom by up to a fraction `scale`, both uniform, interpolating once."""
+    """Rotate by up to `rotation` degrees and zoom by up to a fraction `scale`, both uniform, in one interpolation."""
     to_rotate, to_scale = jax.random.split(key)
     degrees = jax.random.uniform(to_rotate, minval=-rotation, maxval=rotation)
     factor = jax.random.uniform(to_scale, minval=1 - scale, maxval=1 + scale)
@@ -85,7 +85,7 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
-    """Zero a square of side `size` around a uniformly drawn pixel, less what is outside (DeVries & Taylor 2017)."""
+    """Zero the part inside the image of a square of side `size` around a random pixel (DeVries & Taylor 2017)."""
     height, width, _ = image.shape
     to_y, to_x = jax.random.split(key)
     top = jax.random.randint(to_y, (), 0, height) - size // 2

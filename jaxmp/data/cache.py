@@ -1,7 +1,7 @@
-"""What jaxmp prepares for itself, under $XDG_CACHE_HOME/jaxmp or ~/.cache/jaxmp: datasets, and decoded splits.
+"""The cache: datasets that jaxmp prepares, and decoded splits, under $XDG_CACHE_HOME/jaxmp or ~/.cache/jaxmp.
 
 A decoded split is a folder of .npy files, memory-mapped when read, and `columns.json`, which says what they hold.
-Text is two arrays: all rows' bytes, and where each row ends.
+A column of text is stored as two arrays: the bytes of all rows, and the position at which each row ends.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ UNREADABLE = (OSError, ValueError, EOFError, LookupError)  # what json and NumPy
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/jaxmp`, else `~/.cache/jaxmp`; need not exist."""
+    """The folder `$XDG_CACHE_HOME/jaxmp`, else `~/.cache/jaxmp`. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmp"
 
 
 def prepare_once(folder: Path, build: Callable[[Path], Any], read: Callable[[Path], T]) -> T:
-    """`read(folder)`, after `build(draft)` where that folder is missing or damaged (`read` raises one of UNREADABLE).
+    """Returns `read(folder)`; first builds the folder if it is missing or damaged.
 
-    One process builds and the others wait for it. The folder appears whole or not at all, whenever a process is killed.
-    What `build` raises is raised, and OSError where the folder cannot be written.
+    One process builds and the others wait for it. The folder appears whole or not at all, even if a process is killed.
+
+    Args:
+      folder: where the result is kept.
+      build: `build(draft)` fills an empty folder, which is then renamed to `folder`.
+      read: `read(folder)` raises one of UNREADABLE if the folder is missing or damaged.
+
+    Raises:
+      OSError: the folder cannot be written. Other exceptions of `build` are passed on.
     """
     with contextlib.suppress(*UNREADABLE):
         return read(folder)
@@ -73,10 +80,10 @@ class Text:
 
 
 class CachedColumns(Columns):
-    """The memory-mapped columns of a folder. Sent to another process as the folder's name."""
+    """The columns of a folder, memory-mapped. Another process receives only the folder's name and maps them itself."""
 
     def __init__(self, folder: Path):
-        """Raises one of UNREADABLE where a file is missing, short, or not what `columns.json` says."""
+        """Raises one of UNREADABLE if a file is missing or short, or differs from what `columns.json` says."""
         self.folder = folder
         described = json.loads((folder / DESCRIPTION).read_text())
         super().__init__({name: _load(folder, name, **column) for name, column in described.items()})
@@ -86,9 +93,9 @@ class CachedColumns(Columns):
 
 
 def save_columns(folder: Path, rows: int, chunks: Iterable[dict[str, np.ndarray]]) -> None:
-    """Write `chunks` of together `rows` rows into `folder`, with a chunk (and all text) in memory at a time.
+    """Writes `chunks`, of `rows` rows in total, into `folder`. One chunk, and all text, is in memory at a time.
 
-    Written as plain files: where the disk is full that is an OSError, and through a memory map it would be a SIGBUS.
+    Raises OSError if the disk is full: the files are plain, since writing through a memory map would be a SIGBUS.
     """
     described: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[bytes]] = {}

@@ -1,7 +1,7 @@
 """Which datasets are prepared, where, and how to prepare others: what `jaxmp data list|prepare|info` shows.
 
-Looked in: the data folder, $JAXMP_DATA, else $TFDS_DATA_DIR, else ~/tensorflow_datasets, which is only read; and
-jaxmp's own, `cache_folder()`/tfds, which `prepare_dataset` writes.
+Datasets are looked for in two folders: the data folder ($JAXMP_DATA, else $TFDS_DATA_DIR, else ~/tensorflow_datasets),
+which is only read, and `cache_folder()`/tfds, which `prepare_dataset` writes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ FORMAT = "array_record"  # the one of TFDS's formats that is read at random and 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset on this machine in one version, as TFDS wrote it."""
+    """One version of a dataset on this machine, as TFDS wrote it."""
 
     name: str
-    """As `TFDS(name)` takes it, with the config where there is one: "glue/sst2"."""
+    """The name that `TFDS(name)` takes, with the config if it has one: "glue/sst2"."""
     version: str
     folder: Path
     splits: dict[str, int]
-    """Rows of each split; none for one of jaxmp's own that is yet to be prepared, on first use."""
+    """Rows of each split; empty for a dataset of jaxmp's own that is prepared on first use."""
     nbytes: int
-    """Of all splits, as they are stored."""
+    """Size of all splits as stored, in bytes."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the dataset does: a hash of its description and its files' names, sizes and times."""
+        """A hash of name, version, and the names, sizes and times of the files; it changes when the dataset does."""
         files = sorted(self.folder.iterdir())
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((self.name, self.version, stats)).encode()).hexdigest()
@@ -49,7 +49,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a prepared dataset."""
+    """What TFDS records about a prepared dataset."""
 
     dataset: Prepared
     features: dict[str, str]
@@ -57,23 +57,23 @@ class Description:
     text: str
     homepage: str
     licence: str
-    """"" where TFDS does not record it."""
+    """Empty if TFDS does not record it."""
     citation: str
 
 
 def data_folder() -> Path:
-    """$JAXMP_DATA, else $TFDS_DATA_DIR, else TFDS's default; need not exist."""
+    """The folder $JAXMP_DATA, else $TFDS_DATA_DIR, else TFDS's default. It need not exist."""
     folder = os.environ.get("JAXMP_DATA") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(folder).expanduser()
 
 
 def own_folder() -> Path:
-    """Where jaxmp prepares datasets."""
+    """The folder that jaxmp prepares datasets in."""
     return cache_folder() / "tfds"
 
 
 def list_datasets() -> list[Prepared]:
-    """The prepared datasets, each in its versions, and jaxmp's own whether prepared or not; by name, newest first."""
+    """All versions of the prepared datasets, and jaxmp's own even if unprepared; by name, newest version first."""
     found = {(entry.name, entry.version): entry for folder in (data_folder(), own_folder()) for entry in _scan(folder)}
     for name, version in builders.VERSIONS.items():
         found.setdefault((name, version), Prepared(name, version, own_folder() / name / version, {}, 0))
@@ -82,9 +82,9 @@ def list_datasets() -> list[Prepared]:
 
 
 def find_dataset(name: str, version: str | None = None) -> Prepared:
-    """The newest version of `name`, or the one asked for; one of jaxmp's own is prepared where it is not yet.
+    """The newest prepared version of `name`, or `version`. A dataset of jaxmp's own is prepared first if need be.
 
-    Raises InputError where there is none, with the places looked at and the command that prepares it.
+    Raises InputError if it is not prepared, with the folders searched and the command that prepares it.
     """
     if name in builders.VERSIONS and version in (None, builders.VERSIONS[name]):
         return _prepare_own(name)
@@ -108,9 +108,10 @@ def find_dataset(name: str, version: str | None = None) -> Prepared:
 
 
 def prepare_dataset(name: str) -> Prepared:
-    """Prepare `name` in `own_folder()` if it is not prepared yet: jaxmp's own offline, any other by TFDS's builder.
+    """Prepares `name` in `own_folder()` if it is not prepared yet: jaxmp's own offline, any other by TFDS's builder.
 
-    Raises InputError for an unknown name, and where TensorFlow, which TFDS's builders import, or the source is missing.
+    Raises InputError if TFDS does not know the name, if TensorFlow, which its builders import, is not installed, or if
+    the builder fails, for example because the source cannot be downloaded.
     """
     if name in builders.VERSIONS:
         return _prepare_own(name)
@@ -135,7 +136,7 @@ def prepare_dataset(name: str) -> Prepared:
 
 
 def describe(name: str, version: str | None = None) -> Description:
-    """What is known of dataset `name`. Raises InputError where it is not prepared."""
+    """What TFDS records about dataset `name`. Raises InputError if it is not prepared."""
     import tensorflow_datasets as tfds
 
     dataset = find_dataset(name, version)

@@ -1,50 +1,92 @@
-"""What every dataset is: named splits of rows, and how they are batched, scaled and augmented."""
+"""`Dataset`, the base of every dataset: named splits of rows, and how batches are made of them."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from jaxmp.data.augment import Augment
+import jax
+
 from jaxmp.data.source import Source
+from jaxmp.data.transforms import HostTransformed, apply_transforms
 from jaxmp.errors import InputError
 
 Split = Literal["train", "validation", "test"]
 
+Prepare = Callable[..., dict[str, Any]]
+"""`(batch, key, global_index=None) -> batch`: what is done to a batch on the device; pure, to be traced"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset(abc.ABC):
-    """Rows with a split for training, one for validation and one for testing."""
+    """Rows in three splits: train, validation and test. For data of your own, define `source`:
+
+        @dataclass(frozen=True)
+        class Mine(jaxmp.Dataset):
+            def source(self, split):
+                return Columns({"x": ..., "label": ...})    # jaxmp.data.source.Columns
+
+    Derive from `jaxmp.data.images.Images` instead if images are to be normalised and augmented.
+    """
 
     batch_size: int = 64
-    """Rows of a training batch, over all devices together."""
+    """Rows in a training batch, counted over all devices."""
     eval_batch_size: int = 512
-    """Rows of an evaluation batch, over all devices together."""
-    images: tuple[str, ...] = ("image",)
-    """Keys that hold images: scaled (uint8 / 255), normalised, and augmented while training."""
-    mean: tuple[float, ...] = (0.0,)
-    """Subtracted from scaled images: one number, or one a channel."""
-    std: tuple[float, ...] = (1.0,)
-    """Divides scaled images: one number, or one a channel."""
-    augment: Augment = Augment()
-    """Random changes of training images."""
+    """Rows in an evaluation batch, counted over all devices."""
     device_limit: int = 1024
-    """MiB up to which a split is kept on the device; a larger one is streamed."""
+    """Largest training split, in MiB, that is kept in device memory; a larger one is streamed from the host."""
     workers: int = 0
-    """Processes that read a streamed split; 0 reads in threads."""
+    """Processes that read a streamed training split; 0 reads in threads."""
+    host_transforms: tuple[Callable[..., Any], ...] = ()
+    """Functions of rows on the host, rows -> rows, applied in order: a tokenizer, for example."""
+    transforms: tuple[Callable[..., Any], ...] = ()
+    """Functions of one example on the device, (key, row) -> row, applied in order; key is None in evaluation."""
 
-    def __post_init__(self):
-        for name, alone in (("images", str), ("mean", float | int), ("std", float | int)):
-            value = getattr(self, name)
-            if isinstance(value, alone):
-                raise InputError(f"data.{name} is {value!r}; expected a tuple, ({value!r},)")
+    def __post_init__(self) -> None:
+        """Raises InputError for a size or a function that cannot be used."""
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("device_limit", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"data.{name} is {getattr(self, name)}; expected {least} or more")
-        if not all(value > 0 for value in self.std):
-            raise InputError(f"data.std is {self.std}; expected numbers above 0")
+        for name in ("host_transforms", "transforms"):
+            functions = getattr(self, name)
+            if not isinstance(functions, tuple) or not all(map(callable, functions)):
+                raise InputError(f"data.{name} is {functions!r}; expected a tuple of functions, (function,)")
 
     @abc.abstractmethod
     def source(self, split: Split) -> Source:
-        """The rows of one split. Raises InputError where it is missing or cannot be read."""
+        """The rows of one split, before any transform. Raises InputError if they are missing or cannot be read."""
+
+    def read(self, split: Split) -> Source:
+        """The rows of one split after the host transforms; training and evaluation read these.
+
+        Raises InputError if `source` returns no rows, or as `apply_host_transforms` does.
+        """
+        source = self.source(split)
+        call = f"{type(self).__name__}.source({split!r})"
+        if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+            raise InputError(
+                f"{call} returned {type(source).__name__}; expected a source of rows, such as "
+                "jaxmp.data.source.Columns({name: array})"
+            )
+        if not len(source):
+            raise InputError(f"{call} has no rows")
+        return HostTransformed(source, self.host_transforms) if self.host_transforms else source
+
+    def prepare(self, *, train: bool) -> Prepare:
+        """What is done to a batch on the device: `(batch, key, global_index=None) -> batch`, pure, to be traced.
+
+        The one place for it: a class of datasets that does more extends this method, as `Images` does. Here it is the
+        `transforms`.
+
+        `batch` is a dict of arrays of shape (rows, ...). `key` is the step's JAX key for the data; it is ignored if not
+        `train`. `global_index`, int32 (rows,), is the place of each row in the whole batch if `batch` is a part of one:
+        what is drawn for a row depends on `key` and on this place alone, and so not on the number of devices.
+        Raises InputError as `apply_transforms` does.
+        """
+
+        def apply(batch: dict[str, Any], key: Any, global_index: jax.Array | None = None) -> dict[str, Any]:
+            return apply_transforms(self.transforms, batch, key if train else None, global_index)
+
+        return apply

@@ -1,31 +1,32 @@
-"""From a source to batches: which rows a step sees, how they get to the device, and what is done to them there.
+"""From a source to batches: which rows a step sees, and how they reach the device.
 
 A step's rows are a pure function of (seed, step), whether the split is resident on the device or streamed from the
-host. A batch is a dict of arrays with a leading axis, and "weight" float32 (batch,): 1 for a row, 0 for padding.
+host. What is then done to a batch on the device is `Dataset.prepare`. A batch is a dict of arrays with a leading axis,
+and "weight" float32 (batch,): 1 for a row, 0 for padding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.data.augment import Augment
-from jaxmp.data.dataset import Dataset
-from jaxmp.data.source import Source
-from jaxmp.errors import InputError, nearest
+from jaxmp.data.dataset import Dataset, Split
+from jaxmp.data.source import Source, as_column, is_text
+from jaxmp.data.transforms import apply_host_transforms
+from jaxmp.errors import InputError
 
 READ_THREADS = 4
 READ_AHEAD = 8  # batches
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """The order in which an epoch visits the rows: a permutation, int32 (examples,), the same with every NumPy version.
+    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version.
 
     A generator's raw bits are guaranteed to stay as they are (NEP 19), and its `permutation` is not.
     """
@@ -35,14 +36,14 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batches:
-    """Where a step stands in the data. An epoch visits each row once; its last batch is padded, with weight 0."""
+    """Which rows each step sees. An epoch visits each row once; its last batch is padded with rows of weight 0."""
 
     examples: int
     """Rows of the split."""
     batch_size: int
-    """Rows of a batch, over all devices."""
+    """Rows of a batch, counted over all devices."""
     seed: int
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
     def __post_init__(self):
         if self.batch_size > self.examples:
@@ -50,11 +51,11 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches of an epoch, the padded one included."""
+        """Number of batches of an epoch, the padded one included."""
         return -(-self.examples // self.batch_size)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last filled up with the first rows."""
+        """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last is padded with the first rows."""
         order = epoch_order(self.seed, epoch, self.examples)
         return np.resize(order, (self.per_epoch, self.batch_size))
 
@@ -77,12 +78,12 @@ def _epoch_rows(batches: Batches, epoch: int) -> np.ndarray:
 
 
 def resident(source: Source) -> dict[str, np.ndarray]:
-    """All rows of `source` as arrays; what is no number, text, is left out."""
+    """All rows of `source` as arrays, without columns of text and objects."""
     return _numeric(source[np.arange(len(source))])
 
 
 def nbytes(source: Source) -> int:
-    """Bytes of what `resident` would return, from one row."""
+    """The size in bytes of what `resident` would return, computed from one row."""
     return sum(column.nbytes for column in _numeric(source[np.arange(1)]).values()) * len(source)
 
 
@@ -95,10 +96,20 @@ def stream(
     global_index: np.ndarray | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of steps `first_step` to `last_step - 1`, read ahead by Grain in threads, or in `workers` processes.
+    """Yields the batches of steps `first_step` to `last_step - 1`, which Grain reads ahead.
 
-    Of each batch only the rows at `global_index`, (rows,), are read, in that order; all by default. Starting at any
-    step gives the batches that reaching it gives. Left early, it stops what reads ahead when closed.
+    A step's batch is the same whichever step the stream starts at. Closing the generator stops the reading ahead.
+
+    Args:
+      source: the training rows.
+      batches: which rows each step sees.
+      first_step: the first step, from 0.
+      last_step: the step before which the stream ends.
+      global_index: int (rows,), the places in each batch that are read, in that order; all by default.
+      workers: processes that read; 0 reads in threads.
+
+    Raises:
+      InputError: whatever `source` raises as an InputError, in another process too.
     """
     import grain
 
@@ -109,12 +120,22 @@ def stream(
         from absl import flags
 
         flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, and nobody here parses any
+        _send_configs_by_value()
         loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     iterator = iter(loader)
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _send_configs_by_value() -> None:
+    """Lets other processes run the code of a config file, which they cannot import: it is sent along with the data."""
+    import cloudpickle  # which Grain sends data by
+
+    for module in list(sys.modules.values()):
+        if "__source__" in vars(module):  # as `ConfigFile` leaves it in the modules that it makes
+            cloudpickle.register_pickle_by_value(module)
 
 
 def _read(source: Source, batches: Batches, global_index: np.ndarray | None, step: int) -> dict[str, np.ndarray]:
@@ -127,9 +148,9 @@ def _read(source: Source, batches: Batches, global_index: np.ndarray | None, ste
 def evaluation_batches(
     source: Source, batch_size: int, global_index: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """All rows once, in order, in batches of one size; the last is filled up with rows of weight 0.
+    """Yields all rows once, in order, in batches of one size; the last is filled up with rows of weight 0.
 
-    Of each batch only the rows at `global_index`, (rows,), are read; all by default.
+    Of each batch only the rows at `global_index`, int (rows,), are read; all by default.
     """
     examples = len(source)
     global_index = np.arange(batch_size) if global_index is None else global_index
@@ -138,44 +159,65 @@ def evaluation_batches(
         yield _numeric(source[rows % examples]) | {"weight": (rows < examples).astype(np.float32)}
 
 
+def check_splits(dataset: Dataset, train: Source, others: Mapping[Split, Source], columns: Sequence[str]) -> None:
+    """Raises InputError if one of `columns` has another dtype or shape in another split than in the train split.
+
+    Compared before and after `dataset.prepare`, which is traced for evaluation, where transforms get no key.
+
+    Args:
+      dataset: how batches are prepared.
+      train: the training rows.
+      others: the rows of other splits, by the split's name.
+      columns: the columns that the task asks for; prepared training batches have them.
+    """
+    raw, prepared = train[np.arange(1)], batch_shapes(dataset, train, 1, train=True)
+    for split, source in others.items():
+        _check_columns(split, source[np.arange(1)], raw, columns)
+        _check_columns(split, batch_shapes(dataset, source, 1, train=False), prepared, columns)
+
+
+def _check_columns(split: str, found: Mapping[str, Any], train: Mapping[str, Any], columns: Sequence[str]) -> None:
+    def layout(batch: Mapping[str, Any], name: str) -> str:
+        return f"{batch[name].dtype}{list(batch[name].shape[1:])}" if name in batch else "nothing"
+
+    for name in columns:
+        if name in train and layout(found, name) != layout(train, name):
+            raise InputError(
+                f"{name!r} of the {split} split is {layout(found, name)}; expected {layout(train, name)}, as in the "
+                "train split"
+            )
+
+
+def batch_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of rows as `dataset.source` gives them: after the host transforms, each with weight 1, not yet prepared.
+
+    Args:
+      dataset: whose host transforms are applied.
+      rows: arrays of shape (n, ...); a column "weight" that is left after the host transforms is ignored.
+    """
+    columns = {name: column if hasattr(column, "dtype") else as_column(name, column) for name, column in rows.items()}
+    columns = apply_host_transforms(dataset.host_transforms, columns)
+    columns.pop("weight", None)
+    return _numeric(columns) | {"weight": np.ones(len(next(iter(columns.values()))), np.float32)}
+
+
+def batch_shapes(dataset: Dataset, source: Source, size: int, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a prepared batch of `size` rows of `source`, traced and not computed.
+
+    Raises InputError if a transform fails while it is traced.
+    """
+    row = _numeric(source[np.arange(1)]) | {"weight": np.ones(1, np.float32)}
+    raw = {
+        name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
+        for name, column in row.items()
+    }
+    return jax.eval_shape(dataset.prepare(train=train), raw, jax.random.key(0))
+
+
 def _numeric(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "weight" in batch:
-        raise InputError("the data has a column 'weight', which is what a batch calls 1 for a row and 0 for padding")
-    return {name: column for name, column in batch.items() if column.dtype.kind not in "OSU"}
-
-
-def prepare(dataset: Dataset, *, train: bool) -> Callable[..., dict[str, Any]]:
-    """What is done to a batch on the device: `(batch, key, places=None) -> batch`, pure, to be traced.
-
-    Each of `dataset.images`, (batch, height, width, channels), becomes float32: uint8 / 255, minus the mean, over the
-    standard deviation, and, to train, augmented. All else is left as it is. Where `batch` is a part of a batch,
-    `global_index`, int32 (rows,), are those of its rows in the whole: a row's draw comes from `key` and its place in
-    the whole batch, and so does not depend on the number of devices. The images of one row are changed alike.
-    Raises InputError where a key is missing or is no image.
-    """
-    augment = dataset.augment if train else Augment()
-
-    def apply(batch: dict[str, Any], key: jax.Array, global_index: jax.Array | None = None) -> dict[str, Any]:
-        images = {name: _normalise(dataset, name, batch) for name in dataset.images}
-        if images and augment != Augment():
-            if global_index is None:
-                global_index = jnp.arange(len(next(iter(images.values()))))
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
-            images = {name: jax.vmap(augment)(keys, image) for name, image in images.items()}
-        return {**batch, **images}
-
-    return apply
-
-
-def _normalise(dataset: Dataset, name: str, batch: dict[str, Any]) -> jax.Array:
-    if name not in batch:
-        raise InputError(f"data.images names {name!r}; the data has {', '.join(batch)}{nearest(name, batch)}")
-    image = batch[name]
-    channels = image.shape[-1] if image.ndim == 4 else None
-    if channels is None or {len(dataset.mean), len(dataset.std)} - {1, channels}:
         raise InputError(
-            f"data.images names {name!r}, of shape {image.shape}; expected (batch, height, width, channels), with "
-            f"data.mean {dataset.mean} and data.std {dataset.std} one number, or one a channel"
+            "the data has a column 'weight'; a batch has its own under that name, 1 for a row and 0 for padding: "
+            "rename the column, in a host transform for example"
         )
-    scale = 255.0 if image.dtype == jnp.uint8 else 1.0
-    return (image.astype(jnp.float32) / scale - jnp.float32(dataset.mean)) / jnp.float32(dataset.std)
+    return {name: column for name, column in batch.items() if not is_text(column)}

@@ -1,4 +1,4 @@
-"""Any prepared TFDS dataset, without TensorFlow: read from array_record, decoded once, then memory-mapped."""
+"""`TFDS`, any dataset that TFDS has prepared: read without TensorFlow, decoded once, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import numpy as np
 from jaxmp.data import catalog
 from jaxmp.data.cache import UNREADABLE, CachedColumns, cache_folder, prepare_once, save_columns
 from jaxmp.data.catalog import Prepared
-from jaxmp.data.dataset import Dataset, Split
+from jaxmp.data.dataset import Split
+from jaxmp.data.images import Images
 from jaxmp.data.records import decode_records, differing_shapes, flatten
 from jaxmp.data.source import Columns
 from jaxmp.errors import InputError, nearest
@@ -25,25 +26,25 @@ CHUNK_BYTES = 2**27  # of decoded images in memory at a time
 
 
 @dataclass(frozen=True)
-class TFDS(Dataset):
-    """A prepared TFDS dataset: `jaxmp data list` shows which there are."""
+class TFDS(Images):
+    """A dataset that TFDS has prepared. `jaxmp data list` shows those on this machine."""
 
     name: str = "digits"
-    """Name of the dataset, with its config where it has one: "mnist", "glue/sst2"."""
+    """Name of a prepared dataset, with its config if it has one: "mnist", "glue/sst2". See `jaxmp data list`."""
     train: str = "train"
     """Rows to train on, in TFDS's split syntax: "train[:55000]", "train[80%:]", "train+test"."""
     validation: str = "validation"
-    """Rows to validate on."""
+    """Rows to validate on, in the same syntax."""
     test: str = "test"
-    """Rows to test on."""
+    """Rows to test on, in the same syntax."""
     version: str | None = None
-    """Version of the dataset; the newest prepared one unless given."""
+    """Version of the dataset, such as "3.0.1"; by default the newest that is prepared."""
 
     def source(self, split: Split) -> Columns:
-        """The rows of one split: numbers and images of one shape as arrays, text as object arrays of bytes.
+        """The rows of one split: numbers and images as arrays, text as object arrays of bytes.
 
-        Decoded on first use into `cache_folder()`/decoded, or, where that cannot be written, each time into memory.
-        Raises InputError where the dataset or the split is missing, or a file of it is damaged.
+        Decodes them on first use into `cache_folder()`/decoded, or into memory each time if that cannot be written.
+        Raises InputError if the dataset or the split is missing, a file is damaged, or images differ in shape.
         """
         dataset = catalog.find_dataset(self.name, self.version)
         spec = {"train": self.train, "validation": self.validation, "test": self.test}[split]
@@ -69,7 +70,7 @@ def _cache(dataset: Prepared, spec: str) -> Path:
 
 
 def _open(dataset: Prepared, spec: str) -> tuple[Any, list[Any]]:
-    """TFDS's features, and its instructions which rows of which files make up the split `spec`."""
+    """TFDS's features, and its instructions: which rows of which files make up the split `spec`."""
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(dataset.folder).info
@@ -105,7 +106,7 @@ def _splits(dataset: Prepared) -> str:
 
 
 def _chunks(dataset: Prepared, features: Any, files: list[Any]) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of a split's files, some rows at a time. Raises InputError for a file that cannot be read."""
+    """Yields the columns of a split's files, some rows at a time. Raises InputError if a file cannot be read."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     shapes = [tensor.shape for tensor in flatten(features.get_tensor_info()).values()]
@@ -125,7 +126,7 @@ def _chunks(dataset: Prepared, features: Any, files: list[Any]) -> Iterator[dict
                     yield columns
         except InputError as error:
             raise InputError(f"{dataset.name} {dataset.version}: {error}") from error
-        except Exception as error:  # array_record, protobuf, zlib and Pillow each have their own for a damaged file
+        except Exception as error:  # array_record, protobuf and Pillow each have their own for a damaged file
             raise InputError(
                 f"data file {file.filename} is damaged or missing ({error}); copy it again, or delete "
                 f"{dataset.folder} and run `jaxmp data prepare {dataset.name}`"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
 from jaxmp.errors import InputError
 from jaxmp.experiment.canonical import canonical
@@ -33,7 +34,7 @@ class Experiment:
     model: Any
     """Flax Linen module to train."""
     data: Any = TFDS()
-    """Dataset (TFDS or Arrays), with its batch size, normalisation and augmentation."""
+    """Dataset: TFDS, Arrays or your own, with its batch size and how its rows are prepared."""
     task: Any = Classification()
     """How a batch is fed to the model, and how its outputs become a loss and metrics."""
     optimizer: Any = Adam()
@@ -60,7 +61,7 @@ class Experiment:
         of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
         in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
         self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
-        self._require("data", _has(self.data, "source"), "TFDS(name=...), Arrays(load), or a Dataset of your own")
+        self._require("data", isinstance(self.data, Dataset), "TFDS(name=...), Arrays(load), or a Dataset of your own")
         self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
         self._require("optimizer", _has(self.optimizer, "make"), f"Adam(1e-3) or another of jaxmp's, {of_ones_own}")
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")

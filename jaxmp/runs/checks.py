@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from jaxmp.data.dataset import Split
-from jaxmp.errors import InputError
+from jaxmp.data.pipeline import check_splits
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
 
@@ -24,16 +22,8 @@ def check(trainer: Trainer) -> None:
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
-    train = trainer.source()[np.arange(1)]
-    for split in OTHERS:
-        row = trainer.source(split)[np.arange(1)]
-        for name in trainer.columns:
-            expected = f"{train[name].dtype}{list(train[name].shape[1:])}"
-            found = f"{row[name].dtype}{list(row[name].shape[1:])}" if name in row else "nothing"
-            if found != expected:
-                raise InputError(
-                    f"{name!r} of the {split} split is {found}; expected {expected}, as in the train split"
-                )
+    others = {split: trainer.source(split) for split in OTHERS}
+    check_splits(experiment.data, trainer.source(), others, trainer.columns)
     check_targets(trainer, "train", *OTHERS)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import prepare
+from jaxmp.data.pipeline import batch_of
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -200,13 +200,11 @@ class Run:
 
         Args:
           batch: rows as the data has them (`run.experiment.data.source("test")[indices]`), at least the task's inputs;
-            they are scaled and normalised as in training, and not augmented.
+            they go through the data's host transforms and are prepared as in evaluation.
           state: whose weights; `run.state("best")`, say. By default those of the last checkpoint, read once.
         """
         state = self._last_state if state is None else state
-        inputs = {
-            name: jnp.asarray(batch[name]) for name in (*self.experiment.task.inputs, *self.experiment.data.images)
-        }
+        inputs = {name: jnp.asarray(column) for name, column in batch_of(self.experiment.data, batch).items()}
         return self._outputs(state.params if state.ema is None else state.ema, state.model_state, inputs)
 
     @functools.cached_property
@@ -214,7 +212,7 @@ class Run:
         experiment = self.experiment
         apply = with_policy(experiment.model.apply, experiment.policy)
         mode = mode_argument(experiment.model, False)
-        prepared = prepare(experiment.data, train=False)
+        prepared = experiment.data.prepare(train=False)
 
         @jax.jit
         def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> Any:

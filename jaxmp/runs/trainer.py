@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import Batches, nbytes, prepare
+from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
 from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
@@ -46,9 +46,9 @@ class Trainer:
     # Data.
 
     def source(self, split: Split = "train") -> Source:
-        """The rows of a split, opened once."""
+        """The rows of a split after the host transforms, opened once."""
         if split not in self._sources:
-            self._sources[split] = self.experiment.data.source(split)
+            self._sources[split] = self.experiment.data.read(split)
         return self._sources[split]
 
     @functools.cached_property
@@ -70,17 +70,11 @@ class Trainer:
         Raises:
           InputError: the task names a column that the data does not have, or one that holds no numbers.
         """
-        size = self.batches.batch_size
-        row = {**self.source()[np.arange(1)], "weight": np.ones(1, np.float32)}
-        raw = {
-            name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
-            for name, column in row.items()
-            if column.dtype.kind not in "OSU"
-        }
+        spec = batch_shapes(self.experiment.data, self.source(), self.batches.batch_size, train=True)
         for name in self.columns:
-            if name not in raw:
-                raise InputError(self._no_numbers(name, row.get(name), sorted(raw)))
-        return jax.eval_shape(prepare(self.experiment.data, train=True), raw, jax.random.key(0))
+            if name not in spec:
+                raise InputError(self._no_numbers(name, self.source()[np.arange(1)].get(name), sorted(spec)))
+        return spec
 
     @property
     def columns(self) -> list[str]:
@@ -94,7 +88,10 @@ class Trainer:
             return f"task.{field} names {name!r}; the data has {', '.join(columns)}{nearest(name, columns)}"
         first = column.ravel().tolist()[0]
         holds = "strings" if isinstance(first, str | bytes) else "objects that are no numbers"
-        return f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}"
+        return (
+            f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}, which a host "
+            "transform can make of it (data.host_transforms)"
+        )
 
     # Model, optimizer and step.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.data.dataset import Dataset
-from jaxmp.data.pipeline import evaluation_batches, prepare
+from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.data.source import Source
 from jaxmp.training.batch import Batch, LossFn
 from jaxmp.training.metrics import Mean, Metrics, merge
@@ -42,7 +42,7 @@ class Evaluation:
     def __init__(self, loss_fn: LossFn, data: Dataset, devices: Devices, no_metrics: Metrics):
         self._devices, self._no_metrics = devices, no_metrics
         self._batch_size = -(-data.eval_batch_size // devices.count) * devices.count
-        step, prepared = make_eval_step(loss_fn), prepare(data, train=False)
+        step, prepared = make_eval_step(loss_fn), data.prepare(train=False)
 
         @jax.jit
         def add(params: Any, model_state: Any, metrics: Metrics, batch: Any) -> Metrics:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Dataset
-from jaxmp.data.pipeline import Batches, prepare, resident, stream
+from jaxmp.data.pipeline import Batches, resident, stream
 from jaxmp.data.source import Source
 from jaxmp.scaling.transform import last_step_finite
 from jaxmp.training.metrics import Mean, Metrics, merge
@@ -181,8 +181,8 @@ def should_fuse_steps(loss: Any) -> bool:
 
 
 def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax.Array]]:
-    """Returns a function `(raw batch, step, global_index=None) -> batch`: scales, normalises and augments the rows."""
-    apply = prepare(data, train=True)
+    """Returns a function `(raw batch, step, global_index=None) -> batch`: `data.prepare` with the key of that step."""
+    apply = data.prepare(train=True)
 
     def prepared(raw: dict[str, jax.Array], step: Any, global_index: Any = None) -> dict[str, jax.Array]:
         # Another stream of keys than the model's.

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from jaxmp.data.arrays import Arrays
-from jaxmp.data.augment import Augment
-from jaxmp.data.pipeline import Batches, epoch_order, evaluation_batches, nbytes, prepare, resident, stream
+from jaxmp.data.pipeline import Batches, epoch_order, evaluation_batches, nbytes, resident, stream
 from jaxmp.errors import InputError
 
 BATCHES = Batches(examples=23, batch_size=5, seed=3)
-KEY = jax.random.key(0)
 
 
 def load(split):
@@ -135,66 +133,3 @@ def test_a_column_named_weight_is_bad_input():
     source = Arrays(lambda split: {"weight": np.ones(3)}).source("train")
     with pytest.raises(InputError, match="column 'weight'"):
         resident(source)
-
-
-def batch_of(rows):
-    return {name: jnp.asarray(column[rows]) for name, column in resident(SOURCE).items()}
-
-
-def test_images_are_scaled_and_normalised_and_all_else_is_left():
-    data = Arrays(load, mean=(0.5, 0.4, 0.3), std=(0.2,))
-    batch = batch_of(np.arange(4))
-    ready = jax.jit(prepare(data, train=False))(batch, KEY)
-    assert ready["image"].dtype == jnp.float32
-    expected = (np.asarray(batch["image"]) / 255 - np.array([0.5, 0.4, 0.3])) / 0.2
-    np.testing.assert_allclose(ready["image"], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(ready["label"], batch["label"])
-    assert ready["label"].dtype == batch["label"].dtype
-
-
-def test_images_that_are_no_bytes_are_not_divided():
-    images = jnp.linspace(0, 2, 36, dtype=jnp.float16).reshape(1, 6, 6, 1)
-    ready = prepare(Arrays(load), train=True)({"image": images}, KEY)["image"]
-    assert ready.dtype == jnp.float32
-    np.testing.assert_array_equal(ready, images.astype(jnp.float32))
-
-
-AUGMENTED = Arrays(load, augment=Augment(rotation=20.0, scale=0.1, crop_padding=2, flip=True, cutout=2))
-
-
-def test_only_training_augments():
-    batch = batch_of(np.arange(8))
-    plain = jax.jit(prepare(Arrays(load), train=True))(batch, KEY)["image"]
-    np.testing.assert_array_equal(jax.jit(prepare(AUGMENTED, train=False))(batch, KEY)["image"], plain)
-    assert not np.array_equal(jax.jit(prepare(AUGMENTED, train=True))(batch, KEY)["image"], plain)
-
-
-def test_augmentation_draws_by_row_and_not_by_device():
-    batch = batch_of(np.arange(8))
-    ready = jax.jit(prepare(AUGMENTED, train=True))
-    whole = ready(batch, KEY)["image"]
-    for first in (0, 4):
-        part = jax.tree.map(lambda column, first=first: column[first : first + 4], batch)
-        np.testing.assert_array_equal(ready(part, KEY, first + jnp.arange(4))["image"], whole[first : first + 4])
-    alike = ready(batch_of(np.zeros(8, int)), KEY)["image"]
-    assert len({row.tobytes() for row in np.asarray(alike)}) == 8
-
-
-def test_the_images_of_one_row_are_changed_alike():
-    data = Arrays(load, images=("image", "other"), augment=AUGMENTED.augment)
-    batch = batch_of(np.arange(4))
-    ready = jax.jit(prepare(data, train=True))(batch | {"other": batch["image"]}, KEY)
-    np.testing.assert_array_equal(ready["image"], ready["other"])
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"images": ("imgae",)}, r"data.images names 'imgae'; the data has .*did you mean 'image'"),
-        ({"images": ("label",)}, r"data.images names 'label', of shape \(4,\); expected \(batch, height"),
-        ({"mean": (0.1, 0.2)}, r"data.mean \(0.1, 0.2\)"),
-    ],
-)
-def test_images_that_are_none_are_bad_input(settings, message):
-    with pytest.raises(InputError, match=message):
-        prepare(Arrays(load, **settings), train=True)(batch_of(np.arange(4)), KEY)

@@ -38,7 +38,7 @@ import jax
 import numpy as np
 
 from jaxmp import Adam, Augment, CosineDecay, Experiment, Loop
-from jaxmp.data.dataset import Dataset
+from jaxmp.data.images import Images
 from jaxmp.data.source import Columns
 
 
@@ -58,7 +58,7 @@ class Noted(Columns):
 
 
 @dataclass(frozen=True)
-class Noise(Dataset):
+class Noise(Images):
     def source(self, split):
         rng = np.random.default_rng(len(split))
         columns = {"image": rng.integers(0, 256, (100, 8, 8, 1)).astype(np.uint8), "label": rng.integers(0, 2, 100)}

@@ -102,6 +102,7 @@ OTHERS = {
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
     "data.version": "1.0.0",
+    "data.images": None,  # a tuple, where it is set
 }
 
 

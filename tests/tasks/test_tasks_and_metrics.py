@@ -131,7 +131,8 @@ def labelled(label, **fields):
     ],
 )
 def test_labels_that_are_no_numbers_are_refused_as_what_they_are(label, holds):
-    with pytest.raises(InputError, match=f"^task.target names 'label', which holds {holds}; expected whole numbers$"):
+    expected = r"expected whole numbers, which a host transform can make of it \(data.host_transforms\)"
+    with pytest.raises(InputError, match=f"^task.target names 'label', which holds {holds}; {expected}$"):
         _ = labelled(label).batch_spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -33,6 +34,7 @@ from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.runs.fit import steps
+from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import DynamicScaler
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.classification import Classification
@@ -247,6 +249,43 @@ def a_whole_run_with_augmentation_is_the_same_in_both_modes():
         np.testing.assert_array_equal(a, b)
 
 
+def words(rows):
+    letters = [[ord(letter) - ord("a") for letter in text] for text in rows["text"]]
+    return {**rows, "x": np.array(letters, np.float32)}
+
+
+def noisy(key, row):
+    return row if key is None else {**row, "x": row["x"] + 9 * jax.random.normal(key, row["x"].shape)}
+
+
+def transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight():
+    rng = np.random.default_rng(0)
+    columns = {"text": ["".join(row) for row in rng.choice(list("abcd"), (40, 5))], "label": rng.integers(0, 2, 40)}
+    data = Arrays(lambda split: columns, batch_size=16, host_transforms=(words,), transforms=(noisy,))
+    runs = []
+    for count, mode, limit in ((1, "jit", 1), (8, "jit", 1), (8, "jit", 0), (8, "pmap", 1), (8, "pmap", 0)):
+        experiment = Experiment(
+            model=MLP(),
+            data=dataclasses.replace(data, device_limit=limit),
+            task=Classification(inputs=("x",)),
+            precision="float32",
+            parallel=Parallel(mode),
+            loop=Loop(steps=5),
+        )
+        trainer = Trainer(
+            experiment, mesh=jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
+        )
+        devices, feed = trainer.devices, trainer.feed(fuse=False)
+        state, metrics = devices.put_state(trainer.init()), devices.put(trainer.no_metrics)
+        for first, steps_ in ((0, 3), (3, 2)):  # an epoch has three batches, the last with padding
+            state, metrics = feed.run(state, metrics, first, steps_)
+        feed.close()
+        runs.append([*numbers(devices.get(state).params), compute(devices.get(metrics))["loss"]])
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
 def one_collective_carries_the_gradient_in_the_reduce_dtype():
     devices, tx = Parallel("jit").make(16), loss_scaling(optax.sgd(0.1))
     params, _ = jax.eval_shape(lambda k: init_model(MLP(), Classification(), batch(), k), jax.random.key(0))
@@ -317,6 +356,7 @@ SLOW = [
     every_replica_ends_with_the_same_bits,
     every_replica_draws_noise_of_its_own,
     a_whole_run_with_augmentation_is_the_same_in_both_modes,
+    transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight,
     an_inf_on_one_replica_skips_the_step_on_all_b14,
     half_reductions_train_as_well,
 ]

@@ -6,8 +6,9 @@ import contextlib
 import io
 from pathlib import Path
 
-VERSIONS = {"digits": "1.0.0"}
-"""The current version of each, by name."""
+from jaxmp.data.builders.versions import VERSIONS
+
+__all__ = ["VERSIONS", "prepare"]
 
 
 def prepare(name: str, folder: Path) -> None:

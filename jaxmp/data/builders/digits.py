@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxmp.data.builders import VERSIONS
+from jaxmp.data.builders.versions import VERSIONS
 
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 SPLIT_SEED = 0
