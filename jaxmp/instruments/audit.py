@@ -22,16 +22,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from jaxmp.errors import InputError
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
-from jaxmp.jaxprs import bare, functions, module_path, scan_counts, scopes, source_line
+from jaxmp.jaxprs import (
+    COLLECTIVE_SUMS,
+    SAME_VALUES,
+    Place,
+    bare,
+    interpret,
+    module_path,
+    scan_counts,
+    source_line,
+    tracing,
+)
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
-from jaxmp.trees import FLOAT32, HALF
+from jaxmp.text_table import table
+from jaxmp.trees import FLOAT32, HALF, is_floating, path_name, same_structure
 
 if TYPE_CHECKING:
     from jaxmp.modules.linen import Row
@@ -39,14 +49,9 @@ if TYPE_CHECKING:
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
 
-_TRANSPARENT = {
-    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "slice"),
-    *("dynamic_slice", "rev", "expand_dims", "optimization_barrier", "sharding_constraint", "reduce_precision"),
-    *("stop_gradient", "name", "pvary", "concatenate"),
-}
-"""Operations whose result holds the values of their operand."""
+_TRANSPARENT = SAME_VALUES | {"slice", "dynamic_slice", "rev", "concatenate"}
+"""Operations whose result holds values of their operands, and nothing else."""
 
-_COLLECTIVE_SUMS = {"psum", "psum2", "psum_invariant", "reduce_scatter", "psum_scatter"}
 _CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions", "reduce": "dimensions"}
 _SCATTERS = {"scatter-add", "scatter_add", "select_and_scatter_add"}
 _CALLBACKS = {
@@ -209,9 +214,8 @@ class Audit:
     def _lines(self) -> Iterator[str]:
         flops = self.dot_flops_by_dtype
         yield "FLOPs of dots and convolutions"
-        yield from (f"  {dtype:<14}{n:>20,}{n / sum(flops.values()):>9.2%}" for dtype, n in flops.items())
-        if not flops:
-            yield "  none"
+        rows = [(dtype, f"{n:,}", f"{n / sum(flops.values()):.2%}") for dtype, n in flops.items()]
+        yield table(rows, right=[1, 2], widths=(14, 18, 7), indent=2) if rows else "  none"
         changes: collections.Counter[tuple[str, str]] = collections.Counter()
         elements: collections.Counter[tuple[str, str]] = collections.Counter()
         for cast in self.casts:
@@ -281,16 +285,10 @@ def audit(
     if target is not None:
         target = Target.parse(target) if isinstance(target, str) else target
         args, kwargs = target.place((args, kwargs))
-    try:
+    name, expected = getattr(fn, "__name__", type(fn).__name__), "a function of arrays or jax.ShapeDtypeStruct"
+    with tracing(f"audit: {name} does not trace", f"{expected}, as jax.jit takes it"):
         jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
         traced = jitted.trace(*args, **kwargs)
-    except Exception as error:
-        name = getattr(fn, "__name__", type(fn).__name__)
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"audit: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a function "
-            "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
-        ) from error
     jaxpr = bare(traced.jaxpr)
     # What nothing depends on is in the jaxpr and not in the lowered program, such as the last product of a forward pass
     # of which the gradient alone is wanted.
@@ -348,12 +346,10 @@ _NOTHING = _Facts()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a nested function stands."""
+class _Place(Place):
+    """Where an equation stands, and how many times a call runs it."""
 
-    names: str = ""
     times: int = 1
-    source: str = ""
 
 
 class _Walk:
@@ -369,24 +365,19 @@ class _Walk:
 
     def function(self, jaxpr: Any, given: Sequence[_Facts], place: _Place) -> list[_Facts]:
         """What is known of the results of `jaxpr`, for arguments of which `given` is known."""
-        env: dict[Any, _Facts] = dict(zip(jaxpr.invars, given, strict=True))
-        env |= {v: _Facts(weight=True) for v in jaxpr.constvars}
+        constants = [_Facts(weight=True)] * len(jaxpr.constvars)
 
-        def read(v: Any) -> _Facts:
-            return _NOTHING if isinstance(v, Literal) else env[v]
+        def equation(eqn: Any, operands: list[_Facts]) -> list[_Facts]:
+            return self._equation(eqn, operands, place.at(eqn))
 
-        for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars], place), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return interpret(jaxpr, [*constants, *given], equation, lambda _: _NOTHING)
 
     def _equation(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
-        names = scopes(eqn, place.names)
-        place = dataclasses.replace(place, names=names, source=source_line(eqn) or place.source)
-        self.differentiated |= "transpose(" in names
+        self.differentiated |= "transpose(" in place.names
         name = eqn.primitive.name
         if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
             self.notes.add(f"what is inside of {name} is not counted")
-        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(functions(eqn))):
+        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(jaxprs_in_params(eqn.params))):
             return self._nested(eqn, inner, given, place)
         self._count(eqn, place)
         self._find(eqn, given, place)
@@ -448,14 +439,9 @@ class _Walk:
             aval = invars[i].aval
             if aval.dtype in HALF:
                 eqn = next(e for e in jaxpr.eqns if e.outvars[0] in _sources(jaxpr, jaxpr.outvars[i]))
-                names = scopes(eqn, place.names)
                 turns = f" {length}" if length else ""
-                self._found(
-                    "half accumulation",
-                    f"a loop carries a sum over its{turns} turns in {aval.dtype.name}",
-                    aval.dtype,
-                    dataclasses.replace(place, names=names, source=source_line(eqn) or place.source),
-                )
+                what = f"a loop carries a sum over its{turns} turns in {aval.dtype.name}"
+                self._found("half accumulation", what, aval.dtype, place.at(eqn))
         return adding
 
     def _cond(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
@@ -489,17 +475,17 @@ class _Walk:
         self.findings.append(_finding(rule, what, dtype, place))
 
     def _count(self, eqn: Any, place: _Place) -> None:
-        name, path = eqn.primitive.name, module_path(place.names)
+        name, path = eqn.primitive.name, place.module
         if name in _FLOPS:
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
             self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
         elif name == "ragged_dot_general":
             self.notes.add("ragged dots are not counted")
         elif name == "convert_element_type":
-            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-            if before != after and _is_float(before) and _is_float(after):
-                size = eqn.outvars[0].aval.size
-                self.casts.append(Cast(before.name, after.name, size, path, place.source, place.times))
+            before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+            if before.dtype != after.dtype and is_floating(before) and is_floating(after):
+                cast = Cast(before.dtype.name, after.dtype.name, after.size, path, place.source, place.times)
+                self.casts.append(cast)
 
     def _find(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
         name = eqn.primitive.name
@@ -516,7 +502,7 @@ class _Walk:
             and not out.shape
         ):
             self._found("half loss", f"a loss in {out.dtype.name}", out.dtype, place)
-        if name in _COLLECTIVE_SUMS:
+        if name in COLLECTIVE_SUMS:
             for dtype in {v.aval.dtype for v in eqn.invars if _half(v.aval)}:
                 self._found("half collective", f"{name} over devices in {dtype.name}", dtype, place)
         self._find_uses(eqn, given)
@@ -560,7 +546,7 @@ class _Walk:
             first = given[0] if given else _NOTHING
             mask = first.mask or bool(eqn.invars and eqn.invars[0].aval.dtype == np.bool_)
             return dataclasses.replace(first, **{"gradient": first.gradient, **shared, "mask": mask})
-        if name in _COLLECTIVE_SUMS:
+        if name in COLLECTIVE_SUMS:
             return _Facts(**{"gradient": any(facts.gradient for facts in given), **shared})
         if name == "add_any":
             return _Facts(product=any(facts.product for facts in given), **shared)
@@ -604,7 +590,7 @@ def _decides(eqn: Any, given: list[_Facts]) -> bool:
     if name == "is_finite":
         return True
     logical = ("and", "or", "not", "reduce_and", "reduce_or", "reduce_min", "reduce_max", "eq", "ne", "lt", "select_n")
-    kept = name in logical or name in _TRANSPARENT or name in _COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
+    kept = name in logical or name in _TRANSPARENT or name in COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
     return kept and any(facts.flag for facts in given)
 
 
@@ -675,7 +661,7 @@ def _sources(jaxpr: Any, v: Any) -> set[Any]:
 
 def _only_added_to(jaxpr: Any, before: Any, after: Any) -> bool:
     """Whether a carry goes into one addition, casts aside, which gives the next carry, and into nothing else."""
-    if isinstance(after, Literal) or not _is_float(getattr(before.aval, "dtype", np.dtype(int))):
+    if isinstance(after, Literal) or not is_floating(before.aval):
         return False
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
     addition = next((made[v] for v in _sources(jaxpr, after) if v in made and _adds(made[v])), None)
@@ -725,7 +711,7 @@ def _of_state(traced: Any, jaxpr: Any, out: list[_Facts], *, jitted: bool) -> It
             what = f"goes in as {_typed(old)} and comes out as {_typed(new)}: the next call compiles again"
             yield Finding("compiles twice", what, path, "", new.dtype.name, 1)
         changed = jaxpr.outvars[after] is not jaxpr.invars[before]
-        if guards and changed and not out[after].guarded and _is_float(new.dtype):
+        if guards and changed and not out[after].guarded and is_floating(new):
             what = "is replaced whether gradients are finite or not, unlike the rest of the state"
             yield Finding("unguarded state", what, path, "", new.dtype.name, 1)
         if jitted and changed and not donated[before]:
@@ -742,7 +728,7 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
     structure and shapes, and of which some leaf is added to, selected, or handed on. Gradients look the same otherwise.
     """
     (given, _), results = _trees(traced)
-    whole = bool(given) and _same_structure(given[0], results)
+    whole = bool(given) and same_structure(given[0], results)
     outs = [results] if whole or type(results) not in (tuple, list) else results
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     before = after = 0
@@ -750,7 +736,7 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
         size = len(jax.tree.leaves(old))
         if i < len(outs):
             pairs = [(before + n, after + n) for n in range(size)]
-            if size and _same_structure(old, outs[i]):
+            if size and same_structure(old, outs[i]):
                 variables = [(jaxpr.invars[a], jaxpr.outvars[b]) for a, b in pairs]
                 single = size > 1 or getattr(variables[0][0].aval, "weak_type", False)
                 same = all(a.aval.shape == b.aval.shape for a, b in variables)
@@ -758,11 +744,6 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
                     yield from pairs
             after += len(jax.tree.leaves(outs[i]))
         before += size
-
-
-def _same_structure(a: Any, b: Any) -> bool:
-    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
-    return structures[0] == structures[1]
 
 
 def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
@@ -777,7 +758,7 @@ def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
     if after not in made:
         return False
     eqn = made[after]
-    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in functions(eqn))
+    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in jaxprs_in_params(eqn.params))
     return updates and any(v is before for v in eqn.invars)
 
 
@@ -786,14 +767,7 @@ def _paths(kind: str, tree: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # Arguments are a pair: by place and by name.
     skip = 1 if kind == "argument" else 0
-    return [" ".join(filter(None, (kind, "/".join(_key(key) for key in path[skip:])))) for path, _ in leaves]
-
-
-def _key(key: Any) -> str:
-    for name in ("key", "name", "idx"):
-        if hasattr(key, name):
-            return str(getattr(key, name))
-    return str(key)
+    return [" ".join(filter(None, (kind, path_name(path[skip:])))) for path, _ in leaves]
 
 
 # What the compiled program shows
@@ -823,7 +797,7 @@ def _module_of(operation: str) -> str:
 
 def _finding(rule: str, what: str, dtype: Any, place: _Place) -> Finding:
     name = np.dtype(dtype).name if dtype != "" else ""
-    return Finding(rule, what, module_path(place.names), place.source, name, place.times)
+    return Finding(rule, what, place.module, place.source, name, place.times)
 
 
 def _merged(findings: Any) -> list[Finding]:
@@ -844,10 +818,6 @@ def _typed(aval: Any) -> str:
 
 def _is_wide(dtype: str) -> bool:
     return dtype in ("float32", "float64")
-
-
-def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _half(aval: Any) -> bool:

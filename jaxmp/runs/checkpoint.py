@@ -40,7 +40,7 @@ import numpy as np
 
 from jaxmp.distributed import processes
 from jaxmp.errors import InputError
-from jaxmp.trees import path_name
+from jaxmp.trees import is_key, path_name
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
@@ -376,10 +376,6 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
     return str(dtype), list(np.shape(leaf))
@@ -388,12 +384,12 @@ def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
 def _describe(leaf: Any) -> dict[str, Any]:
     """What the manifest says of a leaf, its checksums aside. A key's dtype and shape are the key's, not its bits'."""
     dtype, shape = _dtype_and_shape(leaf)
-    return {"dtype": dtype, "shape": shape} | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
+    return {"dtype": dtype, "shape": shape} | ({"key": str(jax.random.key_impl(leaf))} if is_key(leaf) else {})
 
 
 def _storable(leaf: Any) -> jax.Array | np.ndarray:
     """The array that Orbax writes for a leaf."""
-    if _is_key(leaf):
+    if is_key(leaf):
         leaf = jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, _dtype_and_shape(leaf)[0])
 

@@ -30,7 +30,7 @@ from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, s
 from jaxmp.training.parallel import AXIS, Replicas, single
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import scaled_gradients
-from jaxmp.trees import is_float
+from jaxmp.trees import is_castable
 
 SMALLEST_SCALE = -24
 """power of two of the smallest loss scale that is tried"""
@@ -401,7 +401,7 @@ class _Step:
         keys = itertools.count()
 
         def rounded(x: Any) -> Any:
-            if not is_float(x):
+            if not is_castable(x):
                 return x
             key = jax.random.fold_in(jax.random.key(draw), next(keys))
             return quantize(x.astype(jnp.float32), format, rounding="stochastic", key=key, saturate=True).astype(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.errors import InputError
-from jaxmp.trees import has_gradient, upcast
+from jaxmp.trees import has_gradient, is_key, upcast
 
 AXIS = "data"
 """name of the mapped axis over which a batch is spread"""
@@ -337,7 +337,7 @@ def _of_equal_parts(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array over the devices of several processes, of which each has `x`; one that is there already stays."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         return jax.random.wrap_key_data(_of_equal_parts(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     whole = np.asarray(x)  # jax.device_put would first compare it with that of every other process
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
