@@ -24,6 +24,7 @@ from typing import Any, Literal
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, InputError, RunFailed, nearest
 from jaxmp.experiment import config_file
 from jaxmp.experiment.config_file import ConfigFile, override
+from jaxmp.text_table import table
 
 # What a disk says when it is not ours to write on: no space, quota, no permission, read-only, a file in the way.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -503,9 +504,7 @@ def configs() -> int:
     found = config_file.available()
     if not found:
         raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
-    width = max(map(len, found))
-    for name in sorted(found):
-        print(f"{name:<{width}}  {ConfigFile.find(name).docstring.partition(chr(10))[0]}")
+    print(table([(name, ConfigFile.find(name).docstring.partition(chr(10))[0]) for name in sorted(found)]))
     return DONE
 
 

@@ -32,7 +32,8 @@ from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
 from jaxmp.precision.policy_tree import names as pattern_names
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats
+from jaxmp.text_table import table, without_nan
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_floating
 
 if TYPE_CHECKING:
     from jaxmp.modules.linen import Row
@@ -92,7 +93,7 @@ class ModuleResult(NamedTuple):
     """whether it is in half in the tree that was found"""
 
 
-class Trial(NamedTuple):
+class SearchStep(NamedTuple):
     """One step of the search: modules put in half beside those that were taken before."""
 
     added: tuple[str, ...]
@@ -113,7 +114,7 @@ class FoundPolicy:
     loss_scale: float
     modules: tuple[ModuleResult, ...]
     """in the order in which they are called"""
-    trials: tuple[Trial, ...]
+    trials: tuple[SearchStep, ...]
     """the search, in order; none for a module whose error alone is above the budget"""
     gap: Gap
     """of the tree"""
@@ -147,56 +148,51 @@ class FoundPolicy:
             "gap": self.gap._asdict(),
             "float32": self.float32._asdict(),
             "modules": [
-                {**flip._asdict(), "alone": None if flip.alone is None else flip.alone._asdict()}
-                for flip in self.modules
+                {**result._asdict(), "alone": None if result.alone is None else result.alone._asdict()}
+                for result in self.modules
             ],
-            "trials": [{**trial._asdict(), "gap": trial.gap._asdict()} for trial in self.trials],
+            "trials": [{**step._asdict(), "gap": step.gap._asdict()} for step in self.trials],
             "unresolved": list(self.unresolved),
         }
-        return _finite(found)
+        return without_nan(found)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        total = sum(flip.flops for flip in self.modules)
         of = {"noise": "its noise", "gradient": "its norm", "float32": "the error of float32"}[self.unit]
         yield f"gradient errors of modules in half, of the worst parameter as a multiple of {of}; loss scale " + (
             f"{self.loss_scale:g}"
         )
         header = ("module", "class", "parameters", "FLOPs", "error", "whole", "underflow", "overflow", "found", "worst")
         rows = []
-        for flip in self.modules:
-            measured = [""] * 4 if flip.alone is None else _cells(flip.alone)
-            share = f"{flip.flops / total:.1%}" if total else ""
-            worst = "" if flip.alone is None else flip.alone.parameter
-            found = "half" if flip.half else "float32"
-            rows.append((flip.module or "(model)", flip.type, f"{flip.parameters:,}", share, *measured, found, worst))
-        yield from _table([header, *rows], right=range(2, 8))
+        for result in self.modules:
+            measured = [""] * 4 if result.alone is None else _cells(result.alone)
+            worst = "" if result.alone is None else result.alone.parameter
+            found = "half" if result.half else "float32"
+            share, name = self._share(result.flops), result.module or "(model)"
+            rows.append((name, result.type, f"{result.parameters:,}", share, *measured, found, worst))
+        yield table(rows, header=header, right=range(2, 8), indent=2)
         yield ""
         yield f"search, within {self.budget:g}"
+        steps = []
+        for step in self.trials:
+            added = ", ".join(name or "(model)" for name in step.added)
+            taken = "taken" if step.taken else "left"
+            steps.append((self._share(step.half_flops), *_cells(step.gap), taken, added))
         names = ("half FLOPs", "error", "whole", "underflow", "overflow", "", "added")
-        yield from _table(
-            [
-                names,
-                *(
-                    (
-                        f"{trial.half_flops / total:.1%}" if total else "",
-                        *_cells(trial.gap),
-                        "taken" if trial.taken else "left",
-                        ", ".join(name or "(model)" for name in trial.added),
-                    )
-                    for trial in self.trials
-                ),
-            ],
-            right=range(5),
-        )
+        yield table(steps, header=names, right=range(5), indent=2)
         yield ""
         if self.unresolved:
             yield f"not judged, rounding noise in float32 already: {', '.join(self.unresolved)}"
         yield f"{'error':<16} {self.gap.error:.3g} ({self.gap.parameter}); float32: {self.float32.error:.3g}"
         yield f"{'half FLOPs':<16} {self.half_flops_share:.2%}"
         yield f"{'precision':<16} {self.precision}"
+
+    def _share(self, flops: int) -> str:
+        """The share of the FLOPs of all modules, as text; "" if they have none."""
+        total = sum(result.flops for result in self.modules)
+        return f"{flops / total:.1%}" if total else ""
 
 
 def find_policy(
@@ -420,7 +416,7 @@ class _Measure:
                     {
                         name: np.asarray(leaf).astype(np.float64) / scale
                         for name, leaf in by_path(grads).items()
-                        if jnp.issubdtype(leaf.dtype, jnp.floating)
+                        if is_floating(leaf)
                     },
                 )
 
@@ -443,7 +439,7 @@ class _Search:
         self._rows, self._flops, self._half, self._explain = rows, flops, half, explain
         self._measure, self._budget, self._say = measure, budget, log
         self.alone: dict[str, Gap] = {}
-        self.trials: list[Trial] = []
+        self.trials: list[SearchStep] = []
         self._trees: dict[frozenset[str], PolicyTree] = {}
         self._gaps: dict[frozenset[str], Gap] = {}
 
@@ -470,7 +466,7 @@ class _Search:
         together = taken | set(more)
         gap = self.gap(together)
         fits = gap.error <= self._budget
-        self.trials.append(Trial(tuple(more), sum(self._flops[path] for path in together), gap, fits))
+        self.trials.append(SearchStep(tuple(more), sum(self._flops[path] for path in together), gap, fits))
         self._say(f"{len(together)} modules in half: {gap.error:.3g}")
         if fits or len(more) == 1:
             return together if fits else taken
@@ -581,21 +577,5 @@ def _ratio(error: float, unit: float) -> float:
     return error / unit if unit else math.inf if error else 0.0
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _cells(gap: Gap) -> list[str]:
     return [f"{gap.error:.2g}", f"{gap.relative_error:.2g}", f"{gap.underflow:.2%}", f"{gap.overflow:.2%}"]
-
-
-def _table(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
-    """Lines of a table, some columns of which are set to the right."""
-    widths, right = [max(map(len, column)) for column in zip(*rows, strict=True)], set(right)
-    for row in rows:
-        cells = (f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row))
-        yield f"  {'  '.join(cells)}".rstrip()

@@ -26,6 +26,7 @@ from jaxmp.trees import is_inexact, is_key
 
 MIB = 2**20
 
+
 class Item(NamedTuple):
     """Arrays of one kind and dtype."""
 

@@ -28,28 +28,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
-from jaxmp.errors import InputError
 from jaxmp.jaxprs import (
+    Place,
+    bare,
+    bind,
+    called,
+    interpret,
     is_backward,
     is_scaling,
-    module_path,
     opened,
     quantized,
     scan_counts,
-    scopes,
-    source_line,
+    tracing,
 )
 from jaxmp.precision.formats import parse_format
-from jaxmp.trees import path_name
-
-_BODIES = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-"""Operations that only call a function, and the parameter that holds it."""
+from jaxmp.text_table import table
+from jaxmp.trees import is_inexact, path_name
 
 _LOOPS = ("scan", "while")
 
@@ -68,7 +64,7 @@ AS_WRITTEN = {"xla_allow_excess_precision": False}
 """options for `jax.jit` with which every operation is rounded to its dtype, inside compiled loops as well (trap T6)"""
 
 
-class Range(NamedTuple):
+class Magnitudes(NamedTuple):
     """The numbers in an operand or a result."""
 
     name: str
@@ -124,9 +120,9 @@ class Blame:
     turns: tuple[tuple[int, int], ...]
     """for each loop around it, outermost first, the place in what is scanned over (from 0), and the length; a length of
     0 for a while loop"""
-    result: Range
+    result: Magnitudes
     """what came out"""
-    operands: tuple[Range, ...]
+    operands: tuple[Magnitudes, ...]
     """the floats that went in"""
     reaches: tuple[str, ...]
     """the results of the function that are not finite"""
@@ -148,7 +144,7 @@ class Blame:
         return fields | {"result": self.result._asdict(), "operands": [r._asdict() for r in self.operands]}
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<12}{text}" for name, text in self.rows())
+        return table(self.rows(), widths=(10,))
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """The lines of the table: a name, and what there is to say."""
@@ -198,15 +194,9 @@ class Replay:
 
     def __init__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any):
         self._names = functools.partial(_argument_names, fn)
-        try:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        with tracing(f"blame: {name} does not trace", "a function of arrays, as jax.jit takes it"):
             closed, out = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs), return_shape=True)(args, kwargs)
-        except Exception as error:
-            name = getattr(fn, "__name__", type(fn).__name__)
-            first = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise InputError(
-                f"blame: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a "
-                "function of arrays, as jax.jit takes it"
-            ) from error
         self._jaxpr, self._consts = opened(closed)
         self._results = [_joined("result", path) for path, _ in jax.tree_util.tree_leaves_with_path(out)]
         self._machine = _Machine()
@@ -248,15 +238,11 @@ class _Value(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a nested function stands."""
+class _Place(Place):
+    """Where an equation stands, and in which turns of the loops around it."""
 
-    names: str = ""
-    source: str = ""
     turns: tuple[tuple[int, int], ...] = ()
-
-    def at(self, eqn: Any) -> _Place:
-        return dataclasses.replace(self, names=scopes(eqn, self.names), source=source_line(eqn) or self.source)
+    """place in what is scanned over and length of each loop, as in `Blame.turns`"""
 
 
 _Wanted = dict[int, np.ndarray | None]
@@ -320,38 +306,32 @@ class _Machine:
 
     def run(self, jaxpr: Any, given: Sequence[_Value], place: _Place) -> _Run:
         """Evaluates a jaxpr on the values of its constants and inputs."""
-        env: dict[Any, _Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
-        last = _last_uses(jaxpr)
         events: list[_Event] = []
 
-        def read(v: Any) -> _Value:
-            return _constant(v.val, v.aval) if isinstance(v, Literal) else env[v]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            out, came_from = self.equation(eqn, [read(v) for v in eqn.invars], place.at(eqn))
-            env.update(zip(eqn.outvars, out, strict=True))
+        def equation(eqn: Any, operands: list[_Value]) -> list[_Value]:
+            out, came_from = self.equation(eqn, operands, place.at(eqn))
             bad = {v for v, x in zip(eqn.outvars, out, strict=True) if x.state is BAD}
             if bad:
                 events.append(_Event(eqn, bad, came_from))
-            for v in last.get(i, ()):
-                env.pop(v, None)
-        return _Run(jaxpr, [read(v) for v in jaxpr.outvars], events)
+            return out
+
+        out = interpret(jaxpr, given, equation, lambda literal: _constant(literal.val, literal.aval))
+        return _Run(jaxpr, out, events)
 
     def equation(self, eqn: Any, given: list[_Value], place: _Place) -> tuple[list[_Value], Any]:
         """The results of an equation, and where bad ones among them come from."""
         name = eqn.primitive.name
         with eqn.ctx.manager:
-            if name in _BODIES:
-                jaxpr, consts = opened(eqn.params[_BODIES[name]])
-                if not _works_on_bits(jaxpr):
-                    return self.inside(jaxpr, consts, given, place)
+            function = called(eqn)
+            if function is not None and not _works_on_bits(bare(function)):
+                return self.inside(*opened(function), given, place)
             if name == "cond":
                 branches = eqn.params["branches"]
                 taken = min(max(int(given[0].value), 0), len(branches) - 1)
                 out, came_from = self.inside(*opened(branches[taken]), given[1:], place)
                 return out, lambda places: _shifted(came_from(places), 1)
             values = [x.value for x in given]
-            out = self.whole(eqn)(*values) if name in (*_LOOPS, *_BODIES) else _bind(eqn, values)
+            out = bind(eqn, values) if function is None and name not in _LOOPS else self.whole(eqn)(*values)
         if name == "select_n":
             given = _selected(given)
         states = _states(eqn, given, out, place)
@@ -379,7 +359,7 @@ class _Machine:
     def whole(self, eqn: Any) -> Callable[..., list[Any]]:
         """A loop or a function as one operation, compiled once."""
         if eqn not in self.compiled:
-            self.compiled[eqn] = jax.jit(functools.partial(_bound, eqn), compiler_options=AS_WRITTEN)
+            self.compiled[eqn] = jax.jit(lambda *values: bind(eqn, values), compiler_options=AS_WRITTEN)
         return self.compiled[eqn]
 
     def turns(self, eqn: Any, results: list[_Value], given: list[_Value], place: _Place, places: _Wanted) -> _Traced:
@@ -434,7 +414,7 @@ class _Loop:
             return cls(body, operands, num_consts, num_carry, params["length"], params["reverse"])
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
         operands = tuple(range(of_cond, count))
-        condition = jax.jit(functools.partial(_evaluated, params["cond_jaxpr"]))
+        condition = jax.jit(jaxpr_as_fun(params["cond_jaxpr"]))
 
         def goes_on(values: Sequence[Any], carry: Sequence[Any]) -> bool:
             return bool(condition(*values[:of_cond], *carry)[0])
@@ -444,7 +424,7 @@ class _Loop:
     @property
     def body(self) -> Any:
         """The body without its constants."""
-        return opened(self.closed)[0]
+        return bare(self.closed)
 
     def position(self, turn: int) -> int:
         """The place of a turn in what is scanned over."""
@@ -464,7 +444,7 @@ class _Loop:
     def turn(self, values: Sequence[Any], carry: Sequence[Any], turn: Any) -> tuple[list[Any], Any]:
         """The carry after a turn, and what is not finite in the inputs and the outputs of the body: (n, 3) bools."""
         inputs = self.inputs(values, carry, turn)
-        out = _evaluated(self.closed, *inputs)
+        out = jaxpr_as_fun(self.closed)(*inputs)
         flags = [
             jnp.stack([_flags(x, jnp) for x in values]) if values else np.zeros((0, 3), bool)
             for values in (inputs, out)
@@ -588,7 +568,7 @@ def _lost(x: Any) -> np.ndarray:
 
 def _is_fresh(out: Any, operands: list[Any]) -> bool:
     """Whether an operation element by element made one that is not finite of such as are."""
-    floats = [np.isfinite(np.asarray(x)) for x in operands if _is_float(x)]
+    floats = [np.isfinite(np.asarray(x)) for x in operands if is_inexact(x)]
     if any(finite.shape not in ((), out.shape) for finite in floats):
         return False
     return bool(np.any(functools.reduce(np.logical_and, floats, ~np.isfinite(np.asarray(out)))))
@@ -629,17 +609,13 @@ def _shifted(traced: _Traced, by: int) -> _Traced:
 # Arrays
 
 
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 @jax.jit
 def _all_finite(x: Any) -> jax.Array:
     return jnp.all(jnp.isfinite(x))
 
 
 def _is_finite(x: Any) -> bool:
-    if not _is_float(x):
+    if not is_inexact(x):
         return True
     if isinstance(x, jax.Array) and x.size > ON_HOST and x.itemsize > 1 and next(iter(x.devices())).platform != "cpu":
         return bool(_all_finite(x))
@@ -648,7 +624,7 @@ def _is_finite(x: Any) -> bool:
 
 def _flags(x: Any, np: Any = np) -> Any:
     """Whether there is NaN, inf, -inf in an array: (3,) bools. `np` is jax.numpy to trace it."""
-    if not _is_float(x):
+    if not is_inexact(x):
         return np.zeros(3, bool)
     x = np.asarray(x, np.float32) if x.dtype.itemsize == 1 else np.asarray(x)
     infinite, negative = np.isinf(x), np.real(x) < 0
@@ -664,48 +640,11 @@ def _as_array(x: Any) -> Any:
     return x if hasattr(x, "dtype") else jnp.asarray(x)
 
 
-# Evaluation
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _bound(eqn: Any, *values: Any) -> list[Any]:
-    return _bind(eqn, values)
-
-
-def _evaluated(jaxpr: Any, *values: Any) -> list[Any]:
-    """The results of a jaxpr, open or closed, to be traced."""
-    inner, consts = opened(jaxpr)
-    env = dict(zip([*inner.constvars, *inner.invars], [*consts, *values], strict=True))
-
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
-
-    for eqn in inner.eqns:
-        with eqn.ctx.manager:
-            env.update(zip(eqn.outvars, _bind(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in inner.outvars]
-
-
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """By the place of an equation: the variables that nothing after it reads."""
-    kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in (*eqn.outvars, *eqn.invars) if not isinstance(v, Literal)}
-    uses: dict[int, list[Any]] = {}
-    for v, i in last.items():
-        if v not in kept:
-            uses.setdefault(i, []).append(v)
-    return uses
-
-
 def _works_on_bits(jaxpr: Any) -> bool:
     """Whether floats are put together from their bits, as in an emulated format: one operation, to a person."""
     return any(
-        eqn.primitive.name == "bitcast_convert_type" and _is_float(eqn.outvars[0].aval) for eqn in jaxpr.eqns
-    ) or any(_works_on_bits(opened(eqn.params["jaxpr"])[0]) for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
+        eqn.primitive.name == "bitcast_convert_type" and is_inexact(eqn.outvars[0].aval) for eqn in jaxpr.eqns
+    ) or any(_works_on_bits(bare(eqn.params["jaxpr"])) for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
 
 
 # What is shown
@@ -714,26 +653,25 @@ def _works_on_bits(jaxpr: Any) -> bool:
 def _observed(eqn: Any, given: list[_Value], out: Any, place: _Place) -> Blame:
     """The blame of one operation."""
     name, inner = eqn.primitive.name, ""
-    if name in _BODIES:
-        jaxpr, _ = opened(eqn.params[_BODIES[name]])
-        inner = "/".join(str(each.source_info.name_stack) for each in jaxpr.eqns)
+    if (function := called(eqn)) is not None:
+        inner = "/".join(str(each.source_info.name_stack) for each in bare(function).eqns)
         name = eqn.params.get("name", name)
     format = quantized(f"{place.names}/{inner}")
-    operands = [x.value for x in given if _is_float(x.value)]
-    ranges = tuple(_range(f"operand {i}", x) for i, x in enumerate(operands))
-    return _blame_of(f"quantize_{format}" if format else name, place, _range("result", out, format), ranges)
+    operands = [x.value for x in given if is_inexact(x.value)]
+    magnitudes = tuple(_magnitudes(f"operand {i}", x) for i, x in enumerate(operands))
+    return _blame_of(f"quantize_{format}" if format else name, place, _magnitudes("result", out, format), magnitudes)
 
 
 def _argument(name: str, x: Any) -> Blame:
-    return dataclasses.replace(_blame_of("argument", _Place(), _range("result", x), ()), path=name)
+    return dataclasses.replace(_blame_of("argument", _Place(), _magnitudes("result", x), ()), path=name)
 
 
-def _blame_of(primitive: str, place: _Place, result: Range, operands: tuple[Range, ...]) -> Blame:
+def _blame_of(primitive: str, place: _Place, result: Magnitudes, operands: tuple[Magnitudes, ...]) -> Blame:
     return Blame(
         primitive=primitive,
         value=result.bad,
         backward=is_backward(place.names),
-        path=module_path(place.names),
+        path=place.module,
         source=place.source,
         turns=place.turns,
         result=result,
@@ -746,12 +684,12 @@ def _blame_of(primitive: str, place: _Place, result: Range, operands: tuple[Rang
 SCALING_NOTE = "jaxmp's own: the loss times the loss scale"
 
 
-def _range(name: str, x: Any, format: str = "") -> Range:
+def _magnitudes(name: str, x: Any, format: str = "") -> Magnitudes:
     host = np.asarray(x)
     wide = np.abs(host.astype(np.complex128 if np.iscomplexobj(host) else np.float64))
     finite = wide[np.isfinite(wide)]
     infinite, negative = np.isinf(wide), np.real(host) < 0
-    return Range(
+    return Magnitudes(
         name=name,
         dtype=format or host.dtype.name,
         shape=host.shape,

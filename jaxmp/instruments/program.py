@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmp.jaxprs import in_library
+from jaxmp.text_table import table
 
 MIB = 2**20
 
@@ -167,20 +168,21 @@ class Program:
         yield f"compiled for {self.target}: {sum(launches.values())} kernels a call"
         dtypes = sorted({dtype for _, dtype in launches})
         kinds = sorted({kind for kind, _ in launches}, key=lambda kind: _KINDS.index(kind))
-        yield f"  {'':<14}" + "".join(f"{dtype:>12}" for dtype in dtypes)
-        for kind in kinds:
-            yield f"  {kind:<14}" + "".join(f"{launches.get((kind, dtype), 0) or '':>12}" for dtype in dtypes)
+        rows = [(kind, *(str(launches.get((kind, dtype), "")) for dtype in dtypes)) for kind in kinds]
+        columns = range(1, len(dtypes) + 1)
+        yield table(rows, header=("", *dtypes), right=columns, widths=(14, *(10 for _ in dtypes)), indent=2)
         yield "  libraries: " + (", ".join(f"{name} {n}" for name, n in self._libraries().items()) or "none")
         yield "memory of each GPU, in MiB"
         memory = self.memory
-        for name, size in (
-            ("arguments", memory.arguments),
-            ("results", memory.results),
-            ("  of which in the place of arguments", memory.aliased),
-            ("temporaries", memory.temporaries),
-            ("together", memory.peak),
-        ):
-            yield f"  {name:<36}{size / MIB:12,.2f}"
+        parts = {
+            "arguments": memory.arguments,
+            "results": memory.results,
+            "  of which in the place of arguments": memory.aliased,
+            "temporaries": memory.temporaries,
+            "together": memory.peak,
+        }
+        sizes = [(name, f"{size / MIB:,.2f}") for name, size in parts.items()]
+        yield table(sizes, right=[1], widths=(36, 10), indent=2)
         yield "collectives" if self.collectives else "collectives\n  none"
         for (kind, dtype), (times, nbytes) in self.exchanged().items():
             yield f"  {kind} of {dtype}: {times}, of {nbytes:,} bytes"

@@ -30,6 +30,7 @@ from jaxmp.modules.nnx import FromNNX
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree, path_and_above
+from jaxmp.text_table import table
 from jaxmp.trees import FLOAT32, by_path, cast_floats, is_castable, path_name
 
 AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
@@ -159,12 +160,7 @@ class Explanation(tuple[Row, ...]):
             )
             for row in self
         ]
-        table = [("module", "class", "parameters", "policy", "rule"), *rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:{'>' if i == 2 else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
-            for row in table
-        )
+        return table(rows, header=("module", "class", "parameters", "policy", "rule"), right=[2])
 
 
 def explain(model: nn.Module, policy: Policy | PolicyTree | str, *inputs: Any, **kwargs: Any) -> Explanation:

@@ -38,6 +38,7 @@ from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.scalers import LARGEST, Scaler
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.tasks.classification import check_labels
+from jaxmp.text_table import without_nan
 from jaxmp.training.feed import NAN_LOSS, Feed
 from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.state import TrainState
@@ -602,17 +603,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _null_for_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinities."""
-    if isinstance(value, dict):
-        return {name: _null_for_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write_json(path: Path, value: Any) -> None:
     """Writes a file that is either whole or not there."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(_null_for_nan(value), indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)

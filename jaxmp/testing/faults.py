@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.testing.trees import is_float
+from jaxmp.trees import is_castable
 
 # A part of jit's and pmap's cache keys, so that a compiled step is traced anew where its gradient has a fault.
 _in_force = jax.make_user_context(None)
@@ -129,7 +129,7 @@ def traced(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
 def _poisoned(params: Any, fault: BadGradient | None, seen: set[str] | None) -> Any:
     def leaf(path: Any, x: Any) -> Any:
         name = jax.tree_util.keystr(path)
-        if not is_float(x):
+        if not is_castable(x):
             return x
         if seen is not None:
             seen.add(name)

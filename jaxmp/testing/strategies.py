@@ -18,8 +18,8 @@ from jax.lax import DotAlgorithmPreset
 
 from jaxmp.precision.policy import PRESETS, Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule
+from jaxmp.trees import HALF, is_floating
 
-HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 FP8 = tuple(np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2"))
 FLOATS = (np.dtype(np.float32), *HALF, *FP8, np.dtype(np.float64))
 
@@ -132,7 +132,7 @@ def gradient_trees(
     """
     like = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)} if like is None else like
     leaves, structure = jax.tree.flatten(like)
-    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+    places = [i for i, x in enumerate(leaves) if is_floating(x) and x.size]
     low, high = (-30, -20) if underflow else (-10, 3)
 
     def build(seed: int, bad: Any) -> Any:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from jaxmp.jaxprs import equations
 from jaxmp.scaling.transform import LossScalingState, find_state
 from jaxmp.testing import faults
 from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
-from jaxmp.testing.jaxprs import dtypes, equations
 from jaxmp.testing.laws import Broken, Skipped, calling, thorough
-from jaxmp.testing.trees import Snapshot, describe, first_difference, is_float, is_key, same_structure, snapshot
+from jaxmp.testing.snapshots import Snapshot, describe, first_difference, snapshot
+from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """how long a law waits for the scale to grow"""
@@ -53,7 +54,7 @@ class Trial:
         places = [id(x) in kept for x in jax.tree.leaves(self._start)]
         leaves, structure = jax.tree.flatten(state)
         leaves = [
-            jnp.where(x == 0, jnp.asarray(-0.0, x.dtype), x) if here and is_float(x) else x
+            jnp.where(x == 0, jnp.asarray(-0.0, x.dtype), x) if here and is_castable(x) else x
             for x, here in zip(leaves, places, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
@@ -160,7 +161,7 @@ class Trial:
         sizes = {
             jax.tree_util.keystr(path): leaf.size
             for path, leaf in jax.tree_util.tree_leaves_with_path(self.adapter.batch)
-            if is_float(leaf) and leaf.size
+            if is_castable(leaf) and leaf.size
         }
         if not sizes:
             return None
@@ -177,10 +178,8 @@ class Trial:
             return self.bad_gradients[0]
         if self.bad_batches is None:
             raise Skipped(f"{NO_GRADIENT}, and the batch has no floats to put an inf into")
-        path = next(
-            jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(self.adapter.batch) if is_float(x)
-        )
-        return BadBatch(path, 0, math.nan)
+        leaves = jax.tree_util.tree_leaves_with_path(self.adapter.batch)
+        return BadBatch(next(jax.tree_util.keystr(path) for path, x in leaves if is_castable(x)), 0, math.nan)
 
     # --- what the program says
 
@@ -198,8 +197,8 @@ class Trial:
         """The dtypes of the floats in the traced step; float16 where it cannot be traced."""
         if self.jaxpr is None:
             return {np.dtype(np.float16)}
-        found = {d for equation, _ in equations(self.jaxpr) for d in dtypes(equation)}
-        return {np.dtype(d) for d in found if jnp.issubdtype(d, jnp.floating)}
+        operands = (v.aval for eqn, _ in equations(self.jaxpr) for v in eqn.invars)
+        return {np.dtype(aval.dtype) for aval in operands if is_floating(aval)}
 
     @property
     def draws(self) -> bool:
@@ -235,7 +234,7 @@ def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound
     """
     errors = []
     for path, a, b, s in zip(expected.paths, expected.leaves, found.leaves, start.leaves, strict=True):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
+        if not is_floating(a):
             if not np.array_equal(a, b):
                 return f"leaf {path} is {b}, and ought to be {a}"
             continue

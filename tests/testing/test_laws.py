@@ -432,7 +432,8 @@ def test_a_broken_step_gets_the_smallest_counterexample_in_words(pytester, monke
     result = run_user_tests(pytester, monkeypatch, broken, three_lines("flax"), "-k", "bad_gradient")
     assert result.parseoutcomes() == {"failed": 1, "deselected": 15}
     shown = result.stdout.str()
-    assert "An inf or NaN in any gradient leaves all as it was.\n    Does not hold for the step:\n" in shown
+    statement = "A step with an inf or NaN in any gradient leaves parameters, optimizer and model state as they were."
+    assert f"{statement}\n    Does not hold for the step:\n" in shown
     assert "after a step with inf in the gradient of ['bias']: leaf [1][0].count has 1 instead of 0\n" in shown
 
 
