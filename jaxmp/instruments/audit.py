@@ -1,14 +1,15 @@
 """`audit`: which operations of a traced function run in which dtype, and where that goes wrong.
 
-The function is traced and never run. Its jaxpr is then read once, from the first operation to the last and into every
-nested function, with a few facts carried along with each value (`_Facts`): whether it is a parameter that was only
-cast and reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule is
-about one operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual
-connection, a sum that JAX itself runs in float32) raises no alarm.
+The function is traced and never run. Its jaxpr is read once, from the first operation to the last and into every
+nested function. A few facts go along with each value (`_Facts`): whether it is a parameter that was only cast and
+reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule looks at one
+operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual connection, a
+sum that JAX itself runs in float32) raises no alarm.
 
-The rules are the traps and defects that a jaxpr shows; what depends on values, such as an overflow, it cannot show.
-With a target, the function is compiled as well, for GPUs that need not be there, and what XLA made of it is read too
-(`Program`): the collectives that its partitioner adds, and sums and products whose dtype it changes, stand in no jaxpr.
+The rules are the traps and defects that a jaxpr shows. It does not show what depends on values, such as an overflow.
+With a target, the function is also compiled, for GPUs that need not be there, and XLA's program is read too
+(`Program`): a jaxpr shows neither the collectives that the partitioner adds nor the sums and products whose dtype XLA
+changes.
 """
 
 from __future__ import annotations
@@ -68,20 +69,20 @@ _WITH_SCALAR_FUNCTIONS = {"reduce", "reduce_window", "select_and_scatter", "scat
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, or that costs what it need not."""
+    """One fault, or one needless cost, that `audit` found."""
 
     rule: str
     """name of the rule, such as "half accumulation" """
     what: str
     """what happens there, in words"""
     path: str
-    """path of the Flax modules or named scopes around it; for arguments and results their place in the pytree"""
+    """path of the Flax modules or named scopes around it; for arguments and results, their path in the pytree"""
     source: str
     """file:line of the user's code, or "" """
     dtype: str
-    """name of the dtype that it happens in, or "" """
+    """name of the dtype in which it happens, or "" """
     times: int
-    """how many times a call does it"""
+    """how many times one call does it"""
 
     def __str__(self) -> str:
         where = " at ".join(filter(None, (self.path, self.source)))
@@ -93,9 +94,9 @@ class Dot(NamedTuple):
 
     primitive: str
     dtype: str
-    """of the operands; of the wider one, where they differ"""
+    """dtype of the operands; of the wider one, if they differ"""
     flops: int
-    """of all its times together: two for each multiplication and addition"""
+    """floating-point operations of all `times` together: two for each multiplication and addition"""
     path: str
     source: str
     times: int
@@ -107,7 +108,7 @@ class Cast(NamedTuple):
     before: str
     after: str
     size: int
-    """elements of one conversion"""
+    """number of elements that one conversion casts"""
     path: str
     source: str
     times: int
@@ -115,26 +116,26 @@ class Cast(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `audit` saw. Printed, it is a table for people; `to_json` is for machines."""
+    """The result of `audit`. `print` shows tables; `to_json` returns the same for programs."""
 
     dots: tuple[Dot, ...]
     """every matrix product and convolution"""
     casts: tuple[Cast, ...]
     """every conversion between float dtypes"""
     observed: tuple[Finding, ...]
-    """findings under any policy, but for bfloat16 collectives, which a policy may ask for"""
+    """findings that do not depend on the policy, and all bfloat16 collectives, which a policy may ask for"""
     notes: tuple[str, ...] = ()
-    """what the figures leave out"""
+    """what the numbers leave out"""
     policy: PolicyTree | None = None
-    """what `findings` holds the function to; without one, float32 dots are no finding"""
+    """the policy that the function is checked against; without one, float32 dots are not findings"""
     modules: Mapping[str, Policy] | None = None
-    """the policy of each module by its path, for rules by class, which a path alone does not show"""
+    """the policy of each module by path; needed for rules by class, because a path does not show the class"""
     program: Program | None = None
-    """what the function was compiled to, where it was audited for a target"""
+    """the compiled function, if it was audited for a target"""
 
     @property
     def dot_flops_by_dtype(self) -> dict[str, int]:
-        """FLOPs of all matrix products and convolutions by the dtype of their operands, largest first."""
+        """The FLOPs of all matrix products and convolutions, by the dtype of their operands, largest first."""
         flops: collections.Counter[str] = collections.Counter()
         for dot in self.dots:
             flops[dot.dtype] += dot.flops
@@ -142,7 +143,7 @@ class Audit:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong, under `policy` where there is one."""
+        """All findings, checked against `policy` if there is one."""
         if self.policy is None:
             return self.observed
         reduces = {np.dtype(policy.reduce).name for policy in self.policy.policies}
@@ -180,24 +181,22 @@ class Audit:
         )
 
     def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
-        """The same, held to `policy`; for `modules` see `audit`."""
+        """Returns this audit checked against `policy`; for `modules` see `audit`. Nothing is traced again."""
         table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
 
     def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
-        """For tests.
+        """Raises an AssertionError that lists every finding with its path and line, if there are any: for tests.
 
         Args:
-          policy: what to hold the function to; by default the one that it was audited under.
-
-        Raises: AssertionError that lists every finding with its path and line.
+          policy: the policy to check the function against; by default the one it was audited under.
         """
         findings = (self if policy is None else self.under(policy)).findings
         if findings:
             raise AssertionError("\n".join([f"audit: {_count(len(findings), 'finding')}", *map(str, findings)]))
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and whole numbers."""
+        """Returns the audit as dicts, lists, strings and integers."""
         return {
             "dot_flops_by_dtype": self.dot_flops_by_dtype,
             "findings": [finding._asdict() for finding in self.findings],
@@ -240,42 +239,41 @@ def audit(
     target: Target | str | None = None,
     **kwargs: Any,
 ) -> Audit:
-    """Which dtypes `fn(*args, **kwargs)` runs in, and what is wrong with that. It is traced; nothing runs.
+    """Finds in which dtypes `fn(*args, **kwargs)` runs, and where that goes wrong. Traces `fn`; runs nothing.
 
-    The rules, each the `rule` of its findings:
+    The rules; each is the `rule` of its findings:
 
     - half accumulation: a sum, cumulative sum, scatter-add, carry of a loop, or sum of a weight's gradients in half
     - half collective: a sum over devices in float16, or in bfloat16 unless the policy's `reduce` says so
     - half exponential: exp, softmax or log in half over 256 terms or more
     - half unscaling: a gradient in float16 multiplied or divided by one number, such as 1 / loss scale
-    - half loss: a loss that is differentiated, in less than float32
+    - half loss: a differentiated loss narrower than float32
     - float32 dot: a product in float32 where the policy computes in half
     - vanished constant: an eps that is 0 in half, or a decay that is 1
     - weakly typed: an argument or result whose dtype is that of a Python number
     - compiles twice: a state that comes out with another dtype or weak type than it went in
-    - not donated: a state that is replaced, of a jitted function that does not donate it
-    - unguarded state: a float of the state that is replaced even where the rest of the state is kept, since a gradient
-      was not finite
+    - not donated: a state that a jitted function replaces but does not donate
+    - unguarded state: a float of the state that is replaced even if a gradient is not finite, when the rest is kept
     - host callback: an operation that waits for Python
 
     Args:
-      fn: any function that JAX traces; a jitted one is looked at with its own static and donated arguments.
+      fn: any function that JAX traces. A jitted one keeps its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.
-      policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths.
-      modules: the rows of `policy.explain(model, batch)`, for rules by class: where one of those computes in float32,
-        float32 dots are not reported without.
-      target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Arguments are
-        on each of them whole, but for a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
-        `Audit.program`, and the findings are those of the program as well.
+      policy: the policy to check `fn` against; see `Audit.under`. Modules are found by their Flax paths.
+      modules: the rows of `policy.explain(model, batch)`, for policies with rules by class. Without them, float32 dots
+        are not reported if a rule by class computes in float32.
+      target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Each of them
+        holds all arguments whole, except a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
+        `Audit.program`, and its faults are among the findings.
       kwargs: further arguments of `fn`.
 
     Returns:
-      The audit. The body of a scan counts times its length, that of a while loop once, of a conditional the branch with
-      most FLOPs (of one between platforms that of the target, or of the local devices), and a function that is mapped
-      over devices counts on each.
+      The audit. The body of a scan counts as often as it is long, the body of a while loop once. Of a conditional, the
+      branch with most FLOPs counts (of one between platforms, that of the target or of the local devices). A function
+      mapped over devices counts once for each.
 
     Raises:
-      InputError: `fn` cannot be traced with these arguments, or this JAX cannot compile for the target.
+      InputError: `fn` does not trace with these arguments, or this JAX cannot compile for the target.
 
     >>> x = jax.ShapeDtypeStruct((8, 4), jnp.float16)
     >>> w = jax.ShapeDtypeStruct((4, 2), jnp.float16)

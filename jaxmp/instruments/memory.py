@@ -1,10 +1,10 @@
-"""`memory`: what lies in memory during a training step, predicted from shapes: nothing is compiled, nothing runs.
+"""`memory`: the memory that a training step needs, predicted from shapes: nothing is compiled, nothing runs.
 
-What the forward pass keeps for the backward pass is read from the jaxpr of `jax.vjp`, as JAX's own
-`jax.ad_checkpoint.print_saved_residuals` does. An argument that is kept costs nothing more; a weight that was only cast
-is told apart from activations, since it is what master weights cost beside themselves.
+What the forward pass saves for the backward pass is read from the jaxpr of `jax.vjp`, as JAX's own
+`jax.ad_checkpoint.print_saved_residuals` does. An argument that is saved costs nothing more. Weights that were only
+cast are listed apart from activations: they are the price of master weights.
 
-The compiler may do with less, by computing again, or with more, for what it needs on the way.
+The compiler may need less, if it computes values again, or more, for intermediate results.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Item(NamedTuple):
     """Arrays of one kind and dtype."""
 
     name: str
-    """master weights (that the loss casts to less), parameters (the others), moments, other state, batch, gradients,
-    weights cast for compute, or saved activations"""
+    """kind: master weights (parameters that the loss casts to a narrower dtype), parameters (all others), moments,
+    other state, batch, gradients, weights cast for compute, or saved activations"""
     dtype: str
     arrays: int
     nbytes: int
@@ -40,16 +40,16 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by kind and dtype. Printed, it is a table in MiB, of what is more than 0.00 of them, and the total."""
+    """Bytes by kind and dtype. `print` shows a table in MiB; what rounds to 0.00 MiB is summed up as "the rest"."""
 
     items: tuple[Item, ...]
 
     def nbytes(self, *names: str) -> int:
-        """Bytes of the kinds that are named, of all dtypes; of everything where none is named."""
+        """Returns the bytes of the named kinds, in all dtypes together; without names, of all kinds."""
         return sum(item.nbytes for item in self.items if not names or item.name in names)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The same in lists, dicts, strings and whole numbers."""
+        """Returns the items as lists, dicts, strings and integers."""
         return [item._asdict() for item in self.items]
 
     def __str__(self) -> str:
@@ -62,19 +62,19 @@ class Memory:
 
 
 def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = None, state: Any = None) -> Memory:
-    """What a step that differentiates `loss(params, *args)` by `params` holds in memory.
+    """Predicts the memory of a training step that differentiates `loss(params, *args)` with respect to `params`.
 
     Args:
-      loss: a function that returns one float, a scalar.
-      params: what it is differentiated by, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as
-        integers, are state.
-      args: its further arguments, such as the batch.
-      opt_state: the optimizer's state: floats in arrays are moments, all else is other state.
+      loss: a function that returns one float scalar.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as integers, count as
+        other state.
+      args: the further arguments of `loss`, such as the batch.
+      opt_state: the optimizer's state. Float arrays count as moments, all else as other state.
       state: what else persists between steps, such as batch statistics or an average of the weights.
 
     Returns:
-      The items, in the order in which a step comes by them. Arrays with a sharding count with the share of one device,
-      but for what the loss makes of them, which counts as traced: give `args` the shapes of one device.
+      The items, in the order in which a step uses them. An array with a sharding counts with one device's share. What
+      the loss computes counts as traced, so `args` should have the shapes of one device.
 
     Raises:
       InputError: `loss` cannot be differentiated with these arguments.
@@ -219,7 +219,7 @@ class _Items:
 
 
 def device_nbytes(leaf: Any) -> int:
-    """Bytes of an array, or `jax.ShapeDtypeStruct`, on one of its devices."""
+    """Returns the bytes of an array or `jax.ShapeDtypeStruct` on one of its devices."""
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     if is_key(leaf):

@@ -1,18 +1,17 @@
-"""`blame`: which operation of a function made the first inf or NaN, of those that its results show.
+"""`blame`: finds the operation that made the first inf or NaN in the results of a function.
 
-The function is traced, and its jaxpr evaluated operation by operation, into jit, remat, custom derivatives,
-conditionals and, turn by turn, loops. A gradient is one jaxpr, forward and backward pass in a row, so that both are
-walked alike. An operation is *suspect* where its operands are finite and its result is not; blamed is the first suspect
-from which non-finite values lead, from operation to operation, to a result of the function. What a `where` has masked
-leads nowhere, and is not blamed.
+The function is traced, and its jaxpr is evaluated operation by operation: inside jit, remat, custom derivatives and
+conditionals too, and turn by turn in loops. A gradient is one jaxpr, the forward pass and then the backward pass, so
+both are evaluated alike. An operation is *suspect* if its operands are finite and its result is not. Blamed is the
+first suspect whose non-finite values lead, from operation to operation, to a result of the function. A value that a
+`where` masks leads nowhere, and is not blamed.
 
-Infinities that somebody wrote are no suspects: a mask of -inf is finite again after the softmax. What an operation
-makes of them is one where it is NaN, or not finite in an element whose operands were.
+Infinities that were written on purpose are not suspect: a mask of -inf is finite again after the softmax. An operation
+on them is suspect if its result is NaN, or is not finite in an element whose operands were.
 
-Each operation is rounded to the dtype that it has in the jaxpr, which is what the float formats say. A compiled
-function may keep more (trap T6): XLA drops pairs of casts between two operations of one kernel, and on a CPU it
-computes in float32 what is float16 or bfloat16. So an overflow that is found here may not have shown on one device, and
-show on the next.
+Each operation is rounded to its dtype in the jaxpr. A compiled function may keep more precision (trap T6): XLA drops
+pairs of casts between two operations of one kernel, and on a CPU it computes float16 and bfloat16 in float32. So an
+overflow that is found here may not show on one device, and show on another.
 """
 
 from __future__ import annotations
@@ -55,25 +54,25 @@ _BY_ELEMENT = {
     *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh"),
     *("erf", "erfc", "erf_inv", "lgamma", "digamma", "floor", "ceil", "round", "convert_element_type", "copy"),
 }
-"""Operations each element of whose result is made of those at its place: there, what is bad is followed by element."""
+"""Elementwise operations: bad values are followed through them element by element."""
 
 ON_HOST = 2**16
-"""numbers in an array up to which it is looked at on the host, where that compiles nothing; on a CPU, all are"""
+"""Arrays with up to as many numbers are checked on the host, which compiles nothing; on a CPU, all arrays are."""
 
 AS_WRITTEN = {"xla_allow_excess_precision": False}
-"""options for `jax.jit` with which every operation is rounded to its dtype, inside compiled loops as well (trap T6)"""
+"""Options for `jax.jit` that round every operation to its dtype, inside compiled loops too (trap T6)."""
 
 
 class Magnitudes(NamedTuple):
-    """The numbers in an operand or a result."""
+    """The numbers in an operand or a result of an operation: their magnitudes, and how many are not finite."""
 
     name: str
     """`operand 0`, `result`"""
     dtype: str
-    """dtype, or the emulated format"""
+    """name of the dtype, or of the emulated format"""
     shape: tuple[int, ...]
     smallest: float
-    """smallest finite magnitude other than 0; 0 where there is none"""
+    """smallest finite magnitude other than 0; 0 if there is none"""
     largest: float
     """largest finite magnitude"""
     limit: float
@@ -89,7 +88,7 @@ class Magnitudes(NamedTuple):
 
     @property
     def bad(self) -> str:
-        """Which values are not finite: `inf and NaN`."""
+        """The kinds of values that are not finite, such as `inf and NaN`."""
         return " and ".join(name for name, n in self._bad() if n)
 
     def _bad(self) -> list[tuple[str, int]]:
@@ -105,33 +104,36 @@ class Magnitudes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blame:
-    """The first non-finite value of those that reach the results. Printed, a table; `to_json` is for machines."""
+    """The operation, or argument, whose non-finite value is the first that reaches a result of the function.
+
+    `print` shows a table; `to_json` returns the same for programs.
+    """
 
     primitive: str
-    """JAX's name of the operation; `argument` where the value was given; jaxmp's own operations by theirs"""
+    """JAX's name of the operation, jaxmp's name of its own operations, or `argument` if the value was given"""
     value: str
-    """which it is: inf, -inf, NaN, or several of them"""
+    """kind of value: inf, -inf, NaN, or several of them"""
     backward: bool
-    """whether in the backward pass"""
+    """whether the operation is in the backward pass"""
     path: str
-    """modules or named scopes around it, the class of the model first; of an argument, its place in the pytree"""
+    """modules or named scopes around it, the class of the model first; of an argument, its path in the pytree"""
     source: str
     """file:line of the user's code, or "" """
     turns: tuple[tuple[int, int], ...]
-    """for each loop around it, outermost first, the place in what is scanned over (from 0), and the length; a length of
-    0 for a while loop"""
+    """for each loop around it, outermost first: the index in what is scanned over, from 0, and the length; the length
+    of a while loop is 0"""
     result: Magnitudes
-    """what came out"""
+    """its result"""
     operands: tuple[Magnitudes, ...]
-    """the floats that went in"""
+    """its float operands"""
     reaches: tuple[str, ...]
-    """the results of the function that are not finite"""
+    """paths of the function's results that are not finite"""
     note: str = ""
-    """what else is known of it"""
+    """further explanation, or "" """
 
     @property
     def what(self) -> str:
-        """In a few words: `inf from dot_general in Net/head, backward`."""
+        """The finding in a few words, such as `inf from dot_general in Net/head, backward`."""
         if self.primitive == "argument":
             return f"{self.value} in the argument {self.path}"
         where = f" in {self.path}" if self.path else ""
@@ -139,7 +141,7 @@ class Blame:
         return f"{self.value} from {self.primitive}{where}{turns}, {'backward' if self.backward else 'forward'}"
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and numbers."""
+        """Returns the finding as dicts, lists, strings and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"result": self.result._asdict(), "operands": [r._asdict() for r in self.operands]}
 
@@ -147,7 +149,7 @@ class Blame:
         return table(self.rows(), widths=(10,))
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """The lines of the table: a name, and what there is to say."""
+        """Yields the lines of the table: a name and a text each."""
         yield "first", self.what
         if self.source:
             yield "line", _relative(self.source)
@@ -162,19 +164,19 @@ class Blame:
 
 
 def blame(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Blame | None:
-    """Runs `fn(*args, **kwargs)` operation by operation, and names the first non-finite value that its results show.
+    """Evaluates `fn(*args, **kwargs)` operation by operation, and finds what made the first inf or NaN in its results.
 
     Args:
-      fn: any function that JAX traces: a loss, `jax.grad` of one, a train step. Pallas kernels, callbacks and functions
-        that are mapped over devices are run as one operation.
+      fn: any function that JAX traces: a loss, `jax.grad` of one, a train step. A Pallas kernel, a callback, or a
+        function that is mapped over devices runs as one operation.
       args: its arguments, arrays and Python numbers.
       kwargs: further arguments of `fn`.
 
     Returns:
-      What made it and where, or None where all results are finite.
+      The operation or argument and where it stands; None if all results are finite.
 
     Raises:
-      InputError: `fn` cannot be traced with these arguments.
+      InputError: `fn` does not trace with these arguments.
 
     >>> import jax.numpy as jnp
     >>> found = blame(lambda x: jnp.exp(x) / 2, jnp.float16(12))
@@ -187,9 +189,9 @@ def blame(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Blame | None:
 
 
 class Replay:
-    """A function traced once, to be run operation by operation on arguments of the same shapes and dtypes.
+    """A function, traced once, that is evaluated operation by operation on arguments of the same shapes and dtypes.
 
-    Args and errors: as of `blame`.
+    Arguments and errors are those of `blame`.
     """
 
     def __init__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any):
@@ -202,7 +204,7 @@ class Replay:
         self._machine = _Machine()
 
     def blame(self, *args: Any, **kwargs: Any) -> Blame | None:
-        """See the function `blame`."""
+        """Finds what made the first inf or NaN in the results on these arguments, as the function `blame` does."""
         names = self._names(args, kwargs)
         given = [_given(_as_array(x), name) for x, name in zip(jax.tree.leaves((args, kwargs)), names, strict=True)]
         with np.errstate(all="ignore"):  # JAX lets NumPy cast numbers that are known while tracing

@@ -1,4 +1,4 @@
-"""Laws of a policy on a model: whether what runs is what was asked for, and how far it is from float64."""
+"""Laws of a policy on a model: whether each dtype is the one asked for, and how far results are from float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxmp.testing.strategies import odd_trees
 from jaxmp.trees import cast_floats, is_castable, is_floating, same_structure, upcast
 
 MULTIPLE = 64
-"""unit roundoffs of the coarsest dtype that outputs and gradients may be away from float64"""
+"""Unit roundoffs of the coarsest dtype by which outputs and gradients may differ from float64."""
 SUMS = ("reduce_sum", "cumsum", "cumlogsumexp", "scatter-add", "psum")
 NORMS = ("LayerNorm", "BatchNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -42,22 +42,23 @@ def policy_laws(
     multiple: float = MULTIPLE,
     apply_policy: Callable[[Any, PolicyTree], Any] = with_policy,
 ) -> Laws:
-    """The laws of a policy on a model, as a table and as tests.
+    """Returns the laws of a policy on a model: a table when printed, tests when pytest collects them.
 
-    Parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training, unless it then draws
-    random numbers (dropout), which in float64 would be others: then as in evaluation.
+    The parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training; a model that draws
+    random numbers in training, as dropout does, runs as in evaluation, because they would differ in float64.
 
     Args:
       model: a Linen module.
       policy: a policy, a tree of them, or the text of one.
-      batch: its input, an array; a tuple of several; or a batch, a dict of arrays. Examples along axis 0.
-      inputs: which arrays of such a dict are the model's inputs, in order.
-      loss: a scalar of the outputs to differentiate, in float32 or wider; by default half their mean square.
-      multiple: unit roundoffs of the coarsest compute dtype that outputs and gradients may be away from float64.
-      apply_policy: how the policy is applied: `(model.apply, tree) -> apply`, to test another way than jaxmp's.
+      batch: the model's input, an array with examples along axis 0; a tuple of several; or a dict of arrays.
+      inputs: the keys of the model's inputs in such a dict, in order.
+      loss: `loss(outputs)`, the scalar to differentiate, in float32 or wider; by default half the mean square.
+      multiple: by how many unit roundoffs of the coarsest dtype outputs and gradients may differ from float64.
+      apply_policy: `apply_policy(model.apply, tree)` returns an apply under the policy; by default `with_policy`. To
+        test an implementation other than jaxmp's.
 
     Raises:
-      InputError: a policy that cannot be read, a rule that matches nothing, or an input that the batch does not have.
+      InputError: the policy cannot be read, a rule matches nothing, or the batch lacks an input.
 
     >>> laws = policy_laws(nn.Dense(2), "mixed_float16", jnp.ones((3, 4)))
     >>> laws["dots_have_compute_dtype"].verdict
@@ -85,7 +86,7 @@ def policy_laws(
 
 
 def half_mean_square(outputs: Any) -> jax.Array:
-    """Half the mean square of each float array of the outputs, summed; in float32 or wider."""
+    """Returns half the mean square of each float array in the outputs, summed; in float32 or wider."""
     wide = [upcast(x) for x in jax.tree.leaves(outputs) if is_castable(x)]
     return sum((jnp.mean(jnp.square(x)) for x in wide), jnp.float32(0)) / 2
 

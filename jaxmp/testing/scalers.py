@@ -26,7 +26,7 @@ MANY = 2**18
 
 @dataclasses.dataclass(frozen=True)
 class ScalerAdapter:
-    """What `scaler_laws` asks of a scaler. Any object with these methods will do."""
+    """The functions of a scaler that `scaler_laws` calls. Any object with these attributes can stand in for it."""
 
     init: Callable[[], Any]
     """the state before the first step, a pytree"""
@@ -37,19 +37,19 @@ class ScalerAdapter:
     adjust: Callable[[Any, jax.Array], Any]
     """`adjust(state, finite)`: the state after a step whose gradients were all finite, or not (bool scalar)"""
     growth_interval: int | None = None
-    """finite steps in a row before the scale grows, where the scaler claims a number"""
+    """finite steps in a row before the scale grows; None if the scaler claims no number"""
     min_scale: float | None = None
-    """floor of the scale, where the scaler claims one"""
+    """floor of the scale; None if the scaler claims none"""
     max_scale: float | None = None
-    """cap of the scale, where the scaler claims one"""
+    """cap of the scale; None if the scaler claims none"""
 
 
 def scaler_laws(adapter: Any) -> Laws:
-    """The laws of a loss scaler, as a table and as tests.
+    """Returns the laws of a loss scaler: a table when printed, tests when pytest collects them.
 
     Args:
-      adapter: a `ScalerAdapter`, or any object with its methods; `from_value_and_grad` makes one of a library that has
-        all three in one function. `growth_interval`, `min_scale` and `max_scale` may be given too.
+      adapter: a `ScalerAdapter`, or any object with its methods and, if it claims them, `growth_interval`, `min_scale`
+        and `max_scale`. `from_value_and_grad` makes one for a library that has all of it in one function.
 
     Raises:
       InputError: the adapter lacks a method.
@@ -93,12 +93,13 @@ def from_value_and_grad(
     value_and_grad: Callable[[Any, Callable[[Any], jax.Array], Any], tuple[Any, Any, Any]],
     **claims: Any,
 ) -> ScalerAdapter:
-    """An adapter for a library that scales, unscales and adjusts in one function.
+    """Makes an adapter for a library that scales, unscales and adjusts in one function.
 
     Args:
-      init: `init() -> state`.
-      value_and_grad: `value_and_grad(state, loss_fn, params) -> (loss, grads, state)`: unscaled, and adjusted.
-      claims: `growth_interval`, `min_scale`, `max_scale`, see `ScalerAdapter`.
+      init: `init()` returns the state before the first step.
+      value_and_grad: `value_and_grad(state, loss_fn, params)` returns the unscaled loss, the unscaled gradients and the
+        next state.
+      claims: `growth_interval`, `min_scale` and `max_scale`, as in `ScalerAdapter`.
     """
 
     @jax.custom_vjp

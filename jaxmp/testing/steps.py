@@ -1,4 +1,4 @@
-"""Laws of a train step: what it commits, what it skips, and how its loss scale moves."""
+"""Laws of a train step: which steps it applies, which it skips, and how its loss scale moves."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ REFERENCE_BOUND = {np.dtype(np.float32): 2.0**-14, np.dtype(np.float16): 2.0**-5
 
 @dataclasses.dataclass(frozen=True)
 class StepAdapter:
-    """What `step_laws` asks of a train step. Any object with these attributes will do."""
+    """The train step that `step_laws` tests. Any object with these attributes can stand in for it."""
 
     init: Callable[[], Any]
-    """a fresh state, the same at each call; a pytree"""
+    """`init()`: a fresh state, a pytree, the same at each call"""
     step: Callable[[Any, Any], Any]
-    """`step(state, batch)`: the new state, or a tuple that begins with it. Compiled, as it is run; it may donate"""
+    """`step(state, batch)`: the new state, or a tuple that begins with it. Compiled, as in training; it may donate"""
     batch: Any
-    """a batch, as the step takes it, all of whose rows count"""
+    """a batch as the step takes it; all its rows count"""
     kept: Callable[[Any], Any] | None = None
-    """`kept(state)`: all that a skipped step has to leave as it was: parameters, moments, counts, statistics, EMA. By
-    default, where `jaxmp.loss_scaling` is in the state: all but what it keeps for itself, and leaves called `step`"""
+    """`kept(state)`: all that a skipped step leaves as it was: parameters, moments, counts, statistics, EMA. By
+    default, for a state with `jaxmp.loss_scaling` in it: all but the scaler's own state, and leaves called `step`"""
     loss_scale: Callable[[Any], Any] | None = None
     """`loss_scale(state)`: the scale of the next loss; by default that of `jaxmp.loss_scaling`"""
     loss: Callable[[Any], Any] | None = None
@@ -57,21 +57,21 @@ class StepAdapter:
     stacked: bool = False
     """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
     microbatches: int = 1
-    """steps that make one update"""
+    """how many steps make one update"""
     trace: Callable[[Any, Any], Any] | None = None
-    """`trace(state, batch)`: the jaxpr of the step, where `step` cannot be traced as it is"""
+    """`trace(state, batch)`: the jaxpr of the step; needed only if `step` itself cannot be traced"""
 
 
 def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
-    """The laws of a train step, as a table and as tests.
+    """Returns the laws of a train step: a table when printed, tests when pytest collects them.
 
     Args:
       adapter: a `StepAdapter`, or any object with its attributes.
-      reference: the adapter of a step that ought to do the same: on one device, in float32, in one batch instead of
-        several.
+      reference: the adapter of a step that must do the same in another way: on one device, in float32, or on one batch
+        instead of several microbatches.
 
     Raises:
-      InputError: the adapter lacks `init`, `step` or `batch`; or `kept`, where it cannot be found out.
+      InputError: the adapter lacks `init`, `step` or `batch`.
     """
     trial = Trial(adapter)
 
