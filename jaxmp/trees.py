@@ -1,4 +1,15 @@
-"""Pytrees: what their leaves are called, which of them are floats or trained, and choosing between two of them."""
+"""Pytrees: names of their leaves, kinds of leaves, casts, and choosing between two trees.
+
+Five functions tell kinds of arrays apart; all but `is_castable` take a `jax.ShapeDtypeStruct` or an abstract value too:
+
+| | float16 and wider | fp8, fp4 | complex | integer, bool, float0 | PRNG key |
+|---|---|---|---|---|---|
+| `is_castable` | yes | no | no | no | no |
+| `is_floating` | yes | yes | no | no | no |
+| `is_inexact` | yes | yes | yes | no | no |
+| `has_gradient` | yes | no | yes | no | no |
+| `is_key` | no | no | no | no | yes |
+"""
 
 from __future__ import annotations
 
@@ -13,52 +24,77 @@ HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 """the half precisions"""
 
 
-def is_float(x: Any) -> bool:
-    """True for an array (or NumPy scalar) whose values may be cast: a real float of two bytes or more.
+def is_castable(x: Any) -> bool:
+    """True for what a policy casts: arrays and NumPy scalars of real floats of two bytes or more.
 
-    False for integers, bools, PRNG keys, float0, complex numbers, Python scalars, and for fp8 and narrower floats,
-    which carry scales or quantised values of their own.
+    False for fp8 and narrower floats, which hold scales or quantised values; for complex numbers, integers, bools, PRNG
+    keys and float0; and for Python numbers, dtypes and `jax.ShapeDtypeStruct`, which cannot be cast.
     """
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return False
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and is_floating(x) and x.dtype.itemsize > 1
 
 
-def cast_floats(tree: Any, dtype: Any) -> Any:
-    """`tree` with its floats (see `is_float`) in `dtype`, all else untouched. Idempotent; keeps the structure."""
-    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) and x.dtype != dtype else x, tree)
+def is_floating(x: Any) -> bool:
+    """True for real floats of any width, fp8 and narrower included.
+
+    False for complex numbers, integers, bools, PRNG keys and float0; and for Python numbers.
+    """
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def is_inexact(x: Any) -> bool:
+    """True for what can hold an inf or a NaN, or be differentiated by JAX: floats of any width, and complex numbers.
+
+    False for integers, bools, PRNG keys and float0; and for Python numbers.
+    """
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def has_gradient(x: Any) -> bool:
-    """True for what is trained: real or complex numbers, an array, a type of one, or a Python number.
+    """True for what is trained: floats of two bytes or more, and complex numbers. Python floats count.
 
-    False for integers, bools, PRNG keys, float0, and for fp8 and narrower floats.
+    False for fp8 and narrower floats, integers, bools, PRNG keys and float0.
     """
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
 
 
+def is_key(x: Any) -> bool:
+    """True for typed PRNG keys (`jax.random.key`); False for all else, and for the uint32 keys of old JAX."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """Casts the castable leaves of `tree` (see `is_castable`) to `dtype`; keeps all other leaves and the structure."""
+    return jax.tree.map(lambda x: x.astype(dtype) if is_castable(x) and x.dtype != dtype else x, tree)
+
+
 def upcast(x: Any) -> Any:
-    """An array that has a gradient in float32, or in its own dtype where that is wider; all else as it is."""
+    """Casts a leaf that has a gradient to float32, or keeps its dtype if that is wider; returns any other as it is."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if has_gradient(x) else x
 
 
 def strongly_typed(x: Any) -> Any:
-    """A leaf as an array of its own dtype: Python numbers and what was made of them would compile twice (trap T7)."""
+    """Makes a leaf an array with a strong dtype; a weakly typed one, such as a Python number, compiles twice (T7)."""
     dtype = jnp.result_type(x)
     return x if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(x, dtype)
 
 
 def tree_where(finite: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where `finite`, else `old`, leaf by leaf and to the bit, in the dtypes of `old`.
+    """Selects `new` where `finite` is true and `old` elsewhere, leaf by leaf, bit for bit, in the dtypes of `old`.
 
-    By selection: `old + 0 * new` would let NaN through, and `old + 0.0` turns -0.0 into +0.0.
+    Selects, because arithmetic fails: `old + 0 * new` lets NaN through, and `old + 0.0` turns -0.0 into +0.0.
     """
     return jax.tree.map(lambda n, o: jnp.where(finite, n if n.dtype == o.dtype else n.astype(o.dtype), o), new, old)
 
 
+def same_structure(a: Any, b: Any) -> bool:
+    """True if two pytrees have the same structure, whatever their leaves are."""
+    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return bool(structures[0] == structures[1])
+
+
 def path_name(path: tuple[Any, ...]) -> str:
-    """The name at a path of `jax.tree_util`'s; `""` for a tree that is one leaf.
+    """Returns the name of a leaf, given its path from `jax.tree_util`: its keys joined by `/`; `""` for a lone leaf.
 
     >>> tree = {"layers": [1, {"kernel": 2}]}
     >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -68,5 +104,5 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by their names, in order; of two with the same name, the last."""
+    """Returns the leaves of `tree` by name (see `path_name`), in order; of two leaves with one name, the last."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

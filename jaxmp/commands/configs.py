@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxmp.commands.command import Command
 from jaxmp.errors import DONE, InputError
 from jaxmp.experiment import config_file
+from jaxmp.text_table import table
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,8 @@ def configs(options: Options) -> int:
     found = config_file.available()
     if not found:
         raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
-    width = max(map(len, found))
-    for name in sorted(found):
-        print(f"{name:<{width}}  {config_file.ConfigFile.find(name).docstring.partition(chr(10))[0]}")
+    about = {name: config_file.ConfigFile.find(name).docstring.partition("\n")[0] for name in sorted(found)}
+    print(table(list(about.items())))
     return DONE
 
 

@@ -12,6 +12,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.runs.checks import check
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.memory import memory
+from jaxmp.text_table import table
 
 MIB = 2**20
 
@@ -60,8 +61,11 @@ def _memory(trainer: Trainer) -> Iterator[str]:
     yield "memory of a device, in MiB: predicted from shapes"
     yield str(memory(experiment))
     yield "and as compiled for these devices"
-    for name, size in (*parts.items(), ("together", sum(parts.values()))):
-        yield f"{name:<38}{size / MIB:12,.2f}{'  streamed' if name == 'training set' and not resident else ''}"
+    rows = [
+        (name, f"{size / MIB:,.2f}", "streamed" if name == "training set" and not resident else "")
+        for name, size in (*parts.items(), ("together", sum(parts.values())))
+    ]
+    yield table(rows, right=[1], widths=(36, 12))
 
 
 def _nbytes(tree: Any) -> int:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.trees import is_key
 
 
 def canonical(value: Any, where: str) -> Any:
@@ -117,7 +118,7 @@ def _number(value: float) -> Any:
 
 def _array(value: Any) -> Any:
     dtype = value.dtype
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(value):
         value = jax.random.key_data(value)
     value = np.asarray(value)
     return {"array": dtype.name, "shape": list(value.shape), "sha256": _digest(np.ascontiguousarray(value).tobytes())}

@@ -1,14 +1,15 @@
 """`audit`: which operations of a traced function run in which dtype, and where that goes wrong.
 
-The function is traced and never run. Its jaxpr is then read once, from the first operation to the last and into every
-nested function, with a few facts carried along with each value (`_Facts`): whether it is a parameter that was only
-cast and reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule is
-about one operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual
-connection, a sum that JAX itself runs in float32) raises no alarm.
+The function is traced and never run. Its jaxpr is read once, from the first operation to the last and into every
+nested function. A few facts go along with each value (`_Facts`): whether it is a parameter that was only cast and
+reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule looks at one
+operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual connection, a
+sum that JAX itself runs in float32) raises no alarm.
 
-The rules are the traps and defects that a jaxpr shows; what depends on values, such as an overflow, it cannot show.
-With a target, the function is compiled as well, for GPUs that need not be there, and what XLA made of it is read too
-(`Program`): the collectives that its partitioner adds, and sums and products whose dtype it changes, stand in no jaxpr.
+The rules are the traps and defects that a jaxpr shows. It does not show what depends on values, such as an overflow.
+With a target, the function is also compiled, for GPUs that need not be there, and XLA's program is read too
+(`Program`): a jaxpr shows neither the collectives that the partitioner adds nor the sums and products whose dtype XLA
+changes.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from jaxmp.errors import InputError
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
-from jaxmp.jaxprs import bare, functions, module_path, scan_counts, scopes, source_line
+from jaxmp.jaxprs import (
+    COLLECTIVE_SUMS,
+    SAME_VALUES,
+    Place,
+    bare,
+    interpret,
+    module_path,
+    scan_counts,
+    source_line,
+    tracing,
+)
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
-from jaxmp.trees import FLOAT32, HALF
+from jaxmp.text_table import table
+from jaxmp.trees import FLOAT32, HALF, is_floating, path_name, same_structure
 
 if TYPE_CHECKING:
     from jaxmp.modules.linen import Row
@@ -39,14 +50,9 @@ if TYPE_CHECKING:
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
 
-_TRANSPARENT = {
-    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "slice"),
-    *("dynamic_slice", "rev", "expand_dims", "optimization_barrier", "sharding_constraint", "reduce_precision"),
-    *("stop_gradient", "name", "pvary", "concatenate"),
-}
-"""Operations whose result holds the values of their operand."""
+_TRANSPARENT = SAME_VALUES | {"slice", "dynamic_slice", "rev", "concatenate"}
+"""Operations whose result holds values of their operands, and nothing else."""
 
-_COLLECTIVE_SUMS = {"psum", "psum2", "psum_invariant", "reduce_scatter", "psum_scatter"}
 _CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions", "reduce": "dimensions"}
 _SCATTERS = {"scatter-add", "scatter_add", "select_and_scatter_add"}
 _CALLBACKS = {
@@ -63,20 +69,20 @@ _WITH_SCALAR_FUNCTIONS = {"reduce", "reduce_window", "select_and_scatter", "scat
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, or that costs what it need not."""
+    """One fault, or one needless cost, that `audit` found."""
 
     rule: str
     """name of the rule, such as "half accumulation" """
     what: str
     """what happens there, in words"""
     path: str
-    """path of the Flax modules or named scopes around it; for arguments and results their place in the pytree"""
+    """path of the Flax modules or named scopes around it; for arguments and results, their path in the pytree"""
     source: str
     """file:line of the user's code, or "" """
     dtype: str
-    """name of the dtype that it happens in, or "" """
+    """name of the dtype in which it happens, or "" """
     times: int
-    """how many times a call does it"""
+    """how many times one call does it"""
 
     def __str__(self) -> str:
         where = " at ".join(filter(None, (self.path, self.source)))
@@ -88,9 +94,9 @@ class Dot(NamedTuple):
 
     primitive: str
     dtype: str
-    """of the operands; of the wider one, where they differ"""
+    """dtype of the operands; of the wider one, if they differ"""
     flops: int
-    """of all its times together: two for each multiplication and addition"""
+    """floating-point operations of all `times` together: two for each multiplication and addition"""
     path: str
     source: str
     times: int
@@ -102,7 +108,7 @@ class Cast(NamedTuple):
     before: str
     after: str
     size: int
-    """elements of one conversion"""
+    """number of elements that one conversion casts"""
     path: str
     source: str
     times: int
@@ -110,26 +116,26 @@ class Cast(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `audit` saw. Printed, it is a table for people; `to_json` is for machines."""
+    """The result of `audit`. `print` shows tables; `to_json` returns the same for programs."""
 
     dots: tuple[Dot, ...]
     """every matrix product and convolution"""
     casts: tuple[Cast, ...]
     """every conversion between float dtypes"""
     observed: tuple[Finding, ...]
-    """findings under any policy, but for bfloat16 collectives, which a policy may ask for"""
+    """findings that do not depend on the policy, and all bfloat16 collectives, which a policy may ask for"""
     notes: tuple[str, ...] = ()
-    """what the figures leave out"""
+    """what the numbers leave out"""
     policy: PolicyTree | None = None
-    """what `findings` holds the function to; without one, float32 dots are no finding"""
+    """the policy that the function is checked against; without one, float32 dots are not findings"""
     modules: Mapping[str, Policy] | None = None
-    """the policy of each module by its path, for rules by class, which a path alone does not show"""
+    """the policy of each module by path; needed for rules by class, because a path does not show the class"""
     program: Program | None = None
-    """what the function was compiled to, where it was audited for a target"""
+    """the compiled function, if it was audited for a target"""
 
     @property
     def dot_flops_by_dtype(self) -> dict[str, int]:
-        """FLOPs of all matrix products and convolutions by the dtype of their operands, largest first."""
+        """The FLOPs of all matrix products and convolutions, by the dtype of their operands, largest first."""
         flops: collections.Counter[str] = collections.Counter()
         for dot in self.dots:
             flops[dot.dtype] += dot.flops
@@ -137,7 +143,7 @@ class Audit:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong, under `policy` where there is one."""
+        """All findings, checked against `policy` if there is one."""
         if self.policy is None:
             return self.observed
         reduces = {np.dtype(policy.reduce).name for policy in self.policy.policies}
@@ -175,24 +181,22 @@ class Audit:
         )
 
     def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
-        """The same, held to `policy`; for `modules` see `audit`."""
+        """Returns this audit checked against `policy`; for `modules` see `audit`. Nothing is traced again."""
         table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
 
     def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
-        """For tests.
+        """Raises an AssertionError that lists every finding with its path and line, if there are any: for tests.
 
         Args:
-          policy: what to hold the function to; by default the one that it was audited under.
-
-        Raises: AssertionError that lists every finding with its path and line.
+          policy: the policy to check the function against; by default the one it was audited under.
         """
         findings = (self if policy is None else self.under(policy)).findings
         if findings:
             raise AssertionError("\n".join([f"audit: {_count(len(findings), 'finding')}", *map(str, findings)]))
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and whole numbers."""
+        """Returns the audit as dicts, lists, strings and integers."""
         return {
             "dot_flops_by_dtype": self.dot_flops_by_dtype,
             "findings": [finding._asdict() for finding in self.findings],
@@ -209,9 +213,8 @@ class Audit:
     def _lines(self) -> Iterator[str]:
         flops = self.dot_flops_by_dtype
         yield "FLOPs of dots and convolutions"
-        yield from (f"  {dtype:<14}{n:>20,}{n / sum(flops.values()):>9.2%}" for dtype, n in flops.items())
-        if not flops:
-            yield "  none"
+        rows = [(dtype, f"{n:,}", f"{n / sum(flops.values()):.2%}") for dtype, n in flops.items()]
+        yield table(rows, right=[1, 2], widths=(14, 18, 7), indent=2) if rows else "  none"
         changes: collections.Counter[tuple[str, str]] = collections.Counter()
         elements: collections.Counter[tuple[str, str]] = collections.Counter()
         for cast in self.casts:
@@ -236,42 +239,41 @@ def audit(
     target: Target | str | None = None,
     **kwargs: Any,
 ) -> Audit:
-    """Which dtypes `fn(*args, **kwargs)` runs in, and what is wrong with that. It is traced; nothing runs.
+    """Finds in which dtypes `fn(*args, **kwargs)` runs, and where that goes wrong. Traces `fn`; runs nothing.
 
-    The rules, each the `rule` of its findings:
+    The rules; each is the `rule` of its findings:
 
     - half accumulation: a sum, cumulative sum, scatter-add, carry of a loop, or sum of a weight's gradients in half
     - half collective: a sum over devices in float16, or in bfloat16 unless the policy's `reduce` says so
     - half exponential: exp, softmax or log in half over 256 terms or more
     - half unscaling: a gradient in float16 multiplied or divided by one number, such as 1 / loss scale
-    - half loss: a loss that is differentiated, in less than float32
+    - half loss: a differentiated loss narrower than float32
     - float32 dot: a product in float32 where the policy computes in half
     - vanished constant: an eps that is 0 in half, or a decay that is 1
     - weakly typed: an argument or result whose dtype is that of a Python number
     - compiles twice: a state that comes out with another dtype or weak type than it went in
-    - not donated: a state that is replaced, of a jitted function that does not donate it
-    - unguarded state: a float of the state that is replaced even where the rest of the state is kept, since a gradient
-      was not finite
+    - not donated: a state that a jitted function replaces but does not donate
+    - unguarded state: a float of the state that is replaced even if a gradient is not finite, when the rest is kept
     - host callback: an operation that waits for Python
 
     Args:
-      fn: any function that JAX traces; a jitted one is looked at with its own static and donated arguments.
+      fn: any function that JAX traces. A jitted one keeps its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.
-      policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths.
-      modules: the rows of `policy.explain(model, batch)`, for rules by class: where one of those computes in float32,
-        float32 dots are not reported without.
-      target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Arguments are
-        on each of them whole, but for a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
-        `Audit.program`, and the findings are those of the program as well.
+      policy: the policy to check `fn` against; see `Audit.under`. Modules are found by their Flax paths.
+      modules: the rows of `policy.explain(model, batch)`, for policies with rules by class. Without them, float32 dots
+        are not reported if a rule by class computes in float32.
+      target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Each of them
+        holds all arguments whole, except a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
+        `Audit.program`, and its faults are among the findings.
       kwargs: further arguments of `fn`.
 
     Returns:
-      The audit. The body of a scan counts times its length, that of a while loop once, of a conditional the branch with
-      most FLOPs (of one between platforms that of the target, or of the local devices), and a function that is mapped
-      over devices counts on each.
+      The audit. The body of a scan counts as often as it is long, the body of a while loop once. Of a conditional, the
+      branch with most FLOPs counts (of one between platforms, that of the target or of the local devices). A function
+      mapped over devices counts once for each.
 
     Raises:
-      InputError: `fn` cannot be traced with these arguments, or this JAX cannot compile for the target.
+      InputError: `fn` does not trace with these arguments, or this JAX cannot compile for the target.
 
     >>> x = jax.ShapeDtypeStruct((8, 4), jnp.float16)
     >>> w = jax.ShapeDtypeStruct((4, 2), jnp.float16)
@@ -281,16 +283,10 @@ def audit(
     if target is not None:
         target = Target.parse(target) if isinstance(target, str) else target
         args, kwargs = target.place((args, kwargs))
-    try:
+    name, expected = getattr(fn, "__name__", type(fn).__name__), "a function of arrays or jax.ShapeDtypeStruct"
+    with tracing(f"audit: {name} does not trace", f"{expected}, as jax.jit takes it"):
         jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
         traced = jitted.trace(*args, **kwargs)
-    except Exception as error:
-        name = getattr(fn, "__name__", type(fn).__name__)
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"audit: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a function "
-            "of arrays or jax.ShapeDtypeStruct, as jax.jit takes it"
-        ) from error
     jaxpr = bare(traced.jaxpr)
     # What nothing depends on is in the jaxpr and not in the lowered program, such as the last product of a forward pass
     # of which the gradient alone is wanted.
@@ -348,12 +344,10 @@ _NOTHING = _Facts()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a nested function stands."""
+class _Place(Place):
+    """Where an equation stands, and how many times a call runs it."""
 
-    names: str = ""
     times: int = 1
-    source: str = ""
 
 
 class _Walk:
@@ -369,24 +363,19 @@ class _Walk:
 
     def function(self, jaxpr: Any, given: Sequence[_Facts], place: _Place) -> list[_Facts]:
         """What is known of the results of `jaxpr`, for arguments of which `given` is known."""
-        env: dict[Any, _Facts] = dict(zip(jaxpr.invars, given, strict=True))
-        env |= {v: _Facts(weight=True) for v in jaxpr.constvars}
+        constants = [_Facts(weight=True)] * len(jaxpr.constvars)
 
-        def read(v: Any) -> _Facts:
-            return _NOTHING if isinstance(v, Literal) else env[v]
+        def equation(eqn: Any, operands: list[_Facts]) -> list[_Facts]:
+            return self._equation(eqn, operands, place.at(eqn))
 
-        for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars], place), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return interpret(jaxpr, [*constants, *given], equation, lambda _: _NOTHING)
 
     def _equation(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
-        names = scopes(eqn, place.names)
-        place = dataclasses.replace(place, names=names, source=source_line(eqn) or place.source)
-        self.differentiated |= "transpose(" in names
+        self.differentiated |= "transpose(" in place.names
         name = eqn.primitive.name
         if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
             self.notes.add(f"what is inside of {name} is not counted")
-        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(functions(eqn))):
+        elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(jaxprs_in_params(eqn.params))):
             return self._nested(eqn, inner, given, place)
         self._count(eqn, place)
         self._find(eqn, given, place)
@@ -448,14 +437,9 @@ class _Walk:
             aval = invars[i].aval
             if aval.dtype in HALF:
                 eqn = next(e for e in jaxpr.eqns if e.outvars[0] in _sources(jaxpr, jaxpr.outvars[i]))
-                names = scopes(eqn, place.names)
                 turns = f" {length}" if length else ""
-                self._found(
-                    "half accumulation",
-                    f"a loop carries a sum over its{turns} turns in {aval.dtype.name}",
-                    aval.dtype,
-                    dataclasses.replace(place, names=names, source=source_line(eqn) or place.source),
-                )
+                what = f"a loop carries a sum over its{turns} turns in {aval.dtype.name}"
+                self._found("half accumulation", what, aval.dtype, place.at(eqn))
         return adding
 
     def _cond(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
@@ -489,17 +473,17 @@ class _Walk:
         self.findings.append(_finding(rule, what, dtype, place))
 
     def _count(self, eqn: Any, place: _Place) -> None:
-        name, path = eqn.primitive.name, module_path(place.names)
+        name, path = eqn.primitive.name, place.module
         if name in _FLOPS:
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
             self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
         elif name == "ragged_dot_general":
             self.notes.add("ragged dots are not counted")
         elif name == "convert_element_type":
-            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-            if before != after and _is_float(before) and _is_float(after):
-                size = eqn.outvars[0].aval.size
-                self.casts.append(Cast(before.name, after.name, size, path, place.source, place.times))
+            before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+            if before.dtype != after.dtype and is_floating(before) and is_floating(after):
+                cast = Cast(before.dtype.name, after.dtype.name, after.size, path, place.source, place.times)
+                self.casts.append(cast)
 
     def _find(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
         name = eqn.primitive.name
@@ -516,7 +500,7 @@ class _Walk:
             and not out.shape
         ):
             self._found("half loss", f"a loss in {out.dtype.name}", out.dtype, place)
-        if name in _COLLECTIVE_SUMS:
+        if name in COLLECTIVE_SUMS:
             for dtype in {v.aval.dtype for v in eqn.invars if _half(v.aval)}:
                 self._found("half collective", f"{name} over devices in {dtype.name}", dtype, place)
         self._find_uses(eqn, given)
@@ -560,7 +544,7 @@ class _Walk:
             first = given[0] if given else _NOTHING
             mask = first.mask or bool(eqn.invars and eqn.invars[0].aval.dtype == np.bool_)
             return dataclasses.replace(first, **{"gradient": first.gradient, **shared, "mask": mask})
-        if name in _COLLECTIVE_SUMS:
+        if name in COLLECTIVE_SUMS:
             return _Facts(**{"gradient": any(facts.gradient for facts in given), **shared})
         if name == "add_any":
             return _Facts(product=any(facts.product for facts in given), **shared)
@@ -604,7 +588,7 @@ def _decides(eqn: Any, given: list[_Facts]) -> bool:
     if name == "is_finite":
         return True
     logical = ("and", "or", "not", "reduce_and", "reduce_or", "reduce_min", "reduce_max", "eq", "ne", "lt", "select_n")
-    kept = name in logical or name in _TRANSPARENT or name in _COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
+    kept = name in logical or name in _TRANSPARENT or name in COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
     return kept and any(facts.flag for facts in given)
 
 
@@ -675,7 +659,7 @@ def _sources(jaxpr: Any, v: Any) -> set[Any]:
 
 def _only_added_to(jaxpr: Any, before: Any, after: Any) -> bool:
     """Whether a carry goes into one addition, casts aside, which gives the next carry, and into nothing else."""
-    if isinstance(after, Literal) or not _is_float(getattr(before.aval, "dtype", np.dtype(int))):
+    if isinstance(after, Literal) or not is_floating(before.aval):
         return False
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
     addition = next((made[v] for v in _sources(jaxpr, after) if v in made and _adds(made[v])), None)
@@ -725,7 +709,7 @@ def _of_state(traced: Any, jaxpr: Any, out: list[_Facts], *, jitted: bool) -> It
             what = f"goes in as {_typed(old)} and comes out as {_typed(new)}: the next call compiles again"
             yield Finding("compiles twice", what, path, "", new.dtype.name, 1)
         changed = jaxpr.outvars[after] is not jaxpr.invars[before]
-        if guards and changed and not out[after].guarded and _is_float(new.dtype):
+        if guards and changed and not out[after].guarded and is_floating(new):
             what = "is replaced whether gradients are finite or not, unlike the rest of the state"
             yield Finding("unguarded state", what, path, "", new.dtype.name, 1)
         if jitted and changed and not donated[before]:
@@ -742,7 +726,7 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
     structure and shapes, and of which some leaf is added to, selected, or handed on. Gradients look the same otherwise.
     """
     (given, _), results = _trees(traced)
-    whole = bool(given) and _same_structure(given[0], results)
+    whole = bool(given) and same_structure(given[0], results)
     outs = [results] if whole or type(results) not in (tuple, list) else results
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     before = after = 0
@@ -750,7 +734,7 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
         size = len(jax.tree.leaves(old))
         if i < len(outs):
             pairs = [(before + n, after + n) for n in range(size)]
-            if size and _same_structure(old, outs[i]):
+            if size and same_structure(old, outs[i]):
                 variables = [(jaxpr.invars[a], jaxpr.outvars[b]) for a, b in pairs]
                 single = size > 1 or getattr(variables[0][0].aval, "weak_type", False)
                 same = all(a.aval.shape == b.aval.shape for a, b in variables)
@@ -758,11 +742,6 @@ def _state(traced: Any, jaxpr: Any) -> Iterator[tuple[int, int]]:
                     yield from pairs
             after += len(jax.tree.leaves(outs[i]))
         before += size
-
-
-def _same_structure(a: Any, b: Any) -> bool:
-    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
-    return structures[0] == structures[1]
 
 
 def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
@@ -777,7 +756,7 @@ def _renewed(before: Any, after: Any, made: dict[Any, Any]) -> bool:
     if after not in made:
         return False
     eqn = made[after]
-    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in functions(eqn))
+    updates = eqn.primitive.name in ("add", "sub", "select_n") or any(True for _ in jaxprs_in_params(eqn.params))
     return updates and any(v is before for v in eqn.invars)
 
 
@@ -786,14 +765,7 @@ def _paths(kind: str, tree: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # Arguments are a pair: by place and by name.
     skip = 1 if kind == "argument" else 0
-    return [" ".join(filter(None, (kind, "/".join(_key(key) for key in path[skip:])))) for path, _ in leaves]
-
-
-def _key(key: Any) -> str:
-    for name in ("key", "name", "idx"):
-        if hasattr(key, name):
-            return str(getattr(key, name))
-    return str(key)
+    return [" ".join(filter(None, (kind, path_name(path[skip:])))) for path, _ in leaves]
 
 
 # What the compiled program shows
@@ -823,7 +795,7 @@ def _module_of(operation: str) -> str:
 
 def _finding(rule: str, what: str, dtype: Any, place: _Place) -> Finding:
     name = np.dtype(dtype).name if dtype != "" else ""
-    return Finding(rule, what, module_path(place.names), place.source, name, place.times)
+    return Finding(rule, what, place.module, place.source, name, place.times)
 
 
 def _merged(findings: Any) -> list[Finding]:
@@ -844,10 +816,6 @@ def _typed(aval: Any) -> str:
 
 def _is_wide(dtype: str) -> bool:
     return dtype in ("float32", "float64")
-
-
-def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _half(aval: Any) -> bool:

@@ -1,16 +1,16 @@
-"""`find_policy`: which modules of a model may compute in half, found by what that does to the gradient.
+"""`find_policy`: finds which modules of a model may compute in half, by the error that this makes in the gradient.
 
-Each module is put in half by itself, and the gradient on real batches is compared with the one of float64 arithmetic
-from the same float32 parameters and inputs. Then modules are added to a `PolicyTree`, those first that cost the least
-error for their FLOPs, as long as the error stays within a budget. Every tree is measured as it would be written down,
-so what is found was measured too.
+Each module is put in half alone, and the gradient on real batches is compared with the gradient in float64 from the
+same float32 parameters and inputs. Then modules are added to a `PolicyTree`, those with the least error for their FLOPs
+first, as long as the error stays within a budget. Every tree is measured exactly as it would be used, the tree that is
+found included.
 
-The error of a parameter's gradient is given as a multiple of a unit, and a tree is as good as the parameter with which
-it does worst: a branch with small gradients counts as much as one with large ones, as it does under Adam.
-By default the unit is the noise that the gradient has anyway, because a batch is a sample. Where rounding adds e times
-that noise, independently, the variance of the gradient grows by 1 + e**2, as much as if the batch were smaller by that
-factor: the variance is in inverse proportion to the batch (McCandlish et al. 2018, An Empirical Model of Large-Batch
-Training, section 2.2). The default budget of 0.1 allows what a batch smaller by 1 % would do.
+The error of a parameter's gradient is a multiple of a unit. A tree is judged by its worst parameter, so that a branch
+with small gradients counts as much as one with large ones, as under Adam. The default unit is the noise that the
+gradient has because a batch is a sample. If rounding adds e times that noise, independently, the variance of the
+gradient grows by the factor 1 + e**2, as if the batch were smaller by that factor: the variance is in inverse
+proportion to the batch size (McCandlish et al. 2018, An Empirical Model of Large-Batch Training, section 2.2). The
+default budget of 0.1 allows as much as a batch smaller by 1 %.
 """
 
 from __future__ import annotations
@@ -28,29 +28,32 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
+from jaxmp.instruments.gradient_error import float64_arrays
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
 from jaxmp.precision.policy_tree import names as pattern_names
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats
+from jaxmp.text_table import table, without_nan
+from jaxmp.training.gradients import differentiate
+from jaxmp.trees import FLOAT32, HALF, cast_floats
 
 if TYPE_CHECKING:
     from jaxmp.modules.linen import Row
 
 UNITS = ("noise", "gradient", "float32")
-"""what the error of a parameter's gradient can be a multiple of"""
+"""Units of the error of a parameter's gradient; see `find_policy`."""
 
 UNRESOLVED = 0.01
-"""relative error in float32 from which on a parameter's gradient is rounding noise in float32 already, as that of a
-bias before a normalisation is, which is 0: it says nothing of half precision, and is not judged"""
+"""A parameter whose gradient has a larger relative error in float32 is not judged: its gradient is rounding noise in
+float32 already, as that of a bias before a normalisation, which is truly 0, and says nothing about half precision."""
 
 
 class Point(NamedTuple):
-    """Parameters, and batches on which to take the gradient there."""
+    """Parameters, and the batches on which the gradient is taken there."""
 
     params: Any
     batches: Sequence[tuple[Any, ...]]
-    """the arguments of the loss after the parameters, a tuple a batch; all batches of one size"""
+    """the arguments of the loss after the parameters, one tuple for each batch; all batches have one size"""
 
 
 _Gradients = Callable[[Point], Iterator[tuple[float, dict[str, np.ndarray]]]]
@@ -59,84 +62,92 @@ _FULL = parse_policy("float32")
 
 
 class Gap(NamedTuple):
-    """How far the loss and its gradient under a policy are from exact ones, over all points and batches."""
+    """How far the loss and its gradient under a policy are from those in float64, over all points and batches."""
 
     error: float
-    """of the worst parameter at the worst point: root mean square over the batches, in units; inf where anything is not
-    finite"""
+    """error of the gradient of the worst parameter at the worst point: root mean square over the batches, in units; inf
+    if anything is not finite"""
     parameter: str
     """path of that parameter"""
     relative_error: float
-    """of the whole gradient, at the worst point: root mean square error over that of its norm"""
+    """error of the whole gradient at the worst point: its root mean square over that of the gradient's norm"""
     loss_error: float
-    """the largest relative error of the loss"""
+    """largest relative error of the loss"""
     underflow: float
-    """share of the numbers in the gradient that came out 0, among those that are not"""
+    """of the numbers in the gradient that are not 0, the share that became 0"""
     overflow: float
-    """share of the numbers in the gradient that are not finite"""
+    """of the numbers in the gradient, the share that is not finite"""
 
 
 class ModuleResult(NamedTuple):
-    """A module, what it does by itself in half, and what was found for it."""
+    """One module: the error that it makes alone in half, and whether it is in half in the tree that was found."""
 
     module: str
-    """its path, "" for the model itself: its own code, which runs under the default of the tree"""
+    """path of the module; "" for the model itself, whose own code runs under the default of the tree"""
     type: str
+    """name of its class"""
     parameters: int
-    """numbers in its own parameters"""
+    """how many numbers its own parameters have"""
     flops: int
     """FLOPs of its own products in one loss and gradient"""
     alone: Gap | None
-    """of it alone in half; None for a module without parameters and FLOPs, which goes along with the model itself"""
+    """errors with this module alone in half; None for a module without parameters and FLOPs, which is in half if the
+    model itself is"""
     half: bool
     """whether it is in half in the tree that was found"""
 
 
-class Trial(NamedTuple):
-    """One step of the search: modules put in half beside those that were taken before."""
+class SearchStep(NamedTuple):
+    """One step of the search: modules put in half in addition to those taken before."""
 
     added: tuple[str, ...]
+    """paths of the modules that were tried"""
     half_flops: int
-    """FLOPs of all modules in half"""
+    """FLOPs of all modules in half, those taken before included"""
     gap: Gap
+    """errors with all of them in half"""
     taken: bool
+    """whether the error was within the budget, so that the modules stay in half"""
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundPolicy:
-    """What `find_policy` found. Printed, it is a table for people; `to_json` is for machines."""
+    """The result of `find_policy`. `print` shows tables; `to_json` returns the same for programs."""
 
     precision: str
     """the tree as text, for `--precision`"""
     budget: float
+    """largest error allowed, in units"""
     unit: str
+    """unit of the errors, one of `UNITS`"""
     loss_scale: float
+    """loss scale under which all was measured"""
     modules: tuple[ModuleResult, ...]
-    """in the order in which they are called"""
-    trials: tuple[Trial, ...]
-    """the search, in order; none for a module whose error alone is above the budget"""
+    """all modules, in the order in which they are called"""
+    trials: tuple[SearchStep, ...]
+    """the steps of the search, in order; a module whose error alone is above the budget is in none of them"""
     gap: Gap
-    """of the tree"""
+    """errors under the tree"""
     float32: Gap
-    """of float32 for all"""
+    """errors with all modules in float32"""
     flops_by_dtype: Mapping[str, int]
     """FLOPs of all products in one loss and gradient under the tree, as audited"""
     unresolved: tuple[str, ...]
-    """parameters that were not judged, since their gradient is rounding noise in float32 already"""
+    """paths of parameters that were not judged, because their gradient is rounding noise in float32 already"""
 
     @property
     def tree(self) -> PolicyTree:
-        """The tree."""
+        """The tree that was found."""
         return PolicyTree.parse(self.precision)
 
     @property
     def half_flops_share(self) -> float:
-        """Share of the FLOPs of products that run in half under the tree."""
+        """The share of all FLOPs of products that runs in half under the tree."""
         half = sum(self.flops_by_dtype.get(dtype.name, 0) for dtype in HALF)
         return half / (sum(self.flops_by_dtype.values()) or 1)
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and numbers; None for what is not finite."""
+        """Returns the result as dicts, lists, strings and numbers, with None for NaN and infinities."""
         found = {
             "precision": self.precision,
             "half_flops_share": self.half_flops_share,
@@ -147,56 +158,51 @@ class FoundPolicy:
             "gap": self.gap._asdict(),
             "float32": self.float32._asdict(),
             "modules": [
-                {**flip._asdict(), "alone": None if flip.alone is None else flip.alone._asdict()}
-                for flip in self.modules
+                {**result._asdict(), "alone": None if result.alone is None else result.alone._asdict()}
+                for result in self.modules
             ],
-            "trials": [{**trial._asdict(), "gap": trial.gap._asdict()} for trial in self.trials],
+            "trials": [{**step._asdict(), "gap": step.gap._asdict()} for step in self.trials],
             "unresolved": list(self.unresolved),
         }
-        return _finite(found)
+        return without_nan(found)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        total = sum(flip.flops for flip in self.modules)
         of = {"noise": "its noise", "gradient": "its norm", "float32": "the error of float32"}[self.unit]
         yield f"gradient errors of modules in half, of the worst parameter as a multiple of {of}; loss scale " + (
             f"{self.loss_scale:g}"
         )
         header = ("module", "class", "parameters", "FLOPs", "error", "whole", "underflow", "overflow", "found", "worst")
         rows = []
-        for flip in self.modules:
-            measured = [""] * 4 if flip.alone is None else _cells(flip.alone)
-            share = f"{flip.flops / total:.1%}" if total else ""
-            worst = "" if flip.alone is None else flip.alone.parameter
-            found = "half" if flip.half else "float32"
-            rows.append((flip.module or "(model)", flip.type, f"{flip.parameters:,}", share, *measured, found, worst))
-        yield from _table([header, *rows], right=range(2, 8))
+        for result in self.modules:
+            measured = [""] * 4 if result.alone is None else _cells(result.alone)
+            worst = "" if result.alone is None else result.alone.parameter
+            found = "half" if result.half else "float32"
+            share, name = self._share(result.flops), result.module or "(model)"
+            rows.append((name, result.type, f"{result.parameters:,}", share, *measured, found, worst))
+        yield table(rows, header=header, right=range(2, 8), indent=2)
         yield ""
         yield f"search, within {self.budget:g}"
+        steps = []
+        for step in self.trials:
+            added = ", ".join(name or "(model)" for name in step.added)
+            taken = "taken" if step.taken else "left"
+            steps.append((self._share(step.half_flops), *_cells(step.gap), taken, added))
         names = ("half FLOPs", "error", "whole", "underflow", "overflow", "", "added")
-        yield from _table(
-            [
-                names,
-                *(
-                    (
-                        f"{trial.half_flops / total:.1%}" if total else "",
-                        *_cells(trial.gap),
-                        "taken" if trial.taken else "left",
-                        ", ".join(name or "(model)" for name in trial.added),
-                    )
-                    for trial in self.trials
-                ),
-            ],
-            right=range(5),
-        )
+        yield table(steps, header=names, right=range(5), indent=2)
         yield ""
         if self.unresolved:
             yield f"not judged, rounding noise in float32 already: {', '.join(self.unresolved)}"
         yield f"{'error':<16} {self.gap.error:.3g} ({self.gap.parameter}); float32: {self.float32.error:.3g}"
         yield f"{'half FLOPs':<16} {self.half_flops_share:.2%}"
         yield f"{'precision':<16} {self.precision}"
+
+    def _share(self, flops: int) -> str:
+        """The share of the FLOPs of all modules, as text; "" if they have none."""
+        total = sum(result.flops for result in self.modules)
+        return f"{flops / total:.1%}" if total else ""
 
 
 def find_policy(
@@ -210,37 +216,38 @@ def find_policy(
     loss_scale: float | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FoundPolicy:
-    """The PolicyTree with the most FLOPs in half of which the gradient stays within a budget of error.
+    """Finds a PolicyTree with as many FLOPs in half as a budget for the error of the gradient allows.
 
-    The search is greedy, by error for FLOPs, and tries several modules at once: where they do not fit together, first
-    the one half of them, then the other. It compiles the gradient about once a module.
+    The search is greedy, by error for FLOPs. It tries several modules at once; if the budget does not allow all of
+    them, it tries the first half of them, and then the second. It compiles the gradient about once for each module.
 
         loss = lambda tree: lambda params, x, y: cross_entropy(jaxmp.with_policy(model.apply, tree)(params, x), y)
         explain = lambda tree: tree.explain(model, x)
         print(jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])]))
 
-    What the loss or the model cast to float32 by themselves stays in float32 in the reference as well.
+    Values that the loss or the model itself casts to float32 are float32 in the reference too.
 
     Args:
-      loss: makes, of a tree, the loss `loss(tree)(params, *batch)`, a scalar: a mean over the batch. It has to be a
-        function of its arguments alone: no random masks, which would be others in float64.
-      explain: the modules, and the policy of each under a tree, as `PolicyTree.explain` gives them.
-      points: where to take gradients: float32 parameters, and at least two batches for each. Nothing of it is asked for
-        before all else was found to be in order.
+      loss: `loss(tree)` returns the loss under a tree, `loss(tree)(params, *batch)`: a scalar, a mean over the batch.
+        It depends on its arguments alone: no random masks, which would differ in float64.
+      explain: `explain(tree)` returns the modules and the policy of each, as `PolicyTree.explain` does.
+      points: where gradients are taken: float32 parameters, with at least two batches for each. They are read only
+        after all other arguments were checked.
       half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters.
-      budget: the most that the error may be, in units, of any parameter's gradient at any point.
-      unit: what the error of a parameter's gradient is a multiple of, at each point: "noise", the standard deviation
-        of the exact gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
-      loss_scale: what the loss is multiplied by, a power of two; by default 2**15 for float16, else 1. What overflows
-        at this scale is beyond any budget.
-      log: takes a line for each module that was measured.
+      budget: the largest error allowed, in units, of any parameter's gradient at any point.
+      unit: the unit of the error of a parameter's gradient, at each point: "noise", the standard deviation of the exact
+        gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
+      loss_scale: the factor of the loss, a power of two; by default 2**15 for float16, else 1. A gradient that
+        overflows at this scale exceeds any budget.
+      log: called with one line for each measurement.
 
     Returns:
-      The tree and the evidence. Rules name paths, float32 ones before a half default, or half ones before a float32
-      default: what the model's own code, which no path names, can bear.
+      The tree and the measurements. Its rules name paths: float32 rules before a half default if the model's own code,
+      which no path names, can be in half; else half rules before a float32 default.
 
-    Raises: InputError for a budget that is not positive or below the error of float32, a policy that is not half, too
-      few batches or modules, and where no module that computes can be half.
+    Raises:
+      InputError: `budget` is not positive, or below the error of float32; `half` is not a half policy; there are too
+        few batches or modules; or no module with FLOPs can be in half.
     """
     name = half if isinstance(half, str) else str(half)
     policy = _require_half(half)
@@ -335,8 +342,17 @@ def _module(dot: Dot, model: str, modules: Mapping[str, int]) -> str | None:
     return next((path for path in reversed(path_and_above(within)) if path in modules), "")
 
 
-def _gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.value_and_grad(loss, allow_int=True)
+def _gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """`(params, *batch) -> (gradients, loss)` of `loss(params, *batch)`."""
+
+    def gradient(params: Any, *batch: Any) -> tuple[Any, Any]:
+        def with_value(params: Any) -> tuple[Any, Any]:
+            value = loss(params, *batch)
+            return value, value
+
+        return differentiate(with_value, params)
+
+    return gradient
 
 
 class _Measure:
@@ -414,15 +430,8 @@ class _Measure:
 
         def gradients(point: Point) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
             for batch in point.batches:
-                value, grads = gradient(point.params, *batch)
-                yield (
-                    float(value) / scale,
-                    {
-                        name: np.asarray(leaf).astype(np.float64) / scale
-                        for name, leaf in by_path(grads).items()
-                        if jnp.issubdtype(leaf.dtype, jnp.floating)
-                    },
-                )
+                grads, value = gradient(point.params, *batch)
+                yield float(value) / scale, float64_arrays(grads, scale)
 
         return gradients
 
@@ -443,7 +452,7 @@ class _Search:
         self._rows, self._flops, self._half, self._explain = rows, flops, half, explain
         self._measure, self._budget, self._say = measure, budget, log
         self.alone: dict[str, Gap] = {}
-        self.trials: list[Trial] = []
+        self.trials: list[SearchStep] = []
         self._trees: dict[frozenset[str], PolicyTree] = {}
         self._gaps: dict[frozenset[str], Gap] = {}
 
@@ -470,7 +479,7 @@ class _Search:
         together = taken | set(more)
         gap = self.gap(together)
         fits = gap.error <= self._budget
-        self.trials.append(Trial(tuple(more), sum(self._flops[path] for path in together), gap, fits))
+        self.trials.append(SearchStep(tuple(more), sum(self._flops[path] for path in together), gap, fits))
         self._say(f"{len(together)} modules in half: {gap.error:.3g}")
         if fits or len(more) == 1:
             return together if fits else taken
@@ -492,13 +501,14 @@ class _Search:
 
 
 def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[Row]]) -> PolicyTree:
-    """A tree that gives every module the policy that is wanted, by rules for paths, as few as were found.
+    """Returns a tree that gives every module the wanted policy, with as few rules for paths as a search finds.
 
     Args:
-      want: policies by path; that of the model itself, "", is the default, for no path names it.
-      explain: the policy of each module under a tree, which has the last word.
+      want: policies by path; the policy of the model itself, "", is the default of the tree.
+      explain: `explain(tree)` returns the policy of each module; the tree is checked against it.
 
-    Raises: InputError where paths do not tell the modules apart.
+    Raises:
+      InputError: paths do not tell the modules apart.
     """
     default, rules = want[""], list[Rule]()
     # From above, since a rule covers all below; the rules of those below then stand before it.
@@ -581,21 +591,5 @@ def _ratio(error: float, unit: float) -> float:
     return error / unit if unit else math.inf if error else 0.0
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _cells(gap: Gap) -> list[str]:
     return [f"{gap.error:.2g}", f"{gap.relative_error:.2g}", f"{gap.underflow:.2%}", f"{gap.overflow:.2%}"]
-
-
-def _table(rows: Sequence[Sequence[str]], right: Iterable[int]) -> Iterator[str]:
-    """Lines of a table, some columns of which are set to the right."""
-    widths, right = [max(map(len, column)) for column in zip(*rows, strict=True)], set(right)
-    for row in rows:
-        cells = (f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row))
-        yield f"  {'  '.join(cells)}".rstrip()

@@ -1,10 +1,10 @@
-"""`memory`: what lies in memory during a training step, predicted from shapes: nothing is compiled, nothing runs.
+"""`memory`: the memory that a training step needs, predicted from shapes: nothing is compiled, nothing runs.
 
-What the forward pass keeps for the backward pass is read from the jaxpr of `jax.vjp`, as JAX's own
-`jax.ad_checkpoint.print_saved_residuals` does. An argument that is kept costs nothing more; a weight that was only cast
-is told apart from activations, since it is what master weights cost beside themselves.
+What the forward pass saves for the backward pass is read from the jaxpr of `jax.vjp`, as JAX's own
+`jax.ad_checkpoint.print_saved_residuals` does. An argument that is saved costs nothing more. Weights that were only
+cast are listed apart from activations: they are the price of master weights.
 
-The compiler may do with less, by computing again, or with more, for what it needs on the way.
+The compiler may need less, if it computes values again, or more, for intermediate results.
 """
 
 from __future__ import annotations
@@ -18,26 +18,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import jaxprs_in_params
 
-from jaxmp.errors import InputError
-from jaxmp.jaxprs import functions, scan_counts
+from jaxmp.jaxprs import SAME_VALUES, bare, interpret, scan_counts, tracing
+from jaxmp.text_table import table
+from jaxmp.trees import is_inexact, is_key
 
 MIB = 2**20
-
-SAME_VALUES = {
-    *("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "copy", "copy_p", "optimization_barrier"),
-    *("convert_element_type", "reduce_precision", "name", "sharding_constraint", "stop_gradient", "pvary"),
-}
-"""operations that hand on the values of their operand, rounded at most"""
 
 
 class Item(NamedTuple):
     """Arrays of one kind and dtype."""
 
     name: str
-    """master weights (that the loss casts to less), parameters (the others), moments, other state, batch, gradients,
-    weights cast for compute, or saved activations"""
+    """kind: master weights (parameters that the loss casts to a narrower dtype), parameters (all others), moments,
+    other state, batch, gradients, weights cast for compute, or saved activations"""
     dtype: str
     arrays: int
     nbytes: int
@@ -45,40 +40,41 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by kind and dtype. Printed, it is a table in MiB, of what is more than 0.00 of them, and the total."""
+    """Bytes by kind and dtype. `print` shows a table in MiB; what rounds to 0.00 MiB is summed up as "the rest"."""
 
     items: tuple[Item, ...]
 
     def nbytes(self, *names: str) -> int:
-        """Bytes of the kinds that are named, of all dtypes; of everything where none is named."""
+        """Returns the bytes of the named kinds, in all dtypes together; without names, of all kinds."""
         return sum(item.nbytes for item in self.items if not names or item.name in names)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The same in lists, dicts, strings and whole numbers."""
+        """Returns the items as lists, dicts, strings and integers."""
         return [item._asdict() for item in self.items]
 
     def __str__(self) -> str:
-        rows = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]
-        rest = self.nbytes() - sum(nbytes for *_, nbytes in rows)
-        rows += [("the rest", "", rest)] if rest else []
-        rows.append(("total", "", self.nbytes()))
-        return "\n".join(f"{name:<26}{dtype:<12}{nbytes / MIB:12,.2f}" for name, dtype, nbytes in rows)
+        shown = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]
+        rest = self.nbytes() - sum(nbytes for *_, nbytes in shown)
+        shown += [("the rest", "", rest)] if rest else []
+        shown.append(("total", "", self.nbytes()))
+        rows = [(name, dtype, f"{nbytes / MIB:,.2f}") for name, dtype, nbytes in shown]
+        return table(rows, right=[2], widths=(24, 10, 12))
 
 
 def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = None, state: Any = None) -> Memory:
-    """What a step that differentiates `loss(params, *args)` by `params` holds in memory.
+    """Predicts the memory of a training step that differentiates `loss(params, *args)` with respect to `params`.
 
     Args:
-      loss: a function that returns one float, a scalar.
-      params: what it is differentiated by, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as
-        integers, are state.
-      args: its further arguments, such as the batch.
-      opt_state: the optimizer's state: floats in arrays are moments, all else is other state.
+      loss: a function that returns one float scalar.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as integers, count as
+        other state.
+      args: the further arguments of `loss`, such as the batch.
+      opt_state: the optimizer's state. Float arrays count as moments, all else as other state.
       state: what else persists between steps, such as batch statistics or an average of the weights.
 
     Returns:
-      The items, in the order in which a step comes by them. Arrays with a sharding count with the share of one device,
-      but for what the loss makes of them, which counts as traced: give `args` the shapes of one device.
+      The items, in the order in which a step uses them. An array with a sharding counts with one device's share. What
+      the loss computes counts as traced, so `args` should have the shapes of one device.
 
     Raises:
       InputError: `loss` cannot be differentiated with these arguments.
@@ -93,7 +89,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
     total                                         8.25
     """
     leaves, structure = jax.tree.flatten(params)
-    diff = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    diff = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
 
     def of(leaves_and_args: tuple[Any, ...]) -> Any:
         own, others, args = leaves_and_args
@@ -111,30 +107,24 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
 
     own = [leaves[i] for i in diff]
     others = [jnp.zeros((), jnp.int8) if i in diff else leaf for i, leaf in enumerate(leaves)]
-    try:
-        jaxpr: Any = jax.make_jaxpr(of)((own, others, args))
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"memory: the loss cannot be differentiated with these arguments ({type(error).__name__}: {first})"
-        ) from error
+    with tracing("memory: the loss cannot be differentiated"):
+        jaxpr = bare(jax.make_jaxpr(of)((own, others, args)))
     flow = _Flow(len(own))
-    roots = [_Root(i) for i in range(len(jaxpr.jaxpr.invars))]
-    kept = flow.function(jaxpr.jaxpr, roots)
+    kept = flow.function(jaxpr, [_Root(i) for i in range(len(jaxpr.invars))])
 
     items = _Items()
     for i, leaf in enumerate(leaves):
         place = diff.index(i) if i in diff else None
         items.add("other state" if place is None else "master weights" if place in flow.masters else "parameters", leaf)
     for leaf in jax.tree.leaves(opt_state):
-        items.add("moments" if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.inexact) else "other state", leaf)
+        items.add("moments" if leaf.shape and is_inexact(leaf) else "other state", leaf)
     for leaf in jax.tree.leaves(state):
         items.add("other state", leaf)
     for leaf in jax.tree.leaves(args):
         items.add("batch", leaf)
     for leaf in own:
         items.add("gradients", leaf)
-    for name, aval in _saved(kept, [v.aval for v in jaxpr.jaxpr.outvars], len(own)):
+    for name, aval in _saved(kept, [v.aval for v in jaxpr.outvars], len(own)):
         items.add(name, aval)
     return items.memory()
 
@@ -159,15 +149,8 @@ class _Flow:
 
     def function(self, jaxpr: Any, given: Sequence[_Root]) -> list[_Root]:
         """What the results are copies of; on the way, which parameters are cast to a narrower dtype."""
-        env: dict[Any, _Root] = dict(zip(jaxpr.invars, given, strict=True))
-
-        def read(v: Any) -> _Root:
-            return _Root(object()) if isinstance(v, Literal) else env.get(v, _Root(v))
-
-        for eqn in jaxpr.eqns:
-            for v, root in zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars]), strict=True):
-                env[v] = root
-        return [read(v) for v in jaxpr.outvars]
+        constants = [_Root(v) for v in jaxpr.constvars]
+        return interpret(jaxpr, [*constants, *given], self._equation, lambda _: _Root(object()))
 
     def _equation(self, eqn: Any, given: list[_Root]) -> list[_Root]:
         name = eqn.primitive.name
@@ -180,7 +163,7 @@ class _Flow:
         made = [_Root(v) for v in eqn.outvars]
         if name == "scan":
             return self._scan(eqn, given, made)
-        for inner in functions(eqn):
+        for inner in jaxprs_in_params(eqn.params):
             values = given[-len(inner.invars) :] if len(inner.invars) else []  # a conditional's first is the choice
             if len(values) != len(inner.invars):
                 continue
@@ -192,7 +175,7 @@ class _Flow:
 
     def _scan(self, eqn: Any, given: list[_Root], made: list[_Root]) -> list[_Root]:
         """What is cast of a slice in each turn is stacked to a cast of the whole; all else is made by the loop."""
-        (body,) = functions(eqn)
+        (body,) = jaxprs_in_params(eqn.params)
         consts, carries = scan_counts(eqn.params)
         slices = {object(): root for root in given[consts + carries :]}
         turn = [*given[:consts], *(_Root(object()) for _ in range(carries)), *map(_Root, slices)]
@@ -236,10 +219,10 @@ class _Items:
 
 
 def device_nbytes(leaf: Any) -> int:
-    """Bytes of an array, or `jax.ShapeDtypeStruct`, on one of its devices."""
+    """Returns the bytes of an array or `jax.ShapeDtypeStruct` on one of its devices."""
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), leaf.dtype))
         return math.prod(shape) * words.size * words.dtype.itemsize
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize

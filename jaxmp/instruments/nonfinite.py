@@ -1,18 +1,17 @@
-"""`blame`: which operation of a function made the first inf or NaN, of those that its results show.
+"""`blame`: finds the operation that made the first inf or NaN in the results of a function.
 
-The function is traced, and its jaxpr evaluated operation by operation, into jit, remat, custom derivatives,
-conditionals and, turn by turn, loops. A gradient is one jaxpr, forward and backward pass in a row, so that both are
-walked alike. An operation is *suspect* where its operands are finite and its result is not; blamed is the first suspect
-from which non-finite values lead, from operation to operation, to a result of the function. What a `where` has masked
-leads nowhere, and is not blamed.
+The function is traced, and its jaxpr is evaluated operation by operation: inside jit, remat, custom derivatives and
+conditionals too, and turn by turn in loops. A gradient is one jaxpr, the forward pass and then the backward pass, so
+both are evaluated alike. An operation is *suspect* if its operands are finite and its result is not. Blamed is the
+first suspect whose non-finite values lead, from operation to operation, to a result of the function. A value that a
+`where` masks leads nowhere, and is not blamed.
 
-Infinities that somebody wrote are no suspects: a mask of -inf is finite again after the softmax. What an operation
-makes of them is one where it is NaN, or not finite in an element whose operands were.
+Infinities that were written on purpose are not suspect: a mask of -inf is finite again after the softmax. An operation
+on them is suspect if its result is NaN, or is not finite in an element whose operands were.
 
-Each operation is rounded to the dtype that it has in the jaxpr, which is what the float formats say. A compiled
-function may keep more (trap T6): XLA drops pairs of casts between two operations of one kernel, and on a CPU it
-computes in float32 what is float16 or bfloat16. So an overflow that is found here may not have shown on one device, and
-show on the next.
+Each operation is rounded to its dtype in the jaxpr. A compiled function may keep more precision (trap T6): XLA drops
+pairs of casts between two operations of one kernel, and on a CPU it computes float16 and bfloat16 in float32. So an
+overflow that is found here may not show on one device, and show on another.
 """
 
 from __future__ import annotations
@@ -28,28 +27,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
-from jaxmp.errors import InputError
 from jaxmp.jaxprs import (
+    Place,
+    bare,
+    bind,
+    called,
+    interpret,
     is_backward,
     is_scaling,
-    module_path,
     opened,
     quantized,
     scan_counts,
-    scopes,
-    source_line,
+    tracing,
 )
 from jaxmp.precision.formats import parse_format
-from jaxmp.trees import path_name
-
-_BODIES = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-"""Operations that only call a function, and the parameter that holds it."""
+from jaxmp.text_table import table
+from jaxmp.trees import is_inexact, path_name
 
 _LOOPS = ("scan", "while")
 
@@ -59,25 +54,25 @@ _BY_ELEMENT = {
     *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh"),
     *("erf", "erfc", "erf_inv", "lgamma", "digamma", "floor", "ceil", "round", "convert_element_type", "copy"),
 }
-"""Operations each element of whose result is made of those at its place: there, what is bad is followed by element."""
+"""Elementwise operations: bad values are followed through them element by element."""
 
 ON_HOST = 2**16
-"""numbers in an array up to which it is looked at on the host, where that compiles nothing; on a CPU, all are"""
+"""Arrays with up to as many numbers are checked on the host, which compiles nothing; on a CPU, all arrays are."""
 
 AS_WRITTEN = {"xla_allow_excess_precision": False}
-"""options for `jax.jit` with which every operation is rounded to its dtype, inside compiled loops as well (trap T6)"""
+"""Options for `jax.jit` that round every operation to its dtype, inside compiled loops too (trap T6)."""
 
 
-class Range(NamedTuple):
-    """The numbers in an operand or a result."""
+class Magnitudes(NamedTuple):
+    """The numbers in an operand or a result of an operation: their magnitudes, and how many are not finite."""
 
     name: str
     """`operand 0`, `result`"""
     dtype: str
-    """dtype, or the emulated format"""
+    """name of the dtype, or of the emulated format"""
     shape: tuple[int, ...]
     smallest: float
-    """smallest finite magnitude other than 0; 0 where there is none"""
+    """smallest finite magnitude other than 0; 0 if there is none"""
     largest: float
     """largest finite magnitude"""
     limit: float
@@ -93,7 +88,7 @@ class Range(NamedTuple):
 
     @property
     def bad(self) -> str:
-        """Which values are not finite: `inf and NaN`."""
+        """The kinds of values that are not finite, such as `inf and NaN`."""
         return " and ".join(name for name, n in self._bad() if n)
 
     def _bad(self) -> list[tuple[str, int]]:
@@ -109,33 +104,36 @@ class Range(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blame:
-    """The first non-finite value of those that reach the results. Printed, a table; `to_json` is for machines."""
+    """The operation, or argument, whose non-finite value is the first that reaches a result of the function.
+
+    `print` shows a table; `to_json` returns the same for programs.
+    """
 
     primitive: str
-    """JAX's name of the operation; `argument` where the value was given; jaxmp's own operations by theirs"""
+    """JAX's name of the operation, jaxmp's name of its own operations, or `argument` if the value was given"""
     value: str
-    """which it is: inf, -inf, NaN, or several of them"""
+    """kind of value: inf, -inf, NaN, or several of them"""
     backward: bool
-    """whether in the backward pass"""
+    """whether the operation is in the backward pass"""
     path: str
-    """modules or named scopes around it, the class of the model first; of an argument, its place in the pytree"""
+    """modules or named scopes around it, the class of the model first; of an argument, its path in the pytree"""
     source: str
     """file:line of the user's code, or "" """
     turns: tuple[tuple[int, int], ...]
-    """for each loop around it, outermost first, the place in what is scanned over (from 0), and the length; a length of
-    0 for a while loop"""
-    result: Range
-    """what came out"""
-    operands: tuple[Range, ...]
-    """the floats that went in"""
+    """for each loop around it, outermost first: the index in what is scanned over, from 0, and the length; the length
+    of a while loop is 0"""
+    result: Magnitudes
+    """its result"""
+    operands: tuple[Magnitudes, ...]
+    """its float operands"""
     reaches: tuple[str, ...]
-    """the results of the function that are not finite"""
+    """paths of the function's results that are not finite"""
     note: str = ""
-    """what else is known of it"""
+    """further explanation, or "" """
 
     @property
     def what(self) -> str:
-        """In a few words: `inf from dot_general in Net/head, backward`."""
+        """The finding in a few words, such as `inf from dot_general in Net/head, backward`."""
         if self.primitive == "argument":
             return f"{self.value} in the argument {self.path}"
         where = f" in {self.path}" if self.path else ""
@@ -143,15 +141,15 @@ class Blame:
         return f"{self.value} from {self.primitive}{where}{turns}, {'backward' if self.backward else 'forward'}"
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and numbers."""
+        """Returns the finding as dicts, lists, strings and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"result": self.result._asdict(), "operands": [r._asdict() for r in self.operands]}
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<12}{text}" for name, text in self.rows())
+        return table(self.rows(), widths=(10,))
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """The lines of the table: a name, and what there is to say."""
+        """Yields the lines of the table: a name and a text each."""
         yield "first", self.what
         if self.source:
             yield "line", _relative(self.source)
@@ -166,19 +164,19 @@ class Blame:
 
 
 def blame(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Blame | None:
-    """Runs `fn(*args, **kwargs)` operation by operation, and names the first non-finite value that its results show.
+    """Evaluates `fn(*args, **kwargs)` operation by operation, and finds what made the first inf or NaN in its results.
 
     Args:
-      fn: any function that JAX traces: a loss, `jax.grad` of one, a train step. Pallas kernels, callbacks and functions
-        that are mapped over devices are run as one operation.
+      fn: any function that JAX traces: a loss, `jax.grad` of one, a train step. A Pallas kernel, a callback, or a
+        function that is mapped over devices runs as one operation.
       args: its arguments, arrays and Python numbers.
       kwargs: further arguments of `fn`.
 
     Returns:
-      What made it and where, or None where all results are finite.
+      The operation or argument and where it stands; None if all results are finite.
 
     Raises:
-      InputError: `fn` cannot be traced with these arguments.
+      InputError: `fn` does not trace with these arguments.
 
     >>> import jax.numpy as jnp
     >>> found = blame(lambda x: jnp.exp(x) / 2, jnp.float16(12))
@@ -191,28 +189,22 @@ def blame(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Blame | None:
 
 
 class Replay:
-    """A function traced once, to be run operation by operation on arguments of the same shapes and dtypes.
+    """A function, traced once, that is evaluated operation by operation on arguments of the same shapes and dtypes.
 
-    Args and errors: as of `blame`.
+    Arguments and errors are those of `blame`.
     """
 
     def __init__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any):
         self._names = functools.partial(_argument_names, fn)
-        try:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        with tracing(f"blame: {name} does not trace", "a function of arrays, as jax.jit takes it"):
             closed, out = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs), return_shape=True)(args, kwargs)
-        except Exception as error:
-            name = getattr(fn, "__name__", type(fn).__name__)
-            first = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise InputError(
-                f"blame: {name} does not trace with these arguments ({type(error).__name__}: {first}); expected a "
-                "function of arrays, as jax.jit takes it"
-            ) from error
         self._jaxpr, self._consts = opened(closed)
         self._results = [_joined("result", path) for path, _ in jax.tree_util.tree_leaves_with_path(out)]
         self._machine = _Machine()
 
     def blame(self, *args: Any, **kwargs: Any) -> Blame | None:
-        """See the function `blame`."""
+        """Finds what made the first inf or NaN in the results on these arguments, as the function `blame` does."""
         names = self._names(args, kwargs)
         given = [_given(_as_array(x), name) for x, name in zip(jax.tree.leaves((args, kwargs)), names, strict=True)]
         with np.errstate(all="ignore"):  # JAX lets NumPy cast numbers that are known while tracing
@@ -248,15 +240,11 @@ class _Value(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a nested function stands."""
+class _Place(Place):
+    """Where an equation stands, and in which turns of the loops around it."""
 
-    names: str = ""
-    source: str = ""
     turns: tuple[tuple[int, int], ...] = ()
-
-    def at(self, eqn: Any) -> _Place:
-        return dataclasses.replace(self, names=scopes(eqn, self.names), source=source_line(eqn) or self.source)
+    """place in what is scanned over and length of each loop, as in `Blame.turns`"""
 
 
 _Wanted = dict[int, np.ndarray | None]
@@ -320,38 +308,32 @@ class _Machine:
 
     def run(self, jaxpr: Any, given: Sequence[_Value], place: _Place) -> _Run:
         """Evaluates a jaxpr on the values of its constants and inputs."""
-        env: dict[Any, _Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
-        last = _last_uses(jaxpr)
         events: list[_Event] = []
 
-        def read(v: Any) -> _Value:
-            return _constant(v.val, v.aval) if isinstance(v, Literal) else env[v]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            out, came_from = self.equation(eqn, [read(v) for v in eqn.invars], place.at(eqn))
-            env.update(zip(eqn.outvars, out, strict=True))
+        def equation(eqn: Any, operands: list[_Value]) -> list[_Value]:
+            out, came_from = self.equation(eqn, operands, place.at(eqn))
             bad = {v for v, x in zip(eqn.outvars, out, strict=True) if x.state is BAD}
             if bad:
                 events.append(_Event(eqn, bad, came_from))
-            for v in last.get(i, ()):
-                env.pop(v, None)
-        return _Run(jaxpr, [read(v) for v in jaxpr.outvars], events)
+            return out
+
+        out = interpret(jaxpr, given, equation, lambda literal: _constant(literal.val, literal.aval))
+        return _Run(jaxpr, out, events)
 
     def equation(self, eqn: Any, given: list[_Value], place: _Place) -> tuple[list[_Value], Any]:
         """The results of an equation, and where bad ones among them come from."""
         name = eqn.primitive.name
         with eqn.ctx.manager:
-            if name in _BODIES:
-                jaxpr, consts = opened(eqn.params[_BODIES[name]])
-                if not _works_on_bits(jaxpr):
-                    return self.inside(jaxpr, consts, given, place)
+            function = called(eqn)
+            if function is not None and not _works_on_bits(bare(function)):
+                return self.inside(*opened(function), given, place)
             if name == "cond":
                 branches = eqn.params["branches"]
                 taken = min(max(int(given[0].value), 0), len(branches) - 1)
                 out, came_from = self.inside(*opened(branches[taken]), given[1:], place)
                 return out, lambda places: _shifted(came_from(places), 1)
             values = [x.value for x in given]
-            out = self.whole(eqn)(*values) if name in (*_LOOPS, *_BODIES) else _bind(eqn, values)
+            out = bind(eqn, values) if function is None and name not in _LOOPS else self.whole(eqn)(*values)
         if name == "select_n":
             given = _selected(given)
         states = _states(eqn, given, out, place)
@@ -379,7 +361,7 @@ class _Machine:
     def whole(self, eqn: Any) -> Callable[..., list[Any]]:
         """A loop or a function as one operation, compiled once."""
         if eqn not in self.compiled:
-            self.compiled[eqn] = jax.jit(functools.partial(_bound, eqn), compiler_options=AS_WRITTEN)
+            self.compiled[eqn] = jax.jit(lambda *values: bind(eqn, values), compiler_options=AS_WRITTEN)
         return self.compiled[eqn]
 
     def turns(self, eqn: Any, results: list[_Value], given: list[_Value], place: _Place, places: _Wanted) -> _Traced:
@@ -434,7 +416,7 @@ class _Loop:
             return cls(body, operands, num_consts, num_carry, params["length"], params["reverse"])
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
         operands = tuple(range(of_cond, count))
-        condition = jax.jit(functools.partial(_evaluated, params["cond_jaxpr"]))
+        condition = jax.jit(jaxpr_as_fun(params["cond_jaxpr"]))
 
         def goes_on(values: Sequence[Any], carry: Sequence[Any]) -> bool:
             return bool(condition(*values[:of_cond], *carry)[0])
@@ -444,7 +426,7 @@ class _Loop:
     @property
     def body(self) -> Any:
         """The body without its constants."""
-        return opened(self.closed)[0]
+        return bare(self.closed)
 
     def position(self, turn: int) -> int:
         """The place of a turn in what is scanned over."""
@@ -464,7 +446,7 @@ class _Loop:
     def turn(self, values: Sequence[Any], carry: Sequence[Any], turn: Any) -> tuple[list[Any], Any]:
         """The carry after a turn, and what is not finite in the inputs and the outputs of the body: (n, 3) bools."""
         inputs = self.inputs(values, carry, turn)
-        out = _evaluated(self.closed, *inputs)
+        out = jaxpr_as_fun(self.closed)(*inputs)
         flags = [
             jnp.stack([_flags(x, jnp) for x in values]) if values else np.zeros((0, 3), bool)
             for values in (inputs, out)
@@ -588,7 +570,7 @@ def _lost(x: Any) -> np.ndarray:
 
 def _is_fresh(out: Any, operands: list[Any]) -> bool:
     """Whether an operation element by element made one that is not finite of such as are."""
-    floats = [np.isfinite(np.asarray(x)) for x in operands if _is_float(x)]
+    floats = [np.isfinite(np.asarray(x)) for x in operands if is_inexact(x)]
     if any(finite.shape not in ((), out.shape) for finite in floats):
         return False
     return bool(np.any(functools.reduce(np.logical_and, floats, ~np.isfinite(np.asarray(out)))))
@@ -629,17 +611,13 @@ def _shifted(traced: _Traced, by: int) -> _Traced:
 # Arrays
 
 
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 @jax.jit
 def _all_finite(x: Any) -> jax.Array:
     return jnp.all(jnp.isfinite(x))
 
 
 def _is_finite(x: Any) -> bool:
-    if not _is_float(x):
+    if not is_inexact(x):
         return True
     if isinstance(x, jax.Array) and x.size > ON_HOST and x.itemsize > 1 and next(iter(x.devices())).platform != "cpu":
         return bool(_all_finite(x))
@@ -648,7 +626,7 @@ def _is_finite(x: Any) -> bool:
 
 def _flags(x: Any, np: Any = np) -> Any:
     """Whether there is NaN, inf, -inf in an array: (3,) bools. `np` is jax.numpy to trace it."""
-    if not _is_float(x):
+    if not is_inexact(x):
         return np.zeros(3, bool)
     x = np.asarray(x, np.float32) if x.dtype.itemsize == 1 else np.asarray(x)
     infinite, negative = np.isinf(x), np.real(x) < 0
@@ -664,48 +642,11 @@ def _as_array(x: Any) -> Any:
     return x if hasattr(x, "dtype") else jnp.asarray(x)
 
 
-# Evaluation
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _bound(eqn: Any, *values: Any) -> list[Any]:
-    return _bind(eqn, values)
-
-
-def _evaluated(jaxpr: Any, *values: Any) -> list[Any]:
-    """The results of a jaxpr, open or closed, to be traced."""
-    inner, consts = opened(jaxpr)
-    env = dict(zip([*inner.constvars, *inner.invars], [*consts, *values], strict=True))
-
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
-
-    for eqn in inner.eqns:
-        with eqn.ctx.manager:
-            env.update(zip(eqn.outvars, _bind(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in inner.outvars]
-
-
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """By the place of an equation: the variables that nothing after it reads."""
-    kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in (*eqn.outvars, *eqn.invars) if not isinstance(v, Literal)}
-    uses: dict[int, list[Any]] = {}
-    for v, i in last.items():
-        if v not in kept:
-            uses.setdefault(i, []).append(v)
-    return uses
-
-
 def _works_on_bits(jaxpr: Any) -> bool:
     """Whether floats are put together from their bits, as in an emulated format: one operation, to a person."""
     return any(
-        eqn.primitive.name == "bitcast_convert_type" and _is_float(eqn.outvars[0].aval) for eqn in jaxpr.eqns
-    ) or any(_works_on_bits(opened(eqn.params["jaxpr"])[0]) for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
+        eqn.primitive.name == "bitcast_convert_type" and is_inexact(eqn.outvars[0].aval) for eqn in jaxpr.eqns
+    ) or any(_works_on_bits(bare(eqn.params["jaxpr"])) for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
 
 
 # What is shown
@@ -714,26 +655,25 @@ def _works_on_bits(jaxpr: Any) -> bool:
 def _observed(eqn: Any, given: list[_Value], out: Any, place: _Place) -> Blame:
     """The blame of one operation."""
     name, inner = eqn.primitive.name, ""
-    if name in _BODIES:
-        jaxpr, _ = opened(eqn.params[_BODIES[name]])
-        inner = "/".join(str(each.source_info.name_stack) for each in jaxpr.eqns)
+    if (function := called(eqn)) is not None:
+        inner = "/".join(str(each.source_info.name_stack) for each in bare(function).eqns)
         name = eqn.params.get("name", name)
     format = quantized(f"{place.names}/{inner}")
-    operands = [x.value for x in given if _is_float(x.value)]
-    ranges = tuple(_range(f"operand {i}", x) for i, x in enumerate(operands))
-    return _blame_of(f"quantize_{format}" if format else name, place, _range("result", out, format), ranges)
+    operands = [x.value for x in given if is_inexact(x.value)]
+    magnitudes = tuple(_magnitudes(f"operand {i}", x) for i, x in enumerate(operands))
+    return _blame_of(f"quantize_{format}" if format else name, place, _magnitudes("result", out, format), magnitudes)
 
 
 def _argument(name: str, x: Any) -> Blame:
-    return dataclasses.replace(_blame_of("argument", _Place(), _range("result", x), ()), path=name)
+    return dataclasses.replace(_blame_of("argument", _Place(), _magnitudes("result", x), ()), path=name)
 
 
-def _blame_of(primitive: str, place: _Place, result: Range, operands: tuple[Range, ...]) -> Blame:
+def _blame_of(primitive: str, place: _Place, result: Magnitudes, operands: tuple[Magnitudes, ...]) -> Blame:
     return Blame(
         primitive=primitive,
         value=result.bad,
         backward=is_backward(place.names),
-        path=module_path(place.names),
+        path=place.module,
         source=place.source,
         turns=place.turns,
         result=result,
@@ -746,12 +686,12 @@ def _blame_of(primitive: str, place: _Place, result: Range, operands: tuple[Rang
 SCALING_NOTE = "jaxmp's own: the loss times the loss scale"
 
 
-def _range(name: str, x: Any, format: str = "") -> Range:
+def _magnitudes(name: str, x: Any, format: str = "") -> Magnitudes:
     host = np.asarray(x)
     wide = np.abs(host.astype(np.complex128 if np.iscomplexobj(host) else np.float64))
     finite = wide[np.isfinite(wide)]
     infinite, negative = np.isinf(wide), np.real(host) < 0
-    return Range(
+    return Magnitudes(
         name=name,
         dtype=format or host.dtype.name,
         shape=host.shape,

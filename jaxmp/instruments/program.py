@@ -1,8 +1,8 @@
-"""`Program`: what XLA made of a function for GPUs: the kernels that it launches, their dtypes, memory and collectives.
+"""`Program`: a function as XLA compiled it for GPUs: its kernels, their dtypes, memory and collectives.
 
-Read from the optimised HLO of a compiled function. XLA fuses, splits and converts after tracing, so this is the place
-for what a jaxpr cannot show: which library computes a product, the copies and conversions that are kernels of their
-own, the collectives that the partitioner added, and sums that came out in half precision on the way.
+It is read from the optimised HLO of a compiled function. XLA fuses, splits and converts after tracing, so the program
+shows what a jaxpr cannot: which library computes a product, which copies and conversions are kernels of their own,
+which collectives the partitioner added, and which sums became half precision.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmp.jaxprs import in_library
+from jaxmp.text_table import table
 
 MIB = 2**20
 
@@ -49,15 +50,15 @@ class Kernel(NamedTuple):
     kind: str
     """product, convolution, attention, library call, reduction, scatter, conversion, copy, or elementwise"""
     dtype: str
-    """of the operands of a product or convolution, the wider; of the sums of a reduction; else of what comes out"""
+    """dtype of a product's or convolution's wider operand; of a reduction's sums; else of the result"""
     name: str
-    """name of the library's function, such as __cublas$gemm; of XLA's own kernels the name in the HLO"""
+    """name of the library's function, such as __cublas$gemm; of XLA's own kernels, the name in the HLO"""
     path: str
-    """name stack of the operation that it stands for, "" where XLA names none"""
+    """name stack of the operation that it computes, "" if XLA names none"""
     source: str
-    """file:line of it, or "" """
+    """file:line of the operation, or "" """
     times: int
-    """launches a call; the turns of a loop are counted where XLA knows their number, else once"""
+    """launches in one call; a loop counts as often as it turns if XLA knows the number, else once"""
 
 
 class Collective(NamedTuple):
@@ -67,20 +68,20 @@ class Collective(NamedTuple):
     """all-reduce, all-gather, reduce-scatter, ..."""
     dtype: str
     nbytes: int
-    """of the larger of what one GPU gives and what it gets, all tensors of the exchange together"""
+    """bytes that one GPU gives or gets, whichever is more, all tensors of the exchange together"""
     path: str
     source: str
     times: int
     in_loop: bool = False
-    """whether it stands in a loop, whose turns XLA may not know the number of"""
+    """whether it stands in a loop; XLA may not know how often that turns"""
 
 
 class HalfSum(NamedTuple):
-    """A sum that the compiled program forms in half precision."""
+    """A sum that the compiled program computes in half precision."""
 
     dtype: str
     terms: int
-    """that are added up for one number"""
+    """how many terms are added up for one number"""
     path: str
     source: str
     times: int
@@ -91,24 +92,26 @@ class Memory:
     """The compiler's account of one GPU's memory, in bytes."""
 
     arguments: int
-    """what the function takes"""
+    """bytes of the arguments"""
     results: int
-    """what it returns; of that `aliased` lies where donated arguments did"""
+    """bytes of the results, those in `aliased` included"""
     aliased: int
+    """bytes of the results that reuse the memory of donated arguments"""
     temporaries: int
-    """the most that lives at once beside them"""
+    """the most bytes that live at once besides arguments and results"""
 
     @property
     def peak(self) -> int:
-        """All of it together."""
+        """The bytes of arguments, results and temporaries together, aliased ones once."""
         return self.arguments + self.results - self.aliased + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled function. Printed, it is a table."""
+    """A compiled function. `print` shows tables; `to_json` returns the same for programs."""
 
     target: str
+    """name of what it was compiled for"""
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
     half_sums: tuple[HalfSum, ...]
@@ -116,10 +119,10 @@ class Program:
 
     @classmethod
     def read(cls, compiled: Any, target: str = "") -> Program:
-        """The program of `jax.jit(...).lower(...).compile()`, on GPUs that are there or not.
+        """Reads the program of a compiled function; its GPUs need not be there.
 
         Args:
-          compiled: what `compile()` returned.
+          compiled: the result of `jax.jit(...).lower(...).compile()`.
           target: a name for what it was compiled for.
         """
         stats = compiled.memory_analysis()
@@ -134,14 +137,14 @@ class Program:
         return cls(target, tuple(reader.kernels), tuple(reader.collectives), tuple(reader.half_sums), memory)
 
     def launches(self) -> dict[tuple[str, str], int]:
-        """Launches of kernels by kind and dtype, most first."""
+        """Counts the launches of kernels by (kind, dtype), most first."""
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         for kernel in self.kernels:
             counts[kernel.kind, kernel.dtype] += kernel.times
         return dict(counts.most_common())
 
     def exchanged(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Collectives and their bytes by kind and dtype."""
+        """Counts the collectives by (kind, dtype): how many, and their bytes together."""
         sums: dict[tuple[str, str], tuple[int, int]] = {}
         for collective in self.collectives:
             key = collective.kind, collective.dtype
@@ -150,7 +153,7 @@ class Program:
         return sums
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and whole numbers."""
+        """Returns the program as dicts, lists, strings and integers."""
         return {
             "target": self.target,
             "launches": [{"kind": k, "dtype": d, "times": n} for (k, d), n in self.launches().items()],
@@ -167,20 +170,21 @@ class Program:
         yield f"compiled for {self.target}: {sum(launches.values())} kernels a call"
         dtypes = sorted({dtype for _, dtype in launches})
         kinds = sorted({kind for kind, _ in launches}, key=lambda kind: _KINDS.index(kind))
-        yield f"  {'':<14}" + "".join(f"{dtype:>12}" for dtype in dtypes)
-        for kind in kinds:
-            yield f"  {kind:<14}" + "".join(f"{launches.get((kind, dtype), 0) or '':>12}" for dtype in dtypes)
+        rows = [(kind, *(str(launches.get((kind, dtype), "")) for dtype in dtypes)) for kind in kinds]
+        columns = range(1, len(dtypes) + 1)
+        yield table(rows, header=("", *dtypes), right=columns, widths=(14, *(10 for _ in dtypes)), indent=2)
         yield "  libraries: " + (", ".join(f"{name} {n}" for name, n in self._libraries().items()) or "none")
         yield "memory of each GPU, in MiB"
         memory = self.memory
-        for name, size in (
-            ("arguments", memory.arguments),
-            ("results", memory.results),
-            ("  of which in the place of arguments", memory.aliased),
-            ("temporaries", memory.temporaries),
-            ("together", memory.peak),
-        ):
-            yield f"  {name:<36}{size / MIB:12,.2f}"
+        parts = {
+            "arguments": memory.arguments,
+            "results": memory.results,
+            "  of which in the place of arguments": memory.aliased,
+            "temporaries": memory.temporaries,
+            "together": memory.peak,
+        }
+        sizes = [(name, f"{size / MIB:,.2f}") for name, size in parts.items()]
+        yield table(sizes, right=[1], widths=(36, 10), indent=2)
         yield "collectives" if self.collectives else "collectives\n  none"
         for (kind, dtype), (times, nbytes) in self.exchanged().items():
             yield f"  {kind} of {dtype}: {times}, of {nbytes:,} bytes"

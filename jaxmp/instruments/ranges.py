@@ -27,7 +27,7 @@ from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.batch import LossFn
 from jaxmp.training.gradients import Measured, make_gradients
 from jaxmp.training.state import TrainState
-from jaxmp.trees import by_path
+from jaxmp.trees import by_path, is_floating
 
 FORMATS = ("float16", "bfloat16", "e4m3", "e5m2")
 """Formats whose under- and overflow is counted."""
@@ -107,12 +107,12 @@ def count(x: Any) -> Counts:
 
     float64 is rounded to float32 first.
     """
-    return _together([_count(leaf) for leaf in jax.tree.leaves(x) if _is_float(leaf)])
+    return _together([_count(leaf) for leaf in jax.tree.leaves(x) if is_floating(leaf)])
 
 
 def count_each(tree: Any) -> dict[str, Counts]:
     """`count` of each float leaf of a pytree, by its path, `/` between the names."""
-    return {name: count(leaf) for name, leaf in by_path(tree).items() if _is_float(leaf)}
+    return {name: count(leaf) for name, leaf in by_path(tree).items() if is_floating(leaf)}
 
 
 def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
@@ -126,7 +126,7 @@ def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
         return jnp.sum(same & (_magnitudes(update) != 0), dtype=jnp.int32)
 
     trees = params, updates, apply_updates(params, updates)
-    found = jax.tree.map(lambda p, *rest: lost_updates(p, *rest) if _is_float(p) else None, *trees)
+    found = jax.tree.map(lambda p, *rest: lost_updates(p, *rest) if is_floating(p) else None, *trees)
     return by_path(found)
 
 
@@ -327,10 +327,6 @@ def _share(some: np.ndarray, of: np.ndarray) -> list[float | None]:
     return [a / b if b else None for a, b in zip(some.tolist(), of.tolist(), strict=True)]
 
 
-def _is_float(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
 def _magnitudes(x: jax.Array) -> jax.Array:
     """The bits of |x| in float32, uint32."""
     x = jnp.asarray(x)
@@ -385,7 +381,7 @@ def _together(parts: list[Counts]) -> Counts:
 def _through(outputs: Any, sink: jax.Array) -> Any:
     """`outputs`, whose floats are counted on their way, and their cotangents on the way back, into `sink`'s."""
     leaves, structure = jax.tree.flatten(outputs)
-    floats = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    floats = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
     for i, leaf in zip(floats, _tap([leaves[i] for i in floats], sink), strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)

@@ -26,22 +26,23 @@ COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One or more GPUs of a kind. Programs can be compiled for them, which takes the CUDA build of JAX but no GPU.
+    """One or more GPUs of one kind to compile programs for. That needs the CUDA build of JAX, but no GPU.
 
     >>> Target.parse("h100x8")
     Target(gpu='h100', count=8)
     """
 
     gpu: str
-    """which GPU, one of `GPUS`"""
+    """name of the GPU, one of `GPUS`"""
     count: int = 1
-    """how many, in one machine"""
+    """how many of them are in one machine"""
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The target that `text` names: `h100`, or `h100x8` for eight of them.
+        """Reads a target from text: `h100`, or `h100x8` for eight of them.
 
-        Raises: InputError where there is no such GPU, or no such number of them.
+        Raises:
+          InputError: the GPU is not one of `GPUS`, or the number is 0.
         """
         gpu, count = re.fullmatch(r"(.*?)(?:x(\d+))?", text, re.DOTALL).groups()  # type: ignore[union-attr]
         if gpu not in GPUS or count == "0":
@@ -56,9 +57,10 @@ class Target:
 
     @functools.cached_property
     def devices(self) -> tuple[Any, ...]:
-        """Devices that a program can be compiled for, and nothing be put on.
+        """The devices to compile for. No array can be put on them.
 
-        Raises: InputError where the installed JAX cannot compile for GPUs.
+        Raises:
+          InputError: the installed JAX cannot compile for GPUs.
         """
         try:
             topology = topologies.get_topology_desc(
@@ -69,14 +71,15 @@ class Target:
         return tuple(topology.devices)
 
     def mesh(self, axis: str = "data") -> Mesh:
-        """The devices along one axis, for what is to be spread over them."""
+        """Returns the devices as a mesh with one axis, for arguments that are sharded over them."""
         return Mesh(np.array(self.devices), (axis,), axis_types=(AxisType.Auto,))
 
     def place(self, tree: Any) -> Any:
-        """Arrays and `jax.ShapeDtypeStruct`s as the latter, on each of these GPUs, but for those with a place on them.
+        """Turns arrays into `jax.ShapeDtypeStruct`s that each of these GPUs holds whole.
 
         Args:
-          tree: what a function takes; leaves that are neither stay.
+          tree: the arguments of a function. A leaf that has a sharding over these GPUs keeps it. Leaves without shape
+            and dtype stay as they are.
         """
         whole = NamedSharding(self.mesh(), P())
 

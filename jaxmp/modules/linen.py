@@ -30,7 +30,8 @@ from jaxmp.modules.nnx import FromNNX
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree, path_and_above
-from jaxmp.trees import FLOAT32, by_path, cast_floats, is_float, path_name
+from jaxmp.text_table import table
+from jaxmp.trees import FLOAT32, by_path, cast_floats, is_castable, path_name
 
 AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
 """Layers that compute `f(x, kernel) + bias`."""
@@ -159,12 +160,7 @@ class Explanation(tuple[Row, ...]):
             )
             for row in self
         ]
-        table = [("module", "class", "parameters", "policy", "rule"), *rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:{'>' if i == 2 else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
-            for row in table
-        )
+        return table(rows, header=("module", "class", "parameters", "policy", "rule"), right=[2])
 
 
 def explain(model: nn.Module, policy: Policy | PolicyTree | str, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -262,7 +258,7 @@ def _knows_dtype(module: nn.Module) -> bool:
 
 
 def _require_floats(tree: PolicyTree, variables: Any, args: Any, kwargs: Any) -> None:
-    if variables and not any(is_float(leaf) for leaf in jax.tree.leaves((variables, args, kwargs))):
+    if variables and not any(is_castable(leaf) for leaf in jax.tree.leaves((variables, args, kwargs))):
         raise InputError(f"precision {tree}: neither the variables nor the inputs of the model hold a float to cast")
 
 
@@ -373,7 +369,7 @@ def _with_carry_as_given(out: Any, args: Any, *, cell: bool = False) -> Any:
     before, after = args[0], out[0]
     structure: Any = jax.tree.structure(before)
     alike = structure == jax.tree.structure(after) and jax.tree.all(
-        jax.tree.map(lambda a, b: is_float(a) and is_float(b) and a.shape == b.shape, before, after)
+        jax.tree.map(lambda a, b: is_castable(a) and is_castable(b) and a.shape == b.shape, before, after)
     )
     if not (alike and (cell or _is_scanned())):
         return out

@@ -14,11 +14,10 @@ Reference" (torch.amp) for the lists.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,15 +25,12 @@ import jax.extend.core.primitives
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-# Not public. Used only to keep the line of the user's code and the named scopes of each operation, for error messages
-# and profiles.
-from jax._src import source_info_util
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.trees import FLOAT32, HALF
+from jaxmp.jaxprs import bare, bind, closed_like, interpret, opened, scan_counts, traced_at
+from jaxmp.trees import FLOAT32, HALF, is_inexact
 
 ELIGIBLE = (*HALF, FLOAT32)
 """The dtypes that are cast. As in torch, float64, complex, integer and fp8 arrays keep their dtypes."""
@@ -217,14 +213,14 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
             return _pick(is_result, out)
 
         jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
-        if not _has_floats(jaxpr.jaxpr):
+        if not _has_floats(bare(jaxpr)):
             name, given = getattr(fn, "__name__", type(fn).__name__), sorted({str(x.dtype) for x in arrays})
             raise InputError(
                 f"autocast of {name}: no float in it (its arguments: {', '.join(given) or 'no arrays'}); "
                 "expected a function that computes with floats"
             )
         with jax.named_scope(SCOPE):
-            values = interpreter.evaluate(jaxpr, arrays, dtypes=_dtypes(jaxpr.jaxpr.outvars))
+            values = interpreter.evaluate(jaxpr, arrays, dtypes=_dtypes(bare(jaxpr).outvars))
         is_result, others, out_tree = form
         return jax.tree.unflatten(out_tree, _merge(is_result, map(jnp.asarray, values), others))
 
@@ -265,24 +261,21 @@ class _Interpreter:
           scalars: `_Operand.scalar` of each input.
           dtypes: dtypes to which outputs are cast; by default they keep those in which they were computed.
         """
-        jaxpr, consts = _opened(jaxpr)
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        known = {v for v, yes in zip(jaxpr.invars, scalars) if yes}  # noqa: B905 (scalars may be empty)
+        jaxpr, consts = opened(jaxpr)
+        known = scalars or [False] * len(args)
+        given = [
+            *(_Operand(x, v.aval, False) for x, v in zip(consts, jaxpr.constvars, strict=True)),
+            *(_Operand(x, v.aval, yes) for x, v, yes in zip(args, jaxpr.invars, known, strict=True)),
+        ]
 
-        def read(atom: Any) -> _Operand:
-            if isinstance(atom, Literal):
-                return _Operand(atom.val, atom.aval, self._can_hold(atom))
-            return _Operand(env[atom], atom.aval, atom in known)
-
-        for eqn in jaxpr.eqns:
-            operands = [read(v) for v in eqn.invars]
-            with _traced_at(eqn):
+        def equation(eqn: JaxprEqn, operands: list[_Operand]) -> list[_Operand]:
+            with traced_at(eqn):
                 out = self.run(eqn, operands)
-            env.update(zip(eqn.outvars, out, strict=True))
-            if eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and operands[0].scalar:
-                known.update(eqn.outvars)
-        out = [read(v).value for v in jaxpr.outvars]
-        return out if dtypes is None else [_cast(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
+            scalar = eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and operands[0].scalar
+            return [_Operand(x, v.aval, scalar) for x, v in zip(out, eqn.outvars, strict=True)]
+
+        values = [x.value for x in interpret(jaxpr, given, equation, self._literal)]
+        return values if dtypes is None else [_cast(x, dtype) for x, dtype in zip(values, dtypes, strict=True)]
 
     def run(self, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
         """Runs one equation with its operands cast as the lists say, and returns its outputs."""
@@ -295,9 +288,9 @@ class _Interpreter:
             return [operands[0].value]  # only makes a Python scalar strongly typed: nobody asked for this dtype
         if name not in _PLAIN:
             return _run_as_traced(eqn, operands)
-        floats = [x for x in operands if _is_inexact(x.aval.dtype)]
+        floats = [x for x in operands if is_inexact(x.aval)]
         if not floats or name in _INDEPENDENT:
-            return _bind(eqn, [x.value for x in operands])
+            return bind(eqn, [x.value for x in operands])
         if any(x.aval.dtype not in ELIGIBLE for x in floats):
             return _run_as_traced(eqn, operands)
 
@@ -315,7 +308,7 @@ class _Interpreter:
                 params["preferred_element_type"] = dtype
         if "precision" in params and dtype in HALF:
             params["precision"] = None  # says how float32 is multiplied; some algorithms refuse other dtypes
-        return _bind(eqn, values, params)
+        return bind(eqn, values, params)
 
     def _dtype_of(self, operation: str, floats: list[_Operand]) -> np.dtype:
         """Returns the dtype in which an operation takes its float operands."""
@@ -327,6 +320,9 @@ class _Interpreter:
         # picks from it (`jnp.where(mask, x, 0)`), it is as good as the scalar.
         voters = [x for x in floats if not (x.scalar and (x.aval.shape == () or operation == "select_n"))]
         return _widest([jax.typeof(x.value) for x in voters or floats])
+
+    def _literal(self, literal: Any) -> _Operand:
+        return _Operand(literal.val, literal.aval, self._can_hold(literal))
 
     def _can_hold(self, literal: Any) -> bool:
         """Returns whether half precision can represent a constant without turning it into inf, 0 or a subnormal."""
@@ -343,7 +339,7 @@ class _Interpreter:
         """Returns `jaxpr` with casts inserted, for the current dtypes of the operands; open if it was open."""
         given = tuple(jax.typeof(x.value).dtype for x in operands)
         closed = _retraced(self, jaxpr, given, tuple(scalars), None if dtypes is None else tuple(dtypes))
-        return closed if isinstance(closed, type(jaxpr)) else closed.jaxpr
+        return closed_like(closed, jaxpr)
 
     def call(self, fn: Callable[..., Any], args: Any, traced_for: Any) -> Any:
         """Calls `fn(*args)` with casts inserted, traced with the dtypes in `traced_for`.
@@ -374,7 +370,7 @@ def _retraced(interpreter: _Interpreter, jaxpr: Any, *how: Any) -> Any:
 
 def _retrace(interpreter: _Interpreter, jaxpr: Any, given: Any, scalars: Any, dtypes: Any) -> Any:
     # The types of the jaxpr's own inputs: those of a scan's body are the elements of what is scanned over.
-    inputs = [v.aval for v in _opened(jaxpr)[0].invars]
+    inputs = [v.aval for v in bare(jaxpr).invars]
     types = [aval.update(dtype=dtype, weak_type=False) for aval, dtype in zip(inputs, given, strict=True)]
     return jax.make_jaxpr(lambda *args: interpreter.evaluate(jaxpr, args, scalars=scalars, dtypes=dtypes))(*types)
 
@@ -386,21 +382,18 @@ def _retrace(interpreter: _Interpreter, jaxpr: Any, given: Any, scalars: Any, dt
 def _call(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
     scalars = [x.scalar for x in operands]
     jaxpr = interpreter.retrace(eqn.params["jaxpr"], operands, scalars=scalars)
-    return _bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
+    return bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
 
 
 def _scan(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
-    if "num_carry" in eqn.params:
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    else:  # JAX 0.12 keeps the structure instead
-        num_consts, num_carry = (len(group) for group in eqn.params["ft_in"].unpack()[:2])
+    num_consts, num_carry = scan_counts(eqn.params)
     carry = slice(num_consts, num_consts + num_carry)
     operands[carry] = _as_traced(operands[carry])
     body = eqn.params["jaxpr"]
-    outputs = _opened(body)[0].outvars
+    outputs = bare(body).outvars
     dtypes = _dtypes(outputs[:num_carry]) + [None] * (len(outputs) - num_carry)
     jaxpr = interpreter.retrace(body, operands, dtypes=dtypes)
-    return _bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
+    return bind(eqn, [x.value for x in operands], {**eqn.params, "jaxpr": jaxpr})
 
 
 def _while(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
@@ -412,13 +405,13 @@ def _while(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -
         "cond_jaxpr": interpreter.retrace(eqn.params["cond_jaxpr"], [*of_cond, *carry]),
         "body_jaxpr": interpreter.retrace(eqn.params["body_jaxpr"], [*of_body, *carry], dtypes=_dtypes(carry)),
     }
-    return _bind(eqn, [x.value for x in (*of_cond, *of_body, *carry)], params)
+    return bind(eqn, [x.value for x in (*of_cond, *of_body, *carry)], params)
 
 
 def _cond(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
     dtypes = _dtypes(eqn.outvars)
     branches = tuple(interpreter.retrace(b, operands[1:], dtypes=dtypes) for b in eqn.params["branches"])
-    return _bind(eqn, [x.value for x in operands], {**eqn.params, "branches": branches})
+    return bind(eqn, [x.value for x in operands], {**eqn.params, "branches": branches})
 
 
 def _shard_map(interpreter: _Interpreter, eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
@@ -507,12 +500,12 @@ class _Original:
         self.eqn = eqn
         self.dtypes = _dtypes(eqn.invars)
         num_consts = eqn.params["num_consts"]
-        self.is_float = [i >= num_consts and _is_inexact(dtype) for i, dtype in enumerate(self.dtypes)]
-        self.out_is_float = [_is_inexact(dtype) for dtype in _dtypes(eqn.outvars)]
+        self.is_float = [i >= num_consts and is_inexact(v.aval) for i, v in enumerate(eqn.invars)]
+        self.out_is_float = [is_inexact(v.aval) for v in eqn.outvars]
 
     def of_floats(self, args: Sequence[Any]) -> Callable[..., list[Any]]:
         """Returns the call as a function of its float inputs; other inputs are taken from `args`."""
-        return lambda *floats: list(_bind(self.eqn, _merge(self.is_float, floats, args)))
+        return lambda *floats: list(bind(self.eqn, _merge(self.is_float, floats, args)))
 
 
 @jax.tree_util.register_static
@@ -548,14 +541,8 @@ def _operation(eqn: JaxprEqn) -> str:
     return name
 
 
-def _bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
-    params = eqn.params if params is None else params
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
 def _run_as_traced(eqn: JaxprEqn, operands: list[_Operand]) -> list[Any]:
-    return _bind(eqn, [x.value for x in _as_traced(operands)])
+    return bind(eqn, [x.value for x in _as_traced(operands)])
 
 
 def _as_traced(operands: Sequence[_Operand]) -> list[_Operand]:
@@ -571,19 +558,6 @@ def _cast(x: Any, dtype: Any) -> Any:
     return lax.convert_element_type(x, dtype) if isinstance(x, jax.Array) else np.asarray(x, old).astype(dtype)
 
 
-@contextlib.contextmanager
-def _traced_at(eqn: JaxprEqn) -> Iterator[None]:
-    """The context in which an equation was traced: its line of code, named scopes, mesh and compute device."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-        yield
-
-
-def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr and its constants; one class in JAX 0.12, two before."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
 def _dtypes(atoms: Sequence[Any]) -> list[Any]:
     """The dtypes for which variables or operands were traced."""
     return [atom.aval.dtype for atom in atoms]
@@ -591,17 +565,13 @@ def _dtypes(atoms: Sequence[Any]) -> list[Any]:
 
 def _has_floats(jaxpr: Any) -> bool:
     variables = [*jaxpr.constvars, *jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
-    if any(_is_inexact(getattr(v.aval, "dtype", np.dtype(bool))) for v in variables):
+    if any(is_inexact(v.aval) for v in variables):
         return True
-    return any(_has_floats(_opened(inner)[0]) for inner in subjaxprs(jaxpr))
+    return any(_has_floats(inner) for inner in subjaxprs(jaxpr))
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind not in "OSUMm")
-
-
-def _is_inexact(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _widest(avals: Sequence[Any]) -> np.dtype:

@@ -40,7 +40,7 @@ import numpy as np
 
 from jaxmp.distributed import processes
 from jaxmp.errors import InputError
-from jaxmp.trees import path_name
+from jaxmp.trees import is_key, path_name
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
@@ -392,10 +392,6 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
     return str(dtype), list(np.shape(leaf))
@@ -404,12 +400,12 @@ def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
 def _describe(leaf: Any) -> dict[str, Any]:
     """Returns the manifest entry of a leaf. For a PRNG key, dtype and shape are those of the key, not of its bits."""
     dtype, shape = _dtype_and_shape(leaf)
-    return {"dtype": dtype, "shape": shape} | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
+    return {"dtype": dtype, "shape": shape} | ({"key": str(jax.random.key_impl(leaf))} if is_key(leaf) else {})
 
 
 def _storable(leaf: Any) -> jax.Array | np.ndarray:
     """Converts a leaf to the array that Orbax writes."""
-    if _is_key(leaf):
+    if is_key(leaf):
         leaf = jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, _dtype_and_shape(leaf)[0])
 

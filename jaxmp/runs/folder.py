@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.writers import read_lines
+from jaxmp.text_table import without_nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +205,5 @@ class RunFolder:
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(_null_for_nan(value), indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
-
-
-def _null_for_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinities."""
-    if isinstance(value, dict):
-        return {name: _null_for_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

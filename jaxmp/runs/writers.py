@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxmp.errors import InputError
+from jaxmp.text_table import without_nan
 
 if TYPE_CHECKING:
     import rich.console
@@ -140,7 +141,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, str | int | Mapping):  # bool too
         return value
-    return float(value) if math.isfinite(value) else None
+    return without_nan(float(value))
 
 
 def _step_of(line: bytes) -> float:

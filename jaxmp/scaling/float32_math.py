@@ -20,7 +20,7 @@ import optax
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.precision.formats import quantize
-from jaxmp.trees import HALF, has_gradient, is_float, strongly_typed, upcast
+from jaxmp.trees import HALF, has_gradient, is_castable, strongly_typed, upcast
 
 
 class Float32MathState(NamedTuple):
@@ -80,7 +80,7 @@ def float32_math(
             fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have DictKeys
             seen.update(fields)
             dtype = next((dtypes[name] for name in ("", *fields) if name in dtypes), None)
-            return strongly_typed(x) if dtype is None or not is_float(x) or x.ndim == 0 else x.astype(dtype)
+            return strongly_typed(x) if dtype is None or not is_castable(x) or x.ndim == 0 else x.astype(dtype)
 
         state = jax.tree_util.tree_map_with_path(stored, state)
         for name in dtypes.keys() - seen - {""}:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
 from jaxmp.studies.paired import method, paired
+from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
 
 
@@ -125,8 +125,8 @@ def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], No
         "run": str(folder),
         "failed": failed,
         "summary": summary,
-        "examples_per_second": _or_none(examples_per_second(run.metrics)),
-        "seconds_per_step": _or_none(experiment.data.batch_size / examples_per_second(run.metrics)),
+        "examples_per_second": without_nan(examples_per_second(run.metrics)),
+        "seconds_per_step": without_nan(experiment.data.batch_size / examples_per_second(run.metrics)),
         # A process has one peak, for all that it ran: only a run that raised it is known by it.
         "device_peak_bytes": after if after is not None and after > (before or 0) else None,
         "devices": run.config["devices"],
@@ -138,14 +138,6 @@ def _peak() -> int | None:
     """The most memory that this process has held on a device, in bytes; None if the device does not report it."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _or_none(value) if isinstance(value, float) else value for name, value in fields.items()}
 
 
 def _of_precision(cell: Cell) -> dict[str, Any]:
@@ -195,7 +187,7 @@ def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) ->
                     "mean": statistics.fmean(values.values()) if values else None,
                     "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
                     "pairs": pairs if versus else None,
-                    "difference": versus and _without_nan(versus._asdict()),
+                    "difference": versus and without_nan(versus._asdict()),
                 }
             )
     return found

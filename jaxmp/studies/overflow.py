@@ -28,9 +28,10 @@ from jaxmp.precision.policy import Policy
 from jaxmp.runs.replay import Past, PastStep
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.text_table import table
 from jaxmp.training.gradients import make_gradients
 from jaxmp.training.parallel import AXIS, Replicas, single
-from jaxmp.trees import is_float
+from jaxmp.trees import is_castable, path_name
 
 SMALLEST_SCALE = -24
 """power of two of the smallest loss scale that is tried"""
@@ -117,7 +118,7 @@ class StepBlame:
         }
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<12}{text}".rstrip() for name, text in self._rows())
+        return table(self._rows(), widths=(10,))
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "step", f"{self.step} of {self.run}"
@@ -320,7 +321,7 @@ class _Step:
         keys = itertools.count()
 
         def rounded(x: Any) -> Any:
-            if not is_float(x):
+            if not is_castable(x):
                 return x
             key = jax.random.fold_in(jax.random.key(draw), next(keys))
             return quantize(x.astype(jnp.float32), format, rounding="stochastic", key=key, saturate=True).astype(
@@ -348,12 +349,12 @@ class _Step:
             backward: dict[Any, list[Any]] = {}
             kept = outputs(params, self.model_state, batch, self.key) if linen else {}
             for key, leaf in jax.tree_util.tree_leaves_with_path(kept):
-                path, _, rest = jax.tree_util.keystr(key, simple=True, separator="/").partition("__call__")
+                path, _, rest = path_name(key).partition("__call__")
                 if rest and jnp.issubdtype(leaf.dtype, jnp.inexact):
                     forward.setdefault((path.strip("/"), "output"), []).append(leaf)
             step = gradients(params, self.model_state, jnp.float32(self.scale), batch, self.key)
             for key, leaf in jax.tree_util.tree_leaves_with_path(step["gradients"]):
-                path = jax.tree_util.keystr(key, simple=True, separator="/")
+                path = path_name(key)
                 owner = _module(f"/{path.rpartition('/')[0]}", rows)
                 if jnp.issubdtype(leaf.dtype, jnp.inexact):
                     backward[owner, f"gradient of {path.removeprefix(owner).strip('/')}"] = [leaf]

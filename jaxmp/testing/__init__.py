@@ -1,16 +1,16 @@
-"""Property tests for anyone's mixed precision: laws that every policy, scaler and train step has to obey.
+"""Property tests for mixed precision, jaxmp's or anyone's: laws that every policy, scaler and train step must obey.
 
     import jaxmp.testing
     test_policy = jaxmp.testing.policy_laws(MyNet(), "head=float32; mixed_float16", batch)
     test_scaler = jaxmp.testing.scaler_laws(adapter)
     test_step = jaxmp.testing.step_laws(adapter)
 
-Each of the three is a value: printed, it is a table of laws with the smallest counterexample of each that is broken; in
-a test module, under a name that begins with `test`, pytest makes a test of each law.
+Each of the three returns a `Laws`. Printed, it is a table, with the smallest counterexample of each broken law. In a
+test module, under a name that begins with `test`, pytest makes one test for each law.
 
-Needs hypothesis: `pip install jaxmp[testing]`. Two of its profiles are registered here: `jaxmp-quick`, which the laws
-run under, and `jaxmp-thorough`, which they run under where it is the one in force (import this module in `conftest.py`
-and run `pytest --hypothesis-profile=jaxmp-thorough`).
+Needs hypothesis: `pip install jaxmp[testing]`. This module registers two hypothesis profiles. The laws run under
+`jaxmp-quick`. To run them under `jaxmp-thorough`, with 500 examples instead of 20, import this module in `conftest.py`
+and run `pytest --hypothesis-profile=jaxmp-thorough`.
 """
 
 try:
@@ -20,7 +20,7 @@ except ModuleNotFoundError:
         "jaxmp.testing needs hypothesis, which is not installed: pip install 'jaxmp[testing]'", name="hypothesis"
     ) from None
 
-from jaxmp.testing.laws import Broken, Laws, Row
+from jaxmp.testing.laws import Broken, LawResult, Laws
 from jaxmp.testing.policies import policy_laws
 from jaxmp.testing.replicas import replicated
 from jaxmp.testing.scalers import ScalerAdapter, from_value_and_grad, scaler_laws
@@ -28,8 +28,8 @@ from jaxmp.testing.steps import StepAdapter, step_laws
 
 __all__ = [
     "Broken",
+    "LawResult",
     "Laws",
-    "Row",
     "ScalerAdapter",
     "StepAdapter",
     "from_value_and_grad",

@@ -1,4 +1,4 @@
-"""Faults that the laws put into a train step: an inf or NaN in a batch, or in the gradient of one parameter."""
+"""Faults that the laws inject into a train step: an inf or NaN in the batch, or in the gradient of a parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.testing.trees import is_float
+from jaxmp.trees import is_castable
 
 # A part of jit's and pmap's cache keys, so that a compiled step is traced anew where its gradient has a fault.
 _in_force = jax.make_user_context(None)
@@ -28,17 +28,17 @@ class BadBatch(NamedTuple):
     """A step on a batch with one number replaced."""
 
     path: str
-    """the leaf of the batch"""
+    """path of the leaf in the batch"""
     place: int
-    """which number of it"""
+    """index of the number in the flattened leaf"""
     value: float
-    """what it is replaced by"""
+    """value that replaces it"""
 
     def __str__(self) -> str:
         return f"a step with {self.value} as number {self.place} of the batch's {self.path}"
 
     def apply(self, batch: Any) -> Any:
-        """The batch with the fault."""
+        """Returns the batch with the fault."""
 
         def replace(path: Any, leaf: Any) -> Any:
             if jax.tree_util.keystr(path) != self.path:
@@ -51,12 +51,12 @@ class BadBatch(NamedTuple):
 
 
 class BadGradient(NamedTuple):
-    """A step in which one number of the gradient of one parameter is replaced, the loss staying as it is."""
+    """A step in which the last number in the gradient of one parameter is replaced. The loss stays as it is."""
 
     path: str
-    """the parameter"""
+    """path of the parameter"""
     value: float
-    """what the last number of its gradient is replaced by"""
+    """value that replaces the number"""
 
     def __str__(self) -> str:
         return f"a step with {self.value} in the gradient of {self.path}"
@@ -67,14 +67,14 @@ Fault = Clean | BadBatch | BadGradient
 
 @contextlib.contextmanager
 def bad_gradient(fault: BadGradient | None, seen: set[str] | None = None) -> Iterator[None]:
-    """Within it, gradients that `jax.grad` and `jax.value_and_grad` are asked for have the fault.
+    """Context manager: gradients from `jax.grad` and `jax.value_and_grad` have the fault.
 
-    The two are replaced on the module `jax` for as long. What took its gradient function before (`from jax import
-    grad`, or `jax.grad(...)` outside of the step) is not reached.
+    Both are replaced in the module `jax` meanwhile. A gradient function that was taken before (`from jax import grad`,
+    or `jax.grad(...)` outside of the step) has no fault.
 
     Args:
-      fault: the fault; None for none.
-      seen: gets the paths of the parameters that gradients are taken of.
+      fault: the fault, or None.
+      seen: a set to which the paths of all differentiated parameters are added.
     """
 
     def patched(transform: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,13 +103,13 @@ def bad_gradient(fault: BadGradient | None, seen: set[str] | None = None) -> Ite
 
 @contextlib.contextmanager
 def compiled_anew() -> Iterator[None]:
-    """Within it, nothing that jit or pmap has compiled before is used."""
+    """Context manager: jit and pmap compile anew, and use nothing that they compiled before."""
     with _in_force(("jaxmp.testing", object())):
         yield
 
 
 def differentiated(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> list[str]:
-    """The paths of the parameters that a step takes gradients of, as far as it asks `jax` for them."""
+    """Returns the paths of the parameters that a step differentiates with `jax.grad` or `jax.value_and_grad`."""
     seen: set[str] = set()
     with bad_gradient(None, seen):
         try:
@@ -120,7 +120,7 @@ def differentiated(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> l
 
 
 def traced(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
-    """The jaxpr of a step."""
+    """Returns the jaxpr of a step."""
     if hasattr(step, "trace"):  # it is jitted, perhaps with options that a jit around it would not allow
         return step.trace(state, batch).jaxpr
     return jax.make_jaxpr(lambda state, batch: step(state, batch))(state, batch)
@@ -129,7 +129,7 @@ def traced(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
 def _poisoned(params: Any, fault: BadGradient | None, seen: set[str] | None) -> Any:
     def leaf(path: Any, x: Any) -> Any:
         name = jax.tree_util.keystr(path)
-        if not is_float(x):
+        if not is_castable(x):
             return x
         if seen is not None:
             seen.add(name)

@@ -1,4 +1,4 @@
-"""`Laws`: properties with the smallest counterexample of each; a table when printed, tests when collected by pytest."""
+"""`Laws`: properties, each with its smallest counterexample: a table when printed, tests when pytest collects them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import hypothesis
 from hypothesis import strategies as st
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.text_table import table
 
 Example = TypeVar("Example")
 
@@ -26,7 +27,7 @@ class Broken(AssertionError):
 
 
 class Skipped(unittest.SkipTest):
-    """A law presumes something that is not so here; the message is the reason. pytest skips the test."""
+    """A law does not apply to its subject; the message is the reason. pytest skips the test."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,15 @@ class Law:
     check: Callable[[], None]
     """raises `Broken` with a counterexample, or `Skipped`"""
 
+    @classmethod
+    def of(cls, check: Callable[[Any], None], subject: Any) -> Law:
+        """Makes a law of a function of its subject: its name, and the first line of its docstring as the statement."""
+        statement = (check.__doc__ or "").strip().partition("\n")[0]
+        return cls(check.__name__, statement, lambda: check(subject))
 
-class Row(NamedTuple):
-    """What became of one law."""
+
+class LawResult(NamedTuple):
+    """The result of checking one law."""
 
     law: str
     """name of the law"""
@@ -55,28 +62,29 @@ class Row(NamedTuple):
 
 
 class Laws:
-    """Laws about one thing. Nothing runs before they are asked: by pytest, `print`, iteration or `report[name]`.
+    """The laws of one subject, each checked when it is first asked for: by pytest, `print`, iteration or `laws[name]`.
 
-    Iteration gives a `Row` for each. As a module attribute whose name begins with `test`, it becomes a test a law.
+    Printed, it is a table. Iteration gives a `LawResult` for each law. pytest makes one test for each law of a `Laws`
+    under a module attribute whose name begins with `test`.
     """
 
     def __init__(self, title: str, laws: Iterable[Law]):
         self.title = title
         self.laws = {law.name: law for law in laws}
-        self._rows: dict[str, Row] = {}
+        self._results: dict[str, LawResult] = {}
 
         def check(law: str) -> None:
             __tracebackhide__ = True
-            row = self[law]
-            if row.verdict == "skipped":
-                raise Skipped(row.words)
-            if row.verdict == "broken":
-                raise Broken(f"{row.statement}\nDoes not hold for {self.title}:\n{row.words}")
+            result = self[law]
+            if result.verdict == "skipped":
+                raise Skipped(result.words)
+            if result.verdict == "broken":
+                raise Broken(f"{result.statement}\nDoes not hold for {self.title}:\n{result.words}")
 
         self.__wrapped__ = check  # what pytest takes for the test function
 
     def __call__(self, law: str) -> None:
-        """Checks one law, by its name. Raises `Broken`, or `unittest.SkipTest` with the reason."""
+        """Checks one law, by its name. Raises `Broken`, or `unittest.SkipTest` if it does not apply."""
         __tracebackhide__ = True
         self.__wrapped__(law)
 
@@ -87,17 +95,17 @@ class Laws:
 
         return [pytest.mark.parametrize("law", list(self.laws))]
 
-    def __getitem__(self, name: str) -> Row:
-        """What became of one law. Raises InputError for one that there is not."""
+    def __getitem__(self, name: str) -> LawResult:
+        """Checks one law, by its name, and returns the result. Raises InputError if there is no such law."""
         if name not in self.laws:
             raise InputError(
                 f"{self.title} has no law {name!r}; it has {', '.join(self.laws)}{nearest(name, self.laws)}"
             )
-        if name not in self._rows:
-            self._rows[name] = _verdict(self.laws[name])
-        return self._rows[name]
+        if name not in self._results:
+            self._results[name] = _result(self.laws[name])
+        return self._results[name]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LawResult]:
         return (self[name] for name in self.laws)
 
     def __len__(self) -> int:
@@ -106,16 +114,15 @@ class Laws:
     @property
     def broken(self) -> list[str]:
         """The names of the laws that do not hold."""
-        return [row.law for row in self if row.verdict == "broken"]
+        return [result.law for result in self if result.verdict == "broken"]
 
     def __str__(self) -> str:
-        rows = list(self)
-        width = max(len(row.law) for row in rows)
+        results = list(self)
         lines = [self.title]
-        for row in rows:
-            lines.append(f"  {row.law:<{width}}  {row.verdict}")
-            lines += textwrap.wrap(row.words, 116, initial_indent="      ", subsequent_indent="      ")
-        count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("holds", "broken", "skipped")}
+        heads = table([(result.law, result.verdict) for result in results], indent=2).splitlines()
+        for head, result in zip(heads, results, strict=True):
+            lines += [head, *textwrap.wrap(result.words, 116, initial_indent="      ", subsequent_indent="      ")]
+        count = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("holds", "broken", "skipped")}
         return "\n".join([*lines, f"  {count['holds']} hold, {count['broken']} broken, {count['skipped']} skipped"])
 
     def __repr__(self) -> str:
@@ -123,11 +130,11 @@ class Laws:
 
 
 def require(strategy: st.SearchStrategy[Example], counterexample: Callable[[Example], str | None]) -> None:
-    """Raises `Broken` with the words for the smallest example that is a counterexample.
+    """Searches for the smallest counterexample among examples, and raises `Broken` with its words if there is one.
 
     Args:
       strategy: examples.
-      counterexample: what an example shows to be wrong, in words; None where the law holds for it.
+      counterexample: says in words what is wrong for an example; None if the law holds for it.
     """
 
     def words(example: Example) -> str | None:
@@ -144,12 +151,12 @@ def require(strategy: st.SearchStrategy[Example], counterexample: Callable[[Exam
 
 
 def thorough() -> bool:
-    """Whether the thorough profile is in force."""
+    """True if hypothesis's profile `jaxmp-thorough` is in force."""
     return hypothesis.settings.get_current_profile_name() == "jaxmp-thorough"
 
 
 def require_methods(entry: str, adapter: Any, methods: Iterable[str], laws: Iterable[Law]) -> None:
-    """Raises InputError where an adapter lacks a method, with a law that calls it."""
+    """Raises an InputError that names a law, if the adapter lacks one of the methods that the laws call."""
     for method in methods:
         if not callable(getattr(adapter, method, None)):
             law = next(iter(laws)).name
@@ -161,7 +168,7 @@ def require_methods(entry: str, adapter: Any, methods: Iterable[str], laws: Iter
 
 
 def calling(what: str, function: Callable[..., Any], *args: Any, given: str = "") -> Any:
-    """`function(*args)`; what it raises becomes a `Broken` that says what raised, and what it was given."""
+    """Returns `function(*args)`; an exception in it becomes a `Broken` that says what raised, and what it was given."""
     try:
         return function(*args)
     except (Broken, Skipped):
@@ -172,14 +179,14 @@ def calling(what: str, function: Callable[..., Any], *args: Any, given: str = ""
         raise Broken(f"{words} (given {given})" if given else words) from error
 
 
-def _verdict(law: Law) -> Row:
+def _result(law: Law) -> LawResult:
     try:
         law.check()
     except Skipped as reason:
-        return Row(law.name, law.statement, "skipped", str(reason))
+        return LawResult(law.name, law.statement, "skipped", str(reason))
     except Broken as broken:
-        return Row(law.name, law.statement, "broken", str(broken))
-    return Row(law.name, law.statement, "holds", "")
+        return LawResult(law.name, law.statement, "broken", str(broken))
+    return LawResult(law.name, law.statement, "holds", "")
 
 
 def _settings() -> hypothesis.settings:

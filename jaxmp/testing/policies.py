@@ -1,4 +1,4 @@
-"""Laws of a policy on a model: whether what runs is what was asked for, and how far it is from float64."""
+"""Laws of a policy on a model: whether each dtype is the one asked for, and how far results are from float64."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.jaxprs import equations
 from jaxmp.modules.linen import cast_to_param, explain, mode_argument, with_policy
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.testing.jaxprs import equations
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
+from jaxmp.testing.snapshots import describe, first_difference, snapshot
 from jaxmp.testing.strategies import odd_trees
-from jaxmp.testing.trees import describe, first_difference, same_structure, snapshot
-from jaxmp.trees import cast_floats, is_float
+from jaxmp.trees import cast_floats, is_castable, is_floating, same_structure, upcast
 
 MULTIPLE = 64
-"""unit roundoffs of the coarsest dtype that outputs and gradients may be away from float64"""
+"""Unit roundoffs of the coarsest dtype by which outputs and gradients may differ from float64."""
 SUMS = ("reduce_sum", "cumsum", "cumlogsumexp", "scatter-add", "psum")
 NORMS = ("LayerNorm", "BatchNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -42,22 +42,23 @@ def policy_laws(
     multiple: float = MULTIPLE,
     apply_policy: Callable[[Any, PolicyTree], Any] = with_policy,
 ) -> Laws:
-    """The laws of a policy on a model, as a table and as tests.
+    """Returns the laws of a policy on a model: a table when printed, tests when pytest collects them.
 
-    Parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training, unless it then draws
-    random numbers (dropout), which in float64 would be others: then as in evaluation.
+    The parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training; a model that draws
+    random numbers in training, as dropout does, runs as in evaluation, because they would differ in float64.
 
     Args:
       model: a Linen module.
       policy: a policy, a tree of them, or the text of one.
-      batch: its input, an array; a tuple of several; or a batch, a dict of arrays. Examples along axis 0.
-      inputs: which arrays of such a dict are the model's inputs, in order.
-      loss: a scalar of the outputs to differentiate, in float32 or wider; by default half their mean square.
-      multiple: unit roundoffs of the coarsest compute dtype that outputs and gradients may be away from float64.
-      apply_policy: how the policy is applied: `(model.apply, tree) -> apply`, to test another way than jaxmp's.
+      batch: the model's input, an array with examples along axis 0; a tuple of several; or a dict of arrays.
+      inputs: the keys of the model's inputs in such a dict, in order.
+      loss: `loss(outputs)`, the scalar to differentiate, in float32 or wider; by default half the mean square.
+      multiple: by how many unit roundoffs of the coarsest dtype outputs and gradients may differ from float64.
+      apply_policy: `apply_policy(model.apply, tree)` returns an apply under the policy; by default `with_policy`. To
+        test an implementation other than jaxmp's.
 
     Raises:
-      InputError: a policy that cannot be read, a rule that matches nothing, or an input that the batch does not have.
+      InputError: the policy cannot be read, a rule matches nothing, or the batch lacks an input.
 
     >>> laws = policy_laws(nn.Dense(2), "mixed_float16", jnp.ones((3, 4)))
     >>> laws["dots_have_compute_dtype"].verdict
@@ -66,29 +67,27 @@ def policy_laws(
     tree = policy if isinstance(policy, PolicyTree) else _tree(policy)
     subject = _Subject(model, tree, _inputs(batch, inputs), loss or half_mean_square, multiple, apply_policy)
     rows = subject.rows  # a rule that matches nothing is an error before any law runs
-    laws = [
-        Law(name, statement, functools.partial(check, subject))
-        for name, statement, check in (
-            ("text_round_trip", "The text of the policy is read back as the same policy.", text_round_trip),
-            ("casts_are_sound", "Casts keep structure and what is no float, and are idempotent.", casts_are_sound),
-            ("gradients_match_parameters", "Gradients have the parameters' dtypes.", gradients_match_parameters),
-            ("outputs_have_dtype", "Where a rule's module ends, results have its output dtype.", outputs_have_dtype),
-            ("norms_keep_compute_dtype", "Norms hand on the compute dtype.", norms_keep_compute_dtype),
-            ("model_state_keeps_dtype", "Batch statistics keep their dtypes.", model_state_keeps_dtype),
-            ("dots_have_compute_dtype", "Every dot has its module's compute dtype.", dots_have_compute_dtype),
-            ("sums_in_float32", "Every sum runs in float32, backward included.", sums_in_float32),
-            ("activations_fit", "No activation over- or underflows on this batch.", activations_fit),
-            ("gradients_fit", "Under some loss scale, no gradient over- or underflows.", gradients_fit),
-            ("outputs_near_float64", "Outputs are within the bound of float64.", outputs_near_float64),
-            ("gradients_near_float64", "Gradients are within the bound of float64.", gradients_near_float64),
-        )
-    ]
+    checks = (
+        text_round_trip,
+        casts_are_sound,
+        gradients_match_parameters,
+        outputs_have_dtype,
+        norms_keep_compute_dtype,
+        model_state_keeps_dtype,
+        dots_have_compute_dtype,
+        sums_in_float32,
+        activations_fit,
+        gradients_fit,
+        outputs_near_float64,
+        gradients_near_float64,
+    )
+    laws = [Law.of(check, subject) for check in checks]
     return Laws(f"{type(model).__name__} ({len(rows)} modules) under {tree}", laws)
 
 
 def half_mean_square(outputs: Any) -> jax.Array:
-    """Half the mean square of each float array of the outputs, summed; in float32 or wider."""
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(outputs) if is_float(x)]
+    """Returns half the mean square of each float array in the outputs, summed; in float32 or wider."""
+    wide = [upcast(x) for x in jax.tree.leaves(outputs) if is_castable(x)]
     return sum((jnp.mean(jnp.square(x)) for x in wide), jnp.float32(0)) / 2
 
 
@@ -291,7 +290,10 @@ FLOAT64 = PolicyTree((), parse_policy("f64"))
 
 
 def text_round_trip(subject: _Subject) -> None:
-    """Defect B6."""
+    """The text of the policy is read back as the same policy.
+
+    Defect B6.
+    """
     for value in (subject.tree, *subject.tree.policies):
         parse = PolicyTree.parse if isinstance(value, PolicyTree) else parse_policy
         if parse(str(value)) != value:
@@ -299,7 +301,10 @@ def text_round_trip(subject: _Subject) -> None:
 
 
 def casts_are_sound(subject: _Subject) -> None:
-    """Defects B4 and B5."""
+    """Casts keep the structure and all leaves but floats, and casting twice is casting once.
+
+    Defects B4 and B5.
+    """
     casts = [
         (f"{name} of {policy}", getattr(policy, name))
         for policy in dict.fromkeys(subject.tree.policies)
@@ -312,7 +317,7 @@ def casts_are_sound(subject: _Subject) -> None:
             if not same_structure(once, tree):
                 return f"{name} turned {describe(tree)} into {describe(once)}"
             for before, after in zip(jax.tree.leaves(tree), jax.tree.leaves(once), strict=True):
-                if not is_float(before) and (
+                if not is_castable(before) and (
                     getattr(before, "dtype", type(before)) != getattr(after, "dtype", type(after))
                     or first_difference(snapshot(before), snapshot(after))
                 ):
@@ -325,7 +330,10 @@ def casts_are_sound(subject: _Subject) -> None:
 
 
 def gradients_match_parameters(subject: _Subject) -> None:
-    """Masters are what is differentiated; the casts are inside."""
+    """Each gradient has the dtype of its parameter.
+
+    The masters are differentiated, and the casts are inside.
+    """
     params = subject.variables["params"]
     grads = jax.eval_shape(jax.grad(subject.scaled_loss), params, jnp.float32(1), subject.inputs)
     for (path, param), grad in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(grads), strict=True):
@@ -335,11 +343,11 @@ def gradients_match_parameters(subject: _Subject) -> None:
 
 
 def outputs_have_dtype(subject: _Subject) -> None:
-    """The model's results, and those of each module that a rule names."""
+    """The model, and each module that a rule names, returns the output dtype of its policy."""
     shapes = jax.eval_shape(lambda v: subject.apply(v, subject.inputs, mutable=subject.mutable)[0], subject.variables)
     wanted = subject.tree.lookup("", subject.classes).output_dtype
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != wanted:
+        if is_floating(x) and x.dtype != wanted:
             raise Broken(f"the model's output{jax.tree_util.keystr(path)} is {describe(x)}; asked for: {wanted.name}")
     under, _ = subject.captured
     for path, values in under.items():
@@ -349,12 +357,15 @@ def outputs_have_dtype(subject: _Subject) -> None:
         if any("RNNCellBase" in name for name in subject.classes.get(path, ())):
             continue  # it hands on a carry as well, in the carry's dtype
         for x in jax.tree.leaves(values):
-            if is_float(x) and x.dtype != rule.policy.output_dtype:
+            if is_castable(x) and x.dtype != rule.policy.output_dtype:
                 raise Broken(f"{path} hands on {describe(x)}; the rule {rule} asks for {rule.policy.output_dtype.name}")
 
 
 def norms_keep_compute_dtype(subject: _Subject) -> None:
-    """Statistics and affine in float32, the result not: all that follows would run in float32 (trap T8)."""
+    """Each normalisation returns the compute dtype of its policy.
+
+    Statistics and affine are in float32; a float32 result would make all that follows float32 (trap T8).
+    """
     under, _ = subject.captured
     norms = [row for row in subject.rows if row.type in NORMS]
     if not norms:
@@ -366,12 +377,15 @@ def norms_keep_compute_dtype(subject: _Subject) -> None:
         edge = rule is not None and rule.names(row.module, subject.classes)
         wanted = policy.output_dtype if edge else policy.compute_dtype
         for x in jax.tree.leaves(under.get(row.module, ())):
-            if row.module and is_float(x) and x.dtype != wanted:
+            if row.module and is_castable(x) and x.dtype != wanted:
                 raise Broken(f"{row.module} ({row.type}) hands on {describe(x)}; expected {wanted.name}")
 
 
 def model_state_keeps_dtype(subject: _Subject) -> None:
-    """Otherwise the second step is another program, and the statistics are rounded."""
+    """Batch statistics and other model state keep their dtypes.
+
+    Otherwise the second step is another program, or the statistics are rounded.
+    """
     if not subject.mutable:
         raise Skipped("the model has no state but its parameters")
     before = {name: subject.variables[name] for name in subject.mutable}
@@ -382,14 +396,17 @@ def model_state_keeps_dtype(subject: _Subject) -> None:
 
 
 def dots_have_compute_dtype(subject: _Subject) -> None:
-    """Trap T8: a float32 array somewhere makes all that follows a float32 product."""
+    """Every matrix product and convolution runs in the compute dtype of its module.
+
+    Trap T8: one float32 array makes all products after it float32.
+    """
     for equation, names in equations(subject.gradient_jaxpr):
         if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
             continue
         path = subject.module_at(names)
         wanted = subject.policy_of(path).compute_dtype
         found = [v.aval for v in equation.invars]
-        if any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype != wanted for a in found):
+        if any(is_floating(a) and a.dtype != wanted for a in found):
             way = "backward, " if "transpose" in names else ""
             operands = " and ".join(describe(a) for a in found)
             where = path or "the model itself, or the loss"
@@ -397,7 +414,10 @@ def dots_have_compute_dtype(subject: _Subject) -> None:
 
 
 def sums_in_float32(subject: _Subject) -> None:
-    """Traps T2, T4, T5 and T15. Presumes that the policy does not ask for sums in half by its `grad`."""
+    """Every sum runs in float32, in the backward pass too.
+
+    Traps T2, T4, T5 and T15. Skipped if the policy asks for sums in half by its `grad`.
+    """
     if any(p.grad.itemsize < 4 for p in subject.tree.policies):
         raise Skipped("the policy asks for gradients summed in half (grad=)")
     worst = (1, "")
@@ -417,7 +437,10 @@ def sums_in_float32(subject: _Subject) -> None:
 
 
 def activations_fit(subject: _Subject) -> None:
-    """No module hands on an inf, a NaN, or zeros in the place of numbers."""
+    """No activation overflows or underflows on this batch.
+
+    No module returns an inf, a NaN, or zeros instead of numbers.
+    """
     under, exact = subject.captured
     broken = {path: words for path in under if (words := _unfit(subject, path, under[path], exact.get(path, ())))}
     order = [row.module for row in subject.rows if row.module in broken] or list(broken)
@@ -428,7 +451,10 @@ def activations_fit(subject: _Subject) -> None:
 
 
 def gradients_fit(subject: _Subject) -> None:
-    """A loss scale, found as `DynamicScaler` finds it, that keeps every gradient in range."""
+    """Under some loss scale, no gradient overflows or underflows.
+
+    The scale is found as `DynamicScaler` finds it.
+    """
     scale, grads = subject.largest_scale()
     _, exact = subject.reference()
     # Such as in the gradient of a bias before a batch normalisation, which is 0.
@@ -445,12 +471,19 @@ def gradients_fit(subject: _Subject) -> None:
 
 
 def outputs_near_float64(subject: _Subject) -> None:
-    """Relative to the norm of each output."""
+    """Outputs are within the bound of float64.
+
+    Relative to the norm of each output.
+    """
     _smallest(subject, lambda rows: _far(subject, "the output", subject.outputs(rows), subject.reference(rows)[0]))
 
 
 def gradients_near_float64(subject: _Subject) -> None:
-    """Relative to the norm of each gradient, or a sixteenth of that of all of them together. Trap T1 among others."""
+    """Gradients are within the bound of float64.
+
+    Relative to the norm of each gradient, or a sixteenth of that of all of them together, if that is more. Trap T1
+    among others.
+    """
     _smallest(
         subject,
         lambda rows: _far(subject, "the gradient of ", subject.largest_scale(rows)[1], subject.reference(rows)[1]),
@@ -463,7 +496,7 @@ def gradients_near_float64(subject: _Subject) -> None:
 def _unfit(subject: _Subject, path: str, values: Any, exact: Any) -> str | None:
     """What has become of what a module hands on, in words; None where it is all there."""
     for x, true in zip(jax.tree.leaves(values), jax.tree.leaves(exact), strict=False):
-        if not is_float(x):
+        if not is_castable(x):
             continue
         x, true = np.asarray(x).astype(np.float64), np.asarray(true)
         bad = np.flatnonzero(~np.isfinite(x))
@@ -522,4 +555,4 @@ def _at(words: str, i: Any, true: np.ndarray) -> str:
 
 
 def _strong(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x) if is_float(x) else x, tree)
+    return jax.tree.map(lambda x: np.asarray(x) if is_castable(x) else x, tree)

@@ -1,4 +1,4 @@
-"""Replicas without devices: a step that is written for `pmap`, run over a mapped axis on one device."""
+"""Replicas on one device: runs a step that is written for `pmap` over an axis of `vmap`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from jaxmp.errors import InputError
 
 
 def replicated(adapter: Any, axis_name: str, replicas: int = 4) -> Any:
-    """The adapter of a step over several replicas, from that of the step on one: what `pmap` would do, by `vmap`.
+    """Returns the adapter of a step over several replicas, which does by `vmap` on one device what `pmap` would do.
 
-    The state gets a leading axis, and the rows of the batch are dealt out along it.
+    Every leaf of the state gets a leading axis over replicas, and the rows of the batch are split along it.
 
     Args:
-      adapter: an adapter whose `step` is not compiled and reduces its gradients over `axis_name`.
-      axis_name: the mapped axis that the step knows of.
-      replicas: how many.
+      adapter: the adapter of the step on one replica. Its `step` is not compiled, and reduces gradients over
+        `axis_name`.
+      axis_name: name of the mapped axis in the step.
+      replicas: number of replicas.
 
     Raises:
       InputError: the rows of the batch do not divide over the replicas.

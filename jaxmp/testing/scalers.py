@@ -13,19 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from jaxmp.scaling.scalers import LARGEST, SMALLEST
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
+from jaxmp.testing.snapshots import describe, first_difference, restored, snapshot, type_difference
 from jaxmp.testing.strategies import Steps, float_bits, leaves_without_gradient, overflow_traces
-from jaxmp.testing.trees import describe, first_difference, restored, same_structure, snapshot, type_difference
+from jaxmp.trees import is_floating, same_structure
 
 METHODS = ("init", "scale", "unscale", "adjust")
-SMALLEST, LARGEST = 2.0**-126, 2.0**126  # S and 1/S are normal float32 numbers
 MANY = 2**18
 """finite steps in which a scale has to show its cap: 130 growths at an interval of 2000"""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalerAdapter:
-    """What `scaler_laws` asks of a scaler. Any object with these methods will do."""
+    """The functions of a scaler that `scaler_laws` calls. Any object with these attributes can stand in for it."""
 
     init: Callable[[], Any]
     """the state before the first step, a pytree"""
@@ -36,19 +37,19 @@ class ScalerAdapter:
     adjust: Callable[[Any, jax.Array], Any]
     """`adjust(state, finite)`: the state after a step whose gradients were all finite, or not (bool scalar)"""
     growth_interval: int | None = None
-    """finite steps in a row before the scale grows, where the scaler claims a number"""
+    """finite steps in a row before the scale grows; None if the scaler claims no number"""
     min_scale: float | None = None
-    """floor of the scale, where the scaler claims one"""
+    """floor of the scale; None if the scaler claims none"""
     max_scale: float | None = None
-    """cap of the scale, where the scaler claims one"""
+    """cap of the scale; None if the scaler claims none"""
 
 
 def scaler_laws(adapter: Any) -> Laws:
-    """The laws of a loss scaler, as a table and as tests.
+    """Returns the laws of a loss scaler: a table when printed, tests when pytest collects them.
 
     Args:
-      adapter: a `ScalerAdapter`, or any object with its methods; `from_value_and_grad` makes one of a library that has
-        all three in one function. `growth_interval`, `min_scale` and `max_scale` may be given too.
+      adapter: a `ScalerAdapter`, or any object with its methods and, if it claims them, `growth_interval`, `min_scale`
+        and `max_scale`. `from_value_and_grad` makes one for a library that has all of it in one function.
 
     Raises:
       InputError: the adapter lacks a method.
@@ -67,24 +68,22 @@ def scaler_laws(adapter: Any) -> Laws:
     "unscale turned {'w': float32[1], 'x': int32[]} into {'w': float32[1], 'x': float32[]}: leaf ['x'] was int32[]"
     """
     subject = _Subject(adapter)
-    laws = [
-        Law(name, statement, functools.partial(check, subject))
-        for name, statement, check in (
-            ("types_stay", "The state keeps its structure, dtypes and weak types: one compile a run.", types_stay),
-            ("same_in_jit_and_scan", "A state moves alike eagerly, in jit, in scan and in pmap.", same_in_jit_and_scan),
-            ("survives_saving", "A state saved and restored goes on as if nothing had been.", survives_saving),
-            ("power_of_two", "The scale is a power of two; it and its inverse are normal float32s.", power_of_two),
-            ("within_bounds", "The scale stays within the floor and the cap that the scaler claims.", within_bounds),
-            ("right_direction", "An overflow never raises the scale, a finite step never lowers it.", right_direction),
-            ("falls_and_recovers", "A scale that grows also falls, and grows again.", falls_and_recovers),
-            ("growth_interval", "The scale grows after the finite steps in a row that are claimed.", growth_interval),
-            ("loss_in_float32", "The loss is scaled in float32, whatever dtype it has.", loss_in_float32),
-            ("unscaling_is_exact", "Unscaling gives back float32 gradients to the bit, always.", unscaling_is_exact),
-            ("unscales_in_float32", "Half gradients are unscaled in float32.", unscales_in_float32),
-            ("leaves_without_gradient_stay", "Integers, bools, keys and float0 stay.", leaves_without_gradient_stay),
-            ("fp8_leaves_stay", "Leaves in fp8, scales and histories, are not unscaled.", fp8_leaves_stay),
-        )
-    ]
+    checks = (
+        types_stay,
+        same_in_jit_and_scan,
+        survives_saving,
+        power_of_two,
+        within_bounds,
+        right_direction,
+        falls_and_recovers,
+        growth_interval,
+        loss_in_float32,
+        unscaling_is_exact,
+        unscales_in_float32,
+        leaves_without_gradient_stay,
+        fp8_leaves_stay,
+    )
+    laws = [Law.of(check, subject) for check in checks]
     require_methods("scaler_laws", adapter, METHODS, laws)
     return Laws("the scaler" if isinstance(adapter, ScalerAdapter) else type(adapter).__name__, laws)
 
@@ -94,12 +93,13 @@ def from_value_and_grad(
     value_and_grad: Callable[[Any, Callable[[Any], jax.Array], Any], tuple[Any, Any, Any]],
     **claims: Any,
 ) -> ScalerAdapter:
-    """An adapter for a library that scales, unscales and adjusts in one function.
+    """Makes an adapter for a library that scales, unscales and adjusts in one function.
 
     Args:
-      init: `init() -> state`.
-      value_and_grad: `value_and_grad(state, loss_fn, params) -> (loss, grads, state)`: unscaled, and adjusted.
-      claims: `growth_interval`, `min_scale`, `max_scale`, see `ScalerAdapter`.
+      init: `init()` returns the state before the first step.
+      value_and_grad: `value_and_grad(state, loss_fn, params)` returns the unscaled loss, the unscaled gradients and the
+        next state.
+      claims: `growth_interval`, `min_scale` and `max_scale`, as in `ScalerAdapter`.
     """
 
     @jax.custom_vjp
@@ -201,7 +201,10 @@ class _Subject:
 
 
 def types_stay(subject: _Subject) -> None:
-    """Trap T7, defect B11."""
+    """The state keeps its structure, dtypes and weak types, so that a run compiles once.
+
+    Trap T7, defect B11.
+    """
 
     def counterexample(steps: Steps) -> str | None:
         different = type_difference(subject.init(), subject.after(steps))
@@ -211,7 +214,10 @@ def types_stay(subject: _Subject) -> None:
 
 
 def same_in_jit_and_scan(subject: _Subject) -> None:
-    """Defect B1."""
+    """The scale moves alike eagerly, in jit, in scan and in pmap.
+
+    Defect B1.
+    """
     adapter = subject.adapter
 
     def scales(steps: Steps, adjust: Any) -> list[float]:
@@ -254,7 +260,10 @@ def same_in_jit_and_scan(subject: _Subject) -> None:
 
 
 def survives_saving(subject: _Subject) -> None:
-    """Defect B18."""
+    """A state that was saved and restored goes on with the same bits.
+
+    Defect B18.
+    """
 
     def counterexample(pair: tuple[Steps, Steps]) -> str | None:
         before, after = pair
@@ -275,11 +284,13 @@ def survives_saving(subject: _Subject) -> None:
 
 
 def power_of_two(subject: _Subject) -> None:
-    """Defects B9 and B10, trap T10."""
+    """The scale is a power of two, and it and its inverse are normal float32 numbers.
+
+    Defects B9 and B10, trap T10.
+    """
 
     def wrong(scale: Any) -> str | None:
-        scale = float(scale)
-        if math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5:
+        if is_sound_scale(scale := float(scale)):
             return None
         why = "no power of two" if math.isfinite(scale) and SMALLEST <= scale <= LARGEST else "beyond 2**-126 to 2**126"
         return f"the scale is {scale:g}, {why}"
@@ -300,7 +311,7 @@ def power_of_two(subject: _Subject) -> None:
 
 
 def within_bounds(subject: _Subject) -> None:
-    """The floor and the cap."""
+    """The scale stays within the floor and the cap that the scaler claims."""
     if getattr(subject.adapter, "min_scale", None) is None:
         subject.claim("max_scale")
     least = getattr(subject.adapter, "min_scale", None) or 0.0
@@ -322,7 +333,7 @@ def within_bounds(subject: _Subject) -> None:
 
 
 def right_direction(subject: _Subject) -> None:
-    """The scale falls on overflows and rises on finite steps, if at all."""
+    """An overflow never raises the scale, and a finite step never lowers it."""
 
     def counterexample(steps: Steps) -> str | None:
         state = subject.init()
@@ -343,7 +354,10 @@ def right_direction(subject: _Subject) -> None:
 
 
 def falls_and_recovers(subject: _Subject) -> None:
-    """Defect B10: what reaches 0 or inf stays there."""
+    """A scale that grows also falls, and grows again.
+
+    Defect B10: a scale that reaches 0 or inf stays there.
+    """
     top, scales = subject.longest_run
     first = subject.scale_of(subject.init())
     if scales[-1] <= first:
@@ -360,7 +374,10 @@ def falls_and_recovers(subject: _Subject) -> None:
 
 
 def growth_interval(subject: _Subject) -> None:
-    """The rule of torch: at N finite steps in a row; counted anew after a growth, and after an overflow."""
+    """The scale grows after as many finite steps in a row as the scaler claims.
+
+    torch's rule: the count begins anew after a growth and after an overflow.
+    """
     interval = subject.claim("growth_interval")
     if interval > 5000:
         raise Skipped(f"an interval of {interval} takes too long; give the laws a scaler with a shorter one")
@@ -383,7 +400,10 @@ def growth_interval(subject: _Subject) -> None:
 
 
 def loss_in_float32(subject: _Subject) -> None:
-    """Defect B11, rule 1: the product of a float16 loss and the scale would overflow."""
+    """The loss is scaled in float32, whatever its dtype.
+
+    Defect B11, rule 1: the product of a float16 loss and the scale would overflow.
+    """
 
     def counterexample(pair: tuple[str, float]) -> str | None:
         name, loss = pair[0], jnp.asarray(pair[1], pair[0])
@@ -401,7 +421,10 @@ def loss_in_float32(subject: _Subject) -> None:
 
 
 def unscaling_is_exact(subject: _Subject) -> None:
-    """Defects B7 and B9: with any scale that is reached, the growth step included."""
+    """Unscaling a scaled float32 gradient gives it back to the bit.
+
+    Defects B7 and B9: under every scale that is reached, on the growth step too.
+    """
     random = np.random.default_rng(0)
     many = np.ldexp(random.uniform(1, 2, 4096), random.integers(-20, 4, 4096)).astype(np.float32)
 
@@ -434,7 +457,10 @@ def unscaling_is_exact(subject: _Subject) -> None:
 
 
 def unscales_in_float32(subject: _Subject) -> None:
-    """Defect B3: unscaled in float16, a true gradient of 2**-25 becomes 0."""
+    """Half-precision gradients are unscaled in float32.
+
+    Defect B3: unscaled in float16, a true gradient of 2**-25 becomes 0.
+    """
     state = subject.init()
     scale = float(subject.scale_of(state))
 
@@ -458,13 +484,19 @@ def unscales_in_float32(subject: _Subject) -> None:
 
 
 def leaves_without_gradient_stay(subject: _Subject) -> None:
-    """Defect B4. A zero of the same dtype is as good: the update of such a leaf."""
-    require(leaves_without_gradient().filter(lambda x: not _is_fp8(x)), functools.partial(_kept, subject))
+    """Unscaling keeps integers, bools, PRNG keys and float0.
+
+    Defect B4. A zero of the same dtype is allowed: the update of such a leaf.
+    """
+    require(leaves_without_gradient().filter(lambda x: not is_floating(x)), functools.partial(_kept, subject))
 
 
 def fp8_leaves_stay(subject: _Subject) -> None:
-    """Defect B12."""
-    require(leaves_without_gradient().filter(_is_fp8), functools.partial(_kept, subject))
+    """Unscaling keeps leaves in fp8, which hold scales and quantised values.
+
+    Defect B12.
+    """
+    require(leaves_without_gradient().filter(is_floating), functools.partial(_kept, subject))
 
 
 def _kept(subject: _Subject, leaf: Any) -> str | None:
@@ -479,8 +511,9 @@ def _kept(subject: _Subject, leaf: Any) -> str | None:
     return f"unscale turned the {describe(leaf)} {leaf} into {out['x']}"
 
 
-def _is_fp8(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+def is_sound_scale(scale: float) -> bool:
+    """True for a power of two from 2**-126 to 2**126: it and its inverse are normal float32 numbers."""
+    return math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5
 
 
 def _changes(scales: np.ndarray) -> list[int]:

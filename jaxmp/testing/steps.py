@@ -1,10 +1,9 @@
-"""Laws of a train step: what it commits, what it skips, and how its loss scale moves."""
+"""Laws of a train step: which steps it applies, which it skips, and how its loss scale moves."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxmp.errors import InputError
+from jaxmp.jaxprs import COLLECTIVE_SUMS, equations
 from jaxmp.testing import faults
 from jaxmp.testing.faults import BadBatch, Clean, Fault
-from jaxmp.testing.jaxprs import equations
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
-from jaxmp.testing.trees import Snapshot, first_difference, is_float, restored, snapshot, type_difference
+from jaxmp.testing.scalers import is_sound_scale
+from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
 from jaxmp.testing.trial import (
     GROWTH_SECONDS,
     GROWTH_STEPS,
@@ -31,25 +31,25 @@ from jaxmp.testing.trial import (
     one_copy,
     words,
 )
+from jaxmp.trees import is_castable, is_floating
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**126  # S and 1/S are normal float32 numbers
 REFERENCE_BOUND = {np.dtype(np.float32): 2.0**-14, np.dtype(np.float16): 2.0**-5, np.dtype(jnp.bfloat16): 2.0**-2}
 """the same between two programs: 1024 unit roundoffs of float32, 64 of a half"""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepAdapter:
-    """What `step_laws` asks of a train step. Any object with these attributes will do."""
+    """The train step that `step_laws` tests. Any object with these attributes can stand in for it."""
 
     init: Callable[[], Any]
-    """a fresh state, the same at each call; a pytree"""
+    """`init()`: a fresh state, a pytree, the same at each call"""
     step: Callable[[Any, Any], Any]
-    """`step(state, batch)`: the new state, or a tuple that begins with it. Compiled, as it is run; it may donate"""
+    """`step(state, batch)`: the new state, or a tuple that begins with it. Compiled, as in training; it may donate"""
     batch: Any
-    """a batch, as the step takes it, all of whose rows count"""
+    """a batch as the step takes it; all its rows count"""
     kept: Callable[[Any], Any] | None = None
-    """`kept(state)`: all that a skipped step has to leave as it was: parameters, moments, counts, statistics, EMA. By
-    default, where `jaxmp.loss_scaling` is in the state: all but what it keeps for itself, and leaves called `step`"""
+    """`kept(state)`: all that a skipped step leaves as it was: parameters, moments, counts, statistics, EMA. By
+    default, for a state with `jaxmp.loss_scaling` in it: all but the scaler's own state, and leaves called `step`"""
     loss_scale: Callable[[Any], Any] | None = None
     """`loss_scale(state)`: the scale of the next loss; by default that of `jaxmp.loss_scaling`"""
     loss: Callable[[Any], Any] | None = None
@@ -57,44 +57,47 @@ class StepAdapter:
     stacked: bool = False
     """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
     microbatches: int = 1
-    """steps that make one update"""
+    """how many steps make one update"""
     trace: Callable[[Any, Any], Any] | None = None
-    """`trace(state, batch)`: the jaxpr of the step, where `step` cannot be traced as it is"""
+    """`trace(state, batch)`: the jaxpr of the step; needed only if `step` itself cannot be traced"""
 
 
 def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
-    """The laws of a train step, as a table and as tests.
+    """Returns the laws of a train step: a table when printed, tests when pytest collects them.
 
     Args:
       adapter: a `StepAdapter`, or any object with its attributes.
-      reference: the adapter of a step that ought to do the same: on one device, in float32, in one batch instead of
-        several.
+      reference: the adapter of a step that must do the same in another way: on one device, in float32, or on one batch
+        instead of several microbatches.
 
     Raises:
-      InputError: the adapter lacks `init`, `step` or `batch`; or `kept`, where it cannot be found out.
+      InputError: the adapter lacks `init`, `step` or `batch`.
     """
     trial = Trial(adapter)
-    laws = [
-        Law(name, statement, functools.partial(check, trial))
-        for name, statement, check in (
-            ("repeatable", "The same state and batches give the same bits.", repeatable),
-            ("types_stay", "The state keeps its structure, shapes, dtypes and weak types.", types_stay),
-            ("one_compile", "One compile a run.", one_compile),
-            ("trains", "Steps on a good batch are applied, and what they commit is finite.", trains),
-            ("scale_is_sound", "The loss scale is a strong float32, a power of two with an inverse.", scale_is_sound),
-            ("bad_gradient_is_skipped", "An inf or NaN in any gradient leaves all as it was.", bad_gradient_is_skipped),
-            ("bad_batch_is_skipped", "An inf or NaN anywhere in the batch leaves all as it was.", bad_batch_is_skipped),
-            ("bad_loss_is_skipped", "A loss that is not finite leaves all as it was.", bad_loss_is_skipped),
-            ("scale_falls", "A skipped step lowers the loss scale, an applied one does not.", scale_falls),
-            ("skips_leave_no_trace", "After skipped steps, training goes on as without them.", skips_leave_no_trace),
-            ("growth_step_is_right", "The step on which the scale grows is like any other.", growth_step_is_right),
-            ("random_numbers_advance", "A skipped step uses up its random numbers.", random_numbers_advance),
-            ("survives_saving", "A state saved and restored goes on as if nothing had been.", survives_saving),
-            ("replicas_agree", "All replicas hold the same bits, whichever had the fault.", replicas_agree),
-            ("reduced_in_float32", "Gradients are not summed over replicas in float16.", reduced_in_float32),
-            ("as_the_reference", "The step does what the reference does.", functools.partial(_as_reference, reference)),
-        )
-    ]
+
+    def as_the_reference(trial: Trial) -> None:
+        """The step does what the reference does."""
+        _as_reference(reference, trial)
+
+    checks = (
+        repeatable,
+        types_stay,
+        one_compile,
+        trains,
+        scale_is_sound,
+        bad_gradient_is_skipped,
+        bad_batch_is_skipped,
+        bad_loss_is_skipped,
+        scale_falls,
+        skips_leave_no_trace,
+        growth_step_is_right,
+        random_numbers_advance,
+        survives_saving,
+        replicas_agree,
+        reduced_in_float32,
+        as_the_reference,
+    )
+    laws = [Law.of(check, trial) for check in checks]
     require_methods("step_laws", adapter, ("init", "step"), laws)
     if getattr(adapter, "batch", None) is None:
         raise InputError(f"step_laws: the adapter {type(adapter).__name__} has no batch, which every law steps on")
@@ -105,7 +108,10 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
 
 
 def repeatable(trial: Trial) -> None:
-    """Keys, counters and data positions are in the state, and nowhere else."""
+    """The same state and the same batches give the same bits.
+
+    Keys, counters and data positions are in the state, and nowhere else.
+    """
 
     def counterexample(count: int) -> str | None:
         first = snapshot(trial.run([Clean()] * count))
@@ -119,14 +125,20 @@ def repeatable(trial: Trial) -> None:
 
 
 def types_stay(trial: Trial) -> None:
-    """Traps T7 and T17, defect B11."""
+    """The state keeps its structure, shapes, dtypes and weak types.
+
+    Traps T7 and T17, defect B11.
+    """
     for trace in ([Clean()], [Clean()] * 2, [trial.any_fault]):
         if different := type_difference(trial.fresh(), trial.run(trace)):
             raise Broken(f"after {words(trace)}: {different}")
 
 
 def one_compile(trial: Trial) -> None:
-    """Trap T7: what is weakly typed at first, or counted in Python, compiles again."""
+    """The step compiles once in a run.
+
+    Trap T7: a state that is weakly typed at first, or counted in Python, compiles again.
+    """
     with faults.compiled_anew():
         state = trial.step(trial.fresh())
         for count in (2, 3, 4):
@@ -138,7 +150,10 @@ def one_compile(trial: Trial) -> None:
 
 
 def trains(trial: Trial) -> None:
-    """A step that skips everything would obey all the other laws."""
+    """Steps on a good batch are applied, and what they commit is finite.
+
+    A step that skips everything would obey all the other laws.
+    """
     state = trial.fresh()
     before = snapshot(trial.kept(state))
     patience = 24 * (trial.read("microbatches") or 1)
@@ -146,7 +161,7 @@ def trains(trial: Trial) -> None:
         state = trial.step(state)
         after = snapshot(trial.kept(state))
         for path, leaf in zip(after.paths, after.leaves, strict=True):
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.all(np.isfinite(leaf.astype(np.float64))):
+            if is_floating(leaf) and not np.all(np.isfinite(leaf.astype(np.float64))):
                 raise Broken(f"after {words([Clean()] * count)} on the adapter's batch, leaf {path} is not finite")
         if first_difference(before, after):
             return
@@ -154,7 +169,10 @@ def trains(trial: Trial) -> None:
 
 
 def scale_is_sound(trial: Trial) -> None:
-    """Rule 1 of a step; defects B9, B10 and B11, trap T10."""
+    """The loss scale is a strong float32, a power of two with a normal inverse.
+
+    Rule 1 of a step; defects B9, B10 and B11, trap T10.
+    """
 
     def counterexample(faulty: list[bool]) -> str | None:
         trace: Sequence[Fault] = [trial.any_fault if bad else Clean() for bad in faulty]
@@ -165,7 +183,7 @@ def scale_is_sound(trial: Trial) -> None:
         if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
             return f"{after} is {leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
         scale = float(leaf)
-        if not (math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5):
+        if not is_sound_scale(scale):
             return f"{after} is {scale:g}, no power of two between 2**-126 and 2**126"
         return None
 
@@ -174,7 +192,10 @@ def scale_is_sound(trial: Trial) -> None:
 
 
 def bad_gradient_is_skipped(trial: Trial) -> None:
-    """Rules 4 and 7 of a step; defects B13, B15, B16 and B17."""
+    """A step with an inf or NaN in any gradient leaves parameters, optimizer and model state as they were.
+
+    Rules 4 and 7 of a step; defects B13, B15, B16 and B17.
+    """
     if not trial.bad_gradients:
         raise Skipped(NO_GRADIENT)
     for fault in trial.bad_gradients:
@@ -184,21 +205,27 @@ def bad_gradient_is_skipped(trial: Trial) -> None:
 
 
 def bad_batch_is_skipped(trial: Trial) -> None:
-    """The same by way of the data: an overflow in the forward pass, on any row, so on any replica."""
+    """A step with an inf or NaN anywhere in the batch leaves parameters, optimizer and model state as they were.
+
+    An overflow in the forward pass, on any row, and so on any replica.
+    """
     if trial.bad_batches is None:
         raise Skipped("the batch has no floats to put an inf into")
     _require_kept(trial, trial.bad_batches)
 
 
 def bad_loss_is_skipped(trial: Trial) -> None:
-    """Rule 4: the loss is part of the flag, also where all gradients are finite."""
+    """A step whose loss is not finite leaves parameters, optimizer and model state as they were.
+
+    Rule 4: the loss is part of the flag, even if all gradients are finite.
+    """
     reader = trial.read("loss")
     if reader is None:
         raise Skipped("the adapter has no loss, so that it is not known when it is finite")
     paths = [
         (jax.tree_util.keystr(path), leaf.size)
         for path, leaf in jax.tree_util.tree_leaves_with_path(trial.adapter.batch)
-        if is_float(leaf) and leaf.size
+        if is_castable(leaf) and leaf.size
     ]
     for path, size in paths:
         for value in (1e18, 1e25, 1e38):
@@ -213,7 +240,10 @@ def bad_loss_is_skipped(trial: Trial) -> None:
 
 
 def scale_falls(trial: Trial) -> None:
-    """Rule 8 of a step."""
+    """A skipped step lowers the loss scale, and an applied one does not.
+
+    Rule 8 of a step.
+    """
     fault = trial.any_fault
     state = trial.fresh()
     first = trial.scale(state)
@@ -231,10 +261,11 @@ def scale_falls(trial: Trial) -> None:
 
 
 def skips_leave_no_trace(trial: Trial) -> None:
-    """Rules 5 and 6: a scale lower by a power of two changes nothing; nor do schedules, decay or clipping move on.
+    """After skipped steps, training goes on as without them.
 
-    To the bit; with float16 in the step, where gradients can underflow, within FLOAT16_BOUND. Presumes that the step
-    draws no random numbers, which are used up by a skipped step.
+    Rules 5 and 6: a scale lower by a power of two changes nothing; nor do schedules, decay or clipping move on. To the
+    bit; with float16 in the step, where gradients can underflow, within FLOAT16_BOUND. Skipped if the step draws random
+    numbers, which a skipped step uses up.
     """
     if trial.draws:
         raise Skipped("the step draws random numbers, and a skipped step uses up its own")
@@ -260,10 +291,10 @@ def skips_leave_no_trace(trial: Trial) -> None:
 
 
 def growth_step_is_right(trial: Trial) -> None:
-    """Defect B7: unscaled with the new scale, gradients are half of what they should be.
+    """The step on which the scale grows does what any other step does.
 
-    The step is compared with the same one after an overflow, on which the scale does not grow. Presumes that the step
-    draws no random numbers.
+    Defect B7: unscaled with the new scale, gradients are half of what they should be. The step is compared with the
+    same one after an overflow, on which the scale does not grow. Skipped if the step draws random numbers.
     """
     if trial.draws:
         raise Skipped("the step draws random numbers, and a skipped step uses up its own")
@@ -283,7 +314,10 @@ def growth_step_is_right(trial: Trial) -> None:
 
 
 def random_numbers_advance(trial: Trial) -> None:
-    """Rule 7: the key stream always advances, so that a step that overflowed is not repeated as it was."""
+    """A skipped step uses up its random numbers.
+
+    Rule 7: the key stream always advances, so that a step that overflowed is not repeated as it was.
+    """
     if not trial.draws:
         raise Skipped("the step draws no random numbers")
     fault = trial.any_fault
@@ -296,7 +330,10 @@ def random_numbers_advance(trial: Trial) -> None:
 
 
 def survives_saving(trial: Trial) -> None:
-    """Defect B18: N steps, saved, restored, M steps are N + M steps to the bit."""
+    """A state that was saved and restored goes on with the same bits.
+
+    Defect B18: N steps, saved, restored, M steps are N + M steps to the bit.
+    """
 
     def counterexample(counts: tuple[int, int, bool]) -> str | None:
         before, after, bad = counts
@@ -313,7 +350,10 @@ def survives_saving(trial: Trial) -> None:
 
 
 def replicas_agree(trial: Trial) -> None:
-    """Defect B14."""
+    """All replicas hold the same bits, whichever had the fault.
+
+    Defect B14.
+    """
     stacked = bool(trial.read("stacked"))
     if len(copies(trial.fresh(), stacked)) < 2:
         raise Skipped("there is one replica; jaxmp.testing.replicated makes several, and so do several devices")
@@ -330,10 +370,13 @@ def replicas_agree(trial: Trial) -> None:
 
 
 def reduced_in_float32(trial: Trial) -> None:
-    """Trap T3: four float16 gradients of 40000 sum to inf."""
+    """Gradients are not summed over replicas in float16.
+
+    Trap T3: four float16 gradients of 40000 sum to inf.
+    """
     if trial.jaxpr is None:
         raise Skipped("the step cannot be traced as a whole")
-    sums = [e for e, _ in equations(trial.jaxpr) if e.primitive.name.startswith(("psum", "reduce_scatter"))]
+    sums = [e for e, _ in equations(trial.jaxpr) if e.primitive.name in COLLECTIVE_SUMS]
     if not sums:
         raise Skipped("the step sums nothing over replicas itself")
     for equation in sums:

@@ -1,4 +1,4 @@
-"""Strategies for hypothesis: floats by bit pattern, odd pytrees, policies, overflow traces, models, optimizers."""
+"""Hypothesis strategies: floats by bit pattern, pytrees, gradients, overflow traces, policies, models, optimizers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from jax.lax import DotAlgorithmPreset
 
 from jaxmp.precision.policy import PRESETS, Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule
+from jaxmp.trees import HALF, is_floating
 
-HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 FP8 = tuple(np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2"))
 FLOATS = (np.dtype(np.float32), *HALF, *FP8, np.dtype(np.float64))
 
 
 class Steps(tuple[bool, ...]):
-    """A trace of steps, True for a finite one and False for an overflow; printed, in words.
+    """A trace of steps: True for a finite step, False for an overflow. `print` shows it in words.
 
     >>> print(Steps([(True, 3), (False, 1)]))
     3 finite steps and 1 overflow
     """
 
     def __new__(cls, runs: Iterable[tuple[bool, int]] = ()) -> Steps:
-        """The trace of some runs of equal steps, each with its length."""
+        """Makes a trace of runs of equal steps: pairs of (finite, number of steps)."""
         return super().__new__(cls, itertools.chain.from_iterable([finite] * count for finite, count in runs))
 
     def __iter__(self) -> Iterator[bool]:
         return super().__iter__()
 
     def upto(self, count: int) -> Steps:
-        """The first `count` steps."""
+        """Returns the first `count` steps."""
         return Steps([(finite, 1) for finite in self[:count]])
 
     def __str__(self) -> str:
@@ -51,16 +51,16 @@ class Steps(tuple[bool, ...]):
 
 
 def overflow_traces(*, max_runs: int = 4, longest: int = 10, min_runs: int = 0) -> st.SearchStrategy[Steps]:
-    """Traces of finite and overflowing steps, in up to `max_runs` runs of up to `longest` equal steps."""
+    """Generates traces of finite steps and overflows: up to `max_runs` runs of up to `longest` equal steps."""
     run = st.tuples(st.booleans(), st.integers(1, longest))
     return st.lists(run, min_size=min_runs, max_size=max_runs).map(Steps)
 
 
 def float_bits(dtype: Any = None) -> st.SearchStrategy[np.ndarray]:
-    """Scalars of a float dtype (default: of any, fp8 included), every bit pattern and the awkward ones more often.
+    """Generates scalars of a float dtype (by default of any, fp8 included): all bit patterns, the difficult ones often.
 
-    Awkward are zeros, subnormals, the smallest normal, numbers whose last bits make a tie in half precision, the
-    largest finite, infinities, and NaNs with payloads. Shrinks towards 1.
+    Difficult are zeros, subnormals, the smallest normal number, ties of rounding to half precision, the largest finite
+    number, infinities, and NaNs with payloads. Shrinks towards 1.
     """
     if dtype is None:
         return st.sampled_from(FLOATS).flatmap(float_bits)
@@ -80,7 +80,7 @@ def float_bits(dtype: Any = None) -> st.SearchStrategy[np.ndarray]:
 
 
 def arrays(dtype: Any = np.float32, *, max_size: int = 4) -> st.SearchStrategy[jax.Array]:
-    """Arrays of floats by bit pattern, of 0, 1 or 2 dimensions; empty ones too."""
+    """Generates arrays of floats by bit pattern, with 0, 1 or 2 dimensions, and empty ones."""
     shapes = st.sampled_from([(), (1,), (max_size,), (0,), (2, max_size // 2)])
     return shapes.flatmap(
         lambda shape: st.lists(float_bits(dtype), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))).map(
@@ -90,7 +90,7 @@ def arrays(dtype: Any = np.float32, *, max_size: int = 4) -> st.SearchStrategy[j
 
 
 def leaves_without_gradient() -> st.SearchStrategy[Any]:
-    """Arrays that are no floats to train: integers, bools, PRNG keys, float0, and fp8 (which holds scales)."""
+    """Generates arrays that are not trained: integers, bools, PRNG keys, float0, and fp8, which holds scales."""
     return st.sampled_from(
         [
             jnp.array(3, jnp.int32),
@@ -106,7 +106,7 @@ def leaves_without_gradient() -> st.SearchStrategy[Any]:
 
 
 def odd_trees(*, floats: Iterable[Any] = (np.float32, np.float16)) -> st.SearchStrategy[Any]:
-    """Pytrees with all that turns up in a training state: floats, leaves without a gradient, None, and empty nodes."""
+    """Generates pytrees with all that a training state can hold: floats, untrained leaves, None and empty nodes."""
     leaves = st.one_of(*(arrays(dtype) for dtype in floats), leaves_without_gradient(), st.none())
     keys = st.sampled_from(["kernel", "bias", "count"])
     return st.recursive(
@@ -123,16 +123,16 @@ def odd_trees(*, floats: Iterable[Any] = (np.float32, np.float16)) -> st.SearchS
 def gradient_trees(
     like: Any = None, *, overflow: bool | None = None, underflow: bool = False
 ) -> st.SearchStrategy[Any]:
-    """Gradients of the structure, shapes and dtypes of `like` (default: a small dense layer in float32).
+    """Generates gradients with the structure, shapes and dtypes of `like`, by default a small dense layer in float32.
 
     Args:
-      like: a pytree of arrays; leaves that are no floats stay.
-      overflow: True for one inf or NaN in some leaf; False for none; None for either.
-      underflow: whether values are so small (2**-30 to 2**-20) that unscaled they would be 0 in float16.
+      like: a pytree of arrays; leaves that are not floats stay as they are.
+      overflow: True for one inf or NaN in some leaf, False for none, None for either.
+      underflow: True for values so small (2**-30 to 2**-20) that, unscaled, many are 0 in float16.
     """
     like = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)} if like is None else like
     leaves, structure = jax.tree.flatten(like)
-    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+    places = [i for i, x in enumerate(leaves) if is_floating(x) and x.size]
     low, high = (-30, -20) if underflow else (-10, 3)
 
     def build(seed: int, bad: Any) -> Any:
@@ -154,12 +154,12 @@ def gradient_trees(
 
 
 def replica_faults(replicas: int) -> st.SearchStrategy[tuple[int, float]]:
-    """A fault on one of several replicas: (which, the value)."""
+    """Generates faults on one of several replicas: (index of the replica, inf or NaN)."""
     return st.tuples(st.integers(0, replicas - 1), st.sampled_from([np.inf, -np.inf, np.nan]))
 
 
 def policies() -> st.SearchStrategy[Policy]:
-    """Policies: the presets, and all combinations of dtypes that make sense."""
+    """Generates policies: the presets, and combinations of float32, bfloat16 and float16."""
     floats = st.sampled_from([jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)])
     algorithms = st.sampled_from([DotAlgorithmPreset.DEFAULT, DotAlgorithmPreset.F32_F32_F32])
 
@@ -181,7 +181,7 @@ def policies() -> st.SearchStrategy[Policy]:
 def policy_trees(
     paths: Iterable[str] = ("encoder/*", "head", "**/norm", "@LayerNorm"),
 ) -> st.SearchStrategy[PolicyTree]:
-    """Policy trees with rules for some of the given patterns, each at most once."""
+    """Generates policy trees with rules for some of the given patterns, each at most once."""
 
     def build(rules: dict[str, Policy], default: Policy) -> PolicyTree:
         # There is one gradient collective: that of the default.
@@ -192,16 +192,16 @@ def policy_trees(
 
 
 class RandomNet(nn.Module):
-    """A small net of layers of the given kinds, for inputs (examples, features)."""
+    """A small net of the given layers, for inputs of shape (examples, features)."""
 
     layers: tuple[str, ...] = ("dense",)
-    """what it consists of, in order: dense, norm, relu, tanh, attention"""
+    """kinds of its layers, in order: dense, norm, relu, tanh, attention"""
     features: int = 4
-    """width"""
+    """features of each layer"""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Outputs (examples, features)."""
+        """Returns outputs of shape (examples, features)."""
         for layer in self.layers:
             if layer == "dense":
                 x = nn.Dense(self.features)(x)
@@ -215,7 +215,7 @@ class RandomNet(nn.Module):
 
 
 def models(*, max_layers: int = 3) -> st.SearchStrategy[RandomNet]:
-    """Small random Flax models; shrinks towards one dense layer."""
+    """Generates small Flax models. Shrinks towards one dense layer."""
     layer = st.sampled_from(["dense", "norm", "relu", "tanh", "attention"])
     return st.builds(
         RandomNet, st.lists(layer, max_size=max_layers).map(lambda layers: ("dense", *layers)), st.sampled_from([4, 8])
@@ -223,7 +223,7 @@ def models(*, max_layers: int = 3) -> st.SearchStrategy[RandomNet]:
 
 
 def optimizers() -> st.SearchStrategy[optax.GradientTransformation]:
-    """Optimizers with a schedule (so with a count that must not move on a skipped step), clipping and decay or not."""
+    """Generates optimizers with a schedule, whose count a skipped step must not move; some with clipping or decay."""
     schedules = st.sampled_from(
         [
             optax.constant_schedule(1e-2),

@@ -1,4 +1,4 @@
-"""A train step on trial: how the laws run it, put faults into it, and compare what comes out."""
+"""`Trial`: runs a train step for the laws, injects faults, and compares the states."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from jaxmp.jaxprs import equations
 from jaxmp.scaling.transform import LossScalingState, find_state
 from jaxmp.testing import faults
 from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
-from jaxmp.testing.jaxprs import dtypes, equations
 from jaxmp.testing.laws import Broken, Skipped, calling, thorough
-from jaxmp.testing.trees import Snapshot, describe, first_difference, is_float, is_key, same_structure, snapshot
+from jaxmp.testing.snapshots import Snapshot, describe, first_difference, snapshot
+from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
-"""how long a law waits for the scale to grow"""
+"""Limits on how long a law waits for the scale to grow."""
 FLOAT16_BOUND = 0.1
-"""share of its movement by which half of the leaves may differ where float16 gradients can underflow; a wrong scale is
-wrong by a factor of two"""
+"""If float16 gradients can underflow, half of the leaves may differ by this share of the distance they have moved. A
+wrong scale is wrong by a factor of two."""
 
 
 class Trial:
-    """A train step on trial: the adapter, and how the laws run it."""
+    """A train step, given by its adapter, as the laws run it."""
 
     def __init__(self, adapter: Any):
         self.adapter = adapter
 
     def read(self, name: str) -> Any:
-        """What the adapter has under a name that it may leave out; None where it does."""
+        """Returns an optional attribute of the adapter; None if it has none."""
         return getattr(self.adapter, name, None)
 
     # --- states
@@ -45,7 +46,7 @@ class Trial:
         return calling("the adapter's init", self.adapter.init)
 
     def fresh(self, negative_zeros: bool = False) -> Any:
-        """A copy of the first state, which a step may donate; with every 0.0 in it turned into -0.0, or not."""
+        """Returns a copy of the first state, which a step may donate. `negative_zeros` turns every 0.0 into -0.0."""
         state = copied(self._start)
         if not negative_zeros:
             return state
@@ -53,13 +54,13 @@ class Trial:
         places = [id(x) in kept for x in jax.tree.leaves(self._start)]
         leaves, structure = jax.tree.flatten(state)
         leaves = [
-            jnp.where(x == 0, jnp.asarray(-0.0, x.dtype), x) if here and is_float(x) else x
+            jnp.where(x == 0, jnp.asarray(-0.0, x.dtype), x) if here and is_castable(x) else x
             for x, here in zip(leaves, places, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
 
     def kept(self, state: Any) -> Any:
-        """What a skipped step has to leave as it was. Raises Broken where that is not known."""
+        """Returns all that a skipped step must leave as it was. Raises Broken if the adapter does not say."""
         reader = self.read("kept")
         if reader is not None:
             return calling("the adapter's kept", reader, state)
@@ -72,11 +73,11 @@ class Trial:
 
     @property
     def has_scale(self) -> bool:
-        """Whether there is a loss scale to read."""
+        """True if the loss scale can be read."""
         return self.read("loss_scale") is not None or find_state(self._start) is not None
 
     def scale_leaf(self, state: Any) -> Any:
-        """The loss scale as it is kept; the first replica's. Raises Skipped where there is none."""
+        """Returns the loss scale as the state holds it, of the first replica. Raises Skipped if there is none."""
         reader = self.read("loss_scale")
         if reader is None and find_state(state) is None:
             raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
@@ -84,17 +85,17 @@ class Trial:
         return leaf[0] if self.read("stacked") and jnp.ndim(leaf) else leaf
 
     def scale(self, state: Any) -> float:
-        """The loss scale."""
+        """Returns the loss scale."""
         return float(self.scale_leaf(state))
 
     # --- steps
 
     def step(self, state: Any, fault: Fault = Clean()) -> Any:  # noqa: B008 (an immutable)
-        """The state after a step; the one before is used up."""
+        """Returns the state after a step. The state before may be donated."""
         return self._state(self.out(state, fault), state)
 
     def out(self, state: Any, fault: Fault, batch: Any = None) -> Any:
-        """All that `step` returns; the state is used up."""
+        """Returns all that the adapter's `step` returns. The state may be donated."""
         batch = self.adapter.batch if batch is None else batch
         given = str(fault)
         if isinstance(fault, BadBatch):
@@ -116,12 +117,12 @@ class Trial:
         )
 
     def run(self, trace: Sequence[Fault], negative_zeros: bool = False) -> Any:
-        """The state after some steps from a fresh one."""
+        """Returns the state after the steps of `trace`, from a fresh one."""
         return functools.reduce(self.step, trace, self.fresh(negative_zeros))
 
     @functools.cached_property
     def growth(self) -> int | None:
-        """Finite steps until the scale grows; None where they are more than a law waits for."""
+        """The number of finite steps until the scale grows; None if that takes longer than a law waits."""
         state, started = self.fresh(), time.monotonic()
         before = self.scale(state)
         for count in range(1, GROWTH_STEPS + 1):
@@ -138,12 +139,12 @@ class Trial:
 
     @functools.cached_property
     def gradient_paths(self) -> list[str]:
-        """The parameters whose gradients faults can be put into."""
+        """The paths of the parameters into whose gradients faults can be injected."""
         return calling("the adapter's step", faults.differentiated, self.adapter.step, self.fresh(), self.adapter.batch)
 
     @functools.cached_property
     def bad_gradients(self) -> Sequence[Fault]:
-        """Faults in gradients: each is one more compile, so few unless the thorough profile is in force."""
+        """Faults in gradients. Each costs a compilation, so they are few unless the thorough profile is in force."""
         paths = self.gradient_paths
         if not thorough() and len(paths) > 4:
             paths = [paths[round(i * (len(paths) - 1) / 3)] for i in range(4)]
@@ -156,11 +157,11 @@ class Trial:
 
     @functools.cached_property
     def bad_batches(self) -> st.SearchStrategy[Fault] | None:
-        """Faults in the batch; None where it has no floats."""
+        """A strategy for faults in the batch; None if the batch has no floats."""
         sizes = {
             jax.tree_util.keystr(path): leaf.size
             for path, leaf in jax.tree_util.tree_leaves_with_path(self.adapter.batch)
-            if is_float(leaf) and leaf.size
+            if is_castable(leaf) and leaf.size
         }
         if not sizes:
             return None
@@ -172,21 +173,19 @@ class Trial:
 
     @property
     def any_fault(self) -> Fault:
-        """The simplest fault that there is. Raises Skipped where there is none."""
+        """The simplest possible fault. Raises Skipped if none is possible."""
         if self.bad_gradients:
             return self.bad_gradients[0]
         if self.bad_batches is None:
             raise Skipped(f"{NO_GRADIENT}, and the batch has no floats to put an inf into")
-        path = next(
-            jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(self.adapter.batch) if is_float(x)
-        )
-        return BadBatch(path, 0, math.nan)
+        leaves = jax.tree_util.tree_leaves_with_path(self.adapter.batch)
+        return BadBatch(next(jax.tree_util.keystr(path) for path, x in leaves if is_castable(x)), 0, math.nan)
 
     # --- what the program says
 
     @functools.cached_property
     def jaxpr(self) -> Any:
-        """The traced step; None where it cannot be traced."""
+        """The jaxpr of the step; None if it cannot be traced."""
         trace = self.read("trace") or functools.partial(faults.traced, self.adapter.step)
         try:
             return trace(self.fresh(), self.adapter.batch)
@@ -195,23 +194,23 @@ class Trial:
 
     @functools.cached_property
     def float_dtypes(self) -> set[Any]:
-        """The dtypes of the floats in the traced step; float16 where it cannot be traced."""
+        """The dtypes of all floats in the jaxpr of the step; float16 if it cannot be traced."""
         if self.jaxpr is None:
             return {np.dtype(np.float16)}
-        found = {d for equation, _ in equations(self.jaxpr) for d in dtypes(equation)}
-        return {np.dtype(d) for d in found if jnp.issubdtype(d, jnp.floating)}
+        operands = (v.aval for eqn, _ in equations(self.jaxpr) for v in eqn.invars)
+        return {np.dtype(aval.dtype) for aval in operands if is_floating(aval)}
 
     @property
     def draws(self) -> bool:
-        """Whether the step draws random numbers (deriving keys alone does not count)."""
+        """True if the step draws random numbers; deriving keys alone does not count."""
         return self.jaxpr is not None and any(e.primitive.name == "random_bits" for e, _ in equations(self.jaxpr))
 
     def compare(self, expected: Any, found: Any, start: Any) -> str | None:
-        """Where two states differ that should be equal: by a bit, or, with float16 in the step, grossly."""
+        """Says where two states that should be equal differ: by a bit, or grossly if float16 is in the step."""
         return self.compare_kept(*(snapshot(self.kept(s)) for s in (expected, found, start)))
 
     def compare_kept(self, expected: Snapshot, found: Snapshot, start: Snapshot) -> str | None:
-        """The same for what two states keep."""
+        """Says the same for snapshots of what the states keep."""
         if np.dtype(np.float16) not in self.float_dtypes:
             return first_difference(expected, found)
         return gross_difference(expected, found, start, FLOAT16_BOUND)
@@ -223,19 +222,19 @@ NO_GRADIENT = (
 
 
 def copied(state: Any) -> Any:
-    """A copy whose buffers are its own, weak types and devices as they were."""
+    """Returns a copy with buffers of its own, and with the same weak types and devices."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, (jax.Array, np.ndarray)) else x, state)
 
 
 def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound: float) -> str | None:
-    """Whether integers differ, or half of the leaves by more than `bound` times the distance that they have moved.
+    """Says where integers differ, or half of the leaves by more than `bound` times the distance they have moved.
 
-    Half of the leaves: an optimizer that normalises turns the rounding errors of a parameter whose true gradient is 0
-    into steps of full length.
+    Half of the leaves, because an optimizer that normalises turns rounding errors into steps of full length, for a
+    parameter whose true gradient is 0.
     """
     errors = []
     for path, a, b, s in zip(expected.paths, expected.leaves, found.leaves, start.leaves, strict=True):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
+        if not is_floating(a):
             if not np.array_equal(a, b):
                 return f"leaf {path} is {b}, and ought to be {a}"
             continue
@@ -252,7 +251,7 @@ def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound
 
 
 def words(trace: Sequence[Fault]) -> str:
-    """A trace of steps, in words; equal steps in a row counted."""
+    """Returns a trace of steps in words, with equal steps in a row counted."""
     counted: list[list[Any]] = []
     for fault in trace:
         if counted and counted[-1][0] == fault:
@@ -274,7 +273,7 @@ def _without_scaler(state: Any) -> Any:
 
 
 def copies(state: Any, stacked: bool) -> list[Snapshot]:
-    """The state as each replica holds it: of what all devices hold a whole, one snapshot a device."""
+    """Returns one snapshot of the state for each replica; of sharded state, only the leaves that all devices hold."""
     if stacked:
         whole = snapshot(state)
         return [Snapshot(whole.paths, [x[i] for x in whole.leaves]) for i in range(len(whole.leaves[0]))]
@@ -291,7 +290,7 @@ def copies(state: Any, stacked: bool) -> list[Snapshot]:
 
 
 def one_copy(tree: Any, trial: Trial) -> Snapshot:
-    """What the first replica holds."""
+    """Returns a snapshot of what the first replica holds."""
     whole = snapshot(tree)
     return Snapshot(whole.paths, [x[0] for x in whole.leaves]) if trial.read("stacked") else whole
 
@@ -300,7 +299,7 @@ _compiled: list[str] = []
 
 
 def compiles() -> int:
-    """Programs that XLA has compiled in this process, from the first call on."""
+    """Returns how many programs XLA has compiled in this process since the first call, plus one."""
     if not _compiled:
         _compiled.append("")  # listening from now on
         jax.monitoring.register_event_duration_secs_listener(_note_compile)

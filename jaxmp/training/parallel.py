@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.errors import InputError
-from jaxmp.trees import has_gradient, upcast
+from jaxmp.trees import has_gradient, is_key, upcast
 
 AXIS = "data"
 """name of the mesh axis along which a batch is split over the devices"""
@@ -377,7 +377,7 @@ def _place_whole(x: Any, sharding: NamedSharding) -> jax.Array:
     """Places an array that every process holds on the devices of all of them; reshards one that is already there."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         return jax.random.wrap_key_data(_place_whole(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     whole = np.asarray(x)  # jax.device_put would first compare it across processes
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
+from jaxmp.jaxprs import equations
 from jaxmp.modules.nnx import from_nnx
 from jaxmp.modules.remat import POLICIES
 from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.loss import init_model, make_loss
-from jaxmp.testing.jaxprs import equations
 
 
 class Block(nn.Module):

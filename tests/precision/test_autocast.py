@@ -5,7 +5,6 @@ import gc
 from collections import Counter
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from jaxmp.errors import InputError
+from jaxmp.jaxprs import equations
 from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
 
 BF16, F16, F32 = np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
@@ -20,16 +20,9 @@ NONE = OperationLists(low=(), float32=())
 KEY = jax.random.key(0)
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr, those of inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def traced(function, *args):
-    return list(equations(jax.make_jaxpr(function)(*args).jaxpr))
+    """All equations of a function, those of inner functions included."""
+    return [equation for equation, _ in equations(jax.make_jaxpr(function)(*args))]
 
 
 def floats(atoms):

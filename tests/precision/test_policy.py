@@ -14,7 +14,7 @@ from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError
 from jaxmp.precision.policy import PRESETS, Policy, parse_policy
-from jaxmp.trees import cast_floats, is_float
+from jaxmp.trees import cast_floats, is_castable
 
 NAMES = ["f16", "float16", "bf16", "bfloat16", "f32", "float32", "f64", "float64", "full", "half"]
 DTYPES = [jnp.dtype(name) for name in ("float16", "bfloat16", "float32", "float64")]
@@ -181,7 +181,7 @@ def test_casts_leave_what_is_no_float_alone_b4_b5(cast):
     policy = Policy("bfloat16", "float16", "float16")
     out = getattr(policy, cast)(UNTOUCHED)
     assert all(out[name] is leaf for name, leaf in UNTOUCHED.items())
-    assert not any(is_float(leaf) for leaf in UNTOUCHED.values())
+    assert not any(is_castable(leaf) for leaf in UNTOUCHED.values())
 
 
 @given(
@@ -195,7 +195,7 @@ def test_casts_leave_what_is_no_float_alone_b4_b5(cast):
 def test_casts_keep_the_structure_and_are_idempotent(tree, dtype):
     once = cast_floats(tree, dtype)
     assert jax.tree.structure(once) == jax.tree.structure(tree)
-    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(once) if is_float(leaf))
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(once) if is_castable(leaf))
     twice = cast_floats(once, dtype)
     assert all(a is b for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True))
 

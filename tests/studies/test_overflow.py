@@ -19,13 +19,12 @@ import jaxmp
 from jaxmp import Arrays, Classification, Experiment, InputError, Loop, Run, Scaling
 from jaxmp.cli import main
 from jaxmp.instruments.nonfinite import Replay, blame
-from jaxmp.jaxprs import is_backward, is_scaling
+from jaxmp.jaxprs import equations, is_backward, is_scaling
 from jaxmp.modules.linen import with_policy
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import last_step_finite
 from jaxmp.studies.overflow import blame_run
-from jaxmp.testing.jaxprs import equations
 from jaxmp.training.gradients import make_gradients
 
 ROOT = Path(__file__).parents[2]

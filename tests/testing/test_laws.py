@@ -169,8 +169,8 @@ def linear(tx, microbatches=1):
 @pytest.mark.parametrize("mean", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_microbatches_are_compared_with_the_batch_that_they_make(mean):
     accumulating = linear(optax.MultiSteps(optax.sgd(0.1), 2, use_grad_mean=mean), microbatches=2)
-    row = step_laws(accumulating, reference=linear(optax.sgd(0.1)))["as_the_reference"]
-    assert row.verdict == ("holds" if mean else "broken"), row.words
+    result = step_laws(accumulating, reference=linear(optax.sgd(0.1)))["as_the_reference"]
+    assert result.verdict == ("holds" if mean else "broken"), result.words
 
 
 POLICIES = [
@@ -201,7 +201,7 @@ def test_the_table_names_each_law_its_verdict_and_the_counterexample():
     assert "  types_stay       holds" in lines
     assert "      after no step the scale grew after 3 finite steps; claimed: 4" in lines
     assert "      the adapter claims no max_scale" in lines
-    assert [row.verdict for row in laws] == ["holds", "broken", "skipped"]
+    assert [result.verdict for result in laws] == ["holds", "broken", "skipped"]
     with pytest.raises(jaxmp.testing.Broken, match="grew after 3 finite steps"):
         laws("growth_interval")
     with pytest.raises(unittest.SkipTest, match="claims no max_scale"):
@@ -308,10 +308,10 @@ def test_laws_can_be_asked_twice_of_one_compiled_step():
 def test_a_gradient_that_faults_do_not_reach_is_skipped_with_the_reason():
     gradient = jax.grad(lambda w, x: jnp.sum((x @ w) ** 2))  # made before the laws can put a fault into it
     step = jax.jit(lambda w, x: w - 0.01 * gradient(w, x))
-    row = step_laws(StepAdapter(lambda: jnp.ones(2), step, jnp.ones((4, 2)), kept=lambda w: w))
-    assert row["bad_gradient_is_skipped"].verdict == "skipped"
-    assert "jax.value_and_grad, called as such inside the step" in row["bad_gradient_is_skipped"].words
-    assert row["bad_batch_is_skipped"].verdict == "broken"
+    results = step_laws(StepAdapter(lambda: jnp.ones(2), step, jnp.ones((4, 2)), kept=lambda w: w))
+    assert results["bad_gradient_is_skipped"].verdict == "skipped"
+    assert "jax.value_and_grad, called as such inside the step" in results["bad_gradient_is_skipped"].words
+    assert results["bad_batch_is_skipped"].verdict == "broken"
 
 
 def test_a_policy_that_cannot_be_read_is_refused_at_once():
@@ -432,7 +432,8 @@ def test_a_broken_step_gets_the_smallest_counterexample_in_words(pytester, monke
     result = run_user_tests(pytester, monkeypatch, broken, three_lines("flax"), "-k", "bad_gradient")
     assert result.parseoutcomes() == {"failed": 1, "deselected": 15}
     shown = result.stdout.str()
-    assert "An inf or NaN in any gradient leaves all as it was.\n    Does not hold for the step:\n" in shown
+    statement = "A step with an inf or NaN in any gradient leaves parameters, optimizer and model state as they were."
+    assert f"{statement}\n    Does not hold for the step:\n" in shown
     assert "after a step with inf in the gradient of ['bias']: leaf [1][0].count has 1 instead of 0\n" in shown
 
 
@@ -501,7 +502,7 @@ if __name__ == "__main__":
             {
                 name: {
                     "broken": laws.broken,
-                    "skipped": [row.law for row in laws if row.verdict == "skipped"],
+                    "skipped": [result.law for result in laws if result.verdict == "skipped"],
                     "table": str(laws),
                 }
                 for name, laws in tables.items()

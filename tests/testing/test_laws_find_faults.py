@@ -120,13 +120,13 @@ IN_THE_SCALER = {
 
 @pytest.mark.parametrize("fault", IN_THE_SCALER)
 def test_a_fault_in_the_scaler_is_found(fault):
-    row = scaler_laws(scaler(fault))[IN_THE_SCALER[fault]]
-    assert row.verdict == "broken" and row.words
+    result = scaler_laws(scaler(fault))[IN_THE_SCALER[fault]]
+    assert result.verdict == "broken" and result.words
 
 
 def test_the_scaler_without_a_fault_obeys_every_law():
     laws = scaler_laws(scaler())
-    assert not laws.broken and all(row.verdict == "holds" for row in laws), str(laws)
+    assert not laws.broken and all(result.verdict == "holds" for result in laws), str(laws)
 
 
 # --- a step
@@ -307,8 +307,8 @@ OFTEN = ("not unscaled", "unscaled by the new scale", "count not rolled back", "
     "fault", [fault if fault in OFTEN else pytest.param(fault, marks=pytest.mark.slow) for fault in IN_THE_STEP]
 )
 def test_a_fault_in_the_step_is_found(fault):
-    row = step_laws(step(fault))[IN_THE_STEP[fault]]
-    assert row.verdict == "broken" and row.words
+    result = step_laws(step(fault))[IN_THE_STEP[fault]]
+    assert result.verdict == "broken" and result.words
 
 
 @pytest.mark.slow
@@ -327,7 +327,7 @@ def test_a_fault_in_the_reduction_is_found(fault):
 def test_the_step_without_a_fault_obeys_every_law():
     laws = step_laws(step())
     assert not laws.broken, str(laws)
-    assert {row.law for row in laws if row.verdict == "skipped"} == {
+    assert {result.law for result in laws if result.verdict == "skipped"} == {
         "random_numbers_advance",
         "replicas_agree",
         "reduced_in_float32",
@@ -340,7 +340,7 @@ def test_the_step_without_a_fault_obeys_every_law():
 def test_the_step_without_a_fault_obeys_every_law_over_replicas():
     laws = step_laws(replicated(step(axis="data"), "data"), reference=step())
     assert not laws.broken, str(laws)
-    assert {row.law for row in laws if row.verdict == "skipped"} == {"random_numbers_advance"}
+    assert {result.law for result in laws if result.verdict == "skipped"} == {"random_numbers_advance"}
 
 
 @pytest.mark.slow

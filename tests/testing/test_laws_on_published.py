@@ -105,12 +105,15 @@ SCALERS: dict[str, tuple[Any, str, str]] = {
 }
 
 
+def assert_broken(result, words):
+    assert result.verdict == "broken"
+    assert words in result.words
+
+
 @pytest.mark.parametrize("name", SCALERS)
 def test_a_defect_of_a_published_scaler_is_found(name):
     adapter, law, words = SCALERS[name]
-    row = scaler_laws(adapter)[law]
-    assert row.verdict == "broken"
-    assert words in row.words
+    assert_broken(scaler_laws(adapter)[law], words)
 
 
 # --- steps
@@ -239,9 +242,7 @@ STEPS: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_defect_of_a_published_step_is_found(name):
     adapter, law, words = STEPS[name]
-    row = step_laws(adapter)[law]
-    assert row.verdict == "broken"
-    assert words in row.words
+    assert_broken(step_laws(adapter)[law], words)
 
 
 def test_replicas_that_flag_for_themselves_are_found_b14():
@@ -249,5 +250,4 @@ def test_replicas_that_flag_for_themselves_are_found_b14():
     import dataclasses
 
     alone = dataclasses.replace(imagenet_example(pmean="batch"), kept=without_statistics)
-    row = step_laws(replicated(alone, "batch"))["replicas_agree"]
-    assert row.verdict == "broken" and "between replicas 0 and" in row.words
+    assert_broken(step_laws(replicated(alone, "batch"))["replicas_agree"], "between replicas 0 and")

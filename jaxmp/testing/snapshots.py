@@ -1,4 +1,4 @@
-"""Pytrees of a step or a scaler, compared leaf by leaf and to the bit, and in words."""
+"""Snapshots of pytrees: copied to the host, compared leaf by leaf and to the bit, restored, and described in words."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxmp.trees import is_floating, is_key, same_structure
 
 
 class Snapshot(NamedTuple):
@@ -19,18 +21,18 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(tree: Any) -> Snapshot:
-    """A pytree copied to the host."""
+    """Copies a pytree to the host."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return Snapshot([jax.tree_util.keystr(path) for path, _ in leaves], [host(leaf) for _, leaf in leaves])
 
 
 def host(leaf: Any) -> np.ndarray:
-    """A leaf as a NumPy array that shares no memory with it; of a PRNG key its data."""
+    """Copies a leaf to a NumPy array; of a PRNG key, its data."""
     return np.array(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
 def restored(saved: Snapshot, like: Any) -> Any:
-    """A snapshot as arrays on the devices of `like`."""
+    """Returns a snapshot as arrays with the structure and on the devices of `like`."""
 
     def put(value: np.ndarray, leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array):
@@ -44,7 +46,7 @@ def restored(saved: Snapshot, like: Any) -> Any:
 
 
 def first_difference(expected: Snapshot, found: Snapshot) -> str | None:
-    """Where two snapshots differ by a bit, in words; None where nowhere."""
+    """Says where two snapshots differ by a bit; None if nowhere."""
     if expected.paths != found.paths:
         return f"the leaves are {', '.join(found.paths)}, and were {', '.join(expected.paths)}"
     for path, a, b in zip(expected.paths, expected.leaves, found.leaves, strict=True):
@@ -60,32 +62,8 @@ def first_difference(expected: Snapshot, found: Snapshot) -> str | None:
     return None
 
 
-def largest_error(expected: Snapshot, found: Snapshot, start: Snapshot) -> tuple[float, str]:
-    """The largest distance of a float leaf from what it should be, relative to how far it has moved, and its path.
-
-    Distances are Euclidean. Where nothing moves, the distance itself counts; what is not finite is at distance inf.
-    """
-    worst = (0.0, "")
-    for path, a, b, s in zip(expected.paths, expected.leaves, found.leaves, start.leaves, strict=True):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            if not np.array_equal(a, b):
-                worst = max(worst, (float("inf"), path))
-            continue
-        a, b, s = (x.astype(np.float64) for x in (a, b, s))
-        moved, error = np.linalg.norm(a - s), np.linalg.norm(b - a)
-        error = error / moved if moved else error
-        worst = max(worst, (float(error) if np.isfinite(error) else float("inf"), path))
-    return worst
-
-
-def same_structure(a: Any, b: Any) -> bool:
-    """Whether two pytrees have one structure."""
-    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
-    return bool(structures[0] == structures[1])
-
-
 def type_difference(before: Any, after: Any) -> str | None:
-    """Where two pytrees differ in what decides on a second compile: structure, shape, dtype, weak type."""
+    """Says where two pytrees differ in structure, shape, dtype or weak type, for which jit compiles anew; or None."""
     if not same_structure(before, after):
         return f"the state is {describe(after)}, and was {describe(before)}"[:500]
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
@@ -96,7 +74,7 @@ def type_difference(before: Any, after: Any) -> str | None:
 
 
 def describe(tree: Any) -> str:
-    """A pytree with dtype and shape in the place of each leaf; short."""
+    """Describes a pytree: its structure, with dtype and shape for each leaf."""
     if isinstance(tree, dict):
         return "{" + ", ".join(f"{key!r}: {describe(leaf)}" for key, leaf in tree.items()) + "}"
     if hasattr(tree, "dtype"):
@@ -110,19 +88,9 @@ def describe(tree: Any) -> str:
 
 
 def value(leaf: np.ndarray, i: int) -> str:
-    """The i-th number of a leaf, in digits that tell it from its neighbours."""
+    """Formats number `i` of a leaf, with enough digits to tell it from its neighbours in float32."""
     x = leaf.ravel()[i]
-    return f"{float(x):.9g}" if jnp.issubdtype(leaf.dtype, jnp.floating) else str(x)
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed PRNG key."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def is_float(leaf: Any) -> bool:
-    """Whether a leaf is an array of floats of two bytes or more."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+    return f"{float(x):.9g}" if is_floating(leaf) else str(x)
 
 
 def _type(leaf: Any) -> str:
