@@ -34,7 +34,7 @@ from jaxmp.precision.policy_tree import PolicyTree, as_tree
 from jaxmp.trees import FLOAT32, HALF
 
 if TYPE_CHECKING:
-    from jaxmp.modules.linen import Row
+    from jaxmp.modules.linen import ModulePolicy
 
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
@@ -174,7 +174,7 @@ class Audit:
             (self.modules[module] for module in called if module in self.modules), self.modules.get("", policy.default)
         )
 
-    def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
+    def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[ModulePolicy] | None = None) -> Audit:
         """The same, held to `policy`; for `modules` see `audit`."""
         table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
@@ -232,7 +232,7 @@ def audit(
     fn: Callable[..., Any],
     *args: Any,
     policy: Policy | PolicyTree | str | None = None,
-    modules: Iterable[Row] | None = None,
+    modules: Iterable[ModulePolicy] | None = None,
     target: Target | str | None = None,
     **kwargs: Any,
 ) -> Audit:
@@ -258,8 +258,8 @@ def audit(
       fn: any function that JAX traces; a jitted one is looked at with its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.
       policy: what to hold `fn` to; see `Audit.under`. Modules are found under their Flax paths.
-      modules: the rows of `policy.explain(model, batch)`, for rules by class: where one of those computes in float32,
-        float32 dots are not reported without.
+      modules: the rows of `jaxmp.explain(model, policy, batch)`, for rules by class: where one of those computes in
+        float32, float32 dots are not reported without.
       target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Arguments are
         on each of them whole, but for a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
         `Audit.program`, and the findings are those of the program as well.

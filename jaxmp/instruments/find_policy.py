@@ -29,13 +29,12 @@ import numpy as np
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
 from jaxmp.precision.policy import Policy, parse_policy
-from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
-from jaxmp.precision.policy_tree import names as pattern_names
+from jaxmp.precision.policy_tree import PolicyTree, Rule
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats
+from jaxmp.trees import FLOAT32, HALF, Pattern, by_path, cast_floats, path_and_above
 
 if TYPE_CHECKING:
-    from jaxmp.modules.linen import Row
+    from jaxmp.modules.linen import ModulePolicy
 
 UNITS = ("noise", "gradient", "float32")
 """what the error of a parameter's gradient can be a multiple of"""
@@ -201,7 +200,7 @@ class FoundPolicy:
 
 def find_policy(
     loss: Callable[[PolicyTree], Callable[..., jax.Array]],
-    explain: Callable[[PolicyTree], Iterable[Row]],
+    explain: Callable[[PolicyTree], Iterable[ModulePolicy]],
     points: Iterable[Point | tuple[Any, Sequence[tuple[Any, ...]]]],
     *,
     half: Policy | str = "mixed_float16",
@@ -216,7 +215,7 @@ def find_policy(
     the one half of them, then the other. It compiles the gradient about once a module.
 
         loss = lambda tree: lambda params, x, y: cross_entropy(jaxmp.with_policy(model.apply, tree)(params, x), y)
-        explain = lambda tree: tree.explain(model, x)
+        explain = lambda tree: jaxmp.explain(model, tree, x)
         print(jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])]))
 
     What the loss or the model cast to float32 by themselves stays in float32 in the reference as well.
@@ -224,7 +223,7 @@ def find_policy(
     Args:
       loss: makes, of a tree, the loss `loss(tree)(params, *batch)`, a scalar: a mean over the batch. It has to be a
         function of its arguments alone: no random masks, which would be others in float64.
-      explain: the modules, and the policy of each under a tree, as `PolicyTree.explain` gives them.
+      explain: the modules, and the policy of each under a tree, as `jaxmp.explain` gives them.
       points: where to take gradients: float32 parameters, and at least two batches for each. Nothing of it is asked for
         before all else was found to be in order.
       half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters.
@@ -316,7 +315,7 @@ def _require_half(half: Policy | str) -> Policy:
     return policy
 
 
-def _flops(loss: Callable[..., Any], rows: Sequence[Row], point: Point) -> dict[str, int]:
+def _flops(loss: Callable[..., Any], rows: Sequence[ModulePolicy], point: Point) -> dict[str, int]:
     """FLOPs of the products of the loss and its gradient that each module runs itself, by path."""
     flops = dict.fromkeys((row.module for row in rows), 0)
     for dot in audit(_gradient(loss), point.params, *point.batches[0]).dots:
@@ -432,10 +431,10 @@ class _Search:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ModulePolicy],
         flops: Mapping[str, int],
         half: Policy,
-        explain: Callable[[PolicyTree], Iterable[Row]],
+        explain: Callable[[PolicyTree], Iterable[ModulePolicy]],
         measure: _Measure,
         budget: float,
         log: Callable[[str], None],
@@ -491,7 +490,7 @@ class _Search:
         return self._trees[in_half]
 
 
-def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[Row]]) -> PolicyTree:
+def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[ModulePolicy]]) -> PolicyTree:
     """A tree that gives every module the policy that is wanted, by rules for paths, as few as were found.
 
     Args:
@@ -532,7 +531,7 @@ def _with_globs(rule: Rule, rules: list[Rule], want: Mapping[str, Policy]) -> It
     for sub in (r"\d+", r".+"):
         wider += ["/".join([*parts[:i], re.sub(sub, "*", parts[i]), *parts[i + 1 :]]) for i in range(len(parts))]
     for pattern in dict.fromkeys(wider):
-        same = [r for r in rules if r.policy == rule.policy and pattern_names(pattern, r.pattern, {})]
+        same = [r for r in rules if r.policy == rule.policy and Pattern(pattern).matches(r.pattern)]
         if len(same) < 2:
             continue
         for place in (rules.index(same[-1]), rules.index(same[0])):

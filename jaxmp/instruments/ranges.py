@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.modules.linen import observed_modules
+from jaxmp.modules.observe import observed_modules
 from jaxmp.precision.formats import Format, float32_bits, parse_format
 from jaxmp.precision.rounding import apply_updates
 from jaxmp.trees import by_path

@@ -45,14 +45,14 @@ class FromNNX:
         rngs: dict[str, jax.Array] | None = None,
         mutable: bool | str | Sequence[str] = False,
     ) -> Any:
-        """What the module returns for `inputs`; with `mutable`, the pair of it and the new `{"state": ...}`.
+        """What the module returns for `inputs`; with `mutable`, the pair of it and `{"state": ...}`, as in Linen.
 
         Args:
           variables: what `init` returned, or the like.
           inputs: arguments of the module's `__call__`.
           train: whether dropout drops and batch statistics are of the batch: NNX's `train()` or `eval()`.
           rngs: a dict of which one key, the first, is that of all random streams of this call.
-          mutable: anything but False or an empty list: return the new state too.
+          mutable: anything but False: return the pair. Its second part is {} for an empty list.
         """
         # The key is that of this call's random streams. The fresh values that it makes are replaced, so that XLA never
         # computes them.
@@ -62,7 +62,9 @@ class FromNNX:
             nnx.update(module, fresh)
         (module.train if train else module.eval)()
         out = module(*inputs)
-        return (out, {STATE: nnx.to_pure_dict(_split(module)[1])}) if mutable else out
+        if mutable is False:
+            return out
+        return out, ({STATE: nnx.to_pure_dict(_split(module)[1])} if mutable else {})
 
     def _module(self, key: jax.Array) -> Any:
         module = self.make(nnx.Rngs(key))

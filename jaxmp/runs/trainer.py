@@ -324,7 +324,7 @@ class Training:
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError where a rule matches none."""
-        return explain(self.experiment.model, self.experiment.policy, *self._inputs)
+        return explain(self.experiment.model, self.experiment.policy, tuple(self._inputs))
 
     @property
     def _inputs(self) -> list[jax.ShapeDtypeStruct]:

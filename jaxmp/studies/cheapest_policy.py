@@ -77,7 +77,7 @@ def find_policy(
 
     return instrument.find_policy(
         lambda tree: _loss(experiment, tree, train),
-        lambda tree: explain(experiment.model, tree, *(training.example[name] for name in experiment.task.inputs)),
+        lambda tree: explain(experiment.model, tree, training.example, inputs=experiment.task.inputs),
         points(),
         half=half,
         budget=budget,

@@ -13,8 +13,8 @@ import optax
 
 from jaxmp.data.source import Source
 from jaxmp.errors import InputError
-from jaxmp.modules.linen import mode_argument
-from jaxmp.tasks.loss import init_model
+from jaxmp.modules.model import as_model
+from jaxmp.tasks.loss import one_row
 from jaxmp.tasks.task import Task
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import Mean, Metrics
@@ -71,9 +71,9 @@ def check_labels(model: Any, task: Task, batch: Any, splits: Mapping[str, Source
         return
 
     def outputs(key: jax.Array) -> Any:
-        params, model_state = init_model(model, task, batch, key)
-        inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
-        return model.apply({"params": params, **model_state}, *inputs, **mode_argument(model, False))
+        inputs = one_row(task, batch)
+        params, model_state = as_model(model).init(key, *inputs)
+        return as_model(model).apply(params, model_state, *inputs)[0]
 
     classes = jax.eval_shape(outputs, jax.random.key(0)).shape[-1]
     for split, source in splits.items():
