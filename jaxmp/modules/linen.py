@@ -185,7 +185,7 @@ def explain(
     classes = met.classes
     if any(not any(rule.names(path, classes) for path in classes) for rule in tree.rules):
         # It may name what only training calls.
-        classes = classes | _modules(model, *arguments, **{**mode_argument(model, True), **kwargs})[1].classes
+        classes = classes | _modules(model, *arguments, **{**mode_argument(model, True, "init"), **kwargs})[1].classes
     tree.require_match(classes)
     sizes = dict.fromkeys(found, 0)
     for path, leaf in by_path(params).items():

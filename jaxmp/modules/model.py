@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -78,7 +78,8 @@ class FlaxModel:
 
     def init(self, key: jax.Array, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See `Model`. Further arguments of the module's `__call__` may be given; by default it does not train."""
-        variables = dict(self.module.init(key, *inputs, **{**mode_argument(self.module, False), **kwargs}))
+        mode = mode_argument(self.module, False, "init")
+        variables = dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
         params = variables.pop("params", {})
         return params, _without_sown(variables)
 
@@ -120,12 +121,13 @@ class FlaxModel:
         return {**rngs, **mode_argument(self.module, train)}
 
 
-def mode_argument(model: Any, train: bool) -> dict[str, bool]:
-    """The argument by which a model's call is told whether it trains.
+def mode_argument(model: Any, train: bool, method: Literal["init", "apply"] = "apply") -> dict[str, bool]:
+    """The argument by which a method of a model is told whether it trains.
 
-    It is `train=`, `training=` or `deterministic=`, whichever the call takes; {} for a model that takes none.
+    It is `train=`, `training=` or `deterministic=`, whichever the method takes (of a Linen module, its `__call__`); {}
+    for one that takes none.
     """
-    call = type(model).__call__ if isinstance(model, nn.Module) else model.apply
+    call = type(model).__call__ if isinstance(model, nn.Module) else getattr(model, method)
     parameters = inspect.signature(call).parameters
     for name, value in (("train", train), ("training", train), ("deterministic", not train)):
         if name in parameters:

@@ -1,4 +1,4 @@
-"""`PolicyTree`: which policy which module of a model runs under, as ordered rules in one line of text."""
+"""`PolicyTree`: the policy of each module of a model, as ordered rules in one line of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from jaxmp.trees import FLOAT32, HALF, Classes, Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A policy for the modules that a pattern names, and all below them."""
+    """A policy for the modules that a pattern names, and for all modules below them.
+
+    Raises: InputError if the pattern can match no module.
+    """
 
     pattern: str
     """which modules, in the language of `jaxmp.trees.Pattern`: `encoder/layer_0`, `encoder/*` or `@LayerNorm`"""
@@ -46,10 +49,10 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyTree:
-    """Ordered rules, of which the first that matches wins, and a default for all else.
+    """Ordered rules and a default: the first rule that covers a module gives it its policy.
 
-    A rule covers the modules that it names and all below them. Its output dtype acts where the module that it names
-    hands on its result, and nowhere below; the default's acts at the model's output.
+    A rule covers the modules that it names and all below them. Its output dtype is that of the results of the modules
+    which it names, not of those below; the default's is that of the model's outputs.
 
     >>> tree = PolicyTree.parse("head=float32; @LayerNorm=float32; encoder/*=mixed_bfloat16; mixed_float16")
     >>> str(tree.lookup("encoder/layer_0/mlp"))
@@ -59,7 +62,9 @@ class PolicyTree:
     >>> PolicyTree.parse(str(tree)) == tree
     True
 
-    Raises: InputError where a rule asks for a gradient collective of its own: there is one for the whole step.
+    Raises:
+      InputError: two rules have the same pattern; a rule has a `reduce` dtype of its own, though one collective sums
+        all gradients; or policies with half-precision parameters differ in `rounding`.
     """
 
     rules: tuple[Rule, ...]
@@ -107,12 +112,12 @@ class PolicyTree:
         return "; ".join([*map(str, self.rules), str(self.default)])
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: `{"rules": [[pattern, policy], ...], "default": policy}`."""
+        """Returns `{"rules": [[pattern, policy], ...], "default": policy}`, in strings."""
         return {"rules": [[rule.pattern, str(rule.policy)] for rule in self.rules], "default": str(self.default)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PolicyTree:
-        """The tree that `to_json` gave."""
+        """The tree of which `to_json` returned `value`."""
         rules = tuple(Rule(pattern, parse_policy(policy)) for pattern, policy in value["rules"])
         return cls(rules, parse_policy(value["default"]))
 
@@ -133,11 +138,11 @@ class PolicyTree:
 
     @property
     def wants_scaling(self) -> bool:
-        """Whether gradients can underflow somewhere, so that the loss wants a scale."""
+        """Whether gradients can underflow under one of the policies, so that the loss needs a scale."""
         return any(policy.wants_scaling for policy in self.policies)
 
     def rule(self, path: str, classes: Classes | None = None) -> Rule | None:
-        """The first rule that covers the module at `path`; None where the default holds. For arguments see `lookup`."""
+        """The first rule that covers the module at `path`; None if none does. For arguments see `lookup`."""
         return next((rule for rule in self.rules if rule.covers(path, classes or {})), None)
 
     def lookup(self, path: str, classes: Classes | None = None) -> Policy:
@@ -145,8 +150,8 @@ class PolicyTree:
 
         Args:
           path: names joined by `/`, as in the tree of parameters; "" is the model itself.
-          classes: for rules by class: the names of the classes, bases included, of the module and of those above it,
-            by path. Without it such rules match nothing.
+          classes: class names, bases included, of the module and of those above it, by path. Without it, rules by
+            class match nothing.
         """
         rule = self.rule(path, classes)
         return self.default if rule is None else rule.policy
