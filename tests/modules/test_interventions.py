@@ -94,10 +94,13 @@ def test_an_ambient_intervention_reaches_what_is_called_under_another_and_once()
     assert log == ["OBSERVATION"]
 
 
+JittedDense = nn.jit(nn.Dense)
+
+
 class Jitted(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.jit(nn.Dense)(2, name="dense")(x)
+        return JittedDense(2, name="dense")(x)
 
 
 @dataclasses.dataclass(frozen=True)
