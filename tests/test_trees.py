@@ -1,4 +1,4 @@
-"""Pytrees: which leaves are which kind, and choosing between two trees."""
+"""Pytrees: which leaves are which kind, what they are called, and the patterns of their paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.trees import by_path, has_gradient, is_castable, is_floating, is_inexact, is_key, same_structure
+from jaxmp.errors import InputError
+from jaxmp.trees import Pattern, by_path, has_gradient, is_castable, is_floating, is_inexact, is_key, same_structure
 
 KINDS = (is_castable, is_floating, is_inexact, has_gradient, is_key)
 FLOATS = {is_castable, is_floating, is_inexact, has_gradient}
@@ -56,3 +57,48 @@ def test_same_structure_looks_at_nodes_and_not_at_leaves():
 def test_leaves_go_by_their_path():
     assert by_path({"layers": [1, {"kernel": 2}]}) == {"layers/0": 1, "layers/1/kernel": 2}
     assert by_path(3) == {"": 3}
+
+
+CLASSES = {"": {"Net"}, "head": {"Dense"}, "encoder": {"Encoder"}, "encoder/norm": {"Mine", "LayerNorm"}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches", "covers"),
+    [
+        ("encoder", "encoder", True, True),
+        ("encoder", "encoder/norm", False, True),
+        ("encoder/*", "encoder", False, False),
+        ("*/norm", "encoder/norm", True, True),
+        ("*norm", "encoder/norm", False, False),
+        ("**/norm", "encoder/norm", True, True),
+        ("**/encoder", "encoder", True, True),
+        ("**/kernel", "kernel", True, True),
+        ("**/*kernel", "a/b/query_kernel", True, True),
+        ("**", "", False, False),
+        ("@LayerNorm", "encoder/norm", True, True),
+        ("@Encoder", "encoder/norm", False, True),
+        ("@Net", "", True, True),
+        ("@Net", "head", False, True),
+    ],
+)
+def test_a_pattern_matches_what_it_names_and_covers_all_below(pattern, path, matches, covers):
+    assert Pattern(pattern).matches(path, CLASSES) is matches
+    assert Pattern(pattern).covers(path, CLASSES) is covers
+
+
+@pytest.mark.parametrize("text", ["", "/a", "a/", "a//b", "a b", "@", "@a/b"])
+def test_a_pattern_that_can_match_nothing_is_refused(text):
+    with pytest.raises(InputError, match=r"is no pattern; expected|is not the name of a class"):
+        Pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "end"),
+    [
+        ("haed", "there are encoder, encoder/norm, head; did you mean 'head'?"),
+        ("**/nrom", "there are encoder, encoder/norm, head; did you mean '**/norm'?"),
+        ("@LayerNrom", "there are @Dense, @Encoder, @LayerNorm, @Mine, @Net; did you mean '@LayerNorm'?"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told_what_there_is(pattern, end):
+    assert Pattern(pattern).what_there_is(CLASSES) == end

@@ -45,7 +45,7 @@ from jaxmp.text_table import table
 from jaxmp.trees import FLOAT32, HALF, is_floating, path_name, same_structure
 
 if TYPE_CHECKING:
-    from jaxmp.modules.linen import Row
+    from jaxmp.modules.linen import ModulePolicy
 
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
@@ -180,7 +180,7 @@ class Audit:
             (self.modules[module] for module in called if module in self.modules), self.modules.get("", policy.default)
         )
 
-    def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[Row] | None = None) -> Audit:
+    def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[ModulePolicy] | None = None) -> Audit:
         """Returns this audit checked against `policy`; for `modules` see `audit`. Nothing is traced again."""
         table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
@@ -235,7 +235,7 @@ def audit(
     fn: Callable[..., Any],
     *args: Any,
     policy: Policy | PolicyTree | str | None = None,
-    modules: Iterable[Row] | None = None,
+    modules: Iterable[ModulePolicy] | None = None,
     target: Target | str | None = None,
     **kwargs: Any,
 ) -> Audit:
@@ -260,8 +260,8 @@ def audit(
       fn: any function that JAX traces. A jitted one keeps its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.
       policy: the policy to check `fn` against; see `Audit.under`. Modules are found by their Flax paths.
-      modules: the rows of `policy.explain(model, batch)`, for policies with rules by class. Without them, float32 dots
-        are not reported if a rule by class computes in float32.
+      modules: the rows of `jaxmp.explain(model, policy, batch)`, for policies with rules by class. Without them,
+        float32 dots are not reported if a rule by class computes in float32.
       target: GPUs to compile `fn` for, such as "h100" or "h100x8", which need not be there; see `Target`. Each of them
         holds all arguments whole, except a `jax.ShapeDtypeStruct` with a sharding over `Target.mesh`. The program is in
         `Audit.program`, and its faults are among the findings.

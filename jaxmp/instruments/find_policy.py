@@ -30,15 +30,14 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
 from jaxmp.instruments.gradient_error import float64_arrays
 from jaxmp.precision.policy import Policy, parse_policy
-from jaxmp.precision.policy_tree import PolicyTree, Rule, path_and_above
-from jaxmp.precision.policy_tree import names as pattern_names
+from jaxmp.precision.policy_tree import PolicyTree, Rule
 from jaxmp.scaling.scalers import DynamicScaler, require_power_of_two
 from jaxmp.text_table import table, without_nan
 from jaxmp.training.gradients import differentiate
-from jaxmp.trees import FLOAT32, HALF, cast_floats
+from jaxmp.trees import FLOAT32, HALF, Pattern, cast_floats, path_and_above
 
 if TYPE_CHECKING:
-    from jaxmp.modules.linen import Row
+    from jaxmp.modules.linen import ModulePolicy
 
 UNITS = ("noise", "gradient", "float32")
 """Units of the error of a parameter's gradient; see `find_policy`."""
@@ -207,7 +206,7 @@ class FoundPolicy:
 
 def find_policy(
     loss: Callable[[PolicyTree], Callable[..., jax.Array]],
-    explain: Callable[[PolicyTree], Iterable[Row]],
+    explain: Callable[[PolicyTree], Iterable[ModulePolicy]],
     points: Iterable[Point | tuple[Any, Sequence[tuple[Any, ...]]]],
     *,
     half: Policy | str = "mixed_float16",
@@ -222,7 +221,7 @@ def find_policy(
     them, it tries the first half of them, and then the second. It compiles the gradient about once for each module.
 
         loss = lambda tree: lambda params, x, y: cross_entropy(jaxmp.with_policy(model.apply, tree)(params, x), y)
-        explain = lambda tree: tree.explain(model, x)
+        explain = lambda tree: jaxmp.explain(model, tree, x)
         print(jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])]))
 
     Values that the loss or the model itself casts to float32 are float32 in the reference too.
@@ -230,7 +229,7 @@ def find_policy(
     Args:
       loss: `loss(tree)` returns the loss under a tree, `loss(tree)(params, *batch)`: a scalar, a mean over the batch.
         It depends on its arguments alone: no random masks, which would differ in float64.
-      explain: `explain(tree)` returns the modules and the policy of each, as `PolicyTree.explain` does.
+      explain: `explain(tree)` returns the modules and the policy of each, as `jaxmp.explain` does.
       points: where gradients are taken: float32 parameters, with at least two batches for each. They are read only
         after all other arguments were checked.
       half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters.
@@ -323,7 +322,7 @@ def _require_half(half: Policy | str) -> Policy:
     return policy
 
 
-def _flops(loss: Callable[..., Any], rows: Sequence[Row], point: Point) -> dict[str, int]:
+def _flops(loss: Callable[..., Any], rows: Sequence[ModulePolicy], point: Point) -> dict[str, int]:
     """FLOPs of the products of the loss and its gradient that each module runs itself, by path."""
     flops = dict.fromkeys((row.module for row in rows), 0)
     for dot in audit(_gradient(loss), point.params, *point.batches[0]).dots:
@@ -441,10 +440,10 @@ class _Search:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ModulePolicy],
         flops: Mapping[str, int],
         half: Policy,
-        explain: Callable[[PolicyTree], Iterable[Row]],
+        explain: Callable[[PolicyTree], Iterable[ModulePolicy]],
         measure: _Measure,
         budget: float,
         log: Callable[[str], None],
@@ -500,7 +499,7 @@ class _Search:
         return self._trees[in_half]
 
 
-def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[Row]]) -> PolicyTree:
+def shortest_tree(want: Mapping[str, Policy], explain: Callable[[PolicyTree], Iterable[ModulePolicy]]) -> PolicyTree:
     """Returns a tree that gives every module the wanted policy, with as few rules for paths as a search finds.
 
     Args:
@@ -542,7 +541,7 @@ def _with_globs(rule: Rule, rules: list[Rule], want: Mapping[str, Policy]) -> It
     for sub in (r"\d+", r".+"):
         wider += ["/".join([*parts[:i], re.sub(sub, "*", parts[i]), *parts[i + 1 :]]) for i in range(len(parts))]
     for pattern in dict.fromkeys(wider):
-        same = [r for r in rules if r.policy == rule.policy and pattern_names(pattern, r.pattern, {})]
+        same = [r for r in rules if r.policy == rule.policy and Pattern(pattern).matches(r.pattern)]
         if len(same) < 2:
             continue
         for place in (rules.index(same[-1]), rules.index(same[0])):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp.modules.linen import observed_modules
+from jaxmp.modules.observe import observed_modules
 from jaxmp.precision.formats import Format, float32_bits, parse_format
 from jaxmp.precision.rounding import apply_updates
 from jaxmp.scaling.transform import loss_scale

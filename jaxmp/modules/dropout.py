@@ -1,61 +1,59 @@
-"""Random draws of a Linen module in training, by the example: no mask depends on how the examples are spread.
+"""`DropoutByExample`: random draws of a Linen module in training that do not depend on how the examples are spread.
 
 A module draws from one key for all rows of its input. On several devices that would be either the same mask for each
 device's rows, or masks that depend on the number of devices. So the modules that drop out draw for each example, from
-their key and the example's place in the whole batch. What a module of the user's draws by itself has no such rule: it
+their key and the example's index in the whole batch. What a module of the user's draws by itself has no such rule: it
 gets a key of its own on each replica and in each microbatch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmp.modules.linen import attributes
-
-# A module under nn.jit is traced once for all calls that jax.jit takes to be equal; a trace that has seen the places of
-# one call as tracers must not serve another. So each call is made different, by a part of jit's cache key.
-_call = jax.make_user_context(None)
+from jaxmp.modules.interventions import LIFTED, Context, Intervention, Order, Run, attributes
 
 
-def by_example(apply: Callable[..., Any], global_index: jax.Array | None, rows: int) -> Callable[..., Any]:
-    """`model.apply` of a Linen module, with dropout drawn for each example; to be called once.
+class DropoutByExample(Intervention):
+    """Draws dropout masks for each example; made anew for each call of the model.
 
-    nn.Dropout, and attention with `broadcast_dropout=False`, draw for the example at place p of the whole batch from
+    nn.Dropout, and attention with `broadcast_dropout=False`, draw for the example at index p of the whole batch from
     `fold_in(key, p)`, wherever the examples lie along axis 0 of what is dropped, alone or merged with later axes. Masks
     that all examples share (attention's by default, `broadcast_dims=(0, ...)`) are the same everywhere. Every other
     draw depends on how the batch is spread.
 
     Args:
-      apply: the function.
-      global_index: the places of the rows in the whole batch, int32 (rows,); None: the batch is the whole.
+      global_index: indices of the rows in the whole batch, int32 (rows,); None: the batch is the whole.
       rows: number of rows.
     """
-    draws = _Draws(global_index, rows)
 
-    @functools.wraps(apply)
-    def applied(*args: Any, **kwargs: Any) -> Any:
-        with _call(None if global_index is None else object()), nn.intercept_methods(draws.intercept):
-            return apply(*args, **kwargs)
-
-    return applied
-
-
-class _Draws:
-    """How the modules of one call draw: a Linen method interceptor, inside of that of the policy."""
+    order: ClassVar[Order] = Order.RANDOM_DRAWS
 
     def __init__(self, global_index: jax.Array | None, rows: int):
         self.global_index, self.rows = global_index, rows
 
-    def intercept(
-        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        """Runs one method of one module."""
+    def trace_key(self) -> Hashable:
+        """Another one for each call that has indices: a trace that has seen them as tracers must not serve another."""
+        return self.rows if self.global_index is None else object()
+
+    def call(self, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+        """One call of the model, with the draws of its modules by the example."""
+        return run(self._intercept, variables, args, kwargs)
+
+    def call_as_a_whole(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """`apply` with a key that no other replica and microbatch has: what `from_nnx` draws is not by the example."""
+
+        def applied(*args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+            return apply(*args, rngs=rngs and {name: self._own(key) for name, key in rngs.items()}, **kwargs)
+
+        return applied
+
+    def _intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
         module, call = context.module, context.method_name == "__call__"
         if call and isinstance(module, nn.Dropout):
             return self._dropout(module, next_fun, *args, **kwargs)
@@ -63,7 +61,7 @@ class _Draws:
             attention = module.attention_fn if module.broadcast_dropout else self._attention(module.attention_fn)
             with attributes(module, attention_fn=attention):
                 return next_fun(*args, **kwargs)
-        if self.global_index is None or context.method_name == "<lambda>":
+        if self.global_index is None or context.method_name == LIFTED:
             return next_fun(*args, **kwargs)
 
         def make_rng(*names: str) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A policy applied to a function that is no Linen module, by its operations."""
+"""`apply_policy`: a policy for any JAX function, applied to its operations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def apply_policy(
 ) -> Callable[..., Any]:
     """`function` under `policy`: products in its compute dtype, sums and exponentials in float32 (see `autocast`).
 
-    Its arguments, parameters among them, are cast where they are used and nowhere else; its float results come out in
-    the output dtype.
+    Its arguments, parameters included, are cast where they are used and nowhere else. Its float results are cast to
+    the output dtype. A policy that computes in float32 or wider leaves every operation in the dtype that `function`
+    gives it.
 
     Args:
       function: any JAX function.
-      policy: one policy, or its text; without rules, for there are no modules that they could name.
+      policy: one policy, or its text, without rules: a function has no modules.
       lists: which operations run in the compute dtype and which in float32.
 
-    A policy that computes in float32 or wider leaves every operation in the dtype that `function` gives it.
-
-    Raises: InputError for what is no policy, and for what only layers can do: rules, emulated formats, and gradients
-    that add up in half.
+    Raises:
+      InputError: `policy` is not a Policy, or uses what only Flax layers support: rules, emulated formats,
+        half-precision grad=.
     """
     policy, inner = by_operations(function, policy, lists)
 
@@ -45,7 +45,7 @@ def apply_policy(
 def by_operations(
     function: Callable[..., Any], policy: Policy | PolicyTree | str, lists: OperationLists = TORCH
 ) -> tuple[Policy, Callable[..., Any]]:
-    """The one policy, and `function` under it but for the cast of its results; see `apply_policy`."""
+    """The policy, and `function` under it without the cast of its results; see `apply_policy`."""
     if isinstance(policy, str):
         policy = PolicyTree.parse(policy)
     if isinstance(policy, PolicyTree):

@@ -1,4 +1,4 @@
-"""`from_nnx`: a Flax NNX module as a pure model, like a Linen one."""
+"""`from_nnx`: makes of a Flax NNX module a model with the pure functions `init` and `apply` of a Linen module."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flax import nnx
 from jaxmp.errors import InputError
 
 STATE = "state"
-"""collection of what an NNX module keeps that is no parameter: batch statistics, caches"""
+"""name of the collection with the state of an NNX module other than parameters: batch statistics, caches"""
 
 
 @dataclasses.dataclass(frozen=True)
 class FromNNX:
-    """A model made of an NNX module: `init` and `apply` as a Linen module has them, pure functions both.
+    """A model made of an NNX module, with the pure functions `init` and `apply` of a Linen module.
 
     It goes wherever jaxmp takes a Linen module (`make_loss`, `Experiment`, `with_policy`), under any policy without
-    rules: a policy reaches it by its operations (`jaxmp.autocast`), not by its layers.
+    rules. A policy is applied to its operations (`jaxmp.autocast`), not to its layers.
 
     >>> model = from_nnx(lambda rngs: nnx.Linear(2, 3, rngs=rngs))
     >>> variables = model.init(jax.random.key(0), jax.numpy.ones((1, 2)))
@@ -32,7 +32,7 @@ class FromNNX:
     """`make(rngs)`, a function that constructs the module with `nnx.Rngs`"""
 
     def init(self, key: jax.Array, *inputs: Any, train: bool = False) -> dict[str, Any]:
-        """`{"params": ..., "state": ...}` of a fresh module, from the key alone; NNX modules need no inputs for it."""
+        """Fresh `{"params": ..., "state": ...}`, from the key alone: NNX modules know the shapes of their inputs."""
         del inputs, train
         params, state = _split(self._module(key))
         return {"params": nnx.to_pure_dict(params), STATE: nnx.to_pure_dict(state)}
@@ -45,14 +45,14 @@ class FromNNX:
         rngs: dict[str, jax.Array] | None = None,
         mutable: bool | str | Sequence[str] = False,
     ) -> Any:
-        """What the module returns for `inputs`; with `mutable`, the pair of it and the new `{"state": ...}`.
+        """What the module returns for `inputs`; with `mutable`, the pair of it and `{"state": ...}`, as in Linen.
 
         Args:
-          variables: what `init` returned, or the like.
+          variables: as `init` returns them; "state" may be left out if the module has none.
           inputs: arguments of the module's `__call__`.
-          train: whether dropout drops and batch statistics are of the batch: NNX's `train()` or `eval()`.
-          rngs: a dict of which one key, the first, is that of all random streams of this call.
-          mutable: anything but False or an empty list: return the new state too.
+          train: calls NNX's `train()` on the module, else `eval()`: dropout, and which statistics normalise.
+          rngs: a dict; its first key is the key of all random streams of this call.
+          mutable: anything but False: return the pair. Its second part is {} for an empty list.
         """
         # The key is that of this call's random streams. The fresh values that it makes are replaced, so that XLA never
         # computes them.
@@ -62,7 +62,9 @@ class FromNNX:
             nnx.update(module, fresh)
         (module.train if train else module.eval)()
         out = module(*inputs)
-        return (out, {STATE: nnx.to_pure_dict(_split(module)[1])}) if mutable else out
+        if mutable is False:
+            return out
+        return out, ({STATE: nnx.to_pure_dict(_split(module)[1])} if mutable else {})
 
     def _module(self, key: jax.Array) -> Any:
         module = self.make(nnx.Rngs(key))
@@ -72,12 +74,18 @@ class FromNNX:
 
 
 def from_nnx(make: Callable[..., Any]) -> FromNNX:
-    """A model from a function that constructs an NNX module: `from_nnx(lambda rngs: MyModule(64, rngs=rngs))`."""
+    """A model from a function that constructs an NNX module.
+
+    >>> model = from_nnx(lambda rngs: nnx.Linear(2, 3, rngs=rngs))
+
+    Args:
+      make: `make(rngs)`, with `nnx.Rngs`, returns the `nnx.Module`.
+    """
     return FromNNX(make)
 
 
 def _split(module: Any) -> tuple[Any, Any]:
-    """Parameters, and what is neither parameter nor random stream."""
+    """The parameters, and the state that is neither a parameter nor a random stream."""
     parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
     _, params, _, state = parts
     return params, state

@@ -1,55 +1,58 @@
-"""`PolicyTree`: which policy which module of a model runs under, as ordered rules in one line of text."""
+"""`PolicyTree`: the policy of each module of a model, as ordered rules in one line of text."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError
 from jaxmp.precision.policy import Policy, parse_policy
-from jaxmp.trees import FLOAT32, HALF
-
-Classes = Mapping[str, Iterable[str]]
-"""The names of a module's class and its bases, by the module's path; "" is the model itself."""
+from jaxmp.trees import FLOAT32, HALF, Classes, Pattern
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A policy for the modules that a pattern names, and all below them."""
+    """A policy for the modules that a pattern names, and for all modules below them.
+
+    Raises: InputError if the pattern can match no module.
+    """
 
     pattern: str
-    """a path such as `encoder/layer_0`, with `*` for any part of one name and `**` for any number of names; or `@` and
-    the name of a module class, which its subclasses have as well"""
+    """which modules, in the language of `jaxmp.trees.Pattern`: `encoder/layer_0`, `encoder/*` or `@LayerNorm`"""
     policy: Policy
     """the policy"""
 
     def __post_init__(self) -> None:
         """Refuses a pattern that can match nothing."""
-        name = self.pattern.removeprefix("@")
-        if not name or name.startswith("/") or name.endswith("/") or "//" in name or any(c.isspace() for c in name):
-            raise InputError(
-                f"rule {self}: {self.pattern!r} is no pattern; expected a path such as encoder/layer_0 or encoder/*, "
-                "or @ and a module class, such as @LayerNorm"
-            )
-        if self.pattern.startswith("@") and not name.isidentifier():
-            raise InputError(f"rule {self}: {name!r} is not the name of a class")
+        try:
+            Pattern(self.pattern)
+        except InputError as error:
+            raise InputError(f"rule {self}: {error}") from None
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.policy}"
 
+    @functools.cached_property
+    def _pattern(self) -> Pattern:
+        return Pattern(self.pattern)
+
     def names(self, path: str, classes: Classes) -> bool:
         """Whether the pattern names the module at `path` itself, not only one above it."""
-        return names(self.pattern, path, classes)
+        return self._pattern.matches(path, classes)
+
+    def covers(self, path: str, classes: Classes) -> bool:
+        """Whether the pattern names the module at `path` or one above it."""
+        return self._pattern.covers(path, classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyTree:
-    """Ordered rules, of which the first that matches wins, and a default for all else.
+    """Ordered rules and a default: the first rule that covers a module gives it its policy.
 
-    A rule covers the modules that it names and all below them. Its output dtype acts where the module that it names
-    hands on its result, and nowhere below; the default's acts at the model's output.
+    A rule covers the modules that it names and all below them. Its output dtype is that of the results of the modules
+    which it names, not of those below; the default's is that of the model's outputs.
 
     >>> tree = PolicyTree.parse("head=float32; @LayerNorm=float32; encoder/*=mixed_bfloat16; mixed_float16")
     >>> str(tree.lookup("encoder/layer_0/mlp"))
@@ -59,7 +62,9 @@ class PolicyTree:
     >>> PolicyTree.parse(str(tree)) == tree
     True
 
-    Raises: InputError where a rule asks for a gradient collective of its own: there is one for the whole step.
+    Raises:
+      InputError: two rules have the same pattern; a rule has a `reduce` dtype of its own, though one collective sums
+        all gradients; or policies with half-precision parameters differ in `rounding`.
     """
 
     rules: tuple[Rule, ...]
@@ -107,12 +112,12 @@ class PolicyTree:
         return "; ".join([*map(str, self.rules), str(self.default)])
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: `{"rules": [[pattern, policy], ...], "default": policy}`."""
+        """Returns `{"rules": [[pattern, policy], ...], "default": policy}`, in strings."""
         return {"rules": [[rule.pattern, str(rule.policy)] for rule in self.rules], "default": str(self.default)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PolicyTree:
-        """The tree that `to_json` gave."""
+        """The tree of which `to_json` returned `value`."""
         rules = tuple(Rule(pattern, parse_policy(policy)) for pattern, policy in value["rules"])
         return cls(rules, parse_policy(value["default"]))
 
@@ -133,61 +138,38 @@ class PolicyTree:
 
     @property
     def wants_scaling(self) -> bool:
-        """Whether gradients can underflow somewhere, so that the loss wants a scale."""
+        """Whether gradients can underflow under one of the policies, so that the loss needs a scale."""
         return any(policy.wants_scaling for policy in self.policies)
 
     def rule(self, path: str, classes: Classes | None = None) -> Rule | None:
-        """The first rule that covers the module at `path`; None where the default holds. For arguments see `lookup`."""
-        above = path_and_above(path)
-        return next((rule for rule in self.rules if any(rule.names(at, classes or {}) for at in above)), None)
+        """The first rule that covers the module at `path`; None if none does. For arguments see `lookup`."""
+        return next((rule for rule in self.rules if rule.covers(path, classes or {})), None)
 
     def lookup(self, path: str, classes: Classes | None = None) -> Policy:
         """The policy of the module at `path`.
 
         Args:
           path: names joined by `/`, as in the tree of parameters; "" is the model itself.
-          classes: for rules by class: the names of the classes, bases included, of the module and of those above it,
-            by path. Without it such rules match nothing.
+          classes: class names, bases included, of the module and of those above it, by path. Without it, rules by
+            class match nothing.
         """
         rule = self.rule(path, classes)
         return self.default if rule is None else rule.policy
 
-    def explain(self, model: Any, batch: Any, *, inputs: tuple[str, ...] = ("image",), **kwargs: Any) -> Any:
-        """The modules of a Linen model with the policy of each and the rule that chose it; printed, it is a table.
-
-        Args:
-          model: the module.
-          batch: its input, an array or `jax.ShapeDtypeStruct`; a tuple of several; or a batch, a dict of arrays.
-          inputs: which arrays of such a batch are the model's inputs.
-          kwargs: further arguments of its `__call__`. Whether it trains (`train=False`) need not be said.
-
-        Raises:
-          InputError: a rule matches nothing; the message has the nearest path.
-        """
-        from jaxmp.modules.linen import explain  # here: below this module nothing knows of Flax
-
-        if isinstance(batch, Mapping):
-            missing = [name for name in inputs if name not in batch]
-            if missing:
-                raise InputError(
-                    f"the batch has no {missing[0]!r}; it has {', '.join(batch)}{nearest(missing[0], batch)}"
-                )
-            batch = tuple(batch[name] for name in inputs)
-        return explain(model, self, *(batch if isinstance(batch, tuple) else (batch,)), **kwargs)
-
     def require_match(self, classes: Classes) -> None:
-        """Raises InputError where a rule names none of the modules in `classes`, with the nearest that there is.
+        """Raises InputError if a rule has no effect on the modules in `classes`.
 
-        So it does where a rule that stands before it wins for all that it covers.
+        That is a rule that names none of them, with the nearest name in the message, or a rule with another one before
+        it that wins for all modules which it covers.
         """
         for rule in self.rules:
-            covered = [path for path in classes if any(rule.names(at, classes) for at in path_and_above(path))]
+            covered = [path for path in classes if rule.covers(path, classes)]
             first = {self.rule(path, classes) for path in covered}
             if covered and rule not in first:
                 before = ", ".join(sorted(str(winner) for winner in first))
                 raise InputError(f"rule {rule} never wins: {before} stands before it, and the first that matches wins")
             if not any(rule.names(path, classes) for path in classes):
-                raise InputError(f"rule {rule} matches no module; {there_are(rule.pattern, classes)}")
+                raise InputError(f"rule {rule} matches no module; {Pattern(rule.pattern).what_there_is(classes)}")
 
 
 def as_tree(policy: PolicyTree | Policy | str) -> PolicyTree:
@@ -215,33 +197,3 @@ def _missing_default(default: str, rules: list[str]) -> str:
     except InputError:
         return ""
     return f". The last segment is the policy for all else: {'; '.join([*rules, default])}; mixed_float16"
-
-
-def names(pattern: str, path: str, classes: Classes) -> bool:
-    """Whether a rule's pattern names the module at `path` itself, not only one above it."""
-    if pattern.startswith("@"):
-        return pattern[1:] in classes.get(path, ())
-    return bool(path) and _matches(path.split("/"), pattern.split("/"))
-
-
-def there_are(pattern: str, classes: Classes) -> str:
-    """The end of a message about a pattern that names no module: those that there are, and the nearest."""
-    by_class = pattern.startswith("@")
-    known = {f"@{name}" for above in classes.values() for name in above} if by_class else classes
-    shown = sorted(filter(None, known))
-    listed = ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
-    return f"there are {listed or 'none below the model itself'}{nearest(pattern, shown)}"
-
-
-def path_and_above(path: str) -> list[str]:
-    """The path, and those of all modules above it, from "" on."""
-    parts = path.split("/") if path else []
-    return ["/".join(parts[:n]) for n in range(len(parts) + 1)]
-
-
-def _matches(names: list[str], patterns: list[str]) -> bool:
-    if not patterns or not names:
-        return not names and all(pattern == "**" for pattern in patterns)
-    if patterns[0] == "**":
-        return _matches(names, patterns[1:]) or _matches(names[1:], patterns)
-    return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])

@@ -18,7 +18,8 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.imports import changed_import
-from jaxmp.modules.linen import mode_argument, with_policy
+from jaxmp.modules.linen import UnderPolicy
+from jaxmp.modules.model import as_model
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
@@ -210,14 +211,13 @@ class Run:
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
         experiment = self.experiment
-        apply = with_policy(experiment.model.apply, experiment.policy)
-        mode = mode_argument(experiment.model, False)
+        model = as_model(experiment.model).under(UnderPolicy(experiment.policy))
         prepared = experiment.data.prepare(train=False)
 
         @jax.jit
         def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> Any:
             batch = prepared(batch, None)
-            return apply({"params": params, **model_state}, *(batch[name] for name in experiment.task.inputs), **mode)
+            return model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs))[0]
 
         return outputs
 

@@ -20,7 +20,8 @@ from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, cast_to_param, explain, mode_argument, with_policy
+from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain
+from jaxmp.modules.model import as_model
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
@@ -204,11 +205,9 @@ class Trainer:
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
-        model, state = self.experiment.model, self.state_spec
-        apply = with_policy(model.apply, self.experiment.policy)
-        variables = {"params": state.params, **state.model_state}
-        mode = mode_argument(model, False)
-        return jax.eval_shape(lambda v, *inputs: apply(v, *inputs, **mode), variables, *self.inputs)
+        model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
+        apply = functools.partial(jax.eval_shape, lambda *args: model.apply(*args)[0])
+        return apply(state.params, state.model_state, *self.inputs)
 
     @functools.cached_property
     def metric_specs(self) -> dict[str, MetricSpec]:
@@ -244,7 +243,7 @@ class Trainer:
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError if a rule matches none."""
-        return explain(self.experiment.model, self.experiment.policy, *self.inputs)
+        return explain(self.experiment.model, self.experiment.policy, tuple(self.inputs))
 
     @property
     def inputs(self) -> list[jax.ShapeDtypeStruct]:

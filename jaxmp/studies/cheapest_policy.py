@@ -92,7 +92,7 @@ def find_policy_of(
 
     return instrument.find_policy(
         lambda tree: _loss(experiment, tree, train),
-        lambda tree: explain(experiment.model, tree, *trainer.inputs),
+        lambda tree: explain(experiment.model, tree, tuple(trainer.inputs)),
         points(),
         half=half,
         budget=budget,

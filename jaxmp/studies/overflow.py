@@ -21,8 +21,8 @@ from jaxmp.errors import InputError
 from jaxmp.instruments import nonfinite
 from jaxmp.instruments.gradient_error import relative_error
 from jaxmp.instruments.nonfinite import AS_WRITTEN, Blame, Replay
-from jaxmp.modules.linen import Row, mode_argument, with_policy
-from jaxmp.modules.nnx import FromNNX
+from jaxmp.modules.linen import ModulePolicy, UnderPolicy
+from jaxmp.modules.model import as_model
 from jaxmp.precision.formats import Format, parse_format, quantize
 from jaxmp.precision.policy import Policy
 from jaxmp.runs.replay import Past, PastStep
@@ -220,7 +220,7 @@ class _Step:
             return dataclasses.replace(result, deviations=tuple(self._beside_float32()))
         if found.primitive == "argument":
             return dataclasses.replace(result, found=found)
-        rows = [] if isinstance(self.experiment.model, FromNNX) else list(self.trainer.explain())
+        rows = list(self.trainer.explain())
         module = _module(found.path, [row.module for row in rows])
         scaled = found.backward or bool(found.note)
         helps = self._prevents("float32")
@@ -290,7 +290,7 @@ class _Step:
         except InputError:  # a rule that the tree has already, or that never wins
             return False
 
-    def _rules(self, module: str, rows: Sequence[Row], backward: bool) -> list[str]:
+    def _rules(self, module: str, rows: Sequence[ModulePolicy], backward: bool) -> list[str]:
         """Precisions with one rule more: for the module, then for those around it, its class, and the others."""
         above = [module]
         while above[-1]:
@@ -336,8 +336,7 @@ class _Step:
 
         By the path of the module and what it is. Modules inside scans are left out, whose results Flax does not keep.
         """
-        linen = not isinstance(self.experiment.model, FromNNX)
-        rows = [row.module for row in self.trainer.explain()] if linen else []
+        rows = [row.module for row in self.trainer.explain()]
         place = {module: k for k, module in enumerate(rows)}
         outputs, gradients = (
             jax.jit(function, compiler_options=AS_WRITTEN)
@@ -347,11 +346,10 @@ class _Step:
         def values(params: Any, batch: Any) -> dict[tuple[str, str], np.ndarray]:
             forward: dict[Any, list[Any]] = {}
             backward: dict[Any, list[Any]] = {}
-            kept = outputs(params, self.model_state, batch, self.key) if linen else {}
-            for key, leaf in jax.tree_util.tree_leaves_with_path(kept):
-                path, _, rest = path_name(key).partition("__call__")
-                if rest and jnp.issubdtype(leaf.dtype, jnp.inexact):
-                    forward.setdefault((path.strip("/"), "output"), []).append(leaf)
+            for path, leaves in outputs(params, self.model_state, batch, self.key).items():
+                inexact = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+                if inexact:
+                    forward[path, "output"] = inexact
             step = gradients(params, self.model_state, jnp.float32(self.scale), batch, self.key)
             for key, leaf in jax.tree_util.tree_leaves_with_path(step["gradients"]):
                 path = path_name(key)
@@ -368,22 +366,11 @@ class _Step:
 
     def _outputs(self, precision: str) -> Callable[..., Any]:
         """`(params, model_state, batch, key)` to what each module returns."""
-        task, model = self.experiment.task, self.experiment.model
-        apply: Any = with_policy(model.apply, precision)
+        task = self.experiment.task
+        model = as_model(self.experiment.model).under(UnderPolicy(precision))
 
         def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
-            inputs = [batch[name] for name in task.inputs]
-            mutable = [*model_state, "intermediates"]
-            mode = mode_argument(model, True)
-            _, state = apply(
-                {"params": params, **model_state},
-                *inputs,
-                rngs={"params": key},
-                mutable=mutable,
-                capture_intermediates=True,
-                **mode,
-            )
-            return state["intermediates"]
+            return model.module_outputs(params, model_state, *(batch[name] for name in task.inputs), key=key)
 
         return outputs
 

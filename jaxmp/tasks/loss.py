@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxmp.errors import InputError
-from jaxmp.modules.activations import kept_with_rows
-from jaxmp.modules.dropout import by_example
-from jaxmp.modules.linen import mode_argument, with_policy
-from jaxmp.modules.nnx import FromNNX
-from jaxmp.modules.remat import rematerialised
+from jaxmp.modules.activations import RowSharding
+from jaxmp.modules.dropout import DropoutByExample
+from jaxmp.modules.linen import UnderPolicy
+from jaxmp.modules.model import as_model
+from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.tasks.task import Task
@@ -31,51 +30,39 @@ def make_loss(
     remat_policy: str = "nothing_saveable",
     rows: NamedSharding | None = None,
 ) -> LossFn:
-    """The loss function of a Flax Linen module under a policy.
+    """The loss function of a model and a task under a policy.
 
-    The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. Its random keys
-    of every name come from the one `key`, and dropout draws by the example (see `jaxmp.modules.dropout`); its
+    The model is called with `train=`, `training=` or `deterministic=`, whichever its `__call__` takes. In training all
+    its random draws come from the one `key`, and dropout draws by the example (see `jaxmp.modules.dropout`). Its
     collections other than `params` are the model state.
 
     Args:
-      model: a Linen module.
-      task: which inputs it gets, and what its outputs mean.
+      model: a Linen module, or one of `from_nnx`; see `jaxmp.modules.model.as_model`.
+      task: names the model's inputs, and makes a loss and metrics of its outputs.
       policy: a `Policy`, a `PolicyTree`, or the text of one.
-      train: False for evaluation: no dropout, and the model state is read only.
+      train: False for evaluation: no dropout, and the model state is returned as it was given.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
-      remat: modules that the backward pass computes again, see `jaxmp.modules.remat`.
+      remat: patterns of the modules that the backward pass computes again, see `jaxmp.modules.remat`.
       remat_policy: what is kept of them nevertheless.
-      rows: where the rows of a batch lie, for a program that XLA partitions; see `jaxmp.modules.activations`.
+      rows: sharding of the rows of a batch, for a program that XLA partitions; see `jaxmp.modules.activations`.
 
-    Raises (when called): InputError where a pattern of `remat`, or a rule of the policy, names no module.
+    Raises:
+      InputError: `policy` is malformed, or `remat` is given for a model of `from_nnx`; when the loss is called, a
+        pattern of `remat` or a rule of the policy names no module.
     """
-    mode = mode_argument(model, train)
-    of_nnx = isinstance(model, FromNNX)
-    if of_nnx and remat:
-        raise InputError(
-            f"parallel.remat={remat}: a model made by from_nnx has no modules to name; use nnx.remat in it"
-        )
-    evaluated = with_policy(model.apply, policy, axis_name=axis_name)
-
-    def trained(key: jax.Array, global_index: jax.Array | None, count: int) -> Any:
-        """`model.apply` in training, and its key."""
-        if of_nnx:
-            return evaluated, key if global_index is None else jax.random.fold_in(key, global_index[0])
-        apply = with_policy(by_example(model.apply, global_index, count), policy, axis_name=axis_name)
-        apply = apply if rows is None else kept_with_rows(apply, rows, count)
-        return rematerialised(apply, remat, remat_policy), key
+    under_policy = as_model(model).under(UnderPolicy(policy, axis_name))
+    if train and remat:
+        under_policy = under_policy.under(Remat(remat, remat_policy))
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
-        variables = {"params": params, **model_state}
         inputs = [batch[name] for name in task.inputs]
         if train:
-            # One key for all names: Linen falls back on "params" for a collection that it is given no key for.
-            apply, key = trained(key, batch.get(EXAMPLE_INDEX), len(batch["weight"]))
-            rngs = {"params": key}
-            outputs, model_state = apply(variables, *inputs, rngs=rngs, mutable=list(model_state), **mode)
-            model_state = _without_sown(model_state)
+            count = len(batch["weight"])
+            sharding = [] if rows is None else [RowSharding(rows, count)]
+            trained = under_policy.under(DropoutByExample(batch.get(EXAMPLE_INDEX), count), *sharding)
+            outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key)
         else:
-            outputs = evaluated(variables, *inputs, **mode)
+            outputs, model_state = under_policy.apply(params, model_state, *inputs)
         loss, metrics = task(outputs, batch)
         return loss.total, (loss.weight, metrics, model_state)
 
@@ -83,14 +70,10 @@ def make_loss(
 
 
 def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any, Any]:
-    """Fresh `(params, model_state)` of a Linen module for batches such as `batch` (arrays or `ShapeDtypeStruct`s)."""
-    inputs = [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]
-    variables = dict(model.init(key, *inputs, **mode_argument(model, False)))
-    params = variables.pop("params", {})
-    return params, _without_sown(variables)
+    """Fresh `(params, model_state)` of a model, for batches such as `batch` (arrays or `jax.ShapeDtypeStruct`s)."""
+    return as_model(model).init(key, *one_row(task, batch))
 
 
-def _without_sown(variables: dict[str, Any]) -> dict[str, Any]:
-    """The collections without what the model sows, which is for looking at and no state: Flax keeps it in tuples."""
-    kept = {name: _without_sown(v) if isinstance(v, dict) else v for name, v in variables.items()}
-    return {name: v for name, v in kept.items() if not isinstance(v, tuple) and not (isinstance(v, dict) and not v)}
+def one_row(task: Task, batch: Any) -> list[jax.Array]:
+    """The model's inputs for one row: zeros of (1, ...), in the shapes and dtypes of `batch`."""
+    return [jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in task.inputs]

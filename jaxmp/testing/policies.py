@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.jaxprs import equations
-from jaxmp.modules.linen import cast_to_param, explain, mode_argument, with_policy
+from jaxmp.modules.linen import cast_to_param, explain, with_policy
+from jaxmp.modules.model import mode_argument
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
@@ -118,7 +119,7 @@ class _Subject:
 
     @functools.cached_property
     def rows(self) -> Any:
-        return explain(self.model, self.tree, *self.inputs)
+        return explain(self.model, self.tree, tuple(self.inputs))
 
     def policy_of(self, path: str) -> Policy:
         """The policy of a module, as `explain` has it: below a module that a rule names, also of what it calls."""

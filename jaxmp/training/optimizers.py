@@ -8,8 +8,6 @@ overflow also skips clipping, weight decay and the count of the schedule.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import functools
 import math
 from collections.abc import Callable
@@ -22,40 +20,42 @@ import optax
 from jaxmp.errors import InputError, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.training.schedules import ConstantRate
-from jaxmp.trees import path_name
+from jaxmp.trees import Pattern, path_name
 
-KERNELS_AND_EMBEDDINGS = ("*kernel", "*embedding")
-"""Flax's names of the parameters that usually decay: not biases, and not the scales of norms."""
+KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
+"""Patterns of the parameters that decay by default, in Flax's naming: not biases, and not the scales of norms."""
 
 
 def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
     """The parameters that weight decay shrinks: a tree of bools like `params`, True where a path matches a pattern.
 
-    A path is `encoder/layer_0/Dense_0/kernel`; in a pattern `*` stands for any characters, `/` included. Raises an
-    InputError for a pattern that matches nothing (of `KERNELS_AND_EMBEDDINGS`, one is enough).
+    Args:
+      params: a pytree; the path of a leaf is `encoder/layer_0/Dense_0/kernel`.
+      patterns: see `jaxmp.trees.Pattern`.
 
-    >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 1.0}}, patterns=("*kernel",))
+    Raises:
+      InputError: a pattern matches no parameter. Of `KERNELS_AND_EMBEDDINGS`, one that matches is enough.
+
+    >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 1.0}}, patterns=("**/kernel",))
     {'Dense_0': {'bias': False, 'kernel': True}}
     """
     paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
-    names = jax.tree.leaves(paths)
-    idle = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
-    if idle and (idle == list(patterns) or patterns != KERNELS_AND_EMBEDDINGS):
+    names, wanted = jax.tree.leaves(paths), [Pattern(text) for text in patterns]
+    idle = [pattern for pattern in wanted if not any(pattern.matches(name) for name in names)]
+    if idle and (idle == wanted or patterns != KERNELS_AND_EMBEDDINGS):
         raise InputError(
-            f"weight decay: the pattern {idle[0]!r} in the optimizer's `decay` matches no parameter; "
-            f"the nearest path is {_nearest_path(idle[0], names)!r}"
+            f"weight decay: the pattern {str(idle[0])!r} in the optimizer's `decay` matches no parameter; "
+            f"{idle[0].what_there_is(names)}"
         )
-    return jax.tree.map(lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns), paths)
+    return jax.tree.map(lambda path: any(pattern.matches(path) for pattern in wanted), paths)
 
 
-def _nearest_path(pattern: str, paths: list[str]) -> str:
-    """Returns the path whose last segments, as many as the pattern has, are most similar to the pattern."""
-    segments = pattern.count("/") + 1
-
-    def likeness(path: str) -> float:
-        return difflib.SequenceMatcher(None, pattern, "/".join(path.split("/")[-segments:])).ratio()
-
-    return max(paths, key=likeness, default="")
+def _is_path(text: str) -> bool:
+    """Whether `text` is a pattern for paths: a parameter has no class."""
+    try:
+        return not Pattern(text).by_class
+    except InputError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Optimizer:
     weight_decay: float = 0.0
     """Weight decay: this multiple of a parameter is added to its gradient (L2 regularisation)."""
     decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
-    """Parameters that weight decay applies to: paths, with * for any characters; by default not biases and norms."""
+    """Parameters that decay: patterns of paths (*: part of a name, **: any names); by default not biases and norms."""
 
     def __post_init__(self) -> None:
         require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
@@ -90,6 +90,9 @@ class Optimizer:
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
         require(self, "decay", not isinstance(self.decay, str), f"a tuple, ({self.decay!r},)")
         require(self, "decay", self.weight_decay == 0 or len(self.decay) > 0, "at least one pattern with weight decay")
+        require(
+            self, "decay", all(_is_path(text) for text in self.decay), "paths of parameters, such as ('**/kernel',)"
+        )
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Returns the optax optimizer, with weight decay but without clipping."""

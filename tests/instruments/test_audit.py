@@ -535,7 +535,7 @@ def test_rules_by_class_are_followed_where_the_modules_are_known():
     model, (variables, x) = WithNorm(F32), traced(WithNorm(F32), (2, 5))
     report = audit(model.apply, variables, x)
     assert not report.under(policy).findings  # any of them might be a Norm
-    held = report.under(policy, policy.explain(model, x)).findings
+    held = report.under(policy, jaxmp.explain(model, policy, x)).findings
     assert [(f.rule, f.path) for f in held] == [("float32 dot", "WithNorm/Dense_0")]
     assert len(report.under("mixed_float16").findings) == 2
     report.under("@RNN=float32; @Norm=float32; Dense_0=float32; mixed_float16").assert_clean()
@@ -579,7 +579,7 @@ def test_a_rule_for_a_recurrent_layer_covers_its_cell(rule):
     model = WithNorm()
     policy = PolicyTree.parse(f"{rule}=mixed_bfloat16; @Norm=float32; mixed_float16")
     variables, x = traced(model, (2, 5))
-    report = audit(model.apply, variables, x, policy=policy, modules=policy.explain(model, x))
+    report = audit(model.apply, variables, x, policy=policy, modules=jaxmp.explain(model, policy, x))
     paths = {dot.path: report._lookup(policy, dot.path).compute_dtype for dot in report.dots}
     assert {name for path, name in paths.items() if "LSTMCell" in path} == {jnp.dtype(BF16)}
     assert paths["WithNorm/norm/inner"] == F32

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp.modules.dropout import by_example
+from jaxmp.modules.dropout import DropoutByExample
+from jaxmp.modules.interventions import intervene
 from jaxmp.modules.linen import with_policy
 
 ROWS = 8
@@ -113,7 +114,7 @@ def variables(model):
 @functools.cache
 def compiled(model):
     def apply(variables, x, global_index):
-        return by_example(model.apply, global_index, len(x))(variables, x, rngs={"params": KEY})
+        return intervene(model.apply, DropoutByExample(global_index, len(x)))(variables, x, rngs={"params": KEY})
 
     return jax.jit(apply)
 
@@ -183,7 +184,7 @@ def test_dropout_along_no_axis_of_examples_differs_between_parts():
 
 def test_attention_computes_under_the_policy_as_well():
     def function(variables, x):
-        apply = with_policy(by_example(Attention().apply, None, ROWS), "mixed_bfloat16")
+        apply = with_policy(intervene(Attention().apply, DropoutByExample(None, ROWS)), "mixed_bfloat16")
         return apply(variables, x, rngs={"params": KEY})
 
     report = jaxmp.audit(function, variables(Attention()), inputs())

@@ -459,10 +459,13 @@ def test_a_cell_keeps_its_carry_and_hands_on_the_compute_dtype(make):
     assert y.dtype == jnp.float16
 
 
+JittedDense = nn.jit(nn.Dense)  # once: what it has traced, it keeps
+
+
 class Jitted(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.jit(nn.Dense)(2)(x)
+        return JittedDense(2)(x)
 
 
 def test_nn_jit_does_not_reuse_the_trace_of_another_policy():
@@ -471,6 +474,15 @@ def test_nn_jit_does_not_reuse_the_trace_of_another_policy():
         found = operand_dtypes(with_policy(Jitted().apply, parse_policy(policy)), variables, ROWS)
         assert found == {jnp.dtype(dtype)}
         assert operand_dtypes(Jitted().apply, variables, ROWS) == {jnp.dtype("float32")}
+
+
+def test_nn_jit_does_not_reuse_the_trace_of_a_policy_with_the_same_dtypes():
+    x = jax.random.normal(KEY, (4, 5))
+    variables = Jitted().init(KEY, x)
+    (dense,) = variables["params"].values()
+    for policy in ("c=e4m3", "c=e5m2") * 2:
+        expected = with_policy(nn.Dense(2).apply, policy)({"params": dense}, x)
+        np.testing.assert_array_equal(with_policy(Jitted().apply, policy)(variables, x), expected)
 
 
 def test_a_jitted_apply_does_not_reuse_the_trace_of_another_policy():

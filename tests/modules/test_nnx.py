@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +118,18 @@ def test_an_nnx_module_is_a_model_of_an_experiment(tmp_path):
     run = jaxmp.Run(tmp_path, experiment)
     assert run.evaluate("test") == pytest.approx(summary["test"])
     jax.tree.map(np.testing.assert_array_equal, run.state().params, last.state.params)
+
+
+def test_an_nnx_module_without_state_is_trained(tmp_path):
+    data = Arrays(rows, batch_size=16, images=())
+    loop = Loop(steps=2, eval_every=1)
+    experiment = Experiment(model=from_nnx(make_sequence), data=data, precision="mixed_float16", loop=loop)
+    first, last = steps(experiment)
+    assert last.state.model_state == {}
+    before, after = (jax.tree.leaves(info.state.params) for info in (first, last))
+    assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    summary = fit(experiment, workdir=tmp_path, log=lambda text: None).summary
+    assert math.isfinite(summary["test"]["loss"])
 
 
 def test_a_plain_function_is_trained_under_a_policy():

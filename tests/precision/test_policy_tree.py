@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxmp
 from jaxmp.cli import main
 from jaxmp.errors import InputError
 from jaxmp.modules.linen import cast_to_param, explain, with_policy
@@ -164,7 +165,7 @@ def test_a_class_pattern_covers_subclasses_and_all_below_them():
 def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest(text, message):
     tree = PolicyTree.parse(text)
     with pytest.raises(InputError, match=message):
-        tree.explain(Net(), X)
+        jaxmp.explain(Net(), tree, X)
     variables = jax.eval_shape(Net().init, KEY, X)
     with pytest.raises(InputError, match=message):
         jax.eval_shape(with_policy(Net().apply, tree), variables, X)
@@ -399,7 +400,7 @@ def test_a_rule_may_keep_its_parameters_in_half():
 
 def test_explain_shows_policy_rule_and_the_dtype_that_gives_way():
     tree = PolicyTree.parse("head=float32; @LayerNorm=float32; mixed_float16")
-    rows = tree.explain(Net(), {"image": X, "label": jnp.zeros(2)})
+    rows = jaxmp.explain(Net(), tree, {"image": X, "label": jnp.zeros(2)})
     by_path = {row.module: row for row in rows}
     assert by_path["head"].rule == "head" and by_path["head"].own_dtype == "bfloat16"
     assert by_path["stem"].rule == "" and by_path["stem"].own_dtype == ""
@@ -408,7 +409,7 @@ def test_explain_shows_policy_rule_and_the_dtype_that_gives_way():
     assert re.search(r"^head +Dense +15 +p=f32,c=f32,o=f32,\S+ \(not bfloat16\) +head$", text, re.MULTILINE)
     assert re.search(r"^stem +Dense +24 +p=f32,c=f16,o=f32 +\(default\)$", text, re.MULTILINE)
     with pytest.raises(InputError, match="the batch has no 'imgae'; it has image; did you mean 'image'"):
-        tree.explain(Net(), {"image": X}, inputs=("imgae",))
+        jaxmp.explain(Net(), tree, {"image": X}, inputs=("imgae",))
 
 
 # --- cost

@@ -18,7 +18,7 @@ from jaxmp.cli import main
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.find_policy import shortest_tree
-from jaxmp.modules.linen import Row
+from jaxmp.modules.linen import ModulePolicy
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
 
@@ -101,7 +101,7 @@ def pieces(model):
 
         return of
 
-    return loss, lambda tree: tree.explain(model, data[0][0]), [(params, data)]
+    return loss, lambda tree: jaxmp.explain(model, tree, data[0][0]), [(params, data)]
 
 
 def in_float32(found):
@@ -172,7 +172,7 @@ def by_hand(data, seen=None):
         for name in ("", *NAMES):
             rule = tree.rule(name)
             policy = tree.default if rule is None else rule.policy
-            yield Row(name, "Hand" if not name else "Sum", 4 if name else 0, str(policy), "", "")
+            yield ModulePolicy(name, "Hand" if not name else "Sum", 4 if name else 0, str(policy), "", "")
 
     params = {name: jnp.asarray(np.random.default_rng(7).normal(size=4), jnp.float32) for name in NAMES}
     return loss, explain, [(params, [(x,) for x in data])]
@@ -285,7 +285,7 @@ def assignments(draw):
 
 def rows_of(want):
     def explain(tree):
-        return [Row(path, "Module", 1, str(tree.lookup(path)), "", "") for path in want]
+        return [ModulePolicy(path, "Module", 1, str(tree.lookup(path)), "", "") for path in want]
 
     return explain
 
@@ -326,11 +326,11 @@ def test_a_recurrent_cell_can_have_a_policy_of_its_own():
             return nn.Dense(2)(nn.RNN(nn.SimpleCell(3))(x))
 
     x = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
-    names = [row.module for row in FULL_TREE.explain(Recurrent(), x)]
+    names = [row.module for row in jaxmp.explain(Recurrent(), FULL_TREE, x)]
     for cell_in_half in (True, False):
         want = {name: HALF if (name.startswith("SimpleCell") == cell_in_half) else FULL for name in names}
-        tree = shortest_tree(want, lambda tree: tree.explain(Recurrent(), x))
-        assert {row.module: parse_policy(row.policy) for row in tree.explain(Recurrent(), x)} == want
+        tree = shortest_tree(want, lambda tree: jaxmp.explain(Recurrent(), tree, x))
+        assert {row.module: parse_policy(row.policy) for row in jaxmp.explain(Recurrent(), tree, x)} == want
 
 
 FULL_TREE = PolicyTree((), FULL)
@@ -400,7 +400,7 @@ def test_the_command_writes_the_tree_and_the_evidence(configs, capsys):
     assert [flip["module"] for flip in found["modules"] if not flip["half"]] == ["loud"]
     assert found["half_flops_share"] == pytest.approx(2 * 8 * 8 / (2 * 8 * 8 + 3 * 8 * 3))
     trained = ConfigFile.find(str(configs / "net.py")).experiment(["--precision", found["precision"]])
-    table = trained.policy.explain(trained.model, jax.ShapeDtypeStruct((1, 2, 4, 1), jnp.float32))
+    table = jaxmp.explain(trained.model, trained.policy, jax.ShapeDtypeStruct((1, 2, 4, 1), jnp.float32))
     assert [row.module for row in table if row.policy == str(FULL)] == ["loud"]
 
 

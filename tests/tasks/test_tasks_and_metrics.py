@@ -17,7 +17,7 @@ from jaxmp.data.source import Columns
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.models.mlp import MLP
-from jaxmp.modules.linen import mode_argument
+from jaxmp.modules.model import mode_argument
 from jaxmp.runs.fit import fit, steps
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.classification import Classification

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+from jaxmp.training.optimizers import KERNELS_AND_EMBEDDINGS, LAMB, SGD, Adam, AdamW, Lion, decay_mask
 from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
 
 PEAK, STEPS = 0.3, 1000
@@ -126,7 +126,7 @@ def test_the_optimizer_follows_its_schedule():
         (LAMB(1e-3, weight_decay=0.0), optax.lamb(1e-3)),
         (Lion(1e-4), optax.lion(1e-4, weight_decay=0.1, mask=MASK)),
         (
-            AdamW(1e-3, decay=("LayerNorm_0/*", "*bias"), weight_decay=0.5),
+            AdamW(1e-3, decay=("LayerNorm_0/*", "**/bias"), weight_decay=0.5),
             optax.adamw(1e-3, weight_decay=0.5, mask=jax.tree.map(lambda kernel: not kernel, MASK)),
         ),
         (Adam(1e-3, clip_norm=0.5), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))),
@@ -151,12 +151,21 @@ def test_weight_decay_shrinks_what_it_names_and_nothing_else(params):
 
 
 def test_a_decay_pattern_that_matches_nothing_is_an_error_with_the_nearest_path(params):
-    with pytest.raises(InputError, match=r"'\*/kernal'.*'Dense_0/kernel'"):
-        AdamW(decay=("*embedding", "*/kernal")).make(STEPS).init(params)
-    with pytest.raises(InputError, match=r"'\*kernel'.*'embeding'"):
+    with pytest.raises(InputError, match=r"'\*\*/kernal'.*there are .*did you mean '\*\*/kernel'"):
+        AdamW(decay=("**/*embedding", "**/kernal")).make(STEPS).init(params)
+    with pytest.raises(InputError, match=r"'\*\*/\*kernel'.*there are embeding, w"):
         AdamW().make(STEPS).init({"w": jnp.ones(3), "embeding": jnp.ones(3)})
     AdamW().make(STEPS).init({"kernel": jnp.ones(3)})
     AdamW(weight_decay=0.0, decay=("*nothing",)).make(STEPS).init(params)
+
+
+def test_a_star_in_a_decay_pattern_ends_at_a_slash():
+    params = {"Dense_0": {"kernel": 0.0}, "kernel": 0.0, "query_kernel": 0.0, "bias": 0.0}
+    at_the_top = {"Dense_0": {"kernel": False}, "kernel": True, "query_kernel": True, "bias": False}
+    assert decay_mask(params, patterns=("*kernel",)) == at_the_top
+    everywhere = {**at_the_top, "Dense_0": {"kernel": True}}
+    assert decay_mask(params, patterns=KERNELS_AND_EMBEDDINGS) == everywhere
+    assert decay_mask(params, patterns=("**/kernel",)) == {**everywhere, "query_kernel": False}
 
 
 def test_clipping_comes_before_the_optimizer():
@@ -177,6 +186,8 @@ def test_clipping_comes_before_the_optimizer():
         (lambda: Lion(b1=-0.1), "Lion.b1 = -0.1"),
         (lambda: AdamW(weight_decay=-0.1), "AdamW.weight_decay = -0.1"),
         (lambda: AdamW(decay=()), "AdamW.decay = ()"),
+        (lambda: AdamW(decay=("kernel/",)), "AdamW.decay = ('kernel/',): expected paths of parameters"),
+        (lambda: AdamW(decay=("@Dense",)), "AdamW.decay = ('@Dense',): expected paths of parameters"),
         (lambda: LAMB(clip_norm=0.0), "LAMB.clip_norm = 0.0"),
         (lambda: SGD(momentum=1.0), "SGD.momentum = 1.0"),
         (lambda: SGD(momentum=0.0, nesterov=True), "SGD.nesterov = True"),

@@ -1,0 +1,233 @@
+"""Interventions: what is done to the modules of a model without changing its code.
+
+    apply = intervene(model.apply, UnderPolicy("mixed_bfloat16"), Remat(("encoder/*",)))
+    outputs = apply(variables, image)       # called like `model.apply`
+
+All interventions of a model run in one Flax interceptor, in the order of `Order`, whatever order they were given in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from jaxmp.modules.nnx import FromNNX
+
+Context = nn.module.InterceptorContext
+"""What Flax tells an interceptor: `module` and `method_name`."""
+
+Interceptor = Callable[[Callable[..., Any], Any, Any, Context], Any]
+"""`(next_fun, args, kwargs, context) -> outputs`: runs one method of one module, `next_fun(*args, **kwargs)`."""
+
+LIFTED = "<lambda>"
+"""The name of the methods that Flax makes itself, around a transformed class; no module of the user's has them."""
+
+
+class Order(enum.IntEnum):
+    """The order of interventions around the method of a module, the outermost first."""
+
+    REMAT = enum.auto()
+    """outermost: what the backward pass computes again includes the casts, the random masks and the shardings"""
+    SHARDING = enum.auto()
+    """outside the policy: it constrains the array that the next module gets, in the dtype that this one has"""
+    OBSERVATION = enum.auto()
+    """outside the policy: it sees what a module hands on, in the dtype that the next module gets"""
+    POLICY = enum.auto()
+    """outside random draws: they mask activations that are cast already"""
+    RANDOM_DRAWS = enum.auto()
+    """innermost: it replaces the module's own draws and nothing else"""
+
+
+class Intervention:
+    """One thing that is done to the modules of a model. Subclasses set `order` and override what they need."""
+
+    order: ClassVar[Order]
+
+    def call(self, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+        """One call of the model: returns `run(interceptor, variables, args, kwargs)`, changed where it needs to be.
+
+        Args:
+          run: calls the model, with an interceptor for the length of this call.
+          model: the Linen module; None if it is not known.
+          variables: first argument of `model.apply`.
+          args: inputs of the model, a tuple.
+          kwargs: keyword arguments of `model.apply`.
+        """
+        raise NotImplementedError
+
+    def call_as_a_whole(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """`apply` of a model whose modules cannot be reached (`from_nnx`), as far as that can be done.
+
+        Raises: InputError if it takes modules.
+        """
+        return apply
+
+    def trace_key(self) -> Hashable:
+        """What makes the trace of a call different from that of other calls.
+
+        Flax traces a module under `nn.jit` once for all calls that `jax.jit` takes to be equal.
+        """
+        return None
+
+
+Run = Callable[[Interceptor, Any, Any, Any], Any]
+"""`run(interceptor, variables, args, kwargs)`: see `Intervention.call`."""
+
+_ambient: contextvars.ContextVar[tuple[Intervention, ...]] = contextvars.ContextVar("ambient", default=())
+_in_force = jax.make_user_context(())  # a part of the key of jit's caches
+
+
+class _Intervened(NamedTuple):
+    function: Callable[..., Any]
+    apply: Callable[..., Any]
+    interventions: tuple[Intervention, ...]
+
+
+def intervene(apply: Callable[..., Any], *interventions: Intervention) -> Callable[..., Any]:
+    """`model.apply` with interventions; of one order, those that are given later are inside.
+
+    Args:
+      apply: bound `apply` of a Linen module or of `from_nnx`; a function that wraps one (`functools.wraps`); or what
+        this function returned, whose interventions then run inside the same interceptor.
+      interventions: what to do to the modules.
+
+    Raises: InputError if an intervention takes modules and the model is one of `from_nnx`.
+    """
+    before = _intervened(apply)
+    if not interventions:
+        return apply
+    model = _model_of(before.apply)
+    if isinstance(model, FromNNX):
+        for each in sorted(interventions, key=lambda each: -each.order):
+            apply = each.call_as_a_whole(apply)
+        return _remember_model(apply, model)
+    ordered = tuple(sorted((*interventions, *before.interventions), key=lambda each: each.order))
+
+    def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        every = tuple(sorted((*_ambient.get(), *ordered), key=lambda each: each.order))
+        token = _ambient.set(())
+        try:
+            with _in_force((*_in_force.value, *(each.trace_key() for each in every))):
+                return _call(every, (), before.apply, model, variables, args, kwargs)
+        finally:
+            _ambient.reset(token)
+
+    applied._intervened = _Intervened(applied, before.apply, ordered)  # type: ignore[attr-defined]
+    return applied
+
+
+@contextlib.contextmanager
+def intervening(*interventions: Intervention) -> Iterator[None]:
+    """Context manager: adds interventions to every model that is called under others while it is open.
+
+    A model without any (a plain `model.apply`) is not reached.
+    """
+    token = _ambient.set((*_ambient.get(), *interventions))
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def _intervened(apply: Callable[..., Any]) -> _Intervened:
+    found = getattr(apply, "_intervened", None)
+    # functools.wraps copies attributes: only the function itself counts.
+    return found if found is not None and found.function is apply else _Intervened(apply, apply, ())
+
+
+def _model_of(apply: Callable[..., Any]) -> Any:
+    """The model that `apply` is bound to; None if that is not known."""
+    apply = inspect.unwrap(apply, stop=lambda f: hasattr(f, "__self__"))
+    inner = _intervened(apply).apply
+    return getattr(apply, "__self__", None) if inner is apply else _model_of(inner)
+
+
+def _remember_model(apply: Callable[..., Any], model: FromNNX) -> Callable[..., Any]:
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        return apply(*args, **kwargs)
+
+    applied.__wrapped__ = model.apply  # type: ignore[attr-defined]
+    return applied
+
+
+def _call(
+    interventions: tuple[Intervention, ...],
+    interceptors: tuple[Interceptor, ...],
+    apply: Callable[..., Any],
+    model: Any,
+    variables: Any,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Calls the model: each intervention in turn does what it does around the call, and gives its interceptor."""
+    if not interventions:
+        with nn.intercept_methods(_in_turn(interceptors)):
+            return apply(variables, *args, **kwargs)
+    first, *rest = interventions
+
+    def run(interceptor: Interceptor, variables: Any, args: Any, kwargs: Any) -> Any:
+        return _call(tuple(rest), (*interceptors, interceptor), apply, model, variables, args, kwargs)
+
+    return first.call(run, model, variables, args, kwargs)
+
+
+def _in_turn(interceptors: tuple[Interceptor, ...]) -> Interceptor:
+    """One interceptor that runs several, the first of them outermost."""
+
+    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
+        for each in reversed(interceptors):
+            next_fun = functools.partial(_step, each, next_fun, context)
+        return next_fun(*args, **kwargs)
+
+    return intercept
+
+
+def _step(
+    interceptor: Interceptor, next_fun: Callable[..., Any], context: Context, /, *args: Any, **kwargs: Any
+) -> Any:
+    return interceptor(next_fun, args, kwargs, context)
+
+
+class MetModules:
+    """The modules that were met during one call of a model, and what patterns may call them."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, frozenset[str]] = {}  # names of the class and its bases, by path
+        self.owners: dict[str, str] = {}  # path of the nn.RNN by that of its cell, which stands beside it
+
+    def meet(self, path: str, module: nn.Module) -> None:
+        """Notes a module."""
+        names = (c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+        self.classes[path] = self.classes.get(path, frozenset()) | frozenset(names)
+        inner: list[Any] = []
+        if isinstance(module, nn.RNN):
+            inner = [module.cell]
+        elif isinstance(module, nn.Bidirectional):
+            inner = [module.forward_rnn, module.backward_rnn]
+        for each in inner:
+            if isinstance(each, nn.Module) and each.scope is not None:
+                self.owners.setdefault("/".join(each.path), path)
+
+
+@contextlib.contextmanager
+def attributes(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Context manager: sets attributes of one bound module for the length of a call."""
+    old = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    for name, value in values.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in old:
+                object.__setattr__(module, name, old[name])
+            else:
+                object.__delattr__(module, name)

@@ -1,0 +1,120 @@
+"""What each Flax Linen layer needs under a policy, beside a `dtype` that is set for the length of its call.
+
+A bias is broadcast in float32 and then cast (trap T2 of the numerics contract), an embedding is gathered in float32 and
+its rows are cast (T15), attention takes its softmax in float32 (T4), a recurrent cell keeps the dtype of its carry.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmp.modules.interventions import attributes
+from jaxmp.precision.formats import fake_quantize, quantize
+from jaxmp.precision.policy import Policy
+from jaxmp.trees import FLOAT32, cast_floats
+
+AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
+"""Layers that compute `f(x, kernel) + bias`."""
+
+
+def run_method(
+    policy: Policy,
+    axis_name: str | None,
+    next_fun: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    module: nn.Module,
+    method: str,
+) -> Any:
+    """One method of one module under its policy."""
+    dtype = policy.compute_dtype
+    wide = jnp.promote_types(FLOAT32, policy.param_dtype)
+    sum_in_half = policy.grad != FLOAT32
+
+    def param(*args: Any, **kwargs: Any) -> Any:
+        return cast_floats(type(module).param(module, *args, **kwargs), dtype)
+
+    def call(**values: Any) -> Any:
+        with attributes(module, **values):
+            return next_fun(*args, **kwargs)
+
+    has_dtype = knows_dtype(module)
+    if method == "setup":
+        # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
+        return call(param=param) if not has_dtype or isinstance(module, nn.Embed) else call()
+    # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
+    values: dict[str, Any] = {"dtype": dtype} if has_dtype else {"param": param}
+    if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
+        values |= _softmax_in_float32(module, dtype)
+    if isinstance(module, nn.BatchNorm) and module.axis_name is None:
+        values["axis_name"] = axis_name
+    if isinstance(module, nn.Embed) and not sum_in_half:
+        values["embedding"] = _stored(module, "embedding").astype(wide)
+        if method == "__call__":
+            values["dtype"] = wide
+        return cast_floats(call(**values), dtype)
+    if isinstance(module, AFFINE) and method == "__call__" and policy.operands is not None:
+        return _emulated(policy, module, call, values)
+    if isinstance(module, AFFINE) and method == "__call__" and module.use_bias and not sum_in_half:
+        bias = _stored(module, "bias")
+        if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None):
+            # The bias goes through a reshape of the layer's own: have it added in float32.
+            def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
+                return x.astype(dtype), kernel.astype(dtype), bias.astype(wide)
+
+            return cast_floats(call(**values, promote_dtype=promote), dtype)
+        if bias is not None:
+            y = call(**values, use_bias=False)
+            return y + jnp.broadcast_to(bias.astype(wide), y.shape).astype(y.dtype)
+    y = call(**values)
+    if isinstance(module, nn.RNNCellBase) and method == "__call__":
+        # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
+    return y
+
+
+def knows_dtype(module: nn.Module) -> bool:
+    """Whether a module computes in its attribute `dtype`, which may be set."""
+    return hasattr(module, "dtype") and not isinstance(getattr(type(module), "dtype", None), property)
+
+
+def _emulated(policy: Policy, module: Any, call: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """A layer whose product has its operands, and the gradients of its result, in emulated formats."""
+
+    def promote(x: Any, kernel: Any, bias: Any, **_: Any) -> Any:
+        x, kernel = (quantize(v.astype(policy.compute_dtype), operands, saturate=True) for v in (x, kernel))
+        return x, kernel, None if bias is None else bias.astype(policy.compute_dtype)
+
+    operands: Any = policy.operands
+    bias: Any = _stored(module, "bias") if module.use_bias else None
+    apart = bias is not None and not (isinstance(module, nn.Einsum) or getattr(module, "batch_dims", None))
+    y = call(**values, promote_dtype=promote, **({"use_bias": False} if apart else {}))
+    y = fake_quantize(y, None, policy.cotangents, saturate=False)
+    return y + jnp.broadcast_to(bias, y.shape) if apart else y
+
+
+def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> dict[str, Any]:
+    """Attributes by which attention takes its softmax in float32 (T4) and both its products in the compute dtype."""
+    if module.attention_fn is not nn.dot_product_attention or module.attn_weights_value_einsum_cls is not None:
+        return {"force_fp32_for_softmax": True}
+
+    @functools.wraps(nn.dot_product_attention)  # Flax reads the signature
+    def attention(*args: Any, precision: Any, **kwargs: Any) -> jax.Array:
+        einsum = functools.partial(jnp.einsum, precision=precision)
+        kwargs["qk_attn_weights_einsum"] = einsum
+        # Flax leaves the weights in float32, which would make the second product a float32 one.
+        kwargs["attn_weights_value_einsum"] = lambda spec, weights, value: einsum(spec, weights.astype(dtype), value)
+        return nn.dot_product_attention(*args, **kwargs)
+
+    return {"force_fp32_for_softmax": True, "attention_fn": attention}
+
+
+def _stored(module: nn.Module, name: str) -> Any:
+    """A parameter as it is kept, without the box of `nn.with_partitioning`; None where there is none yet."""
+    return nn.unbox(module.get_variable("params", name))

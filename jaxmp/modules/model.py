@@ -1,0 +1,141 @@
+"""`Model`: a model as pure functions, which is all that tasks, training and instruments see of it.
+
+    model = as_model(module).under(UnderPolicy("mixed_bfloat16"))
+    params, model_state = model.init(jax.random.key(0), image)
+    outputs, model_state = model.apply(params, model_state, image, train=True, key=jax.random.key(1))
+
+Here alone is known how a module is initialised, told whether it trains, given its random keys, and what of its
+collections is state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+
+from jaxmp.modules.interventions import Intervention, intervene
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A model as pure functions of parameters, model state, inputs and a key. `as_model` makes one of a Flax module."""
+
+    def init(self, key: jax.Array, *inputs: Any) -> tuple[Any, Any]:
+        """Fresh `(params, model_state)`, two pytrees, for inputs of these shapes and dtypes."""
+        ...
+
+    def apply(
+        self, params: Any, model_state: Any, *inputs: Any, train: bool = False, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """`(outputs, model_state)`.
+
+        Args:
+          params: as `init` makes them.
+          model_state: as `init` makes it: batch statistics and the like.
+          inputs: the arrays of a batch that the model is called with.
+          train: whether dropout drops, and the new model state is returned; else the one that was given is.
+          key: of all random draws of this call.
+        """
+        ...
+
+    def under(self, *interventions: Intervention) -> Model:
+        """This model with its modules under interventions. Those of one order that are given later are inside."""
+        ...
+
+    def module_outputs(self, params: Any, model_state: Any, *inputs: Any, key: jax.Array) -> dict[str, list[Any]]:
+        """The arrays that each module's `__call__` returns in training, by the path of the module; in and out of jit.
+
+        Those of modules inside a scan are left out. It is empty for a model whose modules cannot be reached.
+        """
+        ...
+
+
+def as_model(model: Any) -> Model:
+    """A `Model` of a Linen module, of `from_nnx`'s, or of another object with Linen's `init` and `apply`.
+
+    A `Model` is returned as it is.
+    """
+    return model if isinstance(model, Model) else FlaxModel(model, model.apply)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlaxModel:
+    """A `Model` of an object with Linen's `init(key, *inputs)` and `apply(variables, *inputs, rngs=, mutable=)`.
+
+    Raises: InputError if an intervention takes modules and the object is one of `from_nnx`.
+    """
+
+    module: Any
+    """the object"""
+    run: Callable[..., Any]
+    """its `apply`, with the interventions"""
+
+    def init(self, key: jax.Array, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See `Model`. Further arguments of the module's `__call__` may be given; by default it does not train."""
+        mode = mode_argument(self.module, False, "init")
+        variables = dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
+        params = variables.pop("params", {})
+        return params, _without_sown(variables)
+
+    def apply(
+        self, params: Any, model_state: Any, *inputs: Any, train: bool = False, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """See `Model`."""
+        run = functools.partial(self.run, {"params": params, **model_state}, *inputs, **self._arguments(train, key))
+        if not train:
+            return run(), model_state
+        outputs, model_state = run(mutable=list(model_state))
+        return outputs, _without_sown(model_state)
+
+    def under(self, *interventions: Intervention) -> FlaxModel:
+        """See `Model`."""
+        return dataclasses.replace(self, run=intervene(self.run, *interventions))
+
+    def module_outputs(self, params: Any, model_state: Any, *inputs: Any, key: jax.Array) -> dict[str, list[Any]]:
+        """See `Model`."""
+        if not isinstance(self.module, nn.Module):
+            return {}
+        _, collections = self.run(
+            {"params": params, **model_state},
+            *inputs,
+            mutable=[*model_state, "intermediates"],
+            capture_intermediates=True,
+            **self._arguments(True, key),
+        )
+        outputs: dict[str, list[Any]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(collections["intermediates"]):
+            module, _, rest = jax.tree_util.keystr(path, simple=True, separator="/").partition("__call__")
+            if rest:
+                outputs.setdefault(module.strip("/"), []).append(leaf)
+        return outputs
+
+    def _arguments(self, train: bool, key: jax.Array | None) -> dict[str, Any]:
+        # One key for all names: Linen falls back on "params" for a collection that it is given no key for.
+        rngs = {} if key is None else {"rngs": {"params": key}}
+        return {**rngs, **mode_argument(self.module, train)}
+
+
+def mode_argument(model: Any, train: bool, method: Literal["init", "apply"] = "apply") -> dict[str, bool]:
+    """The argument by which a method of a model is told whether it trains.
+
+    It is `train=`, `training=` or `deterministic=`, whichever the method takes (of a Linen module, its `__call__`); {}
+    for one that takes none.
+    """
+    call = type(model).__call__ if isinstance(model, nn.Module) else getattr(model, method)
+    parameters = inspect.signature(call).parameters
+    for name, value in (("train", train), ("training", train), ("deterministic", not train)):
+        if name in parameters:
+            return {name: value}
+    return {}
+
+
+def _without_sown(variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections without what the model sows, which is no state: Flax keeps it in tuples."""
+    kept = {name: _without_sown(v) if isinstance(v, dict) else v for name, v in variables.items()}
+    return {name: v for name, v in kept.items() if not isinstance(v, tuple) and not (isinstance(v, dict) and not v)}
