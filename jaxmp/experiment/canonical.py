@@ -129,7 +129,9 @@ def _digest(data: bytes) -> str:
 
 
 def _name_of(value: Any) -> str:
-    return f"{value.__module__}.{getattr(value, '__qualname__', None) or value.__name__}"
+    """The module and name of a class or function; jaxmp's own without the module, so that a file can be moved."""
+    name = getattr(value, "__qualname__", None) or value.__name__
+    return f"jaxmp.{name}" if value.__module__.startswith("jaxmp.") else f"{value.__module__}.{name}"
 
 
 def _is_linen(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """An Experiment: what it refuses, its JSON and its hash."""
 
+import ast
 import dataclasses
 import functools
 import json
@@ -34,6 +35,7 @@ from jaxmp import (
 )
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
 
 
@@ -353,3 +355,27 @@ def test_a_lambda_that_cannot_be_told_from_its_neighbour_is_refused():
         _ = experiment(data=Arrays(first)).hash
     with pytest.raises(InputError, match="without source"):
         _ = experiment(data=Arrays(eval("lambda split: 1"))).hash
+
+
+def test_moving_a_file_of_jaxmp_changes_no_hash(monkeypatch):
+    before = Experiment(model=MLP(), data=Arrays(load))
+    expected = before.hash
+    for kind in (MLP, Arrays, Classification, Adam, Loop, Scaling):
+        monkeypatch.setattr(kind, "__module__", "jaxmp.another_room.another_file")
+    assert before.hash == expected
+    monkeypatch.setattr(MLP, "__module__", "mine")
+    assert before.hash != expected
+
+
+def test_no_two_classes_of_jaxmp_that_a_config_can_hold_have_one_name():
+    homes = {}
+    for path in Path(jaxmp.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            is_part = isinstance(node, ast.ClassDef) and (
+                any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+                or any(ast.unparse(base).endswith("Module") for base in node.bases)
+            )
+            if is_part and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(path.name)
+    options = {"Options"}  # of the commands, which no config holds
+    assert {name: files for name, files in homes.items() if len(files) > 1 and name not in options} == {}
