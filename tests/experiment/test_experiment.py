@@ -369,7 +369,8 @@ def test_moving_a_file_of_jaxmp_changes_no_hash(monkeypatch):
 
 def test_no_two_classes_of_jaxmp_that_a_config_can_hold_have_one_name():
     homes = {}
-    for path in Path(jaxmp.__file__).parent.rglob("*.py"):
+    rooms = ("precision", "data", "models", "modules", "scaling", "training", "tasks", "experiment")
+    for path in (path for room in rooms for path in (Path(jaxmp.__file__).parent / room).rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             is_part = isinstance(node, ast.ClassDef) and (
                 any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
@@ -377,5 +378,4 @@ def test_no_two_classes_of_jaxmp_that_a_config_can_hold_have_one_name():
             )
             if is_part and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(path.name)
-    options = {"Options"}  # of the commands, which no config holds
-    assert {name: files for name, files in homes.items() if len(files) > 1 and name not in options} == {}
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
