@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -33,11 +33,11 @@ class Dataset(abc.ABC):
 
     batch_size: int = 64
     """Rows in a training batch, counted over all devices."""
-    eval_batch_size: int = 512
+    eval_batch_size: int = field(default=512, metadata={"identity": "rounds"})
     """Rows in an evaluation batch, counted over all devices."""
-    device_limit: int = 1024
+    device_limit: int = field(default=1024, metadata={"identity": "operates"})
     """Largest training split, in MiB, that is kept in device memory; a larger one is streamed from the host."""
-    workers: int = 0
+    workers: int = field(default=0, metadata={"identity": "operates"})
     """Processes that read a streamed training split; 0 reads in threads."""
     host_transforms: tuple[Callable[..., Any], ...] = ()
     """Functions of rows on the host, rows -> rows, applied in order: a tokenizer, for example."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import numbers
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
 from jaxmp.errors import InputError
 from jaxmp.experiment.canonical import canonical
+from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
@@ -45,10 +44,10 @@ class Experiment:
     scaler: Any = Scaling()
     """Loss scaling, which keeps small gradients from becoming 0 in float16."""
     parallel: Parallel = Parallel()
-    """How a step is distributed over devices; no part of the run's hash."""
+    """How a step is distributed over devices: it changes the last digits, and no run's hash."""
     loop: Loop = Loop()
     """How long to train, and when to evaluate, save and stop."""
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata={"identity": "apart"})
     """Seed of the initial weights, the order of the data and all random draws; no part of the run's hash."""
 
     def __post_init__(self) -> None:
@@ -102,12 +101,8 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits that name the run's folder: of everything but seed, devices and looking on."""
-        content = {name: value for name, value in self.to_json().items() if name not in ("seed", "parallel")}
-        content["precision"] = str(self.policy)  # however it was spelled
-        content["loop"] = {name: value for name, value in content["loop"].items() if name != "ranges_every"}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hexadecimal digits that name the run's folder: of the fields that decide and choose, see `identity`."""
+        return identity_hash(self)
 
 
 def _has(part: Any, *methods: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, Literal
 
 import jax
@@ -22,19 +23,19 @@ class Loop:
     """Passes over the training set."""
     steps: int | None = None
     """Steps to train; replaces epochs."""
-    log_every: int = 50
+    log_every: int = field(default=50, metadata={"identity": "operates"})
     """Steps between two lines of training metrics; each line shows the mean since the last one."""
-    eval_every: int | None = None
+    eval_every: int | None = field(default=None, metadata={"identity": "chooses"})
     """Steps between two evaluations on the validation split; by default one evaluation an epoch."""
-    save_every: int | None = None
+    save_every: int | None = field(default=None, metadata={"identity": "operates"})
     """Steps between two checkpoints; one is also saved at every evaluation."""
-    keep: int = 2
+    keep: int = field(default=2, metadata={"identity": "operates"})
     """Number of the latest checkpoints to keep; the best one is kept as well."""
-    monitor: str | None = None
+    monitor: str | None = field(default=None, metadata={"identity": "chooses"})
     """Validation metric that decides which checkpoint is best and when training stops early; by default the task's."""
-    mode: Literal["max", "min"] | None = None
+    mode: Literal["max", "min"] | None = field(default=None, metadata={"identity": "chooses"})
     """Whether the best value of that metric is the largest or the smallest; by default as the task declares."""
-    patience: int | None = None
+    patience: int | None = field(default=None, metadata={"identity": "chooses"})
     """Stop early after this many evaluations in a row without a better value; by default never."""
     accumulate_steps: int = 1
     """Microbatches to split each batch into; their gradients are summed, which saves memory."""
@@ -44,13 +45,13 @@ class Loop:
     """Devices over which batch normalisation takes its statistics: all together (global), or each its own (replica)."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, for example 0.999; evaluation then uses the average."""
-    max_consecutive_skips: int = 50
+    max_consecutive_skips: int = field(default=50, metadata={"identity": "operates"})
     """Fail after this many skipped steps in a row; a step is skipped if its gradients overflow."""
-    steps_per_dispatch: int | None = None
+    steps_per_dispatch: int | None = field(default=None, metadata={"identity": "operates"})
     """Largest number of steps in one call of the device; by default chosen for speed."""
-    ranges_every: int | None = None
-    """Steps between two records of the ranges of values, with under- and overflows; no part of the run's hash."""
-    wandb: bool = False
+    ranges_every: int | None = field(default=None, metadata={"identity": "operates"})
+    """Steps between two records of the ranges of values, with under- and overflows."""
+    wandb: bool = field(default=False, metadata={"identity": "operates"})
     """Send the metrics to Weights & Biases, too."""
 
     def __post_init__(self) -> None:
@@ -74,13 +75,15 @@ class Loop:
 class Parallel:
     """How the work is spread over the devices, and what of it is done twice to save memory."""
 
-    mode: Literal["jit", "pmap"] = "jit"
+    mode: Literal["jit", "pmap"] = field(default="jit", metadata={"identity": "rounds"})
     """How the step is distributed: by jax.jit over a mesh of devices, or by jax.pmap."""
-    shard: Literal["replicated", "zero1", "fsdp"] = "replicated"
+    shard: Literal["replicated", "zero1", "fsdp"] = field(default="replicated", metadata={"identity": "rounds"})
     """What is split over the devices: nothing, the optimizer state (zero1), or the parameters as well (fsdp)."""
-    remat: tuple[str, ...] = ()
+    remat: tuple[str, ...] = field(default=(), metadata={"identity": "rounds"})
     """Modules to recompute in the backward pass, to save memory: paths such as encoder/*, or classes such as @Block."""
-    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "nothing_saveable"
+    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = field(
+        default="nothing_saveable", metadata={"identity": "rounds"}
+    )
     """What is stored of these modules nevertheless; a policy in jax.checkpoint_policies."""
 
     def __post_init__(self) -> None:

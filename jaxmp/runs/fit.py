@@ -26,6 +26,7 @@ from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.going_on import changed_settings, log_changes, log_neighbours, log_without_effect, with_session
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import Trainer
@@ -144,8 +145,10 @@ def fit(
         lambda: (_recorded(folder, experiment, origin, overwrite), None if overwrite else folder.read_summary())
     )
     if summary is not None:
-        if recorded and recorded["experiment"].get("parallel") != experiment.to_json()["parallel"]:
-            check(Trainer(experiment))  # the rest is in the hash, and was checked before it was trained
+        changes = changed_settings(recorded, experiment) if recorded else []
+        if any(change.kind == "rounds" for change in changes):
+            check(Trainer(experiment))  # the rest was checked before it was trained
+        log_without_effect(changes, log)
         return Fitted(folder.path, summary, stopped=False, trained=False)
 
     trainer = Trainer(experiment)
@@ -167,11 +170,18 @@ def fit(
                 shown = {"metrics": specs_to_json(trainer.metric_specs), "monitor": trainer.monitor.name}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
+        if not recorded:
+            log_neighbours(folder, experiment, None, log)
         processes.from_first(take_folder)
-        _log_particulars(trainer, recorded, log)
+        changes = changed_settings(recorded, experiment, trainer.devices.count) if recorded else []
+        _log_particulars(trainer, log)
+        log_changes(changes, log)
         stop = stack.enter_context(stop_signals())
         with _Session(trainer, feed, folder, log, stop) as session:
-            return session.train(*session.resume(fresh))
+            step, state, metrics = session.resume(fresh)
+            if changes:
+                processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
+            return session.train(step, state, metrics)
 
 
 def _silent(message: str) -> None:
@@ -207,19 +217,14 @@ def _recorded(folder: RunFolder, experiment: Experiment, origin: dict[str, Any],
     return config
 
 
-def _log_particulars(trainer: Trainer, recorded: dict[str, Any] | None, log: Callable[[str], None]) -> None:
+def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
     """Says what the user should know before the first step."""
-    experiment, count = trainer.experiment, trainer.devices.count
+    experiment = trainer.experiment
     if any(policy.param_dtype.itemsize < 4 for policy in experiment.policy.policies):
         lost = "an update of less than half a unit in the last place of a weight is lost"
         rounding = experiment.policy.rounding
         consequence = lost if rounding == "nearest" else f"updates are added with rounding={rounding}"
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
-    if recorded and len(recorded["devices"]) != count:
-        log(
-            f"this run began on {len(recorded['devices'])} devices and goes on on {count}: sums are rounded in another "
-            "order, and a module that draws noise by itself, other than by nn.Dropout, draws another"
-        )
 
 
 class _Session:
@@ -332,13 +337,14 @@ class _Session:
         self.checkpoints.wait()
         test = records.evaluate(step, state, "test")
         best_step, best = records.best()
+        best_on_test = self._test_of_best(best_step, step, state, test)
         summary = {
             "steps": step,
             "applied_steps": step - int(skipped_steps(state.opt_state)),
             "skipped_steps": int(skipped_steps(state.opt_state)),
             "loss_scale": float(loss_scale(state.opt_state)),
             "test": test,
-            "best": {"step": best_step, self.trainer.monitor.name: best},
+            "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test},
             "stopped_early": step < self.trainer.steps,
             "wall_seconds": records.seconds(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -347,6 +353,21 @@ class _Session:
         }
         processes.from_first(lambda: self.folder.write_summary(summary))
         return summary
+
+    def _test_of_best(self, best: int, step: int, state: TrainState, test: dict[str, float]) -> dict[str, float] | None:
+        """The metrics of the best weights on the test split; None if there is no checkpoint of them."""
+        if best == step:
+            return test
+        if best not in processes.from_first(self.checkpoints.steps):
+            return None
+        template = {"state": state, "metrics": self.trainer.no_metrics}
+        found = self.checkpoints.restore(template, step=best, warn=self.log)
+        assert found is not None  # it is there, or `restore` raises
+        placed = self.trainer.devices.get(self.trainer.devices.put_state(found[1]["state"]))
+        metrics = self.records.measure(placed, "test")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.log(f"the best weights, of step {best}, on the test split: {shown}")
+        return metrics
 
     def _fail(self, problem: str, step: int, state: TrainState, metrics: Metrics) -> NoReturn:
         """Saves the state, and why the run ends here."""

@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
@@ -99,6 +99,14 @@ class RunFolder:
     def checkpoint_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
         return sorted(int(path.name) for path in self.path.glob("checkpoints/*") if path.name.isdecimal())
+
+    def beside(self) -> list[RunFolder]:
+        """The other runs in the same folder, by name."""
+        return [
+            RunFolder(config.parent)
+            for config in sorted(self.path.parent.glob("*/config.json"))
+            if config.parent != self.path and config.parent.suffix != ".deleted"
+        ]
 
     # Making, locking, deleting.
 
@@ -201,6 +209,17 @@ class RunFolder:
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order. Raises InputError for a broken one, with its number."""
         return read_lines(self.metrics)
+
+
+def parse_step(text: str, where: str) -> int | Literal["last", "best"]:
+    """Which checkpoint is meant: last, best or the number of a step. Raises InputError that begins with `where`."""
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise InputError(f"{where}: expected last, best or the number of a step{nearest(text, ('last', 'best'))}")
+    return int(text)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
-from jaxmp.training.feed import NAN_LOSS
+from jaxmp.training.feed import LONG_SKIP, NAN_LOSS
 from jaxmp.training.metrics import Metrics, compute
 from jaxmp.training.state import TrainState
 
@@ -112,7 +112,7 @@ class Records:
         values = compute(line.metrics)
         readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
         in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
-        stop, nan_loss = readings.pop("stop"), values.pop(NAN_LOSS)
+        stop, nan_loss, long_skip = readings.pop("stop"), values.pop(NAN_LOSS), values.pop(LONG_SKIP)
         if line.due:
             now = time.perf_counter()
             examples = (line.step - self._line_step) * self._trainer.batches.batch_size
@@ -122,6 +122,9 @@ class Records:
         problem = None
         if in_a_row >= self._loop.max_consecutive_skips:
             problem = f"{in_a_row} steps in a row were skipped, the last of them step {line.step}"
+        elif long_skip > 0:  # a step was applied since
+            limit = self._loop.max_consecutive_skips
+            problem = f"{limit} steps in a row were skipped, before step {line.step}"
         elif nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
             problem = f"the loss is NaN, at or before step {line.step}"
         elif exhausted:
@@ -154,13 +157,17 @@ class Records:
 
     def evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, writes the record, and returns the metrics."""
-        values = compute(self._trainer.evaluation(state, self._trainer.source(split)))
+        values = self.measure(state, split)
         readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
         self._record(step, split, values, {name: readings[name] for name in ("loss_scale", "skipped_steps")})
         if split == "validation":
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         self._line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
         return values
+
+    def measure(self, state: TrainState, split: Split) -> dict[str, float]:
+        """Evaluates a state on a split, and returns the metrics."""
+        return compute(self._trainer.evaluation(state, self._trainer.source(split)))
 
     def best(self) -> tuple[int, float]:
         """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""

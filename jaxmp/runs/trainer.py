@@ -27,7 +27,7 @@ from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
-from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed, should_fuse_steps
+from jaxmp.training.feed import HIDDEN_METRICS, Feed, Resident, Streamed, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
 from jaxmp.training.parallel import AXIS, Devices
@@ -155,7 +155,7 @@ class Trainer:
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """Evaluates states: `evaluation(state, source)`."""
-        nothing = {name: mean for name, mean in self.no_metrics.items() if name != NAN_LOSS}
+        nothing = {name: mean for name, mean in self.no_metrics.items() if name not in HIDDEN_METRICS}
         experiment = self.experiment
         loss_fn = make_loss(experiment.model, experiment.task, experiment.policy, train=False)
         return Evaluation(loss_fn, experiment.data, self.devices, nothing)
@@ -166,10 +166,10 @@ class Trainer:
         Args:
           fuse: whether one dispatch may run many steps, see `fuse_steps`.
         """
-        data, source = self.experiment.data, self.source()
+        data, source, limit = self.experiment.data, self.source(), self.experiment.loop.max_consecutive_skips
         if nbytes(source) > data.device_limit * 2**20:
-            return Streamed(self.train_step, data, source, self.batches, self.devices, self.steps)
-        return Resident(self.train_step, data, source, self.batches, self.devices, fuse=fuse)
+            return Streamed(self.train_step, data, source, self.batches, self.devices, self.steps, skip_limit=limit)
+        return Resident(self.train_step, data, source, self.batches, self.devices, fuse=fuse, skip_limit=limit)
 
     # State.
 
@@ -234,7 +234,7 @@ class Trainer:
         """Training metrics that have counted nothing."""
         scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
         mean = Mean(scalar, scalar)
-        return zeros_like({"loss": mean, NAN_LOSS: mean, **self._forward[1]})
+        return zeros_like({"loss": mean, **dict.fromkeys(HIDDEN_METRICS, mean), **self._forward[1]})
 
     @property
     def fuse_steps(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
-from jaxmp.training.feed import NAN_LOSS
+from jaxmp.training.feed import HIDDEN_METRICS
 from jaxmp.training.metrics import BOOKKEEPING, LOSS, Mean, Metrics, MetricSpec
 
 
@@ -105,7 +105,7 @@ def metric_specs(task: Any, returned: Iterable[str]) -> dict[str, MetricSpec]:
     if not isinstance(declared, Mapping):
         raise InputError(f"{kind}.metrics = {declared!r:.60}: expected a mapping from a name to a MetricSpec")
     for name in [*declared, *names]:
-        if name in (*BOOKKEEPING, NAN_LOSS) or (name == "loss" and name in names):
+        if name in (*BOOKKEEPING, *HIDDEN_METRICS) or (name == "loss" and name in names):
             raise InputError(
                 f"{kind} has a metric called {name!r}, which is a field that every line of metrics.jsonl has; "
                 "expected another name"

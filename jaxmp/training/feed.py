@@ -17,7 +17,7 @@ import numpy as np
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import Batches, resident, stream
 from jaxmp.data.source import Source
-from jaxmp.scaling.transform import last_step_finite
+from jaxmp.scaling.transform import consecutive_skips, last_step_finite
 from jaxmp.training.metrics import Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
@@ -27,6 +27,12 @@ AUGMENTATION = 0x6A786D70  # folded into keys, so that augmentation uses other k
 
 NAN_LOSS = "nan_loss"
 """name of a metric that feeds add: the share of steps, including skipped ones, whose loss was NaN"""
+
+LONG_SKIP = "long_skip"
+"""name of a metric that feeds add: the share of steps with which a row of skipped steps became as long as a limit"""
+
+HIDDEN_METRICS = (NAN_LOSS, LONG_SKIP)
+"""names of the metrics that feeds add to those of the task"""
 
 
 class Feed(Protocol):
@@ -58,17 +64,26 @@ class Resident:
       source: the rows of the training set.
       batches: which rows make up the batch of each step.
       devices: the devices to run on.
+      skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
       many: whether a dispatch runs many steps, or each step is dispatched singly.
     """
 
     def __init__(
-        self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, *, fuse: bool
+        self,
+        step: TrainStep,
+        data: Dataset,
+        source: Source,
+        batches: Batches,
+        devices: Devices,
+        *,
+        fuse: bool,
+        skip_limit: int,
     ):
         self._batches, self._devices, self._fuse = batches, devices, fuse
         self._columns = devices.put(resident(source))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data, batches)
-        accumulating = _accumulating(step)
+        accumulating = _accumulating(step, skip_limit)
 
         @jax.jit
         def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
@@ -128,15 +143,26 @@ class Streamed:
       batches: which rows make up the batch of each step.
       devices: the devices to run on.
       last: number of steps of the run: reading ahead stops there.
+      skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
     """
 
-    def __init__(self, step: TrainStep, data: Dataset, source: Source, batches: Batches, devices: Devices, last: int):
+    def __init__(
+        self,
+        step: TrainStep,
+        data: Dataset,
+        source: Source,
+        batches: Batches,
+        devices: Devices,
+        last: int,
+        *,
+        skip_limit: int,
+    ):
         self._source, self._batches, self._devices, self._last = source, batches, devices, last
         self._workers = data.workers
         self._ahead: Any = None
         self._next = -1  # the step whose batch `_ahead` returns next
         self._prepare = _preparation(data, batches)
-        accumulating = _accumulating(step)
+        accumulating = _accumulating(step, skip_limit)
 
         def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
             batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
@@ -192,18 +218,19 @@ def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax
     return prepared
 
 
-def _accumulating(step: TrainStep) -> Callable[[Any, Any], Any]:
+def _accumulating(step: TrainStep, skip_limit: int) -> Callable[[Any, Any], Any]:
     """Returns the step with accumulated metrics: `((state, metrics), batch) -> (state, metrics)`.
 
     Metrics are added step by step, so that the sums do not depend on how steps are split into dispatches.
     """
 
     def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
-        state, metrics = carry
+        (state, metrics), one = carry, jnp.float32(1)
         state, measured = step(state, batch)
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
+        is_long = (consecutive_skips(state.opt_state) == skip_limit).astype(jnp.float32)
         applied = last_step_finite(state.opt_state)
         measured = jax.tree.map(lambda x: jnp.where(applied, x, jnp.zeros_like(x)), measured)
-        return state, merge(metrics, {**measured, NAN_LOSS: Mean(is_nan, jnp.float32(1))})
+        return state, merge(metrics, {**measured, NAN_LOSS: Mean(is_nan, one), LONG_SKIP: Mean(is_long, one)})
 
     return accumulating
