@@ -25,6 +25,12 @@ class Options:
     """Show shapes, parameters, precision, memory and batches per epoch, from one step that is compiled but not run."""
     overwrite: bool = False
     """Delete this run if it exists and start again, instead of resuming it."""
+    continue_: Annotated[str | None, tyro_name("continue")] = None
+    """Go on from all of the state of RUN, or RUN@STEP, with what is changed, in a folder of its own."""
+    init_from: str | None = None
+    """Begin with the weights of RUN, RUN@best or RUN@STEP."""
+    init_only: tuple[str, ...] = ()
+    """Patterns of the weights that --init-from takes, such as **/kernel or Conv_*; the others begin fresh."""
     distributed: bool = False
     """Train together with other processes that run the same command; Slurm, Open MPI and Kubernetes are detected."""
     coordinator: str | None = None
@@ -57,6 +63,9 @@ def train(config: ConfigFile, options: Options, experiment: Experiment, override
         name=config.name,
         origin=config.origin(overrides),
         overwrite=options.overwrite,
+        continue_from=options.continue_,
+        init_from=options.init_from,
+        init_only=options.init_only,
     )
     if fitted.stopped:
         return STOPPED

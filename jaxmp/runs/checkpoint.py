@@ -105,7 +105,7 @@ class Checkpoints:
         if not processes.is_first():
             self.wait()
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        named = _named_leaves(tree)
+        named = named_leaves(tree)
         leaves = {path: _describe(leaf) for path, leaf in named.items()}
         partial = self._path(step, "partial")
         try:
@@ -170,6 +170,37 @@ class Checkpoints:
                 "Put back a copy of one, or start the run again (--overwrite)"
             )
         return None
+
+    def leaves(self, step: int) -> dict[str, str]:
+        """Returns dtype and shape of each saved leaf, by path: {"state/step": "int32[]"}.
+
+        Raises InputError if there is no checkpoint of `step`, or it is damaged.
+        """
+        return {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in self._intact(step)["leaves"].items()}
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the metrics that were saved with a state. Raises InputError as `leaves` does."""
+        return dict(self._intact(step)["metrics"])
+
+    def read_leaves(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Restores some leaves of a checkpoint: those that `like` has, by path, each on the devices of its value there.
+
+        Raises InputError as `leaves` does.
+        """
+        try:
+            return self._read_leaves(step, self._intact(step), like)
+        except _Corrupt as why:
+            raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
+
+    def _intact(self, step: int) -> dict:
+        if step not in self.steps():
+            raise InputError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
+        try:
+            manifest = self._manifest(step)
+            self._verify(step, manifest)
+        except _Corrupt as why:
+            raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
+        return manifest
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints on disk, ascending, without one that is still being written."""
@@ -306,7 +337,7 @@ class Checkpoints:
     def _compare(self, step: int, manifest: dict, template: Any) -> None:
         """Raises InputError if leaves differ from the template; Orbax would silently cast to its dtypes (B19)."""
         saved = {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in manifest["leaves"].items()}
-        expected = {path: "{}{}".format(*_dtype_and_shape(leaf)) for path, leaf in _named_leaves(template).items()}
+        expected = {path: "{}{}".format(*_dtype_and_shape(leaf)) for path, leaf in named_leaves(template).items()}
         wrong = [
             f"  {path}: saved {saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
             for path in dict.fromkeys([*expected, *saved])
@@ -319,9 +350,12 @@ class Checkpoints:
             )
 
     def _read(self, step: int, manifest: dict, template: Any) -> Any:
-        wanted = _named_leaves(template)
+        restored = self._read_leaves(step, manifest, named_leaves(template))
+        return jax.tree.unflatten(jax.tree.structure(template), list(restored.values()))
+
+    def _read_leaves(self, step: int, manifest: dict, wanted: dict[str, Any]) -> dict[str, Any]:
         leaves = manifest["leaves"]
-        how = {path: self._restore_args(wanted[path]) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
+        how = {path: self._restore_args(wanted.get(path)) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
         try:
             arrays = self._orbax.restore(
                 self.folder / str(step) / _ARRAYS, args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
@@ -330,12 +364,12 @@ class Checkpoints:
             if processes.several():  # others may have read it, and would not use the one before
                 raise InputError(f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}") from error
             raise _Corrupt(_reason(error)) from error
-        restored = []
+        restored = {}
         for path, like in wanted.items():
             leaf = leaves[path]
             array = arrays[path] if path in arrays else np.zeros(leaf["shape"], leaf["dtype"])
-            restored.append(_place(array, leaf.get("key"), like))
-        return jax.tree.unflatten(jax.tree.structure(template), restored)
+            restored[path] = _place(array, leaf.get("key"), like)
+        return restored
 
     def _verify(self, step: int, manifest: dict) -> None:
         """Compares all files with their checksums, since Orbax may not notice that a file is damaged."""
@@ -383,13 +417,18 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves by path, such as `params/Dense_0/kernel` or `opt_state/0/mu`, in the order of the tree."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {path_name(path) or "value": leaf for path, leaf in flat}
     if len(leaves) != len(flat):
         raise InputError("the tree has two leaves with the same path, so they cannot be told apart in a checkpoint")
     return leaves
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape of a leaf, as `Checkpoints.leaves` returns them: "float32[3, 4]"."""
+    return "{}{}".format(*_dtype_and_shape(leaf))
 
 
 def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:

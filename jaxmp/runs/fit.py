@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,14 +19,16 @@ import jax
 from jaxmp.distributed import processes
 from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed
+from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.imports import changed_import, program
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
-from jaxmp.runs.going_on import changed_settings, log_changes, log_neighbours, log_without_effect, with_session
+from jaxmp.runs.going_on import Parent, changed_settings, log_changes, log_neighbours, log_without_effect, with_session
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import Trainer
@@ -119,6 +121,9 @@ def fit(
     name: str = "experiment",
     origin: dict[str, Any] | None = None,
     overwrite: bool = False,
+    continue_from: str | os.PathLike[str] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    init_only: Sequence[str] = (),
     log: Callable[[str], None] = print,
 ) -> Fitted:
     """Trains an experiment in a run folder: `workdir/name/<hash>-s<seed>`.
@@ -133,6 +138,11 @@ def fit(
       origin: how the experiment can be made again, kept in config.json: the `source` and `file` of its config, the
         sources of its `imports` from there, and the `overrides` of the command line; see `ConfigFile.origin`.
       overwrite: begin anew if there is a run.
+      continue_from: a run, `RUN` or `RUN@STEP`: goes on from all of its last state, or of that step, with what is
+        changed in the experiment, in a folder of its own. Its batches have to be the same.
+      init_from: a run, `RUN`, `RUN@best` or `RUN@STEP`: begins with its weights and model state, by path, and all else
+        fresh. With a moving average there, it is the average that is taken.
+      init_only: patterns of the weights to take, see `jaxmp.trees.Pattern`; the others begin fresh. By default all.
       log: takes each message to the user.
 
     Raises:
@@ -140,9 +150,14 @@ def fit(
       RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
     """
     log, origin = log if processes.is_first() else _silent, origin or {}
-    folder = RunFolder.of(experiment, workdir, name)
+    parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
+    begins_with = None if parent is None else parent.begins_with
+    folder = RunFolder.of(experiment, workdir, name, begins_with)
     recorded, summary = processes.from_first(
-        lambda: (_recorded(folder, experiment, origin, overwrite), None if overwrite else folder.read_summary())
+        lambda: (
+            _recorded(folder, experiment, begins_with, origin, overwrite),
+            None if overwrite else folder.read_summary(),
+        )
     )
     if summary is not None:
         changes = changed_settings(recorded, experiment) if recorded else []
@@ -154,8 +169,17 @@ def fit(
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
+    # Nothing is taken over where a session before has done so, and trained on.
+    begins = parent is not None and processes.from_first(
+        lambda: not recorded or max(folder.checkpoint_steps(), default=0) < max(parent.step * parent.takes_all, 1)
+    )
+    if parent is not None and begins:
+        parent.check(trainer)
+        fuse = parent.config.get("fuse_steps", fuse) if parent.takes_all else fuse
     feed = trainer.feed(fuse=fuse)
     fresh = trainer.init()
+    if parent is not None and begins and not parent.takes_all:
+        fresh = parent.give_weights(fresh, log)
     with contextlib.ExitStack() as stack:
 
         def take_folder() -> None:
@@ -166,13 +190,27 @@ def fit(
             stack.enter_context(folder.locked())
             folder.clear_failure()
             if not recorded:
-                run = {"name": name, "hash": experiment.hash, "seed": experiment.seed, "fuse_steps": fuse}
-                shown = {"metrics": specs_to_json(trainer.metric_specs), "monitor": trainer.monitor.name}
+                run = {"name": name, "hash": identity_hash(experiment, begins_with), "seed": experiment.seed}
+                run |= {
+                    "fuse_steps": fuse,
+                    "steps": trainer.steps,
+                    "scaler": canonical(experiment.make_scaler(), "scaler"),
+                }
+                if parent is not None:
+                    run |= {"begins_with": begins_with, "parent": str(parent.folder.path.absolute())}
+                    run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
+                shown = {"metrics": specs_to_json(trainer.metric_specs)}
+                shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
         if not recorded:
-            log_neighbours(folder, experiment, None, log)
+            log_neighbours(folder, experiment, begins_with, log)
+        carried = None
+        if parent is not None and begins and parent.takes_all:
+            carried = parent.carry_over(trainer, fresh, log)
         processes.from_first(take_folder)
+        if carried is not None:
+            carried.write(folder)
         changes = changed_settings(recorded, experiment, trainer.devices.count) if recorded else []
         _log_particulars(trainer, log)
         log_changes(changes, log)
@@ -188,7 +226,29 @@ def _silent(message: str) -> None:
     """The log of a process that is not the first."""
 
 
-def _recorded(folder: RunFolder, experiment: Experiment, origin: dict[str, Any], overwrite: bool) -> Any:
+def _parent(
+    continue_from: str | os.PathLike[str] | None, init_from: str | os.PathLike[str] | None, init_only: Sequence[str]
+) -> Parent | None:
+    """The run whose state or weights a run begins with; None if it begins afresh."""
+    if continue_from is not None and init_from is not None:
+        raise InputError(
+            f"--continue {continue_from} and --init-from {init_from}: expected one of the two, all of a run's state or "
+            "its weights alone"
+        )
+    if init_only and init_from is None:
+        raise InputError(f"--init-only {' '.join(init_only)}: only with --init-from, which is not given")
+    if continue_from is not None:
+        return Parent.find(continue_from, "continue")
+    return None if init_from is None else Parent.find(init_from, "init", init_only)
+
+
+def _recorded(
+    folder: RunFolder,
+    experiment: Experiment,
+    begins_with: dict[str, Any] | None,
+    origin: dict[str, Any],
+    overwrite: bool,
+) -> Any:
     """The config.json of a run to be resumed; None if there is none, or it is to be overwritten."""
     if folder.is_unused():
         return None
@@ -200,9 +260,10 @@ def _recorded(folder: RunFolder, experiment: Experiment, origin: dict[str, Any],
         ) from error
     if overwrite:
         return None
-    if config["hash"] != experiment.hash:
+    expected = identity_hash(experiment, begins_with)
+    if config["hash"] != expected:
         raise InputError(
-            f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {experiment.hash}; choose "
+            f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
     if "source" in origin and "source" in config:

@@ -19,12 +19,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.identity import identity_hash
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.writers import read_lines
 from jaxmp.text_table import without_nan
@@ -37,9 +38,18 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def of(cls, experiment: Experiment, workdir: str | os.PathLike[str], name: str) -> RunFolder:
-        """The folder that a run of `experiment` has in `workdir`: `workdir/name/<hash>-s<seed>`."""
-        return cls(Path(workdir) / name / f"{experiment.hash}-s{experiment.seed}")
+    def of(
+        cls,
+        experiment: Experiment,
+        workdir: str | os.PathLike[str],
+        name: str,
+        begins_with: Mapping[str, Any] | None = None,
+    ) -> RunFolder:
+        """The folder that a run of `experiment` has in `workdir`: `workdir/name/<hash>-s<seed>`.
+
+        `begins_with` is what identifies the state or weights of another run that it begins with.
+        """
+        return cls(Path(workdir) / name / f"{identity_hash(experiment, begins_with)}-s{experiment.seed}")
 
     @classmethod
     def find(cls, path: Path) -> RunFolder:
@@ -205,6 +215,12 @@ class RunFolder:
             return str(json.loads(self._failure.read_text())["reason"])
         except (ValueError, KeyError, TypeError):
             return f"{self._failure} is damaged; the same `jaxmp train` says it again"
+
+    def write_lines(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Writes metrics.jsonl anew, with the lines of another run that this one begins with."""
+        temporary = self.metrics.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(without_nan(line), allow_nan=False) + "\n" for line in lines))
+        temporary.replace(self.metrics)
 
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order. Raises InputError for a broken one, with its number."""

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from jaxmp.distributed import processes
 from jaxmp.errors import InputError
+from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, Difference, differences
-from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.checkpoint import Checkpoints, describe, named_leaves
+from jaxmp.runs.folder import RunFolder, parse_step
+from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_patience
+from jaxmp.runs.trainer import Trainer
+from jaxmp.scaling.transform import skipped_steps
+from jaxmp.training import schedules
+from jaxmp.training.state import TrainState
+from jaxmp.trees import Pattern, is_key
 
 Log = Callable[[str], None]
 
 DEVICES = "devices"
 """what a session calls the number of devices, which is no field of an experiment"""
+
+
+NEIGHBOURS = 3
+"""the most runs that `log_neighbours` speaks of"""
 
 
 # In the same folder.
@@ -64,7 +83,10 @@ def with_session(config: dict[str, Any], step: int, changes: Iterable[Difference
 
 def log_neighbours(folder: RunFolder, experiment: Experiment, origin: dict[str, Any] | None, log: Log) -> None:
     """Says which runs beside this new one differ from it in one field alone, and what --continue would do with them."""
+    said = 0
     for other in folder.beside():
+        if said == NEIGHBOURS:
+            return
         try:
             config = other.read_config()
             if config["seed"] != experiment.seed or config.get("begins_with") != origin:
@@ -73,6 +95,7 @@ def log_neighbours(folder: RunFolder, experiment: Experiment, origin: dict[str, 
         except (OSError, InputError):  # a run of another version
             continue
         if len(found) == 1:
+            said += 1
             log(f"a new run: it differs from {other.path} in {found[0]} alone; {_would_do(other, found[0])}")
 
 
@@ -93,3 +116,320 @@ def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
     kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
     return path.partition(".")[0] == "data" and not kept
+
+
+# From the state or the weights of another run.
+
+
+class Carried(NamedTuple):
+    """What a run that goes on from another begins with."""
+
+    lines: list[dict[str, Any]]
+    states: list[tuple[int, Any, dict[str, float]]]
+    """step, state with metrics since the last line, and validation metrics: of the best weights, then of the last"""
+    how: dict[str, Any]
+    """how checkpoints are kept"""
+
+    def write(self, folder: RunFolder) -> None:
+        """Writes it. The state to go on from comes last, so that a kill on the way leaves none to resume from."""
+        processes.from_first(lambda: folder.write_lines(self.lines))
+        checkpoints = folder.checkpoints(**self.how)
+        try:
+            for step, tree, measured in self.states:
+                checkpoints.save(step, tree, measured)
+        finally:
+            checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """A run whose state, or whose weights, another run begins with."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    """its config.json"""
+    step: int
+    """of the checkpoint"""
+    how: Literal["continue", "init"]
+    """whether all of its state is taken, or its weights alone"""
+    only: tuple[str, ...] = ()
+    """patterns of the weights that are taken; all if empty"""
+
+    @classmethod
+    def find(cls, text: str | os.PathLike[str], how: Literal["continue", "init"], only: Sequence[str] = ()) -> Parent:
+        """The run that `RUN`, `RUN@STEP` or, to take weights from, `RUN@best` names.
+
+        Raises: InputError if there is no such run, or it has no such checkpoint.
+        """
+        option = "--continue" if how == "continue" else "--init-from"
+        name, at, which = os.fspath(text).rpartition("@")
+        if not at or Path(os.fspath(text)).exists():
+            name, which = os.fspath(text), "last"
+        for pattern in only:
+            if Pattern(pattern).by_class:
+                raise InputError(f"--init-only {pattern}: a weight has no class; expected a path such as **/kernel")
+        folder = RunFolder.find(Path(name))
+        config, steps = folder.read_config(), folder.checkpoint_steps()
+        step = parse_step(which, f"{option} {os.fspath(text)}")
+        if how == "continue" and step == "best":
+            raise InputError(
+                f"{option} {os.fspath(text)}: expected RUN or RUN@STEP; --init-from takes the best weights"
+            )
+        if not steps:
+            raise InputError(f"{option} {os.fspath(text)}: {folder.path} has no checkpoint yet")
+        if step == "best":
+            checkpoints = folder.checkpoints(best_of=config.get("monitor"), mode=config.get("mode", "max"))
+            step = checkpoints.best_step() or "last"
+            checkpoints.close()
+        step = steps[-1] if step == "last" else step
+        if step not in steps:
+            raise InputError(
+                f"{option} {os.fspath(text)}: {folder.path} has no checkpoint of step {step}; there are "
+                f"{', '.join(map(str, steps))}"
+            )
+        return cls(folder, config, step, how, tuple(only))
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether all of its state is taken."""
+        return self.how == "continue"
+
+    @property
+    def begins_with(self) -> dict[str, Any]:
+        """What identifies the state or the weights, as JSON."""
+        only = {"only": list(self.only)} if self.only else {}
+        return {"how": self.how, "hash": self.config["hash"], "seed": self.config["seed"], "step": self.step, **only}
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuses what --continue cannot do, from what config.json says.
+
+        Raises: InputError if the rows of a step would be others, or no step is left.
+        """
+        if not self.takes_all:
+            return
+        name = self.folder.path
+        for one in differences(self.config["experiment"], trainer.experiment):
+            if one.kind in HASHED and is_other_data(one.path):
+                raise InputError(
+                    f"--continue {name}: {one}, and its steps go over other rows; --init-from {name} takes its weights"
+                )
+        if trainer.experiment.seed != self.config["seed"]:
+            raise InputError(
+                f"--continue {name}: seed = {trainer.experiment.seed} (was {self.config['seed']}), which gives its steps "
+                f"other rows; --init-from {name} takes its weights"
+            )
+        if trainer.steps <= self.step:
+            raise InputError(
+                f"--continue {name}: it stands at step {self.step}, and this run has {trainer.steps} steps: nothing is "
+                "left to do; expected more --loop.epochs or --loop.steps"
+            )
+        evaluated = counted_evaluations(self.lines(), trainer, self.best_since(trainer))
+        if is_out_of_patience(evaluated, trainer):
+            raise InputError(
+                f"--continue {name}: {trainer.experiment.loop.patience} evaluations in a row were no better, so that "
+                "loop.patience leaves nothing to do; expected a larger one, or None"
+            )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the parent up to the step, without those of the test split."""
+        lines = self.folder.read_lines()
+        return [line for line in lines if line["step"] <= self.step and line["split"] != "test"]
+
+    def best_since(self, trainer: Trainer) -> int:
+        """The step up to which evaluations do not count for the best: the parent's, if it measured something else."""
+        task = any(
+            one.path.partition(".")[0] == "task" for one in differences(self.config["experiment"], trainer.experiment)
+        )
+        same = (self.config.get("monitor"), self.config.get("mode")) == (trainer.monitor.name, trainer.monitor.best)
+        return self.config.get("best_since", 0) if same and not task else self.step
+
+    # The whole state.
+
+    def carry_over(self, trainer: Trainer, fresh: TrainState, log: Log) -> Carried:
+        """Reads what a new run begins with: the state of the step and of the best one, in the layout of `fresh`.
+
+        Raises: InputError if a leaf that has to be taken differs in path, shape or dtype; all are named.
+        """
+        checkpoints = self.folder.checkpoints()
+        evaluated = counted_evaluations(self.lines(), trainer, self.best_since(trainer))
+        best, _ = best_evaluation(evaluated, trainer)
+        try:
+            tree, began = self._converted(trainer, fresh, checkpoints, self.step)
+            self._log(trainer, tree["state"], began, log)
+            states = [(self.step, tree, checkpoints.metrics(self.step) if self.step in dict(evaluated) else {})]
+            if best != self.step and best in checkpoints.steps() and best < self.step:
+                states.insert(
+                    0, (best, self._converted(trainer, fresh, checkpoints, best)[0], checkpoints.metrics(best))
+                )
+        finally:
+            checkpoints.close()
+        how = {"keep": trainer.experiment.loop.keep, "best_of": trainer.monitor.name, "mode": trainer.monitor.best}
+        return Carried(self.lines(), states, how)
+
+    def _converted(
+        self, trainer: Trainer, fresh: TrainState, checkpoints: Checkpoints, step: int
+    ) -> tuple[Any, list[str]]:
+        """The state and metrics of a checkpoint in the layout of `fresh`, and what of them begins fresh."""
+        template: Any = {"state": fresh, "metrics": trainer.no_metrics}
+        saved, wanted = checkpoints.leaves(step), named_leaves(template)
+        expected = {path: describe(leaf) for path, leaf in wanted.items()}
+        same_scaler = self.config.get("scaler") == canonical(trainer.experiment.make_scaler(), "scaler")
+        same_scaler = same_scaler and all(
+            saved.get(path) == expected.get(path) for path in {*saved, *expected} if _of_scaler(path)
+        )
+        same_metrics = all(
+            saved.get(path) == expected.get(path) for path in {*saved, *expected} if _part(path) == "metrics"
+        )
+        takes: dict[str, str] = {}  # the saved path of each leaf that is taken
+        began, wrong = [], []
+        for path in expected:
+            source = path
+            if _of_scaler(path):
+                source = path if same_scaler else ""
+            elif _part(path) == "metrics":
+                source = path if same_metrics else ""
+            elif _part(path) == "ema" and path not in saved:
+                source = path.replace("state/ema", "state/params", 1)
+                began.append("the moving average of the weights (from the weights)")
+            elif _part(path) == "compensation" and path not in saved:
+                source = ""
+                began.append("the compensation of the rounding of updates")
+            if not source:
+                continue
+            takes[path] = source
+            averaged = _part(path) == "ema" and source != path
+            if not averaged and saved.get(source) != expected[path]:
+                wrong.append(f"  {path}: {saved.get(source, 'nothing')} there, {expected[path]} here")
+        dropped = [path for path in saved if path not in expected]
+        wrong += [
+            f"  {path}: {saved[path]} there, nothing here"
+            for path in dropped
+            if not _of_scaler(path) and _part(path) not in ("metrics", "ema", "compensation")
+        ]
+        if wrong:
+            raise InputError(
+                f"--continue {self.folder.path}: its state of step {step} is of another model, optimizer or precision "
+                f"(--init-from takes weights alone):\n" + "\n".join(wrong)
+            )
+        if not same_scaler:
+            began.append("the loss scale")
+        read = checkpoints.read_leaves(step, {source: wanted[path] for path, source in takes.items()})
+        leaves = [_as(read[takes[path]], leaf) if path in takes else leaf for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), list(dict.fromkeys(began))
+
+    def _log(self, trainer: Trainer, state: TrainState, began: list[str], log: Log) -> None:
+        """Says what goes on, with which learning rate, and what begins fresh."""
+        log(f"going on from step {self.step} of {self.folder.path}")
+        applied = int(state.step) - int(skipped_steps(state.opt_state))
+        then = _rate_of_json(self.config["experiment"]["optimizer"], self.config.get("steps"), applied)
+        now = _rate(trainer.experiment.optimizer, trainer.steps, applied)
+        if then is not None or now is not None:
+            log(f"the learning rate at its end was {_shown(then)}, and is {_shown(now)} now")
+        if began:
+            log(f"fresh: {', '.join(began)}")
+
+    # The weights alone.
+
+    def give_weights(self, fresh: TrainState, log: Log) -> TrainState:
+        """The fresh state of a run, with the parent's weights; averaged ones where it keeps an average.
+
+        Batch statistics and other state of the model go with the weights.
+
+        Raises: InputError if a leaf differs in path, shape or dtype, or a pattern of --init-only matches none.
+        """
+        checkpoints = self.folder.checkpoints()
+        option = f"--init-from {self.folder.path}"
+        try:
+            saved = checkpoints.leaves(self.step)
+            mine = named_leaves({"state": {"params": fresh.params, "model_state": fresh.model_state}})
+            patterns = [Pattern(text) for text in self.only]
+            weights = {path: _within(path) for path in {**saved, **mine} if _part(path) in ("params", "model_state")}
+            for pattern in patterns:
+                if not any(pattern.covers(name) for path, name in weights.items() if path in mine):
+                    raise InputError(
+                        f"--init-only {pattern}: no such weight; {pattern.what_there_is(_parameters(mine))}"
+                    )
+            taken = [
+                path for path, name in weights.items() if not patterns or any(each.covers(name) for each in patterns)
+            ]
+            wrong = [
+                f"  {_within(path)}: {saved.get(path, 'nothing')} there, "
+                f"{describe(mine[path]) if path in mine else 'nothing'} here"
+                for path in taken
+                if path not in mine or saved.get(path) != describe(mine[path])
+            ]
+            if wrong:
+                raise InputError(
+                    f"{option}: its weights of step {self.step} differ from this model's; --init-only PATTERN takes "
+                    "those that a pattern names, and the others begin fresh:\n" + "\n".join(wrong)
+                )
+            averaged = {path: path.replace("state/params", "state/ema", 1) for path in taken}
+            source = {path: averaged[path] if averaged[path] in saved else path for path in taken}
+            read = checkpoints.read_leaves(self.step, {source[path]: mine[path] for path in taken})
+        finally:
+            checkpoints.close()
+        leaves = [_as(read[source[path]], leaf) if path in source else leaf for path, leaf in mine.items()]
+        tree = {"state": {"params": fresh.params, "model_state": fresh.model_state}}
+        given = jax.tree.unflatten(jax.tree.structure(tree), leaves)["state"]
+        log(f"weights of step {self.step} of {self.folder.path}: {len(taken)} of {len(mine)} leaves, the others fresh")
+        ema = None
+        if fresh.ema is not None:
+            ema = jax.tree.map(lambda average, param: _as(jnp.copy(param), average), fresh.ema, given["params"])
+        return dataclasses.replace(fresh, params=given["params"], model_state=given["model_state"], ema=ema)
+
+
+def _part(path: str) -> str:
+    """ "params" of state/params/Dense_0/kernel; "metrics" of metrics/loss/total."""
+    names = path.split("/")
+    return names[1] if names[0] == "state" and len(names) > 1 else names[0]
+
+
+def _within(path: str) -> str:
+    """The path of a weight in the model: Dense_0/kernel, of model state without the name of its collection."""
+    names = path.split("/")[2:]
+    return "/".join(names[1:] if _part(path) == "model_state" else names)
+
+
+def _parameters(paths: Iterable[str]) -> list[str]:
+    return [_within(path) for path in paths]
+
+
+def _of_scaler(path: str) -> bool:
+    """Whether a leaf is of the state of a scaler, and not of the optimizer inside its loss scaling."""
+    names = path.split("/")
+    if names[:2] != ["state", "opt_state"] or "inner_state" in names:
+        return False
+    return "scaler" in names or names[-1] == "skipped_scale"
+
+
+def _as(value: Any, like: Any) -> Any:
+    """A restored leaf in the dtype of `like`, on its devices."""
+    if is_key(value) or value.dtype == like.dtype:
+        return value
+    cast = jnp.asarray(value, like.dtype)
+    return cast if not getattr(like, "committed", False) else jax.device_put(cast, like.sharding)
+
+
+def _rate(optimizer: Any, steps: int | None, applied: int) -> float | None:
+    """The learning rate of the step after `applied` ones; None if the optimizer does not say it."""
+    schedule, peak = getattr(optimizer, "schedule", None), getattr(optimizer, "learning_rate", None)
+    if not hasattr(schedule, "make") or peak is None or steps is None:
+        return None
+    return float(schedule.make(peak, steps)(applied))
+
+
+def _rate_of_json(optimizer: Any, steps: int | None, applied: int) -> float | None:
+    """The same of a recorded optimizer; None if its schedule is not one of jaxmp's."""
+    recorded = optimizer.get("schedule") if isinstance(optimizer, dict) else None
+    if not isinstance(recorded, dict) or steps is None:
+        return None
+    name = str(recorded.get("class", ""))
+    kind = getattr(schedules, name.removeprefix("jaxmp."), None) if name.startswith("jaxmp.") else None
+    if kind is None:
+        return None
+    fields = {name: tuple(of) if isinstance(of, list) else of for name, of in recorded.items() if name != "class"}
+    return float(kind(**fields).make(optimizer["learning_rate"], steps)(max(applied - 1, 0)))
+
+
+def _shown(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate:.3g}"

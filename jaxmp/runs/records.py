@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
 from jaxmp.instruments.ranges import StepRanges
+from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
@@ -86,8 +88,8 @@ class Records:
     def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
         records = self._folder.read_lines()
-        evaluations = [record for record in records if record["split"] == "validation"]
-        evaluated = [(record["step"], _number(record[self._trainer.monitor.name])) for record in evaluations]
+        since = self._folder.read_config().get("best_since", 0)
+        evaluated = counted_evaluations(records, self._trainer, since)
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
 
     # Training lines.
@@ -171,16 +173,11 @@ class Records:
 
     def best(self) -> tuple[int, float]:
         """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""
-        sign = 1 if self._trainer.monitor.best == "max" else -1
-        numbers = [pair for pair in self._evaluated if not math.isnan(pair[1])]
-        return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
+        return best_evaluation(self._evaluated, self._trainer)
 
     def out_of_patience(self) -> bool:
         """Whether so many evaluations in a row were no better that training stops early."""
-        if self._loop.patience is None:
-            return False
-        best_step, _ = self.best()
-        return sum(step > best_step for step, _ in self._evaluated) >= self._loop.patience
+        return is_out_of_patience(self._evaluated, self._trainer)
 
     def seconds(self) -> float:
         """Wall seconds of all sessions of the run so far."""
@@ -202,6 +199,37 @@ class Records:
     def _hand_on(self, record: dict[str, Any]) -> None:
         for writer in self._writers:
             writer.write(record)
+
+
+Evaluated = list[tuple[int, float]]
+"""step and monitored metric of each evaluation"""
+
+
+def counted_evaluations(records: Iterable[Mapping[str, Any]], trainer: Trainer, since: int = 0) -> Evaluated:
+    """The evaluations among lines that count for the best and for patience: those that this run's loop would make.
+
+    Args:
+      records: lines of metrics.jsonl.
+      trainer: of the run.
+      since: evaluations at or before this step do not count: they measured something else.
+    """
+    due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
+    evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
+    return [(line["step"], _number(line[name])) for line in evaluations if due.evaluation(line["step"])]
+
+
+def best_evaluation(evaluated: Evaluated, trainer: Trainer) -> tuple[int, float]:
+    """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) if all are NaN."""
+    sign = 1 if trainer.monitor.best == "max" else -1
+    numbers = [pair for pair in evaluated if not math.isnan(pair[1])]
+    return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
+
+
+def is_out_of_patience(evaluated: Evaluated, trainer: Trainer) -> bool:
+    """Whether so many of the last evaluations were no better that training stops early."""
+    patience = trainer.experiment.loop.patience
+    best_step, _ = best_evaluation(evaluated, trainer)
+    return patience is not None and sum(step > best_step for step, _ in evaluated) >= patience
 
 
 def _read(opt_state: Any) -> dict[str, jax.Array]:

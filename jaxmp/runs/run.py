@@ -17,6 +17,7 @@ from jaxmp.data.pipeline import batch_of
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.imports import changed_import
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
@@ -121,10 +122,11 @@ class Run:
         """
         experiment = self._given or self._rebuild()
         expected, seed = self.config["hash"], self.config["seed"]
-        if (experiment.hash, experiment.seed) != (expected, seed):
+        identity = identity_hash(experiment, self.config.get("begins_with"))
+        if (identity, experiment.seed) != (expected, seed):
             raise InputError(
                 f"{self.path} trained the experiment of hash {expected} with seed {seed}; the one "
-                f"{'given' if self._given else 'made again from its source'} has hash {experiment.hash} and seed "
+                f"{'given' if self._given else 'made again from its source'} has hash {identity} and seed "
                 f"{experiment.seed}: {_first_difference(self.config['experiment'], experiment.to_json())}. "
                 f"Versions then: {', '.join(f'{name} {number}' for name, number in self.config['versions'].items())}"
             )

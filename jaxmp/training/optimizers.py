@@ -101,10 +101,13 @@ class Optimizer:
     def make(self, steps: int) -> optax.GradientTransformation:
         """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
 
+        Its state has one layout by class: what is off is `optax.identity()`, so that it can be turned on later.
+
         Its `init` raises InputError if a pattern in `decay` matches no parameter.
         """
         rule = self._rule(self.schedule.make(self.learning_rate, steps))
-        return rule if self.clip_norm is None else optax.chain(clip_by_global_norm(self.clip_norm), rule)
+        clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, rule)
 
     def _decay_mask(self) -> Callable[[Any], Any] | None:
         """Returns the mask function for optax, which selects the parameters that decay; None without weight decay."""
@@ -112,9 +115,10 @@ class Optimizer:
 
     def _after_l2(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
         """Chains adding weight decay to the gradients (L2 regularisation) with `rule`."""
-        if not self.weight_decay:
-            return rule
-        return optax.chain(optax.add_decayed_weights(self.weight_decay, self._decay_mask()), rule)
+        decay: optax.GradientTransformation = optax.identity()
+        if self.weight_decay:
+            decay = optax.add_decayed_weights(self.weight_decay, self._decay_mask())
+        return optax.chain(decay, rule)
 
 
 @dataclass(frozen=True)

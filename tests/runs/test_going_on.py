@@ -82,13 +82,13 @@ class Overflows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class OverflowsInSteps2To4:
+class OverflowsInSteps5To7:
     def init(self):
         return Overflows(jnp.float32(1), jnp.int32(0))
 
     def update(self, state, finite, grad_max):
         updates = state.updates + 1
-        return Overflows(jnp.where((updates >= 1) & (updates < 4), jnp.inf, 1).astype(jnp.float32), updates)
+        return Overflows(jnp.where((updates >= 4) & (updates < 7), jnp.inf, 1).astype(jnp.float32), updates)
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +189,7 @@ DECIDES_OR_CHOOSES = [("loop.eval_every", 2), ("loop.patience", 3), ("optimizer.
 
 
 @pytest.mark.parametrize(("path", "value"), slow_but(("loop.steps",), DECIDES_OR_CHOOSES))
-def test_another_deciding_or_choosing_value_is_another_run_and_says_what_continue_would_do(
-    copied, finished, path, value
-):
+def test_another_deciding_or_choosing_value_is_another_run_that_says_what_continue_does(copied, finished, path, value):
     said: list[str] = []
     other = fit(changed(BASE, path, value), workdir=copied, name="small", log=said.append)
     assert other.path.parent == copied / "small" and other.path.name != finished.path.name
@@ -223,10 +221,10 @@ def test_the_best_weights_are_evaluated_on_the_test_split_as_well(tmp_path):
 
 
 def test_a_row_of_skips_of_just_the_limit_is_not_overlooked(tmp_path):
-    """The run is checked after steps 3, 6 and 8: two skips are seen after step 3, and none after step 6."""
-    experiment = dataclasses.replace(BASE, scaler=OverflowsInSteps2To4(), loop=Loop(steps=8, max_consecutive_skips=3))
-    with pytest.raises(RunFailed, match="3 steps in a row were skipped, before step 6"):
+    """The run is checked after steps 3, 4, 6 and 8: two skips are seen after step 6, and none after step 8."""
+    loop = Loop(steps=8, eval_every=8, max_consecutive_skips=3)
+    experiment = dataclasses.replace(BASE, scaler=OverflowsInSteps5To7(), loop=loop)
+    with pytest.raises(RunFailed, match="3 steps in a row were skipped, before step 8"):
         fit(experiment, workdir=tmp_path)
-    assert (
-        fit(changed(experiment, "loop.max_consecutive_skips", 4), workdir=tmp_path / "4").summary["skipped_steps"] == 3
-    )
+    more = changed(experiment, "loop.max_consecutive_skips", 4)
+    assert fit(more, workdir=tmp_path / "4").summary["skipped_steps"] == 3
