@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
@@ -126,7 +126,7 @@ def parse(
     # checks of the experiment wait for the experiment: an option may be in the place of one of its fields.
     own = vars(values)
     fields = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
-    bases, unchecked = (options, type(experiment)), {"__post_init__": lambda self: None}
+    bases, unchecked = (_spelled(options), type(experiment)), {"__post_init__": lambda self: None}
     both = dataclasses.make_dataclass("Arguments", [], bases=bases, frozen=True, namespace=unchecked)(**fields | own)
     both = override(both, overrides, prog=prog, description=config.docstring.partition("\n")[0])
     changed = {
@@ -151,7 +151,7 @@ def _split(options: type, argv: Sequence[str], prog: str) -> tuple[Any, list[str
 
     An argument that begins with `--` names a field, and those up to the next are its values.
     """
-    own = {field.name for field in dataclasses.fields(options)}
+    own = {_spelling(field) for field in dataclasses.fields(options)}
     parts: dict[bool, list[str]] = {True: [], False: []}
     is_own = False
     for argument in argv:
@@ -166,7 +166,27 @@ def _read(options: type, argv: Sequence[str], *, prog: str, description: str = "
     import tyro
 
     positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
-    return tyro.cli(options, args=argv, prog=prog, description=description, config=positional)
+    read: Any = tyro.cli(_spelled(options), args=argv, prog=prog, description=description, config=positional)
+    return options(**vars(read))
+
+
+def _spelled(options: type) -> type:
+    """The options, with a field called `continue_`, which Python wants for a keyword, spelled `--continue`."""
+    import tyro
+
+    fields = [field for field in dataclasses.fields(options) if field.name.endswith("_")]
+    if not fields:
+        return options
+    types = get_type_hints(options)
+    spelled = [
+        (field.name, Annotated[types[field.name], tyro.conf.arg(name=_spelling(field))], field.default)
+        for field in fields
+    ]
+    return dataclasses.make_dataclass(options.__name__, spelled, bases=(options,), frozen=True)
+
+
+def _spelling(field: dataclasses.Field[Any]) -> str:
+    return field.name.removesuffix("_")
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:
@@ -175,9 +195,9 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 def _usage(field: dataclasses.Field[Any]) -> str:
     """`--seeds 0 1 2`: an option with its default as an example, or with its name in capitals where that is None."""
-    name, default = "--" + field.name.replace("_", "-"), field.default
+    name, default = "--" + _spelling(field).replace("_", "-"), field.default
     if isinstance(default, bool):
         return name
     if default is None:
-        return f"{name} {field.name.upper()}"
+        return f"{name} {_spelling(field).upper()}"
     return f"{name} {' '.join(map(str, default)) if isinstance(default, tuple) else default}"

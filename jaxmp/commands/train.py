@@ -25,7 +25,7 @@ class Options:
     """Show shapes, parameters, precision, memory and batches per epoch, from one step that is compiled but not run."""
     overwrite: bool = False
     """Delete this run if it exists and start again, instead of resuming it."""
-    continue_: Annotated[str | None, tyro_name("continue")] = None
+    continue_: str | None = None
     """Go on from all of the state of RUN, or RUN@STEP, with what is changed, in a folder of its own."""
     init_from: str | None = None
     """Begin with the weights of RUN, RUN@best or RUN@STEP."""

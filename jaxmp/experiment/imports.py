@@ -1,6 +1,6 @@
 """Finds the modules that a config file imports from its own folder.
 
-A run records their sources, and compares them when it is resumed. Does not import JAX.
+A run records their sources. Does not import JAX.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -37,37 +37,6 @@ def local_imports(source: str, file: str) -> dict[str, str]:
             is_package = spec.submodule_search_locations is not None
             waiting.append((found[name], name if is_package else name.rpartition(".")[0]))
     return dict(sorted(found.items()))
-
-
-def changed_import(recorded: Mapping[str, str]) -> str | None:
-    """Returns the path of the first module whose program differs from its recorded source, or None if none does.
-
-    Ignores modules that cannot be found: importing them raises an error of its own.
-
-    Args:
-      recorded: sources by module name, as `local_imports` returns them.
-    """
-    for name, source in recorded.items():
-        spec = _spec(name)
-        text = None if spec is None else _text(spec)
-        if spec is not None and text is not None and program(text) != program(source):
-            return spec.origin
-    return None
-
-
-def program(source: str) -> str:
-    """Returns the program in a Python source, without comments, layout and module docstring, for comparison.
-
-    The docstring is left out because configs record their results in it. A source that is not valid Python is returned
-    unchanged.
-    """
-    try:
-        module = ast.parse(source)
-    except (SyntaxError, ValueError):  # ValueError: a null byte
-        return source
-    if ast.get_docstring(module) is not None:
-        del module.body[0]
-    return ast.dump(module)
 
 
 def _imported(source: str, package: str) -> Iterator[str]:

@@ -22,13 +22,23 @@ from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
-from jaxmp.experiment.imports import changed_import, program
+from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
-from jaxmp.runs.going_on import Parent, changed_settings, log_changes, log_neighbours, log_without_effect, with_session
+from jaxmp.runs.going_on import (
+    Parent,
+    changed_settings,
+    log_changes,
+    log_neighbours,
+    log_sampled,
+    log_without_effect,
+    refuse_other_code,
+    refuse_other_rows,
+    with_session,
+)
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import Trainer
@@ -155,7 +165,7 @@ def fit(
     folder = RunFolder.of(experiment, workdir, name, begins_with)
     recorded, summary = processes.from_first(
         lambda: (
-            _recorded(folder, experiment, begins_with, origin, overwrite),
+            _recorded(folder, experiment, begins_with, overwrite, log),
             None if overwrite else folder.read_summary(),
         )
     )
@@ -169,12 +179,15 @@ def fit(
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
+    rows = processes.from_first(lambda: trainer.fingerprints())
+    if recorded:
+        refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
     begins = parent is not None and processes.from_first(
         lambda: not recorded or max(folder.checkpoint_steps(), default=0) < max(parent.step * parent.takes_all, 1)
     )
     if parent is not None and begins:
-        parent.check(trainer)
+        parent.check(trainer, rows)
         fuse = parent.config.get("fuse_steps", fuse) if parent.takes_all else fuse
     feed = trainer.feed(fuse=fuse)
     fresh = trainer.init()
@@ -195,11 +208,13 @@ def fit(
                     "fuse_steps": fuse,
                     "steps": trainer.steps,
                     "scaler": canonical(experiment.make_scaler(), "scaler"),
+                    "made_by": made_by(experiment),
+                    "rows": rows,
                 }
                 if parent is not None:
                     run |= {"begins_with": begins_with, "parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
-                shown = {"metrics": specs_to_json(trainer.metric_specs)}
+                shown: dict[str, Any] = {"metrics": specs_to_json(trainer.metric_specs)}
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
@@ -213,6 +228,7 @@ def fit(
             carried.write(folder)
         changes = changed_settings(recorded, experiment, trainer.devices.count) if recorded else []
         _log_particulars(trainer, log)
+        log_sampled(rows, log)
         log_changes(changes, log)
         stop = stack.enter_context(stop_signals())
         with _Session(trainer, feed, folder, log, stop) as session:
@@ -246,8 +262,8 @@ def _recorded(
     folder: RunFolder,
     experiment: Experiment,
     begins_with: dict[str, Any] | None,
-    origin: dict[str, Any],
     overwrite: bool,
+    log: Callable[[str], None],
 ) -> Any:
     """The config.json of a run to be resumed; None if there is none, or it is to be overwritten."""
     if folder.is_unused():
@@ -266,15 +282,7 @@ def _recorded(
             f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
-    if "source" in origin and "source" in config:
-        changed = changed_import(config.get("imports", {}))
-        if program(origin["source"]) != program(config["source"]):
-            changed = origin.get("file", "the config")
-        if changed is not None:
-            raise InputError(
-                f"{changed} has changed since {folder.path} began, in what no field of the experiment shows: choose "
-                "another --workdir, or --overwrite"
-            )
+    refuse_other_code(folder, config, made_by(experiment), log)
     return config
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmp.data.fingerprint import changed_rows
 from jaxmp.distributed import processes
 from jaxmp.errors import InputError
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, Difference, differences
+from jaxmp.experiment.reachable import Comparison
 from jaxmp.runs.checkpoint import Checkpoints, describe, named_leaves
 from jaxmp.runs.folder import RunFolder, parse_step
 from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_patience
@@ -33,6 +35,68 @@ DEVICES = "devices"
 
 NEIGHBOURS = 3
 """the most runs that `log_neighbours` speaks of"""
+
+
+# By the same code, over the same data.
+
+
+def refuse_other_code(folder: RunFolder, config: Mapping[str, Any], now: Mapping[str, Any], log: Log) -> None:
+    """Refuses to go on with a run that was made by other code. A finished run is only read, whatever the packages are.
+
+    Args:
+      folder: of the run.
+      config: its config.json.
+      now: what `made_by` returns now.
+      log: takes what cannot be compared.
+
+    Raises: InputError that names what differs.
+    """
+    found = Comparison(config.get("made_by", now), now)
+    if found.unknown:
+        log(
+            f"{_listed(found.unknown)}: kept as bytecode of another version of Python; whether it has changed since "
+            f"{folder.path} began is not known"
+        )
+    if found.changed:
+        raise InputError(
+            f"{_listed(found.changed)} has changed since {folder.path} began: it is never gone on with by other code; "
+            "take back the change, choose another --workdir (workdir=), or begin again with --overwrite "
+            "(overwrite=True)"
+        )
+    if found.packages and not folder.has_ended:
+        raise InputError(
+            f"{_listed(found.packages)}: {folder.path} began with another version, and is never gone on with by other "
+            "code; install that version, choose another --workdir (workdir=), or begin again with --overwrite "
+            "(overwrite=True)"
+        )
+
+
+def refuse_other_rows(folder: RunFolder, config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run over other data. Raises InputError that names what differs in which split."""
+    found = other_rows(config, now)
+    if found:
+        raise InputError(
+            f"the data have changed since {folder.path} began: {_listed(found)}. It is never gone on with over other "
+            "data; bring them back, choose another --workdir (workdir=), or begin again with --overwrite "
+            "(overwrite=True)"
+        )
+
+
+def other_rows(config: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what the splits differ from those of a run, by its config.json."""
+    was = config.get("rows", {})
+    return [one for split in now if split in was for one in changed_rows(split, was[split], now[split])]
+
+
+def log_sampled(rows: Mapping[str, Any], log: Log) -> None:
+    """Says which splits are too large to be compared whole when a run is gone on with."""
+    large = [f"{split} ({of['rows']} rows)" for split, of in rows.items() if of["sampled"]]
+    if large:
+        log(f"{', '.join(large)}: more than 64 MiB, so that 256 rows, spread evenly, tell whether the data changed")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # In the same folder.
@@ -200,8 +264,8 @@ class Parent:
         only = {"only": list(self.only)} if self.only else {}
         return {"how": self.how, "hash": self.config["hash"], "seed": self.config["seed"], "step": self.step, **only}
 
-    def check(self, trainer: Trainer) -> None:
-        """Refuses what --continue cannot do, from what config.json says.
+    def check(self, trainer: Trainer, rows: Mapping[str, Any]) -> None:
+        """Refuses what --continue cannot do, from what config.json says; `rows` are the trainer's fingerprints.
 
         Raises: InputError if the rows of a step would be others, or no step is left.
         """
@@ -213,10 +277,16 @@ class Parent:
                 raise InputError(
                     f"--continue {name}: {one}, and its steps go over other rows; --init-from {name} takes its weights"
                 )
+        found = other_rows(self.config, rows)
+        if found:
+            raise InputError(
+                f"--continue {name}: {_listed(found)}: its steps would go over other data; --init-from {name} takes "
+                "its weights"
+            )
         if trainer.experiment.seed != self.config["seed"]:
             raise InputError(
-                f"--continue {name}: seed = {trainer.experiment.seed} (was {self.config['seed']}), which gives its steps "
-                f"other rows; --init-from {name} takes its weights"
+                f"--continue {name}: seed = {trainer.experiment.seed} (was {self.config['seed']}), and its steps go "
+                f"over other rows; --init-from {name} takes its weights"
             )
         if trainer.steps <= self.step:
             raise InputError(
@@ -412,7 +482,8 @@ def _as(value: Any, like: Any) -> Any:
 
 def _rate(optimizer: Any, steps: int | None, applied: int) -> float | None:
     """The learning rate of the step after `applied` ones; None if the optimizer does not say it."""
-    schedule, peak = getattr(optimizer, "schedule", None), getattr(optimizer, "learning_rate", None)
+    schedule: Any = getattr(optimizer, "schedule", None)
+    peak = getattr(optimizer, "learning_rate", None)
     if not hasattr(schedule, "make") or peak is None or steps is None:
         return None
     return float(schedule.make(peak, steps)(applied))

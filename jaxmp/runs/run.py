@@ -18,7 +18,7 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
-from jaxmp.experiment.imports import changed_import
+from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
 from jaxmp.runs.folder import RunFolder
@@ -130,6 +130,13 @@ class Run:
                 f"{experiment.seed}: {_first_difference(self.config['experiment'], experiment.to_json())}. "
                 f"Versions then: {', '.join(f'{name} {number}' for name, number in self.config['versions'].items())}"
             )
+        now = made_by(experiment)
+        changed = Comparison(self.config.get("made_by", now), now).changed
+        if changed:
+            raise InputError(
+                f"{', '.join(changed[:5])} has changed since {self.path} began, and its model would be made by other "
+                f"code; {self.path / 'config.json'} keeps the files as they were, under source and imports"
+            )
         return experiment
 
     def _rebuild(self) -> Experiment:
@@ -139,14 +146,7 @@ class Run:
                 "jaxmp.Run(path, experiment)"
             )
         config = ConfigFile(self.config["name"], self.config["source"], self.config["file"])
-        experiment = config.experiment(self.config["overrides"])
-        changed = changed_import(self.config.get("imports", {}))
-        if changed is not None:
-            raise InputError(
-                f"{changed} has changed since {self.path} began, and its model would be made by other code; "
-                f"{self.path / 'config.json'} keeps the file as it was, under imports"
-            )
-        return experiment
+        return config.experiment(self.config["overrides"])
 
     @property
     def has_ended(self) -> bool:

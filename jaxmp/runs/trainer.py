@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.data.dataset import Split
+from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
 from jaxmp.data.source import Source
 from jaxmp.errors import InputError, nearest
@@ -51,6 +52,10 @@ class Trainer:
         if split not in self._sources:
             self._sources[split] = self.experiment.data.read(split)
         return self._sources[split]
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`."""
+        return {split: fingerprint(self.source(split)) for split in get_args(Split)}
 
     @functools.cached_property
     def batches(self) -> Batches:

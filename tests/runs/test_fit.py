@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import importlib
 import json
+import linecache
 import math
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -460,13 +462,87 @@ def test_two_processes_do_not_train_in_one_folder(finished, tmp_path):
     assert lines(folder) == lines(finished.path)
 
 
-def test_a_config_whose_code_has_changed_is_refused(tmp_path):
-    origin = {"source": '"""A record."""\nx = 1  # one\n', "file": "my.py"}
-    short = with_loop(steps=1)
-    fit(short, workdir=tmp_path, origin=origin)
-    fit(short, workdir=tmp_path, origin={**origin, "source": '"""Another record."""\n\nx = 1\n'})
-    with pytest.raises(InputError, match=r"my\.py has changed since .* began.*--overwrite"):
-        fit(short, workdir=tmp_path, origin={**origin, "source": "x = 2\n"})
+PROGRAM = """
+import flax.linen as nn
+import numpy as np
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.reshape(len(x), -1) * SCALE)
+
+SCALE = 1.0
+
+def load(split):
+    return {"x": np.load(ROWS)[split], "label": np.arange(20) % 2}
+"""
+
+
+def of_program(source, rows, name="my_program"):
+    """The experiment of a program that was started anew."""
+    module = types.ModuleType(name)
+    file = f"<{name} {len(linecache.cache)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    vars(module)["ROWS"] = str(rows)
+    exec(compile(source, file, "exec", dont_inherit=True), vars(module))
+    task = Classification(inputs=("x",))
+    data = Arrays(module.load, batch_size=10, images=())
+    return Experiment(model=module.Net(), data=data, task=task, loop=Loop(steps=2, save_every=1, eval_every=2))
+
+
+def save_rows(path, rows=20, seed=0, dtype=np.float32, last=0.0):
+    rng = np.random.default_rng(seed)
+    splits = {split: rng.normal(size=(rows, 3)).astype(dtype) for split in ("train", "validation", "test")}
+    splits["train"][-1, -1] += last
+    np.savez(path, **splits)
+
+
+def test_a_run_is_never_gone_on_with_or_returned_by_other_code(tmp_path):
+    save_rows(tmp_path / "rows.npz")
+    first = fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs")
+    commented = PROGRAM.replace("SCALE = 1.0", "# as it came\nSCALE = 1.0")
+    assert not fit(of_program(commented, tmp_path / "rows.npz"), workdir=tmp_path / "runs").trained
+    for stopped in (False, True):
+        if stopped:
+            (first.path / "summary.json").unlink()
+        for old, new, named in (
+            ("* SCALE", "/ SCALE", r"my_program\.Net\.__call__"),
+            ("SCALE = 1.0", "SCALE = 2.0", r"my_program\.SCALE"),
+            ("% 2}", "% 2 }  #", None),
+            ("np.arange(20) % 2", "np.arange(20) // 10", r"my_program\.load"),
+        ):
+            if named is not None:
+                with pytest.raises(InputError, match=rf"{named} has changed since .* began.*workdir.*overwrite"):
+                    fit(of_program(PROGRAM.replace(old, new), tmp_path / "rows.npz"), workdir=tmp_path / "runs")
+
+
+def test_an_unfinished_run_is_never_gone_on_with_over_other_data(tmp_path):
+    path = tmp_path / "rows.npz"
+    save_rows(path)
+    first = fit(of_program(PROGRAM, path), workdir=tmp_path / "runs")
+    (first.path / "summary.json").unlink()
+    for change, said in (
+        ({"seed": 1}, "column 'x' of train has other values"),
+        ({"dtype": np.float64}, r"column 'x' of train is float64\[3\] \(was float32\[3\]\)"),
+        ({"last": 1.0}, "began: column 'x' of train has other values. It"),
+    ):
+        save_rows(path, **change)
+        with pytest.raises(InputError, match=rf"the data have changed since .*{said}"):
+            fit(of_program(PROGRAM, path), workdir=tmp_path / "runs")
+    save_rows(path)
+    assert fit(of_program(PROGRAM, path), workdir=tmp_path / "runs").trained
+
+
+def test_an_unfinished_run_is_not_gone_on_with_by_other_packages(tmp_path):
+    save_rows(tmp_path / "rows.npz")
+    first = fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs")
+    config = json.loads((first.path / "config.json").read_text())
+    config["made_by"]["flax"] = {"version": "0.1"}
+    (first.path / "config.json").write_text(json.dumps(config))
+    assert not fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs").trained
+    (first.path / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"flax .* \(was 0.1\): .* install that version"):
+        fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs")
 
 
 @pytest.mark.slow

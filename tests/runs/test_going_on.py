@@ -14,27 +14,40 @@ import numpy as np
 import pytest
 
 from jaxmp.data.arrays import Arrays
-from jaxmp.errors import RunFailed
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
+from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
+from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.run import Run
+from jaxmp.runs.trainer import Trainer
+from jaxmp.scaling.scalers import Scaling
 from jaxmp.tasks.classification import Classification
-from jaxmp.training.optimizers import Adam
+from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+from jaxmp.training.schedules import CosineDecay
+from jaxmp.trees import by_path
 
 TIMING = {"wall_seconds", "examples_per_second"}
 
 
 class Small(nn.Module):
+    width: int = 4
+
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2)(nn.relu(nn.Dense(4)(x)))
+        hidden = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(2)(hidden)
 
 
 def rows(split):
     rng = np.random.default_rng(len(split))
     label = rng.integers(0, 2, 40)
     return {"x": (rng.normal(size=(40, 3)) + label[:, None]).astype(np.float32), "label": label}
+
+
+def other_rows(split):
+    return rows(split)
 
 
 BASE = Experiment(
@@ -228,3 +241,236 @@ def test_a_row_of_skips_of_just_the_limit_is_not_overlooked(tmp_path):
         fit(experiment, workdir=tmp_path)
     more = changed(experiment, "loop.max_consecutive_skips", 4)
     assert fit(more, workdir=tmp_path / "4").summary["skipped_steps"] == 3
+
+
+# From another run.
+
+
+def test_a_run_continued_to_twice_its_length_is_that_of_twice_the_length_at_once(copied, finished, tmp_path):
+    longer = changed(BASE, "loop.steps", 16)
+    said: list[str] = []
+    there = copied / "small" / finished.path.name
+    gone_on = fit(longer, workdir=copied, name="small", continue_from=there, log=said.append)
+    at_once = fit(longer, workdir=tmp_path / "at_once")
+    assert bits(gone_on, longer) == bits(at_once, longer)
+    assert lines(gone_on.path) == lines(at_once.path)
+    assert gone_on.summary["best"] == at_once.summary["best"]
+    assert gone_on.path not in (there, at_once.path) and gone_on.path.name != f"{longer.hash}-s0"
+    assert any(f"going on from step 8 of {there}" in line for line in said)
+    assert any("the learning rate at its end was 0.01, and is 0.01 now" in line for line in said)
+    again = fit(longer, workdir=copied, name="small", continue_from=f"{there}@8")
+    assert not again.trained and again.path == gone_on.path
+    assert Run(gone_on.path, longer).experiment is longer
+    assert lines(there) == lines(finished.path)  # the parent stays as it was
+
+
+@pytest.fixture
+def parent(copied, finished):
+    return copied / "small" / finished.path.name
+
+
+def go_on(parent, experiment, **how):
+    said: list[str] = []
+    fitted = fit(experiment, workdir=parent.parent.parent, name="small", continue_from=parent, log=said.append, **how)
+    return fitted, "\n".join(said)
+
+
+def with_accuracy(run, step, accuracy):
+    """Writes another validation accuracy into the line of a step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if (record["step"], record["split"]) == (step, "validation"):
+            record["accuracy"] = accuracy
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+LONGER = changed(BASE, "loop.steps", 12)
+
+
+@pytest.mark.slow
+def test_a_run_continued_and_killed_goes_on_to_the_same_bits(parent):
+    whole, _ = go_on(parent, LONGER)
+    expected, written = bits(whole, LONGER), lines(whole.path)
+    (whole.path / "summary.json").unlink()
+    shutil.rmtree(whole.path / "checkpoints")  # killed before the first state was carried over
+    again, _ = go_on(parent, LONGER)
+    assert bits(again, LONGER) == expected and lines(again.path) == written
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.batch_size", 20, r"data.batch_size = 20 \(was 10\).*other rows; --init-from"),
+        ("data.load", other_rows, "data.load = .*other rows"),
+        ("seed", 3, "seed = 3.*other rows"),
+        ("loop.steps", 8, "stands at step 8, and this run has 8 steps: nothing is left to do"),
+        ("loop.patience", 1, "1 evaluations in a row were no better.*nothing to do"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_before_anything_is_written(parent, path, value, message):
+    worse = changed(LONGER, "loop.mode", "max") if path != "loop.patience" else LONGER
+    if path == "loop.patience":
+        with_accuracy(parent, 4, 0.99)
+    with pytest.raises(InputError, match=message):
+        go_on(parent, changed(worse, path, value))
+    assert [run for run in parent.parent.iterdir() if run != parent] == []
+
+
+def test_every_leaf_that_differs_is_named(parent):
+    with pytest.raises(InputError) as refused:
+        go_on(parent, changed(LONGER, "model", Small(width=5)))
+    for leaf in ("state/params/Dense_0/kernel: float32[3, 4] there, float32[3, 5] here", "state/params/Dense_1/kernel"):
+        assert leaf in str(refused.value)
+
+
+@pytest.mark.slow
+def test_from_float16_to_bfloat16_and_back_the_loss_scale_begins_fresh(parent):
+    half, said = go_on(parent, changed(LONGER, "precision", "mixed_float16"))
+    assert "fresh: the loss scale" in said and half.summary["loss_scale"] == 2.0**15
+    bf16, said = go_on(half.path, changed(changed(LONGER, "precision", "mixed_bfloat16"), "loop.steps", 16))
+    assert "fresh: the loss scale" in said and bf16.summary["loss_scale"] == 1
+    back, said = go_on(bf16.path, changed(changed(LONGER, "precision", "mixed_float16"), "loop.steps", 20))
+    assert "fresh: the loss scale" in said and back.summary["loss_scale"] == 2.0**15 and back.summary["steps"] == 20
+
+
+def test_an_equal_scaler_keeps_its_state(tmp_path):
+    scaled = dataclasses.replace(BASE, precision="mixed_float16", scaler=Scaling(growth_interval=3))
+    first = fit(scaled, workdir=tmp_path, name="small")
+    assert first.summary["loss_scale"] == 2.0**17
+    more, said = go_on(first.path, changed(scaled, "loop.steps", 9))
+    assert more.summary["loss_scale"] == 2.0**18 and "fresh" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "value"), [("optimizer.clip_norm", 1.0), ("optimizer.weight_decay", 0.1)])
+def test_clipping_and_decay_can_be_added(parent, path, value):
+    fitted, said = go_on(parent, changed(LONGER, path, value))
+    assert fitted.summary["steps"] == 12 and "fresh" not in said
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW, LAMB, Lion])
+def test_an_optimizers_state_has_one_layout_by_class(kind):
+    params = {"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    options = [{}, {"clip_norm": 1.0}, {"weight_decay": 0.0}, {"weight_decay": 0.1}, {"schedule": CosineDecay()}]
+    layouts = {tuple(by_path(kind(**how).make(10).init(params))) for how in options}
+    assert len(layouts) == 1
+
+
+@pytest.mark.slow
+def test_a_new_moving_average_starts_from_the_weights(parent):
+    averaged = changed(changed(BASE, "loop.steps", 9), "loop.ema_decay", 0.9)
+    before = Run(parent, BASE).state()
+    fitted, said = go_on(parent, averaged)
+    state = Run(fitted.path, averaged).state()
+    assert "the moving average of the weights" in said
+    decay = min(0.9, (1 + 8) / (10 + 8))
+    for was, now, ema in zip(*map(jax.tree.leaves, (before.params, state.params, state.ema)), strict=True):
+        np.testing.assert_allclose(ema, was + (1 - decay) * (now - was), rtol=1e-5)
+
+
+def test_evaluations_that_its_own_loop_would_not_have_made_count_for_neither_best_nor_patience(parent):
+    with_accuracy(parent, 4, 0.99)
+    fitted, _ = go_on(parent, dataclasses.replace(LONGER, loop=Loop(steps=12, eval_every=8, patience=1)))
+    assert fitted.summary["best"]["step"] in (8, 12)
+    assert [line["step"] for line in lines(fitted.path, "validation")] == [4, 8, 12]
+
+
+@pytest.mark.slow
+def test_another_monitor_begins_the_best_anew(parent):
+    fitted, _ = go_on(parent, changed(LONGER, "loop.monitor", "loss"))
+    assert fitted.summary["best"]["step"] == 12 and "loss" in fitted.summary["best"]
+
+
+@pytest.mark.slow
+def test_a_parent_that_stopped_early_is_gone_on_with(copied, tmp_path):
+    early = dataclasses.replace(BASE, optimizer=Adam(0.0), loop=Loop(steps=40, patience=2))
+    stopped = fit(early, workdir=tmp_path, name="small")
+    assert stopped.summary["stopped_early"] and stopped.summary["steps"] == 12
+    fitted, _ = go_on(stopped.path, changed(changed(early, "loop.patience", None), "loop.steps", 16))
+    assert fitted.summary["steps"] == 16
+
+
+@pytest.mark.slow
+def test_the_two_learning_rates_are_said(tmp_path):
+    cosine = dataclasses.replace(BASE, optimizer=Adam(1e-2, schedule=CosineDecay()))
+    first = fit(cosine, workdir=tmp_path, name="small")
+    _, said = go_on(first.path, changed(cosine, "loop.steps", 16))
+    rate = [float(CosineDecay().make(1e-2, steps)(at)) for steps, at in ((8, 7), (16, 8))]
+    assert f"the learning rate at its end was {rate[0]:.3g}, and is {rate[1]:.3g} now" in said
+
+
+def test_the_best_weights_of_the_parent_go_with_it(parent):
+    with_accuracy(parent, 4, 0.99)
+    checkpoints = RunFolder(parent).checkpoints(best_of="accuracy")
+    manifest = parent / "checkpoints/4/manifest.json"
+    content = json.loads(manifest.read_text())
+    content.pop("crc32")
+    content["metrics"]["accuracy"] = 0.99
+    _write_manifest(manifest, content)
+    checkpoints.close()
+    fitted, _ = go_on(parent, LONGER)
+    assert fitted.summary["best"]["step"] == 4 and fitted.summary["best"]["test"] is not None
+    assert 4 in Run(fitted.path, LONGER).checkpoint_steps()
+
+
+# Weights alone.
+
+
+class Deeper(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="head")(nn.relu(nn.Dense(4, name="Dense_0")(x)))
+
+
+def begin_with(parent, experiment, source=None, **how):
+    said: list[str] = []
+    workdir = parent.parent.parent
+    fitted = fit(experiment, workdir=workdir, name="small", init_from=source or parent, log=said.append, **how)
+    return fitted, "\n".join(said)
+
+
+TINY_RATE = dataclasses.replace(BASE, optimizer=Adam(0.0), loop=Loop(steps=1), seed=5)
+"""trains nothing, so that the weights at the end are those at the start"""
+
+
+def test_a_run_begins_with_the_weights_of_another(parent):
+    fitted, said = begin_with(parent, TINY_RATE)
+    mine, theirs = Run(fitted.path, TINY_RATE).state(), Run(parent, BASE).state()
+    assert [leaf.tobytes() for leaf in leaves(mine.params)] == [leaf.tobytes() for leaf in leaves(theirs.params)]
+    assert int(mine.step) == 1 and "weights of step 8" in said
+    assert fitted.path.name != f"{TINY_RATE.hash}-s5"
+    again, _ = begin_with(parent, TINY_RATE, f"{parent}@8")
+    assert not again.trained and again.path == fitted.path
+    other, _ = begin_with(parent, TINY_RATE, f"{parent}@4")
+    assert other.path != fitted.path
+
+
+def test_a_new_head_starts_fresh_where_init_only_leaves_it_out(parent):
+    deeper = changed(TINY_RATE, "model", Deeper())
+    with pytest.raises(InputError) as refused:
+        begin_with(parent, deeper)
+    assert "head/kernel: nothing there, float32[4, 5] here" in str(refused.value)
+    assert "Dense_1/bias: float32[2] there, nothing here" in str(refused.value)
+    with pytest.raises(InputError, match=r"--init-only Dnse_0: no such weight.*did you mean"):
+        begin_with(parent, deeper, init_only=("Dnse_0",))
+    fitted, said = begin_with(parent, deeper, init_only=("Dense_0",))
+    mine, theirs = Run(fitted.path, deeper).state(), Run(parent, BASE).state()
+    np.testing.assert_array_equal(mine.params["Dense_0"]["kernel"], theirs.params["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(mine.params["head"]["kernel"], Trainer(deeper).init().params["head"]["kernel"])
+    assert "2 of 4 leaves" in said
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"continue_from": "RUN", "init_from": "RUN"}, "expected one of the two"),
+        ({"init_only": ("Dense_0",)}, "only with --init-from"),
+        ({"continue_from": "RUN@best"}, "expected RUN or RUN@STEP"),
+        ({"init_from": "RUN@bst"}, "expected last, best or the number of a step; did you mean 'best'"),
+        ({"init_from": "RUN@7"}, "no checkpoint of step 7; there are 4, 8"),
+    ],
+)
+def test_what_names_no_state_is_refused(parent, how, message):
+    how = {name: of.replace("RUN", str(parent)) if isinstance(of, str) else of for name, of in how.items()}
+    with pytest.raises(InputError, match=message):
+        fit(LONGER, workdir=parent.parent.parent, **how)
