@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import sys
+import types
+from pathlib import Path
+
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import check_splits
+from jaxmp.data.pipeline import check_splits, nbytes
+from jaxmp.errors import InputError
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
 
@@ -16,7 +22,8 @@ def check(trainer: Trainer) -> None:
 
     Raises:
       InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
-        monitored metric that is not measured, columns that differ between the splits, labels out of range.
+        monitored metric that is not measured, columns that differ between the splits, labels out of range, workers
+        that would run the script again.
     """
     experiment = trainer.experiment
     trainer.explain()
@@ -25,6 +32,37 @@ def check(trainer: Trainer) -> None:
     others = {split: trainer.source(split) for split in OTHERS}
     check_splits(experiment.data, trainer.source(), others, trainer.columns)
     check_targets(trainer, "train", *OTHERS)
+    if experiment.data.workers and nbytes(trainer.source()) > experiment.data.device_limit * 2**20:
+        refuse_unguarded_script(experiment.data.workers)
+
+
+def refuse_unguarded_script(workers: int) -> None:
+    """Refuses to start processes from a script without a `__main__` guard, which each of them would run again.
+
+    Raises: InputError that names the script and the line that called.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        file = frame.f_globals.get("__file__")
+        if file and frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            if not _is_guarded(Path(file), frame.f_lineno):
+                raise InputError(
+                    f"data.workers = {workers}: {file}, line {frame.f_lineno}: each of these processes runs this "
+                    'script again; put what trains under `if __name__ == "__main__":`, or take data.workers = 0, '
+                    "which reads in threads"
+                )
+            return
+        frame = frame.f_back
+
+
+def _is_guarded(file: Path, line: int) -> bool:
+    """Whether a line of a script stands under an `if` about `__name__`; True for what is no text."""
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return True
+    guards = [node for node in body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+    return any(node.lineno <= line <= (node.end_lineno or node.lineno) for node in guards)
 
 
 def check_targets(trainer: Trainer, *splits: Split) -> None:

@@ -77,13 +77,16 @@ class Records:
 
     def _open_writers(self, step: int) -> None:
         trainer, path = self._trainer, self._folder.path
+        session = len(list(path.glob("events.out.tfevents.*")))  # each session has written one
         self._writers = [
             JsonLines(self._folder.metrics, resume_step=step),
             TensorBoard(path, resume_step=step),
             Console(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs),
         ]
         if self._loop.wandb:
-            self._writers.append(WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json()))
+            past = self._folder.read_lines()
+            writer = WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json(), session=session, past=past)
+            self._writers.append(writer)
 
     def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""

@@ -29,7 +29,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -227,15 +227,26 @@ class TensorBoard:
 class WeightsAndBiases:
     """Writes scalars named `<split>/<field>` over `step` to Weights & Biases, online or offline by `WANDB_MODE`.
 
-    A run folder that is resumed continues the same W&B run.
+    A run folder that is resumed continues the same W&B run. Each record carries the number of its session: after a kill,
+    steps are written twice, and those of the last session are the ones that count.
 
     Args:
       folder: the run folder; W&B's own files go to `wandb` in it.
       name: the run's name on the page.
       config: the experiment as JSON, shown beside it.
+      session: how often the run was gone on with before.
+      past: the records so far; written first if there is no W&B run of this folder yet.
     """
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        session: int = 0,
+        past: Sequence[Record] = (),
+    ):
         try:
             import wandb
 
@@ -247,7 +258,8 @@ class WeightsAndBiases:
         identity = Path(folder) / "wandb" / "run_id"
         with _or_input_error(identity):
             identity.parent.mkdir(parents=True, exist_ok=True)
-            if not identity.exists() or not identity.read_text():
+            is_new = not identity.exists() or not identity.read_text()
+            if is_new:
                 identity.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
@@ -265,6 +277,9 @@ class WeightsAndBiases:
             ) from error
         # Their own step may only grow; ours goes back when a run is resumed, and has a record for each split.
         self._run.define_metric("*", step_metric="step")
+        self._session = session
+        for record in past if is_new else ():
+            self.write({name: math.nan if value is None else value for name, value in record.items()})
 
     def write(self, record: Record) -> None:
         """Logs all numbers of the record."""
@@ -272,7 +287,7 @@ class WeightsAndBiases:
         from wandb import Histogram
 
         split = record["split"]
-        fields: dict[str, Any] = {
+        fields: dict[str, Any] = {"session": self._session} | {
             name if name == "step" else f"{split}/{name}": v for name, v in _numbers(record).items()
         }
         for tag, exponents, counts in _histograms(record):

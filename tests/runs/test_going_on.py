@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.cli import main
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError, RunFailed
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.checkpoint import _write_manifest
@@ -474,3 +476,73 @@ def test_what_names_no_state_is_refused(parent, how, message):
     how = {name: of.replace("RUN", str(parent)) if isinstance(of, str) else of for name, of in how.items()}
     with pytest.raises(InputError, match=message):
         fit(LONGER, workdir=parent.parent.parent, **how)
+
+
+# Other code, other data.
+
+
+PROGRAM = """
+import flax.linen as nn
+import numpy as np
+from jaxmp import Adam, Arrays, Classification, Experiment, Loop
+
+SHIFT = 1.0
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(4)(x)))
+
+
+def load(split):
+    x = np.random.default_rng(len(split)).normal(size=(20, 3)).astype(np.float32) + SHIFT
+    return {"x": x, "label": (x[:, 0] > 1).astype(int)}
+
+
+def get_config():
+    data = Arrays(load, batch_size=10, images=())
+    return Experiment(Net(), data, Classification(inputs=("x",)), Adam(), "float32", loop=Loop(steps=2))
+"""
+
+
+def test_fit_and_the_command_line_refuse_other_code_by_the_same_rule(tmp_path, capsys):
+    """The functions have the same names, and the finished run is of the first."""
+    file = tmp_path / "net.py"
+    file.write_text(PROGRAM)
+    command = ["train", str(file), "--workdir", str(tmp_path / "runs")]
+
+    def from_python():
+        return fit(ConfigFile.find(str(file)).experiment(), workdir=tmp_path / "python")
+
+    assert main(command) == 0 and from_python().trained
+    file.write_text(PROGRAM.replace("class Net", "# a comment\nclass Net"))
+    assert main(command) == 0 and not from_python().trained
+    file.write_text(PROGRAM.replace("nn.relu", "nn.tanh").replace("SHIFT = 1.0", "SHIFT = 2.0"))
+    capsys.readouterr()
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    with pytest.raises(InputError) as refused:
+        from_python()
+    for text in (message, str(refused.value)):
+        assert "Net.__call__" in text and "SHIFT" in text and "other code" in text
+
+
+def test_other_data_is_refused_and_named(tmp_path):
+    loaded = dataclasses.replace(BASE, data=Arrays(Loaded(tmp_path / "rows.npy"), batch_size=10, images=()))
+    np.save(tmp_path / "rows.npy", 40)
+    stopped = fit(loaded, workdir=tmp_path, name="small")
+    (stopped.path / "summary.json").unlink()
+    np.save(tmp_path / "rows.npy", 39)
+    with pytest.raises(InputError, match=r"train has 39 rows \(was 40\).*other data"):
+        fit(loaded, workdir=tmp_path, name="small")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Loads as many rows as a file says."""
+
+    path: Any
+
+    def __call__(self, split):
+        return {name: column[: int(np.load(self.path))] for name, column in rows(split).items()}

@@ -187,13 +187,15 @@ def test_an_event_file_is_one_that_tensorboardx_could_have_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_and_biases_writes_an_offline_run_and_goes_on_with_it(tmp_path, monkeypatch):
+def test_weights_and_biases_is_filled_from_the_lines_and_goes_on_with_its_offline_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     code = f"""
 import pathlib, time
 from jaxmp.runs.writers import WeightsAndBiases
-for steps in ((1, 2), (2, 3)):
-    writer = WeightsAndBiases(pathlib.Path({str(tmp_path)!r}), "digits_mlp/abc-s0", {{"seed": 0}})
+past = [{{"step": 0, "split": "train", "loss": None}}]  # of a run that W&B did not see begin
+folder = pathlib.Path({str(tmp_path)!r})
+for session, steps in enumerate(((1, 2), (2, 3)), 1):
+    writer = WeightsAndBiases(folder, "digits_mlp/abc-s0", {{"seed": 0}}, session=session, past=past)
     for step in steps:
         writer.write({{"step": step, "split": "train", "loss": 1 / step}})
         writer.write({{"step": step, "split": "validation", "loss": float("nan")}})
@@ -208,9 +210,11 @@ for steps in ((1, 2), (2, 3)):
     identity = (tmp_path / "wandb" / "run_id").read_text()
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))
     assert runs
-    assert [history for run in runs for history in wandb_history(run)] == [
-        pytest.approx({"step": step, **fields}, nan_ok=True)
-        for steps in ((1, 2), (2, 3))
+    first, *history = [history for run in runs for history in wandb_history(run)]
+    assert first == pytest.approx({"session": 1, "step": 0, "train/loss": float("nan")}, nan_ok=True)
+    assert history == [
+        pytest.approx({"session": session, "step": step, **fields}, nan_ok=True)
+        for session, steps in enumerate(((1, 2), (2, 3)), 1)
         for step in steps
         for fields in ({"train/loss": 1 / step}, {"validation/loss": float("nan")})
     ]
