@@ -227,8 +227,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Writes scalars named `<split>/<field>` over `step` to Weights & Biases, online or offline by `WANDB_MODE`.
 
-    A run folder that is resumed continues the same W&B run. Each record carries the number of its session: after a kill,
-    steps are written twice, and those of the last session are the ones that count.
+    A run folder that is resumed continues the same W&B run. Each record carries the number of its session: after a
+    kill, steps are written twice, and those of the last session count.
 
     Args:
       folder: the run folder; W&B's own files go to `wandb` in it.

@@ -42,8 +42,11 @@ def run(folder, end):
 def test_workers_from_a_script_without_a_guard_are_one_message(tmp_path):
     done = run(tmp_path, "jaxmp.fit(experiment)\n")
     assert done.returncode and done.stdout == ""
-    assert done.stderr.count("Error") == 1 and "data.workers = 1: " in done.stderr.splitlines()[-1]
-    assert "script.py, line 22: " in done.stderr and 'if __name__ == "__main__":' in done.stderr
+    assert done.stderr.count("Traceback") == 1 and "data.workers = 1: " in done.stderr.splitlines()[-1]
+    assert (
+        f"script.py, line {len(SCRIPT.splitlines()) + 1}: " in done.stderr
+        and 'if __name__ == "__main__":' in done.stderr
+    )
     assert not (tmp_path / "runs").exists()
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,25 @@ for session, steps in enumerate(((1, 2), (2, 3)), 1):
         for session, steps in enumerate(((1, 2), (2, 3)), 1)
         for step in steps
         for fields in ({"train/loss": 1 / step}, {"validation/loss": float("nan")})
+    ]
+
+
+def test_weights_and_biases_switched_on_late_is_filled_from_the_lines_first(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(define_metric=lambda *args, **kwargs: None, log=logged.append, finish=lambda: None)
+    errors = types.SimpleNamespace(Error=RuntimeError)
+    fake = types.SimpleNamespace(init=lambda **kwargs: run, Settings=lambda **kwargs: None, errors=errors)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "Histogram", None, raising=False)
+    past = [{"step": 1, "split": "train", "loss": 0.5}, {"step": 1, "split": "validation", "loss": None}]
+    for session in (2, 3):
+        writer = WeightsAndBiases(tmp_path, "name", {}, session=session, past=past)
+        writer.write({"step": session, "split": "train", "loss": 0.25})
+    assert logged == [
+        {"session": 2, "step": 1, "train/loss": 0.5},
+        pytest.approx({"session": 2, "step": 1, "validation/loss": float("nan")}, nan_ok=True),
+        {"session": 2, "step": 2, "train/loss": 0.25},
+        {"session": 3, "step": 3, "train/loss": 0.25},
     ]
 
 
