@@ -173,6 +173,17 @@ class RunFolder:
             )
         return config
 
+    def refuse_earlier_version(self, config: dict[str, Any]) -> None:
+        """Raises InputError if the run is of a version of jaxmp whose state and experiment cannot be read any more."""
+        if "made_by" not in config:
+            git = config.get("git")
+            revision = f", as of git revision {git['revision'][:12]} in its working directory" if git else ""
+            raise InputError(
+                f"{self.path} was written by an earlier jaxmp: its metrics and summary can be read, its state and "
+                f"experiment only by jaxmp {config['versions'].get('jaxmp')}"
+                f"{revision}"
+            )
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, with which the run has ended."""
         _write_json(self._summary, summary)

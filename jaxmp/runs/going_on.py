@@ -234,6 +234,7 @@ class Parent:
                 raise InputError(f"--init-only {pattern}: a weight has no class; expected a path such as **/kernel")
         folder = RunFolder.find(Path(name))
         config, steps = folder.read_config(), folder.checkpoint_steps()
+        folder.refuse_earlier_version(config)
         step = parse_step(which, f"{option} {os.fspath(text)}")
         if how == "continue" and step == "best":
             raise InputError(

@@ -120,6 +120,7 @@ class Run:
 
         Raises: InputError where it cannot be made again, or comes out different.
         """
+        self._folder.refuse_earlier_version(self.config)
         experiment = self._given or self._rebuild()
         expected, seed = self.config["hash"], self.config["seed"]
         identity = identity_hash(experiment, self.config.get("begins_with"))

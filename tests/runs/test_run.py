@@ -183,6 +183,22 @@ def test_a_failed_run_has_a_reason(trained, tmp_path):
     assert "damaged" in run.failure
 
 
+def test_of_an_earlier_version_metrics_and_summary_are_read_and_state_is_refused(trained, tmp_path):
+    run = Run(copy(trained, tmp_path))
+    config = json.loads((run.path / "config.json").read_text())
+    del config["made_by"]
+    (run.path / "config.json").write_text(json.dumps(config))
+    earlier = Run(run.path)
+    assert earlier.metrics and earlier.summary["steps"] == 15
+    for read in (
+        lambda: earlier.experiment,
+        earlier.state,
+        lambda: jaxmp.fit(Run(trained).experiment, init_from=run.path),
+    ):
+        with pytest.raises(InputError, match="was written by an earlier jaxmp: .* only by jaxmp 0\."):
+            read()
+
+
 # Which folder.
 
 
