@@ -152,9 +152,9 @@ def test_what_differs_is_named(tmp_path):
 
 def test_installed_packages_go_by_version_and_nothing_within_them(tmp_path):
     made = run(PROGRAM, "file", tmp_path)
-    assert set(made["package numpy"]) == {"version"} and not any(name.startswith("numpy.") for name in made)
-    other = made | {"package numpy": {"version": "1.0"}}
-    assert Comparison(other, made).packages == [f"package numpy {made['package numpy']['version']} (was 1.0)"]
+    assert set(made["numpy"]) == {"version"} and not any(name.startswith("numpy.") for name in made)
+    other = made | {"numpy": {"version": "1.0"}}
+    assert Comparison(other, made).packages == [f"numpy {made['numpy']['version']} (was 1.0)"]
 
 
 def test_bytecode_of_another_python_is_unknown_rather_than_changed(tmp_path):

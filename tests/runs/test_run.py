@@ -195,7 +195,7 @@ def test_of_an_earlier_version_metrics_and_summary_are_read_and_state_is_refused
         earlier.state,
         lambda: jaxmp.fit(Run(trained).experiment, init_from=run.path),
     ):
-        with pytest.raises(InputError, match="was written by an earlier jaxmp: .* only by jaxmp 0\."):
+        with pytest.raises(InputError, match=r"was written by an earlier jaxmp: .* only by jaxmp 0\."):
             read()
 
 
