@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import tyro  # noqa: F401  it reads builtins when imported, where a doctest may have left an array as `_`
 
 # What one test compiles, others and the processes that they start need not compile again (half of the suite's time).
 # JAX does not write these files in one piece; who finds half of one warns, which is ignored, and compiles.
@@ -109,7 +110,7 @@ def run_on_eight_devices(root, names):
 
 def pytest_runtest_setup(item):
     if REPORTS in os.environ:
-        import jax
+        import jax  # not above, where JAX would not see what is set there
 
         assert jax.device_count() == 8
 

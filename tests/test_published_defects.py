@@ -270,6 +270,7 @@ def test_b11_the_first_float16_step_is_applied_and_one_program_is_compiled():
     assert ours._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_b12_fp8_metadata_is_not_divided_by_the_scale():
     """flax DynamicScale: the "gradient" of fp8 metadata is its new value, and is divided by the loss scale.
 
@@ -316,6 +317,7 @@ class WithBatchNorm(nn.Module):
         return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x))
 
 
+@pytest.mark.slow
 def test_b13_an_overflow_leaves_schedule_and_batch_statistics_as_they_were():
     """flax's ImageNet and WMT examples: parameters and moments are selected, batch statistics and step are not.
 
@@ -506,6 +508,7 @@ class Scanned(nn.Module):
         return scan(nn.Dense(1, use_bias=False), x, None)[0]
 
 
+@pytest.mark.slow
 def test_t01_the_gradients_of_1000_uses_of_a_weight_add_up_in_float32():
     """A weight that is cast outside of a scan: its cotangents add up in bfloat16, where 256 + 1 is 256."""
 
@@ -531,6 +534,7 @@ def test_t01_the_gradients_of_1000_uses_of_a_weight_add_up_in_float32():
     assert jax.grad(jaxmp.autocast(plain))(jnp.ones(1)) == 1000
 
 
+@pytest.mark.slow
 def test_t02_the_gradient_of_a_bias_over_10000_rows_is_10000():
     """The transpose of broadcasting is a sum in the cotangent's dtype: for bfloat16 rows, 8192."""
     x, params = jnp.zeros((10_000, 4)), {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
@@ -567,6 +571,7 @@ def test_t03_gradients_are_reduced_in_float32():
         jaxmp.parse_policy("mixed_float16,reduce=f16")
 
 
+@pytest.mark.slow
 def test_t04_the_loss_over_a_vocabulary_is_computed_in_float32():
     """`logsumexp`, `softmax` and `log_softmax` sum in float16: 65,536 equal logits are one too many."""
     logits = jnp.zeros((1, 65_536), f16)
@@ -582,6 +587,7 @@ def test_t04_the_loss_over_a_vocabulary_is_computed_in_float32():
     assert softmax(jnp.ones((1, 1)), jnp.zeros((1, 65_536)))[0, 0] == 2.0**-16
 
 
+@pytest.mark.slow
 def test_t05_norms_are_summed_in_float32():
     """`jnp.sum`, `linalg.norm`, `dot` and optax's global norm return, and overflow in, the dtype of their input."""
     grads = jnp.full(4, 300, f16)
@@ -821,6 +827,7 @@ def test_t14_optimizers_compute_in_float32_whatever_the_gradients_are():
         np.testing.assert_allclose(second_moment(ours), 0.001 * 0.999**100, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_t15_the_gradient_of_an_embedding_is_summed_in_float32():
     """nn.Embed in half scatters its gradient into half, cast at use or not: 1000 uses of a row give 256, 74 % off."""
     ids, params = jnp.arange(3000) % 3, {"embedding": jnp.ones((3, 2))}
