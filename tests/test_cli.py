@@ -382,6 +382,7 @@ def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(folder, mo
     assert "resuming runs/my/" in printed(capsys)[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_there_is_something_to_save_ends_with_130(folder):
     """Also where Python would swallow a KeyboardInterrupt."""
     interrupted = """

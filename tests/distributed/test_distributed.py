@@ -93,14 +93,15 @@ def free_port():
 def start(folder, command, devices, **environment):
     """A process with so many virtual devices; its output goes to files, which nobody has to read while it runs."""
     number = len(list(folder.glob("*.stdout")))
+    tests = Path(__file__).parents[1]
     with (folder / f"{number}.stdout").open("wb") as out, (folder / f"{number}.stderr").open("wb") as err:
         process = subprocess.Popen(
             command,
             env={
                 **os.environ,
-                "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}",
+                "PYTHONPATH": f"{tests.parent}:{tests / 'training'}",  # for TRANSFORMER
                 "JAX_PLATFORMS": "cpu",
-                # As in test_sharding.py: compiled in half the time.
+                # As in conftest.py: compiled in half the time.
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
                 **environment,
             },

@@ -476,6 +476,7 @@ def test_nn_jit_does_not_reuse_the_trace_of_another_policy():
         assert operand_dtypes(Jitted().apply, variables, ROWS) == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_nn_jit_does_not_reuse_the_trace_of_a_policy_with_the_same_dtypes():
     x = jax.random.normal(KEY, (4, 5))
     variables = Jitted().init(KEY, x)

@@ -120,6 +120,7 @@ def test_an_nnx_module_is_a_model_of_an_experiment(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run.state().params, last.state.params)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_without_state_is_trained(tmp_path):
     data = Arrays(rows, batch_size=16, images=())
     loop = Loop(steps=2, eval_every=1)

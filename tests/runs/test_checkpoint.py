@@ -448,6 +448,7 @@ def test_a_checkpoint_moves_between_shardings(tmp_path):
     assert result.stdout == "ok\n", result.stderr
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_wait_neither_hangs_nor_shows_a_traceback(tmp_path):
     result = run(
         """
