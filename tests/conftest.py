@@ -32,6 +32,17 @@ hypothesis.settings.register_profile("jaxmp", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("jaxmp")
 
 
+def leave_variants_to_the_slow_suite(items):
+    """The quick suite runs the first and last variant of a test marked `few_variants`, the slow suite the others."""
+    variants = {}
+    for item in items:
+        if item.get_closest_marker("few_variants"):
+            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one_test in variants.values():
+        for item in of_one_test[1:-1]:
+            item.add_marker(pytest.mark.slow)
+
+
 # --- eight devices
 #
 # Tests marked `eight_devices` run on eight virtual CPU devices, which would slow down all others. The first of them
@@ -44,8 +55,9 @@ REPORTS = "JAXMP_TESTS_ON_EIGHT_DEVICES"
 """set in that process: the file that takes a line of JSON for each test that has ended"""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before -m selects
 def pytest_collection_modifyitems(session, items):
+    leave_variants_to_the_slow_suite(items)
     for item in items:
         if item.get_closest_marker("eight_devices") and REPORTS not in os.environ:
             item.add_marker(pytest.mark.xdist_group(EIGHT_DEVICES))

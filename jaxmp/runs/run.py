@@ -89,7 +89,7 @@ class Run:
         return self._folder.read_lines()
 
     def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Returns steps, int64 (lines,), and a metric's values, float64 (lines,); NaN for those that were not finite."""
+        """Returns steps, int64 (lines,), and a metric's values, float64 (lines,); NaN if one was not finite."""
         lines = [line for line in self.metrics if line["split"] == split]
         names = sorted({name for line in lines for name in line})
         if metric not in names:

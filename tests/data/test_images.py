@@ -65,6 +65,7 @@ def test_augmentation_draws_by_row_and_not_by_device():
     assert len({row.tobytes() for row in np.asarray(alike)}) == 8
 
 
+@pytest.mark.slow
 def test_the_images_of_one_row_are_changed_alike():
     data = Arrays(load, images=("image", "other"), augment=AUGMENTED.augment)
     batch = batch_of(np.arange(4))

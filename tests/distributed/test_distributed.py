@@ -215,6 +215,7 @@ def rows_read(path):
     return sorted(rows for rows in batches if len(rows) > 1)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_exit_code_2(folder, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     with contextlib.chdir(folder):

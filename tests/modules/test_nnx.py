@@ -202,6 +202,7 @@ class WithStatistics(nnx.Module):
         return self.head(self.norm(x))
 
 
+@pytest.mark.slow
 def test_state_keeps_its_dtype_whatever_the_output_dtype_is():
     model = from_nnx(lambda rngs: WithStatistics(rngs))
     variables = model.init(jax.random.key(0))

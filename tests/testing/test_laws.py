@@ -155,6 +155,7 @@ def linear(tx, microbatches=1):
     return dataclasses.replace(adapter, kept=lambda state: state.params, microbatches=microbatches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_microbatches_are_compared_with_the_batch_that_they_make(mean):
     accumulating = linear(optax.MultiSteps(optax.sgd(0.1), 2, use_grad_mean=mean), microbatches=2)

@@ -156,6 +156,7 @@ def test_an_inf_on_one_replica_skips_the_step_on_all_b14():
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_integer_and_key_leaves_go_through_all_modes():
     for mode in (None, "jit", "pmap"):

@@ -240,6 +240,7 @@ def test_the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop():
     is_reduced_once_and_not_in_a_loop(session(LAYERS, mode="pmap"))
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_zero1_scatters_the_gradient_once_and_gathers_the_weights():
     zero1 = session(LAYERS, shard="zero1", accumulate_steps=2)
@@ -250,6 +251,7 @@ def test_zero1_scatters_the_gradient_once_and_gathers_the_weights():
     assert size(params) - split <= bytes_of("all-reduce", found) <= size(params) - split + SUMS
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_memory_shrinks_with_the_number_of_devices():
     for sharded in (session(LAYERS, shard="zero1", accumulate_steps=2), session(LAYERS, shard="fsdp")):
@@ -266,6 +268,7 @@ def shards_of(tree):
     return [[np.asarray(shard.data).tobytes() for shard in x.addressable_shards] for x in numbers(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
     for each in all_ways():
