@@ -405,7 +405,7 @@ options = tyro.cli(train.Options, args=arguments)
 if options.distributed:
     processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
 experiment = ConfigFile.find("noise.py").experiment(["--parallel.shard", shard])
-training, number = Trainer(experiment), int(first)
+trainer, number = Trainer(experiment), int(first)
 if number:
     source = Checkpoints(Path(f"saved{number - 1}"))
     _, tree = source.restore({"state": trainer.init(), "metrics": trainer.no_metrics})
