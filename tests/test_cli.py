@@ -291,6 +291,7 @@ def finished(trained, tmp_path, monkeypatch):
 SAME = "train my.py --data.mean -0.1 0.2 --seed 3 --model.width 4".split()
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_trains(finished):
     config = json.loads((finished / "config.json").read_text())
     assert finished.name == f"{config['hash']}-s3"
@@ -382,6 +383,7 @@ def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(folder, mo
     assert "resuming runs/my/" in printed(capsys)[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_there_is_something_to_save_ends_with_130(folder):
     """Also where Python would swallow a KeyboardInterrupt."""
     interrupted = """
@@ -569,6 +571,7 @@ def test_a_run_whose_loss_is_nan_fails_with_exit_code_1(folder, capsys):
     assert "the loss is NaN" in printed(capsys)[1]
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_all_skipped_fails_with_exit_code_1(folder, capsys):
     static = ["--scaler.kind", "static", "--scaler.init-scale", str(2.0**30)]
     assert main(["train", "my.py", *static, "--loop.max-consecutive-skips", "3"]) == 1

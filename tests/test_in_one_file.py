@@ -186,7 +186,11 @@ from jaxmp.data.source import Columns
 '''
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name == "a dataset" else pytest.mark.slow) for name in FILES],
+    ids=lambda name: name.replace(" ", "-"),
+)
 def trained(request, tmp_path_factory):
     """The name, its file, the run that `jaxmp train` made of it, and what that printed."""
     folder = tmp_path_factory.mktemp("mine")

@@ -1,25 +1,15 @@
 """A catalogue: every defect of a published library (B) and every trap of JAX (T) that jaxmp was built to avoid.
 
 Each test shows what others do, in the installed library or written out in a few lines, and then the same situation with
-jaxmp. Those that want several devices run in one process with eight virtual CPU devices: this file, run as a script.
+jaxmp.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import traceback
-from pathlib import Path
-
-import pytest
-
-if __name__ == "__main__":
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
 import jax
@@ -27,6 +17,7 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 import optax
+import pytest
 from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
@@ -41,31 +32,6 @@ from jaxmp.tasks.loss import make_loss
 from jaxmp.training.metrics import compute
 
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
-
-ON_EIGHT_DEVICES = []
-
-
-def on_eight_devices(case):
-    """Makes of `case` a test that passes where `case` did, in the process with eight devices."""
-    ON_EIGHT_DEVICES.append(case)
-
-    @pytest.mark.slow
-    @pytest.mark.xdist_group("catalogue on eight devices")  # so that one worker starts that process once
-    def test(outcome):
-        assert outcome[case.__name__] == "passed", outcome[case.__name__]
-
-    test.__name__, test.__doc__ = case.__name__, case.__doc__
-    return test
-
-
-@pytest.fixture(scope="module")
-def outcome():
-    paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "error", "-W", "ignore:Error reading persistent compilation cache", __file__]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 def scales(scaler, flags):
@@ -304,6 +270,7 @@ def test_b11_the_first_float16_step_is_applied_and_one_program_is_compiled():
     assert ours._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_b12_fp8_metadata_is_not_divided_by_the_scale():
     """flax DynamicScale: the "gradient" of fp8 metadata is its new value, and is divided by the loss scale.
 
@@ -350,6 +317,7 @@ class WithBatchNorm(nn.Module):
         return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x))
 
 
+@pytest.mark.slow
 def test_b13_an_overflow_leaves_schedule_and_batch_statistics_as_they_were():
     """flax's ImageNet and WMT examples: parameters and moments are selected, batch statistics and step are not.
 
@@ -384,7 +352,8 @@ def test_b13_an_overflow_leaves_schedule_and_batch_statistics_as_they_were():
     assert after.step == 1, "attempts are counted, but no schedule reads them"
 
 
-@on_eight_devices
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_b14_replicas_agree_on_every_step():
     """flax DynamicScale without `axis_name`: each replica looks at its own gradients, and goes its own way."""
 
@@ -539,6 +508,7 @@ class Scanned(nn.Module):
         return scan(nn.Dense(1, use_bias=False), x, None)[0]
 
 
+@pytest.mark.slow
 def test_t01_the_gradients_of_1000_uses_of_a_weight_add_up_in_float32():
     """A weight that is cast outside of a scan: its cotangents add up in bfloat16, where 256 + 1 is 256."""
 
@@ -564,6 +534,7 @@ def test_t01_the_gradients_of_1000_uses_of_a_weight_add_up_in_float32():
     assert jax.grad(jaxmp.autocast(plain))(jnp.ones(1)) == 1000
 
 
+@pytest.mark.slow
 def test_t02_the_gradient_of_a_bias_over_10000_rows_is_10000():
     """The transpose of broadcasting is a sum in the cotangent's dtype: for bfloat16 rows, 8192."""
     x, params = jnp.zeros((10_000, 4)), {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
@@ -576,7 +547,8 @@ def test_t02_the_gradient_of_a_bias_over_10000_rows_is_10000():
     assert bias_gradient(ours).tolist() == [10_000] * 4
 
 
-@on_eight_devices
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_t03_gradients_are_reduced_in_float32():
     """`pmean` sums in its operand's dtype: the mean of four float16 40000s is inf."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
@@ -599,6 +571,7 @@ def test_t03_gradients_are_reduced_in_float32():
         jaxmp.parse_policy("mixed_float16,reduce=f16")
 
 
+@pytest.mark.slow
 def test_t04_the_loss_over_a_vocabulary_is_computed_in_float32():
     """`logsumexp`, `softmax` and `log_softmax` sum in float16: 65,536 equal logits are one too many."""
     logits = jnp.zeros((1, 65_536), f16)
@@ -614,6 +587,7 @@ def test_t04_the_loss_over_a_vocabulary_is_computed_in_float32():
     assert softmax(jnp.ones((1, 1)), jnp.zeros((1, 65_536)))[0, 0] == 2.0**-16
 
 
+@pytest.mark.slow
 def test_t05_norms_are_summed_in_float32():
     """`jnp.sum`, `linalg.norm`, `dot` and optax's global norm return, and overflow in, the dtype of their input."""
     grads = jnp.full(4, 300, f16)
@@ -756,7 +730,8 @@ def all_reduced(compiled):
     return " ".join(re.findall(r"= (.*) all-reduce\(", compiled.as_text()))
 
 
-@on_eight_devices
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_t12_the_gradient_collective_runs_in_the_reduce_dtype():
     """Under plain `jit` the sum over devices sits where the partial product is, in the product's dtype: float16."""
 
@@ -799,7 +774,8 @@ print("one overflows", step(jnp.array([1, jnp.inf])).tolist(), flush=True)
 """
 
 
-@on_eight_devices
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_t13_whether_to_skip_is_decided_after_the_collective():
     """A collective inside `lax.cond`, in `shard_map`: devices that decide otherwise wait for each other for ever."""
     wait = (
@@ -851,6 +827,7 @@ def test_t14_optimizers_compute_in_float32_whatever_the_gradients_are():
         np.testing.assert_allclose(second_moment(ours), 0.001 * 0.999**100, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_t15_the_gradient_of_an_embedding_is_summed_in_float32():
     """nn.Embed in half scatters its gradient into half, cast at use or not: 1000 uses of a row give 256, 74 % off."""
     ids, params = jnp.arange(3000) % 3, {"embedding": jnp.ones((3, 2))}
@@ -868,7 +845,8 @@ def test_t15_the_gradient_of_an_embedding_is_summed_in_float32():
     assert np.all(np.asarray(gradient(ours)) == 1000)
 
 
-@on_eight_devices
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_t16_gradients_are_reduced_once_after_the_scan():
     """`grad` in a `shard_map` with `check_vma=True`, the default: a psum at each use of a weight, in half."""
 
@@ -916,16 +894,3 @@ def test_t17_the_optimizer_state_keeps_its_dtypes_with_bfloat16_parameters():
         before, after = jax.eval_shape(ours.init, w), run(ours)
         assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(before)]
         assert optax.tree.get(after, "mu").dtype == f32
-
-
-def run(case):
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return "passed"
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8
-    print(json.dumps({case.__name__: run(case) for case in ON_EIGHT_DEVICES}))

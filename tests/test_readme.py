@@ -3,6 +3,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 import jaxmp
 from jaxmp.cli import main
 from jaxmp.runs.run import Run
@@ -10,6 +12,7 @@ from jaxmp.runs.run import Run
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_file_of_ones_own_trains(tmp_path, monkeypatch):
     (source,) = re.findall(r"```python\n(\"\"\".*?)```", README, flags=re.DOTALL)
     (command,) = re.findall(r"uv run jaxmp (train wine\.py.*)", README)

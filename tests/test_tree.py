@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,11 @@ def files() -> dict[str, Path]:
     return found
 
 
-def imported(tree: ast.AST, files: dict[str, Path]) -> set[str]:
+parsed = functools.cache(ast.parse)
+
+
+@functools.cache
+def imported(source: str, files: tuple[str, ...]) -> set[str]:
     """The files of jaxmp that a module imports, inside functions and under TYPE_CHECKING too."""
 
     def file(name: str) -> str | None:
@@ -45,7 +50,7 @@ def imported(tree: ast.AST, files: dict[str, Path]) -> set[str]:
         return next((each for each in (inside, f"{inside}.__init__".lstrip(".")) if each in files), None)
 
     found: set[str | None] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found |= {file(alias.name) for alias in node.names if alias.name.partition(".")[0] == "jaxmp"}
         elif isinstance(node, ast.ImportFrom):
@@ -63,7 +68,7 @@ def violations(sources: dict[str, str]) -> list[str]:
     """What breaks the rule, a line each, of files by name."""
     found = []
     for name, source in sources.items():
-        for other in imported(ast.parse(source), dict.fromkeys(sources, PACKAGE)):
+        for other in imported(source, tuple(sources)):
             if room(name) != room(other) and ORDER.index(room(other)) > ORDER.index(room(name)):
                 found.append(f"{name} imports {other}, which stands below it")
     return found
@@ -92,7 +97,7 @@ def test_an_import_from_below_is_found_wherever_it_stands(sources):
 
 
 def test_no_two_files_import_each_other(sources):
-    needs = {name: imported(ast.parse(source), dict.fromkeys(sources, PACKAGE)) for name, source in sources.items()}
+    needs = {name: imported(source, tuple(sources)) for name, source in sources.items()}
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -115,7 +120,7 @@ def test_only_models_modules_and_testing_import_flax(sources):
     for name, source in sources.items():
         names = {
             name
-            for node in ast.walk(ast.parse(source))
+            for node in ast.walk(parsed(source))
             for name in (
                 [alias.name for alias in node.names]
                 if isinstance(node, ast.Import)
@@ -133,7 +138,7 @@ def test_a_loss_is_differentiated_in_one_place(sources):
     for name, source in sources.items():
         calls = [
             node.lineno
-            for node in ast.walk(ast.parse(source))
+            for node in ast.walk(parsed(source))
             if isinstance(node, ast.Attribute) and node.attr in DIFFERENTIATES and ast.unparse(node.value) == "jax"
         ]
         if calls and room(name) != "testing":

@@ -217,7 +217,7 @@ class Replay:
         return dataclasses.replace(suspect or next(x.state.suspect for x in run.out if x.state), reaches=reaches)
 
 
-# What is known of a value: None where it is finite, BAD where some operation made it so, and `_Put` where somebody did.
+# What is known of a value: None if it is finite, BAD where some operation made it so, and `_Put` where somebody did.
 
 BAD = "bad"
 
@@ -472,7 +472,7 @@ class _Seen(NamedTuple):
 
 class _Found(NamedTuple):
     turn: int | None
-    """the first turn that makes something bad which leads to the results asked for; None where none does"""
+    """the first turn that makes something bad which leads to the results asked for; None if none does"""
     outputs: set[int]
     """the outputs of the body that it makes bad"""
     inputs: set[int]

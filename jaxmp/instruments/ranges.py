@@ -1,11 +1,11 @@
-"""`ranges`: how large the numbers of a computation are, and what each float format would lose of them.
+"""Value ranges: how large the numbers of a computation are, and what each float format would lose of them.
 
     counts = jax.jit(count)(x)       # on the device: a histogram of exponents, the smallest and the largest magnitude
     Range.read(counts).underflow     # {"float16": 0.031, ...}: share of the non-zero numbers that would become 0
 
-Numbers are told apart by the bits that they have in float32, in integers: so float32's subnormals count as what they
-are, though XLA's arithmetic flushes them (trap T10), and a cast to half that has happened is seen (T6). All that is
-counted is exact. Nothing here changes what is computed, and nothing waits for the device.
+Numbers are compared by their float32 bits, as integers. So float32 subnormals are counted as such, though XLA's
+arithmetic flushes them (trap T10), and a cast to half that was done is visible (T6). Counts are exact. Counting changes
+no result, and does not wait for the device.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ LOWEST = -149
 
 _INFINITY = 0x7F800000
 _LARGE = 2**13
-"""Numbers in an array from which on it is counted in a loop."""
+"""Arrays with at least so many elements are counted in a loop."""
 
 
 class Counts(NamedTuple):
-    """What `count` saw, on the device."""
+    """The magnitudes of the elements of one or more arrays, on the device."""
 
     counts: jax.Array
-    """numbers between two neighbours of `EDGES`, int32 (len(EDGES),)"""
+    """number of elements in each bin; bin i begins at `EDGES[i]`; int32 (len(EDGES),)"""
     smallest: jax.Array
-    """smallest non-zero magnitude, float32 scalar; infinity where there is none"""
+    """smallest non-zero magnitude, float32 scalar; infinity if there is none"""
     largest: jax.Array
     """largest finite magnitude, float32 scalar"""
     uses: jax.Array
-    """how many arrays these are, float32 scalar; of several, `smallest` and `largest` are no extremes"""
+    """number of arrays counted, float32 scalar; if it is not 1, `smallest` and `largest` mean nothing"""
 
 
 class _Losses(NamedTuple):
@@ -103,22 +103,25 @@ _BETWEEN = {
 
 
 def count(x: Any) -> Counts:
-    """The magnitudes of all floats in `x`, a pytree of arrays, together; in and out of jit. Other leaves do not count.
+    """Counts the magnitudes of all float leaves of the pytree `x` together; works inside and outside of jit.
 
-    float64 is rounded to float32 first.
+    float64 is rounded to float32 first. Leaves of other dtypes are ignored.
     """
     return _together([_count(leaf) for leaf in jax.tree.leaves(x) if is_floating(leaf)])
 
 
 def count_each(tree: Any) -> dict[str, Counts]:
-    """`count` of each float leaf of a pytree, by its path, `/` between the names."""
+    """Counts each float leaf of a pytree apart. Keys are paths such as `encoder/kernel`."""
     return {name: count(leaf) for name, leaf in by_path(tree).items() if is_floating(leaf)}
 
 
 def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
-    """How many non-zero updates change nothing, by the parameter's path: int32 scalars.
+    """Counts the updates that are lost: not zero, and yet `p + u == p` to the bit.
 
-    `p + u == p` to the bit, where the sum is rounded to the nearest number of p's dtype, as `apply_updates` does.
+    The sum is rounded to the nearest number in the dtype of p, as `apply_updates` does.
+
+    Returns:
+      int32 scalars by the path of the parameter.
     """
 
     def lost_updates(param: jax.Array, update: jax.Array, new: jax.Array) -> jax.Array:
@@ -131,7 +134,7 @@ def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
 
 
 class ModuleCounts(NamedTuple):
-    """What a module hands on, and the gradient that comes back to it, under the scale that the loss has."""
+    """The magnitudes of a module's outputs, and of the gradients of these outputs, times the loss scale."""
 
     outputs: Counts
     gradients: Counts
@@ -140,17 +143,16 @@ class ModuleCounts(NamedTuple):
 def gradients_and_module_counts(
     loss_fn: LossFn, *, accumulate_steps: int = 1
 ) -> Callable[..., tuple[Any, Measured, dict[str, ModuleCounts]]]:
-    """`make_gradients(loss_fn)`, and the magnitudes of what the Flax modules on the way hand on.
+    """Makes a function like `make_gradients(loss_fn)` that also counts the outputs of every Flax module.
 
     Args:
-      loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`; under scan, remat and the like too.
-      accumulate_steps: microbatches of a batch. The counts are those of all of them, also of one that overflows.
+      loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`. Scan, remat and vmap are supported.
+      accumulate_steps: number of microbatches of a batch. All of them are counted, even if one overflows.
 
     Returns:
-      `(params, model_state, scale, batch, key) -> (gradients, Measured, modules)`: by path of each module whose
-      `__call__` runs, "" the outermost, the counts of its outputs and of their gradients. A module that runs several
-      times (in a scan, or with tied weights) has all its uses counted together; of these, smallest and largest
-      magnitude are known to a power of two.
+      `(params, model_state, scale, batch, key) -> (gradients, Measured, modules)`. `modules` maps the path of each
+      module whose `__call__` runs ("" is the outermost) to its `ModuleCounts`. All uses of a module that runs several
+      times (in a scan, or with tied weights) are counted together; their extremes are then known to a power of two.
     """
 
     def counted(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> Any:
@@ -184,7 +186,7 @@ def gradients_and_module_counts(
 def make_step_ranges(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate_steps: int = 1
 ) -> Callable[[TrainState, Any], StepRanges]:
-    """What counts the magnitudes in a step, without taking it.
+    """Makes a function that counts the magnitudes in a train step, without taking the step.
 
     Args:
       loss_fn: the loss of a whole batch.
@@ -241,7 +243,7 @@ class StepRanges:
         )
 
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """As JSON, fetched from the device: kind, name, `Range.to_json`. Updates have the number `lost` too."""
+        """Fetches the counts, as JSON by kind and name: `Range.to_json`, and for updates `lost_updates`."""
         counts, lost_updates = jax.device_get((self.counts, self.lost_updates))
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for (kind, name), range in zip(self.names, _ranges(*counts), strict=True):
@@ -253,44 +255,44 @@ class StepRanges:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """How large the numbers of an array, or of several, are."""
+    """The magnitudes of the elements of one or more arrays, read back from the device."""
 
     size: int
-    """how many numbers"""
+    """number of elements"""
     zeros: int
     infinite: int
     nan: int
     smallest: float | None
-    """smallest non-zero magnitude, None where there is none; see `exact`"""
+    """smallest non-zero magnitude; None if there is none; see `exact`"""
     largest: float | None
     """largest finite magnitude"""
     exact: bool
-    """whether `smallest` and `largest` are; else they are rounded down to powers of two"""
+    """False if `smallest` and `largest` are rounded down to powers of two"""
     lowest_exponent: int
-    """base 2 logarithm, rounded down, of the smallest"""
+    """base 2 logarithm of the smallest magnitude, rounded down"""
     counts: tuple[int, ...]
-    """how many finite non-zero numbers there are from 2^e on, below 2^(e+1), for each e from `lowest_exponent` on"""
+    """number of elements with a magnitude in [2^e, 2^(e+1)), for e = lowest_exponent, lowest_exponent + 1, ..."""
     underflow: Mapping[str, float | None]
-    """share of the finite non-zero numbers that would become 0 in a format, rounded to nearest; None where none is"""
+    """by format, the share of finite non-zero elements that it would round to 0; None if there are none"""
     subnormal: Mapping[str, float | None]
-    """share that would lose bits, but not become 0"""
+    """by format, the share that would become subnormal and so lose bits"""
     overflow: Mapping[str, float | None]
-    """share that would be beyond the largest number of the format"""
+    """by format, the share beyond its largest number"""
 
     @classmethod
     def read(cls, counts: Counts) -> Range:
-        """What was counted, fetched from the device."""
+        """Fetches counts from the device."""
         bins, *rest = jax.device_get(counts)
         (range,) = _ranges(bins[None], *(np.asarray(part)[None] for part in rest))
         return range
 
     @property
     def exponents(self) -> dict[int, int]:
-        """`counts` by exponent, where there are any."""
+        """The non-zero `counts`, by exponent."""
         return {self.lowest_exponent + i: n for i, n in enumerate(self.counts) if n}
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, in lists, dicts and numbers."""
+        """Returns the fields as dicts, lists and numbers."""
         return {**vars(self), "counts": list(self.counts)}
 
 

@@ -134,7 +134,7 @@ class ModulePolicy(NamedTuple):
     policy: str
     """the policy in force"""
     rule: str
-    """pattern of the rule that chose it; "" where it is the default"""
+    """pattern of the rule that chose it; "" if it is the default"""
     own_dtype: str
     """the dtype that the model's code gives this module, which the policy overrides; "" for none"""
 
@@ -304,7 +304,7 @@ class _Call:
                 self.inputs[id(after)] = after, before
 
     def check(self, variables: Any, args: Any) -> None:
-        """Raises InputError where a rule names no module: neither one with parameters nor one that can be called."""
+        """Raises InputError if a rule names no module: neither one with parameters nor one that can be called."""
         params = by_path(nn.unbox(dict(variables).get("params", {})))
         above = {path.rpartition("/")[0] for path in params}
         known = {path: self.modules.classes.get(path, frozenset()) for path in (*self.modules.classes, *above)}

@@ -116,5 +116,5 @@ def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> 
 
 
 def _stored(module: nn.Module, name: str) -> Any:
-    """A parameter as it is kept, without the box of `nn.with_partitioning`; None where there is none yet."""
+    """A parameter as it is kept, without the box of `nn.with_partitioning`; None if there is none yet."""
     return nn.unbox(module.get_variable("params", name))

@@ -29,18 +29,18 @@ from jaxmp.training.state import TrainState
 
 
 class Run:
-    """A run folder: what was trained, how it went, and the model that came out. Reads, and never writes.
+    """A run folder, read back: what was trained, how it went, and the trained model. It never writes.
 
         run = jaxmp.Run("runs/digits_mlp")
         run.summary["test"]["accuracy"]
         plt.plot(*run.curve("loss"))
         logits = run.apply(run.experiment.data.source("test")[np.arange(8)])
 
-    What is read is read when it is asked for, so that a run can be watched while it trains.
+    Files are read on access, so a run can be watched while it trains.
 
     Args:
       path: the run folder, or a folder with exactly one run below it.
-      experiment: what was trained; wanted for a run that was started from Python, whose folder has no config file.
+      experiment: what was trained; needed for a run that was started from Python, whose folder has no config file.
 
     Raises:
       InputError: there is no run, or there are several, or the experiment is not the one that was trained.
@@ -61,27 +61,27 @@ class Run:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What config.json says: the resolved experiment, its source and overrides, versions, git revision, devices."""
+        """The content of config.json: the resolved experiment, its source and overrides, versions, git, devices."""
         return self._folder.read_config()
 
     @property
     def metric_specs(self) -> dict[str, MetricSpec]:
-        """How each metric is read and shown, by name, as config.json says; empty for a run of an earlier version."""
+        """The direction, unit and digits of each metric, by name; empty for a run of an earlier version."""
         return specs_from_json(self.config.get("metrics", {}))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order; a DataFrame is `pandas.DataFrame(run.metrics)`. None: not finite.
+        """The lines of metrics.jsonl, in order, without those of `ranges`; a value is None if it was not finite.
 
-        But for those of `ranges`.
+        `pandas.DataFrame(run.metrics)` makes a DataFrame of them.
         """
         return [line for line in self._lines if line["split"] != "ranges"]
 
     @property
     def ranges(self) -> list[dict[str, Any]]:
-        """What was seen of single steps, where `loop.ranges_every` asked for it: `step`, `loss_scale`, `ranges`.
+        """The value ranges of single steps, if `loop.ranges_every` is set: `step`, `loss_scale`, `ranges`.
 
-        `line["ranges"]["output_gradients"]["Dense_0"]` is what `jaxmp.instruments.ranges.Range.to_json` says of it.
+        `line["ranges"]["output_gradients"]["Dense_0"]` is a `jaxmp.instruments.ranges.Range.to_json`.
         """
         return [line for line in self._lines if line["split"] == "ranges"]
 
@@ -90,7 +90,7 @@ class Run:
         return self._folder.read_lines()
 
     def curve(self, metric: str, split: Split = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Steps, int64 (lines,), and a metric's values, float64 (lines,), on a split. NaN where it was not finite."""
+        """Returns steps, int64 (lines,), and a metric's values, float64 (lines,); NaN if one was not finite."""
         lines = [line for line in self.metrics if line["split"] == split]
         names = sorted({name for line in lines for name in line})
         if metric not in names:
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What summary.json says. Raises InputError where the run has not ended."""
+        """The content of summary.json. Raises InputError if the run has not ended."""
         summary = self._folder.read_summary()
         if summary is None:
             why = f"failed: {self.failure}" if self.failure else "has not ended; the same `jaxmp train` resumes it"
@@ -111,14 +111,14 @@ class Run:
 
     @property
     def failure(self) -> str | None:
-        """Why the run failed; None where it did not."""
+        """Why the run failed; None if it did not."""
         return self._folder.read_failure()
 
     @functools.cached_property
     def experiment(self) -> Experiment:
-        """The experiment: the saved source run again with the recorded overrides, and its hash compared.
+        """The experiment, made again from the saved source and overrides. Its hash is compared with the recorded one.
 
-        Raises: InputError where it cannot be made again, or comes out different.
+        Raises: InputError if it cannot be made again, or comes out different.
         """
         self._folder.refuse_earlier_version(self.config)
         experiment = self._given or self._rebuild()
@@ -162,7 +162,7 @@ class Run:
     def state(self, step: int | Literal["last", "best"] = "last") -> TrainState:
         """The state of a checkpoint: the last, the best by the monitored metric, or that of a step.
 
-        Raises: InputError where there is no such checkpoint; a damaged last one is warned of, and the one before taken.
+        Raises: InputError if there is no such checkpoint; a damaged last one is warned of, and the one before taken.
         """
         trainer = self.trainer
         best_of, mode = trainer.monitor

@@ -29,7 +29,7 @@ from jaxmp.training.state import TrainState
 
 
 def find_policy(subject: Any, *args: Any, **how: Any) -> FoundPolicy:
-    """The PolicyTree with the most FLOPs in half precision whose gradients stay within a budget of error.
+    """Finds the PolicyTree with the most FLOPs in half precision whose gradients stay within a budget of error.
 
     Args:
       subject: an Experiment, see `find_policy_of`; or a function that makes a loss of a PolicyTree, see
@@ -54,20 +54,19 @@ def find_policy_of(
     loss_scale: float | None = None,
     log: Callable[[str], None] = print,
 ) -> FoundPolicy:
-    """The PolicyTree with the most FLOPs in half of which an experiment's gradients stay within a budget of error.
+    """Finds the PolicyTree with the most FLOPs in half precision that keeps an experiment's gradients within a budget.
 
-    See `jaxmp.find_policy` for the search, `half`, `budget` and `unit`. Gradients are taken as in training, or, where
-    the model draws random numbers, as in evaluation: in float64 dropout would draw other masks. The experiment's own
-    precision plays no part.
+    See `jaxmp.find_policy` for the search, `half`, `budget` and `unit`. Gradients are taken as in training; if the
+    model draws random numbers, as in evaluation, since dropout would draw other masks in float64. The experiment's own
+    precision is ignored.
 
     Args:
-      experiment: whose model, loss and training batches.
-      batches: gradients at each state: of the training batches of the steps from there on.
-      warmup_steps: beside the fresh state, that after this many float32 steps is looked at, the run's last at most; 0
-        for the fresh one alone.
-      run: a run of the same model, the states of whose checkpoints are looked at, in the place of warm-up steps. It is
-        only read.
-      loss_scale: by default that with which the experiment's scaler begins under `half`.
+      experiment: its model, loss and training batches are used.
+      batches: number of gradients at each state, on the batches of the steps from there on.
+      warmup_steps: gradients are taken at the fresh state, and at the state after this many float32 steps; 0: at the
+        fresh state only.
+      run: a run of the same model. Gradients are taken at its checkpoints instead of after warm-up steps.
+      loss_scale: by default the initial scale of the experiment's scaler under `half`.
       log: takes each message to the user.
 
     Raises: InputError as `jaxmp.find_policy` does, and for a run of another model.
@@ -103,7 +102,7 @@ def find_policy_of(
 
 
 def save(found: FoundPolicy, name: str, path: Path) -> None:
-    """Writes what was found for the config `name` as JSON, and how. Raises InputError where that cannot be done."""
+    """Writes what was found for the config `name` as JSON, with its provenance. Raises InputError if it cannot."""
     content = {"config": name, **provenance(patch=False), "command": command(), **found.to_json()}
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -126,7 +125,7 @@ def _draws(loss: Callable[..., jax.Array], trainer: Trainer) -> bool:
 
 
 def _states(trainer: Trainer, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:
-    """The fresh state, then those of the checkpoints of a run, or the one after some steps."""
+    """Yields the fresh state, then those of a run's checkpoints, or the one after the warm-up steps."""
     fresh = trainer.init()
     yield fresh
     if run is not None:

@@ -45,7 +45,7 @@ def compare_gradients(experiments: Mapping[str, Experiment], count: int, *, agai
 
     Returns:
       As JSON: `steps`, and for each precision lists over them of `relative_error` (of the norm over all parameters) and
-      `one_minus_cosine`, and the `worst` parameter by its own relative error; None where a gradient is not finite.
+      `one_minus_cosine`, and the `worst` parameter by its own relative error; None if a gradient is not finite.
 
     Raises: InputError for another reference, or a count below 1.
     """

@@ -34,16 +34,16 @@ from jaxmp.training.parallel import AXIS, Replicas, single
 from jaxmp.trees import is_castable, path_name
 
 SMALLEST_SCALE = -24
-"""power of two of the smallest loss scale that is tried"""
+"""base 2 logarithm of the smallest loss scale that is tried"""
 MOST_RULES = 12
-"""rules that are tried at most, each by a replay of the step"""
+"""largest number of rules that are tried; each costs a replay of the step"""
 UNDERFLOW = 0.01
-"""share of a gradient's numbers that are 0, and not in float32, from which on it is named: what is lost there is lost
-in every step alike, unlike a rounding error, whose sign changes"""
+"""A gradient is reported if at least this share of it is 0 here and not in float32. Underflow loses the same numbers in
+every step, unlike rounding errors, which change sign."""
 DRAWS = 4
 EXCESS = 8
-"""A value is named where its error is above `EXCESS` times the largest of `DRAWS` that float32 makes whose weights and
-inputs were rounded once, stochastically.
+"""A value is reported if its error is above `EXCESS` times a reference error: the largest in `DRAWS` float32 runs whose
+weights and inputs were rounded once, stochastically.
 
 That one rounding is the least that a format does, and its effect says how well conditioned the value is: how much of it
 cancels, and how near activations are to where a ReLU or a maximum switches. A policy rounds results and cotangents
@@ -53,22 +53,22 @@ digits_cnn, in a batch of 28)."""
 
 
 class Deviation(NamedTuple):
-    """A value of a step beside what float32 gives on the same batch."""
+    """How far a value of a step is from its value in float32 on the same batch."""
 
     module: str
-    """path of the module, "" for the model itself"""
+    """path of the module; "" for the model itself"""
     what: str
     """`output`, or `gradient of kernel`"""
     error: float
     """norm of the difference over the norm in float32"""
     threshold: float
-    """the error from which on it is named"""
+    """the error above which it is reported"""
     underflow: float
-    """share of what is not 0 in float32, and is here"""
+    """share of the numbers that are not 0 in float32 and are 0 here"""
 
     @property
     def excess(self) -> bool:
-        """Whether it is worse than rounding explains."""
+        """Whether the error is larger than rounding explains."""
         return not self.error <= self.threshold or self.underflow > UNDERFLOW
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Deviation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepBlame:
-    """What became of one step of a run. Printed, a table; `to_json` is for machines."""
+    """What went wrong in one step of a run. `str()` gives a table, `to_json` the same for programs."""
 
     run: str
     """the run folder"""
@@ -91,25 +91,25 @@ class StepBlame:
     scale: float
     """the loss scale of the step"""
     found: Blame | None
-    """the first non-finite value; None where all were finite"""
+    """the first non-finite value; None if all values are finite"""
     module: str = ""
-    """the module of the model that `found` is in, "" where it is in none below the model itself"""
+    """path of the module that computed `found`; "" if it is the model's own code"""
     passing_scale: float | None = None
-    """the largest power of two with which the step is finite; None where none is, or was looked for"""
+    """the largest power of two that keeps the step finite as loss scale; None if there is none, or none was tried"""
     rule: str | None = None
-    """the precision with the one rule more that prevents it; None where no single rule does"""
+    """the run's precision with one more rule, which prevents it; None if no single rule does"""
     float32_helps: bool | None = None
-    """whether float32 throughout prevents it"""
+    """whether float32 for the whole model prevents it; None if that was not tried"""
     deviations: tuple[Deviation, ...] = ()
-    """where all was finite: outputs from the first module on, then gradients from the last on, beside float32"""
+    """if all values are finite: outputs from the first module on, then gradients from the last module back"""
 
     @property
     def worst(self) -> Deviation | None:
-        """The first value that is worse than rounding explains."""
+        """The first value whose error is larger than rounding explains."""
         return next((each for each in self.deviations if each.excess), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and numbers."""
+        """Returns the fields as dicts, lists, strings and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         found = None if self.found is None else self.found.to_json()
         return fields | {
@@ -167,7 +167,7 @@ class StepBlame:
 
 
 def blame(subject: Any, *args: Any, **how: Any) -> StepBlame | Blame | None:
-    """What overflowed: in a step of a run, or in a call of any function.
+    """Finds what overflowed in a step of a run, or in a call of any function.
 
     Args:
       subject: a `Run`, see `blame_run`; or a function, see `jaxmp.instruments.nonfinite.blame`.
@@ -182,7 +182,7 @@ def blame(subject: Any, *args: Any, **how: Any) -> StepBlame | Blame | None:
 def blame_run(
     run: Run, step: int | None = None, *, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
 ) -> StepBlame:
-    """Repeats a step of a run, and says what overflowed in it; or, where nothing did, how far it is from float32.
+    """Repeats a step of a run and finds what overflowed in it; if nothing did, compares the step with float32.
 
     Args:
       run: the run.

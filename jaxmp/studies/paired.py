@@ -32,7 +32,7 @@ class Paired(NamedTuple):
     """two-sided p of the sign-flip test; NaN for fewer than 6 pairs and for more than 16"""
     pairs: int
     no_interval: str
-    """why there is no interval, in words; "" where there is one"""
+    """why there is no interval, in words; "" if there is one"""
 
 
 def paired(differences: Sequence[float], confidence: float = CONFIDENCE) -> Paired:

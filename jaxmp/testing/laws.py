@@ -58,7 +58,7 @@ class LawResult(NamedTuple):
     verdict: Literal["holds", "broken", "skipped"]
     """whether it holds"""
     words: str
-    """the smallest counterexample, or the reason why it was skipped; "" where it holds"""
+    """the smallest counterexample, or the reason why it was skipped; "" if it holds"""
 
 
 class Laws:

@@ -495,7 +495,7 @@ def gradients_near_float64(subject: _Subject) -> None:
 
 
 def _unfit(subject: _Subject, path: str, values: Any, exact: Any) -> str | None:
-    """What has become of what a module hands on, in words; None where it is all there."""
+    """What has become of what a module hands on, in words; None if it is all there."""
     for x, true in zip(jax.tree.leaves(values), jax.tree.leaves(exact), strict=False):
         if not is_castable(x):
             continue

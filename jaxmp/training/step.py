@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: the only code that trains, pure functions of (state, batch)."""
+"""The train step, the only code that trains: a pure function of (state, batch)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_train_step(
     accumulate_overflow: Literal["window", "microbatch"] = "window",
     replicas: Replicas = single,
 ) -> TrainStep:
-    """The pure step `(state, batch) -> (state, metrics)`, to be jitted (and donated its state) by whoever runs it.
+    """Makes the pure step `(state, batch) -> (state, metrics)`. Jit it, and donate the state.
 
     The order of operations is that of mixed-precision training with dynamic loss scaling (Micikevicius et al. 2018,
     section 3.2): loss in float32, times the scale; gradients with respect to the master weights; summed over replicas;
@@ -38,24 +38,23 @@ def make_train_step(
 
     Args:
       loss_fn: `(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`, see `make_loss`.
-      tx: `loss_scaling(...)`, with all that changes gradients inside it. A `tx` without any is applied as it is: then
-        no step is skipped.
-      ema_decay: decay of the moving average of the parameters, for a state that keeps one.
-      rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" wants a state
+      tx: `loss_scaling(...)`, around everything that changes gradients. Without it no step is skipped.
+      ema_decay: decay of the moving average of the parameters, if the state keeps one.
+      rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" needs a state
         that was created for it.
-      accumulate_steps: into how many microbatches, one after the other, a batch is split (on each replica, its share):
-        less memory for the same update, to rounding. The model state goes from one to the next.
-      accumulate_overflow: what is dropped where the gradient of a microbatch is not finite: the whole "window", which
-        skips the step; or only that "microbatch" (on that replica), and the gradient is divided by the weight of those
-        that were kept. The scaler hears of the overflow either way. A NaN loss always skips the step.
+      accumulate_steps: number of microbatches that a batch is split into (each replica splits its share): less memory
+        for the same update, up to rounding. The model state is handed from one microbatch to the next.
+      accumulate_overflow: what is dropped if the gradient of a microbatch is not finite: the whole "window", which
+        skips the step; or only that "microbatch" (on that replica), and the gradient is divided by the weight of the
+        others. The scaler is told of the overflow either way. A NaN loss always skips the step.
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
 
     Returns:
       The step. Its metrics are those of the loss function and `loss`, summed over replicas.
 
     Raises:
-      InputError: something that changes gradients or counts steps stands outside `loss_scaling`; or there is no such
-        way to accumulate. When the step is traced: a batch that does not divide into its microbatches.
+      InputError: a transformation stands outside `loss_scaling`, or the accumulation arguments are not valid. When the
+        step is traced: the batch does not divide into its microbatches.
     """
     _refuse_outside_of_probe(tx)
     tx = optax.with_extra_args_support(tx)

@@ -83,6 +83,7 @@ def test_rotation_and_scale_stay_within_their_bounds():
     assert 13.5 < radii.min() < 16 and 19 < radii.max() < 22.5
 
 
+@pytest.mark.slow
 def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
     keys = jax.random.split(KEY, 32)
     flips = jax.jit(jax.vmap(Augment(flip=True), (0, None)))(keys, IMAGE)

@@ -93,6 +93,7 @@ def weights(path, experiment):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(Run(path, experiment).state().params)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_training_sees_the_batches_of_resident_training(words, resident, workers, tmp_path):
     experiment = streamed(words, workers)
@@ -113,6 +114,7 @@ def test_both_feeds_give_the_same_batch_of_a_step(words):
     assert not np.array_equal(Trainer(drawn).feed(fuse=True).batch(0)["letters"], batches[0][0]["letters"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda experiment: experiment, streamed])
 def test_a_resumed_run_with_transforms_equals_an_unbroken_one(words, change, tmp_path):
     experiment = change(words)

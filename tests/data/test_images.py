@@ -45,26 +45,27 @@ def test_images_that_are_no_bytes_are_not_divided():
 
 
 AUGMENTED = Arrays(load, augment=Augment(rotation=20.0, scale=0.1, crop_padding=2, flip=True, cutout=2))
+augmented = jax.jit(AUGMENTED.prepare(train=True))
 
 
 def test_only_training_augments():
     batch = batch_of(np.arange(8))
     plain = jax.jit(Arrays(load).prepare(train=True))(batch, KEY)["image"]
     np.testing.assert_array_equal(jax.jit(AUGMENTED.prepare(train=False))(batch, KEY)["image"], plain)
-    assert not np.array_equal(jax.jit(AUGMENTED.prepare(train=True))(batch, KEY)["image"], plain)
+    assert not np.array_equal(augmented(batch, KEY)["image"], plain)
 
 
 def test_augmentation_draws_by_row_and_not_by_device():
     batch = batch_of(np.arange(8))
-    ready = jax.jit(AUGMENTED.prepare(train=True))
-    whole = ready(batch, KEY)["image"]
+    whole = augmented(batch, KEY)["image"]
     for first in (0, 4):
         part = jax.tree.map(lambda column, first=first: column[first : first + 4], batch)
-        np.testing.assert_array_equal(ready(part, KEY, first + jnp.arange(4))["image"], whole[first : first + 4])
-    alike = ready(batch_of(np.zeros(8, int)), KEY)["image"]
+        np.testing.assert_array_equal(augmented(part, KEY, first + jnp.arange(4))["image"], whole[first : first + 4])
+    alike = augmented(batch_of(np.zeros(8, int)), KEY)["image"]
     assert len({row.tobytes() for row in np.asarray(alike)}) == 8
 
 
+@pytest.mark.slow
 def test_the_images_of_one_row_are_changed_alike():
     data = Arrays(load, images=("image", "other"), augment=AUGMENTED.augment)
     batch = batch_of(np.arange(4))
@@ -86,10 +87,11 @@ def test_images_that_are_none_are_bad_input(settings, message):
 
 
 def test_a_draw_comes_from_the_step_and_the_place_in_the_batch_and_nothing_else():
-    image = batch_of(np.arange(4))["image"]
-    ready = AUGMENTED.prepare(train=True)({"image": image}, KEY, jnp.arange(8, 12))["image"]
+    batch = batch_of(np.arange(4))
+    image, ready = batch["image"], augmented(batch, KEY, jnp.arange(8, 12))["image"]
     keys = [jax.random.fold_in(KEY, place) for place in range(8, 12)]
-    expected = [AUGMENTED.augment(key, row / 255) for key, row in zip(keys, image.astype(jnp.float32), strict=True)]
+    alone = jax.jit(AUGMENTED.augment)
+    expected = [alone(key, row / 255) for key, row in zip(keys, image.astype(jnp.float32), strict=True)]
     np.testing.assert_allclose(ready, jnp.stack(expected), rtol=1e-5, atol=1e-6)
 
 

@@ -82,6 +82,7 @@ def test_the_split_of_digits_never_changes():
     assert digest[:16] == "40ace93bb535873b"
 
 
+@pytest.mark.slow
 def test_reading_needs_neither_tensorflow_nor_once_decoded_tfds(prepared):
     everything(TFDS().source("test"))
     program = (

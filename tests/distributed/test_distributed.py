@@ -93,14 +93,15 @@ def free_port():
 def start(folder, command, devices, **environment):
     """A process with so many virtual devices; its output goes to files, which nobody has to read while it runs."""
     number = len(list(folder.glob("*.stdout")))
+    tests = Path(__file__).parents[1]
     with (folder / f"{number}.stdout").open("wb") as out, (folder / f"{number}.stderr").open("wb") as err:
         process = subprocess.Popen(
             command,
             env={
                 **os.environ,
-                "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}",
+                "PYTHONPATH": f"{tests.parent}:{tests / 'training'}",  # for TRANSFORMER
                 "JAX_PLATFORMS": "cpu",
-                # As in test_sharding.py: compiled in half the time.
+                # As in conftest.py: compiled in half the time.
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
                 **environment,
             },
@@ -214,6 +215,7 @@ def rows_read(path):
     return sorted(rows for rows in batches if len(rows) > 1)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_exit_code_2(folder, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     with contextlib.chdir(folder):
@@ -403,7 +405,7 @@ options = tyro.cli(train.Options, args=arguments)
 if options.distributed:
     processes.join(options.coordinator, options.process_count, options.process_index, options.start_timeout)
 experiment = ConfigFile.find("noise.py").experiment(["--parallel.shard", shard])
-training, number = Trainer(experiment), int(first)
+trainer, number = Trainer(experiment), int(first)
 if number:
     source = Checkpoints(Path(f"saved{number - 1}"))
     _, tree = source.restore({"state": trainer.init(), "metrics": trainer.no_metrics})

@@ -83,6 +83,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_and_read_by_the_code_that_it_began_with(folder, capsys):
     write(folder, config=CONFIG, my_base=BASE)
     runs = str(folder / "runs")

@@ -194,6 +194,7 @@ CASES = [(path.stem, "mixed_float16") for path in CONFIGS]
 CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bfloat16,rounding=kahan")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     [pytest.param(*case, marks=[] if case == ("digits_mlp", "mixed_float16") else pytest.mark.slow) for case in CASES],

@@ -78,6 +78,7 @@ def jitted():
     return jax.jit(count)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("parity", [0, 1])  # large arrays are counted by halves, where they have them
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=str)
 def test_counts_are_those_of_numpy_with_subnormals_zeros_infinities_and_nan(jitted, dtype, parity):

@@ -44,6 +44,7 @@ def test_a_model_has_the_parameters_of_its_formula(model, shape, expected):
     assert parameters(model, shape) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

@@ -130,6 +130,7 @@ def parts(model, x, count):
     return [applied(model, x[at], at) for at in global_index]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     "model",
     [pytest.param(m, marks=pytest.mark.slow) if isinstance(m, Attention | Recurrent) else m for m in BY_EXAMPLE],
@@ -163,6 +164,7 @@ def test_the_share_that_is_dropped_is_the_rate():
     np.testing.assert_array_equal(np.unique(out), [0, 2])
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("model", [Dropped((0,)), Dropped((-3, -2)), Attention(broadcast_dropout=True)], ids=repr)
 def test_a_mask_that_the_examples_share_is_the_same_everywhere(model):
     x = jnp.broadcast_to(inputs()[:1], (ROWS, 5, 16))

@@ -221,6 +221,7 @@ def variables_of(name):
     return jax.jit(model.init)(KEY, x)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(("policy", "half"), HALF)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_operand_of_every_product_is_half_forward_and_backward(name, policy, half):
@@ -318,6 +319,7 @@ def test_a_weight_tied_between_1000_calls_gets_the_whole_gradient_t1():
     assert gradient(Repeated(), "mixed_bfloat16", variables, x)(variables["params"])["Dense_0"]["kernel"] == 300
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -382,6 +384,7 @@ NORMS = [
 ]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(("policy", "half"), [pytest.param(*HALF[0], marks=pytest.mark.slow), *HALF[1:]])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: type(n).__name__)
 def test_norms_compute_in_float32_and_hand_on_the_compute_dtype(norm, policy, half):
@@ -476,6 +479,7 @@ def test_nn_jit_does_not_reuse_the_trace_of_another_policy():
         assert operand_dtypes(Jitted().apply, variables, ROWS) == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_nn_jit_does_not_reuse_the_trace_of_a_policy_with_the_same_dtypes():
     x = jax.random.normal(KEY, (4, 5))
     variables = Jitted().init(KEY, x)

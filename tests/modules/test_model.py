@@ -52,6 +52,7 @@ class ByHand:
 MODELS = [Net(), from_nnx(lambda rngs: NnxNet(rngs)), ByHand()]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("module", MODELS, ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
 def test_training_returns_new_state_and_evaluation_the_state_that_it_was_given(module, policy):

@@ -120,6 +120,7 @@ def test_an_nnx_module_is_a_model_of_an_experiment(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run.state().params, last.state.params)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_without_state_is_trained(tmp_path):
     data = Arrays(rows, batch_size=16, images=())
     loop = Loop(steps=2, eval_every=1)
@@ -201,6 +202,7 @@ class WithStatistics(nnx.Module):
         return self.head(self.norm(x))
 
 
+@pytest.mark.slow
 def test_state_keeps_its_dtype_whatever_the_output_dtype_is():
     model = from_nnx(lambda rngs: WithStatistics(rngs))
     variables = model.init(jax.random.key(0))

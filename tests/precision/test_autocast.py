@@ -334,6 +334,7 @@ def reference(model):
         return {name: np.asarray(g) for name, g in gradient.items()}
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_dot_is_in_half_forward_and_backward(model, dtype):

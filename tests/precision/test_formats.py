@@ -141,12 +141,14 @@ def test_what_is_no_format_is_said(text, message):
 # Rounding to nearest
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", DTYPES)
 def test_all_numbers_midpoints_and_their_neighbours_round_as_in_ml_dtypes(name):
     x = critical(name)
     np.testing.assert_array_equal(bits(jitted(name, saturate=False)(x)), bits(cast(x, np_dtype(name))))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", DTYPES)
 def test_saturating_is_clipping_before_the_cast(name):
     x = critical(name)
@@ -155,6 +157,7 @@ def test_saturating_is_clipping_before_the_cast(name):
     np.testing.assert_array_equal(bits(jitted(name, saturate=True)(x)), bits(want))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_number_of_the_format_is_its_own_nearest_and_stochastic_rounding_keeps_it(name):
     x = numbers(name).astype(np.float32)
@@ -164,6 +167,7 @@ def test_every_number_of_the_format_is_its_own_nearest_and_stochastic_rounding_k
         np.testing.assert_array_equal(bits(y), bits(x))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", DTYPES)
 def test_nan_stays_nan_where_the_format_has_none_too(name):
     payload = np.array([0x7F800001, 0xFFC00000, 0x7FFFFFFF], np.uint32).view(np.float32)
@@ -250,6 +254,7 @@ def test_any_format_rounds_as_exact_fractions_do(format, seed):
 # Stochastic rounding
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("name", "x"),
     [
@@ -309,6 +314,7 @@ X = np.concatenate([critical("float8_e4m3fn"), critical("float8_e5m2")[::7]])
 X = X[: len(X) // 4 * 4].reshape(4, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rounding"),
     [

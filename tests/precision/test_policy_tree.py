@@ -456,6 +456,7 @@ def casts(model, x, text):
     return len(found), len(jax.tree.leaves(params))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("case", "text", "edges"),
     [

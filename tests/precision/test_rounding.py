@@ -72,6 +72,7 @@ def test_kahan_follows_the_exact_sum_to_the_rounding_of_its_compensation(half, s
     assert abs(start - exact) > 4 * (lost + unit / 2)  # where nearest would have stayed
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("half", [pytest.param(HALVES[0], marks=pytest.mark.slow), *HALVES[1:]])
 def test_the_bits_are_the_same_in_and_out_of_jit_when_steps_are_fused_t6(rounding, half):

@@ -337,6 +337,7 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_restores(tmp_path, kills):
     assert reached > 3 or kills == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_one_error_at_the_next_call_and_those_before_are_whole(tmp_path):
     result = run(
         """
@@ -448,6 +449,7 @@ def test_a_checkpoint_moves_between_shardings(tmp_path):
     assert result.stdout == "ok\n", result.stderr
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_wait_neither_hangs_nor_shows_a_traceback(tmp_path):
     result = run(
         """

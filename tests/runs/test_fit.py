@@ -142,6 +142,7 @@ def test_a_finished_run_is_only_read(finished, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")} == before
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("last_checkpoint", [15, 10, 0])
 def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, last_checkpoint):
     folder = tmp_path / "blobs" / finished.path.name

@@ -245,6 +245,7 @@ def test_an_experiment_that_comes_out_different_is_refused_with_the_first_differ
         _ = Run(run).experiment
 
 
+@pytest.mark.slow
 def test_a_run_from_python_wants_its_experiment(tmp_path):
     class Net(nn.Module):
         @nn.compact

@@ -66,6 +66,7 @@ def slow_unless(quick, names):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", slow_unless({"adam", "rmsprop", "novograd", "muon"}, NAN_IN_FLOAT16))
 def test_a_zero_gradient_in_float16_gives_no_nan_t14(name):
     def step(tx):
@@ -79,6 +80,7 @@ def test_a_zero_gradient_in_float16_gives_no_nan_t14(name):
 QUICK = {"adam", "adafactor", "muon", "multi_steps", "inject", "masked"}
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("dtype", HALF, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", slow_unless(QUICK, NAN_IN_FLOAT16 | OTHERS))
 def test_it_computes_what_the_inner_optimizer_computes_in_float32(name, dtype):
@@ -100,6 +102,7 @@ def test_it_computes_what_the_inner_optimizer_computes_in_float32(name, dtype):
         assert {u.dtype for u in jax.tree.leaves(updates)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("store", [None, "bfloat16"])
 @pytest.mark.parametrize("name", ["adafactor", "multi_steps", "inject", "plateau", "noise", "mu_dtype"])
 def test_no_dtype_in_the_state_ever_changes_t17(name, store):

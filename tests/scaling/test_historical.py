@@ -245,6 +245,7 @@ MORE = [
 ]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("scaler", [*SCALERS, *(pytest.param(s, marks=pytest.mark.slow) for s in MORE)], ids=str)
 def test_a_historical_scaler_is_its_original_on_1000_random_traces(scaler):
     traces = random_traces()
@@ -373,6 +374,7 @@ def test_the_scale_is_float32_whatever_the_gradients_are_b2():
     assert state.scale.dtype == jnp.float32
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("scaler", SCALERS, ids=kind)
 def test_the_scale_stays_between_floor_and_cap_b10(scaler):
     published = {True: np.float32(2.0**16), False: np.float32(2.0**16)}
@@ -423,6 +425,7 @@ def test_every_counter_is_in_the_state_b18():
     assert published != whole[20:].tolist()
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("scaler", [*SCALERS, HeadroomScaler(half_life=5), DynamicScaler(growth_interval=3)], ids=kind)
 def test_a_restart_between_any_two_steps_changes_no_bit_b18(scaler):
     trace = random_traces()[500, :40]
@@ -561,6 +564,7 @@ def headroom_reference(scaler, gradients):
     return scales
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     "scaler",
     [

@@ -80,6 +80,7 @@ def inject(grads, leaf, value, place=0):
     return jax.tree.unflatten(structure, leaves)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", INNER)
 def test_an_overflow_at_any_step_in_any_leaf_changes_nothing_but_scale_and_counters(name):
     """numerics.md steps 4, 7 and 8; defects B13, B15 and B17. The growth interval is 2: odd steps are growth steps."""
@@ -295,6 +296,7 @@ def test_the_aliases_of_optax_were_found():
 QUICK = {"adam", "adafactor", "lamb", "lion", "novograd", "polyak_sgd", "sgd", "muon", "schedule_free_adamw"}
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in (*ALIASES, *CONTRIB)]
 )

@@ -252,6 +252,7 @@ def test_modules_are_taken_by_their_error_as_long_as_the_budget_lasts(data):
     assert tried == [({"a", "b", "c", ""}, False), ({"a", "b"}, True), ({"c", ""}, False), ({"c"}, False), ({""}, True)]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_zero_is_not_judged(data):
     """As that of a bias before a normalisation: what float32 makes of it is rounding, and half all the more."""
     loss, explain, [(params, points)] = by_hand(data)
@@ -387,6 +388,7 @@ def configs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_tree_and_the_evidence(configs, capsys):
     output = configs / "found.json"
     arguments = ["find-policy", str(configs / "net.py"), "--warmup-steps", "0", "--batches", "2"]

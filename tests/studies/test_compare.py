@@ -99,6 +99,7 @@ def with_seed(comparison, seed, shift):
     return comparison
 
 
+@pytest.mark.slow
 def test_each_cell_is_the_run_that_train_would_have_made(compared, folder):
     comparison, _ = compared
     assert [(r["precision"], r["seed"]) for r in comparison["runs"]] == [("float32", 0), ("mixed_float16", 0)]
@@ -120,6 +121,7 @@ def test_seeds_are_the_outer_loop(folder):
     assert all((c.experiment.precision, c.experiment.seed) == (c.precision, c.seed) for c in cells)
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_seed(compared):
     comparison = with_seed(compared[0], 1, 0.25)
     before, after = ([d for d in c["differences"] if d["metric"] == "loss"][1] for c in (compared[0], comparison))
@@ -140,11 +142,13 @@ def test_a_seed_with_a_failed_run_is_no_pair(compared):
     assert list(found["pairs"]) == [0] and list(found["values"]) == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_audit_sees_what_each_precision_computes_in(compared):
     shares = {m["precision"]: m["dot_flops_share"] for m in compared[0]["measured"]}
     assert shares == {"float32": {"float32": 1.0}, "mixed_float16": {"float16": 1.0}}
 
 
+@pytest.mark.slow
 def test_gradient_errors_are_of_the_size_of_the_unit_roundoff(compared):
     errors = compared[0]["gradients"]
     assert errors["steps"] == [1, 5, 9]
@@ -163,6 +167,7 @@ def test_against_float32_with_the_masks_of_training_float32_has_no_error(compare
     assert not jax.config.jax_enable_x64
 
 
+@pytest.mark.slow
 def test_a_second_call_only_reads(compared, folder, capsys):
     states = sorted((folder / "runs").glob("net/*/checkpoints/*/manifest.json"))
     before = [path.stat().st_mtime_ns for path in states]
@@ -174,6 +179,7 @@ def test_a_second_call_only_reads(compared, folder, capsys):
     assert "train " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_shown_and_gives_exit_code_1(compared, folder, monkeypatch, capsys):
     def fail(experiment, **kwargs):
         raise RunFailed("2 steps in a row were skipped")
@@ -304,6 +310,7 @@ def curves_in(figures):
     ]
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_has_the_data_of_every_curve(compared):
     assert str(page(compared[0])) == compared[1]  # the JSON is all that the page is made from
     comparison = with_seed(compared[0], 1, 0.25)
@@ -331,6 +338,7 @@ def test_the_page_is_whole_and_has_the_data_of_every_curve(compared):
     assert embedded["runs"][0]["metrics"] == comparison["runs"][0]["metrics"]
 
 
+@pytest.mark.slow
 def test_the_report_of_one_run_is_in_its_folder(compared, capsys):
     run = Run(compared[0]["runs"][1]["run"])
     assert main(["report", str(run.path)]) == 0
@@ -345,6 +353,7 @@ def test_the_report_of_one_run_is_in_its_folder(compared, capsys):
         assert part in text
 
 
+@pytest.mark.slow
 def test_the_report_of_several_runs_names_what_sets_them_apart(compared, folder, capsys):
     runs = [r["run"] for r in compared[0]["runs"]]
     assert main(["report", *runs]) == 2
@@ -356,6 +365,7 @@ def test_the_report_of_several_runs_names_what_sets_them_apart(compared, folder,
     assert set(PRECISIONS) <= labels
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(compared, tmp_path):
     path = shutil.copytree(compared[0]["runs"][0]["run"], tmp_path / "unfinished")
     (path / "summary.json").unlink()
@@ -368,6 +378,7 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(compared, tmp_path):
     check_page((path / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_a_precision_whose_runs_all_failed_has_a_column_that_says_so(compared):
     comparison = json.loads(json.dumps(compared[0]))
     comparison["runs"][1] |= {"failed": "diverged", "summary": {}}
@@ -378,6 +389,7 @@ def test_a_precision_whose_runs_all_failed_has_a_column_that_says_so(compared):
     check_page(text)
 
 
+@pytest.mark.slow
 def test_names_from_outside_are_no_html(compared, tmp_path):
     comparison = json.loads(json.dumps(compared[0]))
     comparison["about"] = "</script><b onclick='x'>& "

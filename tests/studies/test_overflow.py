@@ -321,6 +321,7 @@ SLOW = {
 }
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PLANTED])
 def test_a_planted_fault_is_found(name):
     planted, value, primitive, path, backward, turns = PLANTED[name]

@@ -162,6 +162,7 @@ def get_config():
 '''
 
 
+@pytest.mark.slow
 def test_a_metric_in_a_file_of_ones_own_is_monitored_shown_and_reported(tmp_path, capsys):
     (tmp_path / "my.py").write_text(FILE)
     command = [str(tmp_path / "my.py"), "--workdir", str(tmp_path / "runs"), "--task.power", "1.5"]

@@ -1,13 +1,8 @@
-"""The laws on jaxmp itself, on one device and on eight virtual ones; as tables and as tests; and on a user's files.
-
-Run as a script, this file checks jaxmp on eight virtual CPU devices and prints which laws are broken.
-"""
+"""The laws on jaxmp itself, on one device and on eight virtual ones; as tables and as tests; and on a user's files."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import os
 import subprocess
 import sys
@@ -15,19 +10,13 @@ import textwrap
 import unittest
 from pathlib import Path
 
-import pytest
-
-if __name__ == "__main__":
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
 import flax.linen as nn
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxmp
 import jaxmp.testing
@@ -166,6 +155,7 @@ def linear(tx, microbatches=1):
     return dataclasses.replace(adapter, kept=lambda state: state.params, microbatches=microbatches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_microbatches_are_compared_with_the_batch_that_they_make(mean):
     accumulating = linear(optax.MultiSteps(optax.sgd(0.1), 2, use_grad_mean=mean), microbatches=2)
@@ -447,65 +437,24 @@ def run_user_tests(pytester, monkeypatch, training, tests, *arguments):
 # --- eight devices
 
 
-def scaler_on_eight():
-    return scaler_laws(SCALERS["dynamic"])
-
-
-def step_under_jit_on_eight():
-    return step_laws(step(mode="jit"), reference=step())
-
-
-def step_under_pmap_on_eight():
-    return step_laws(step(mode="pmap"), reference=step())
-
-
-def policy_on_eight():
-    return policy_laws(Net(), "head=float32; mixed_float16", batch()["image"])
-
-
-CASES = [scaler_on_eight, step_under_jit_on_eight, step_under_pmap_on_eight, policy_on_eight]
-
-
 def environment():
     paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-@functools.cache
-def outcome():
-    command = [sys.executable, "-W", "error", "-W", "ignore:Error reading persistent compilation cache", __file__]
-    run = functools.partial(subprocess.run, command, capture_output=True, text=True, check=False, env=environment())
-    try:
-        process = run(timeout=600)
-    except subprocess.TimeoutExpired:
-        # On a busy machine XLA's CPU client was seen to hang in the dispatch of a copy.
-        process = run(timeout=600)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+ON_EIGHT_DEVICES = {
+    "scaler": lambda: scaler_laws(SCALERS["dynamic"]),
+    "step_under_jit": lambda: step_laws(step(mode="jit"), reference=step()),
+    "step_under_pmap": lambda: step_laws(step(mode="pmap"), reference=step()),
+    "policy": lambda: policy_laws(Net(), "head=float32; mixed_float16", batch()["image"]),
+}
 
 
+@pytest.mark.eight_devices
 @pytest.mark.slow
-@pytest.mark.xdist_group("laws on eight devices")  # so that one worker starts that process once
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+@pytest.mark.parametrize("case", ON_EIGHT_DEVICES)
 def test_every_law_holds_on_eight_devices(case):
-    found = outcome()[case]
-    assert not found["broken"], found["table"]
+    laws = ON_EIGHT_DEVICES[case]()
+    assert not laws.broken, str(laws)
     if case.startswith("step"):
-        assert set(found["skipped"]) <= {"random_numbers_advance"}
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8
-    tables = {case.__name__: case() for case in CASES}
-    print(
-        json.dumps(
-            {
-                name: {
-                    "broken": laws.broken,
-                    "skipped": [result.law for result in laws if result.verdict == "skipped"],
-                    "table": str(laws),
-                }
-                for name, laws in tables.items()
-            }
-        )
-    )
+        assert {result.law for result in laws if result.verdict == "skipped"} <= {"random_numbers_advance"}

@@ -110,6 +110,7 @@ def test_the_optimizer_follows_its_schedule():
     np.testing.assert_allclose(moved, [1 / 2, 1, 1, 2 / 3, 1 / 3], rtol=1e-6)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

@@ -1,30 +1,16 @@
-"""Eight virtual CPU devices, in a process of their own: this file, run as a script, prints what became of each case."""
+"""The modes of training on eight virtual CPU devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
-
-import pytest
-
-if __name__ == "__main__":
-    # Compiled without LLVM's optimisations, in half the time; XLA's own passes, and so the collectives, are the same.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType
 
 import jaxmp
@@ -128,15 +114,20 @@ def modes_agree(model):
             assert a == pytest.approx(b, rel=1e-5)
 
 
-def jit_pmap_and_one_device_agree_on_an_mlp():
+@pytest.mark.eight_devices
+def test_jit_pmap_and_one_device_agree_on_an_mlp():
     modes_agree(MLP())
 
 
-def jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm():
     modes_agree(ConvNet())
 
 
-def every_replica_ends_with_the_same_bits():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_every_replica_ends_with_the_same_bits():
     for mode in ("jit", "pmap"):
         state, _, _ = trained(ConvNet(), mode)
         for leaf in jax.tree.leaves(state):
@@ -145,7 +136,9 @@ def every_replica_ends_with_the_same_bits():
                 assert len(leaf.addressable_shards) == 8 and len(shards) == 1
 
 
-def an_inf_on_one_replica_skips_the_step_on_all_b14():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_an_inf_on_one_replica_skips_the_step_on_all_b14():
     def poison(rows):
         rows["image"][0] = np.inf  # of the first replica only
         return rows
@@ -163,7 +156,9 @@ def an_inf_on_one_replica_skips_the_step_on_all_b14():
             assert a.tobytes() == b.tobytes()
 
 
-def integer_and_key_leaves_go_through_all_modes():
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_integer_and_key_leaves_go_through_all_modes():
     for mode in (None, "jit", "pmap"):
         state, _, devices = trained(MLP(), mode)
         out = of_one(state, devices).params
@@ -188,7 +183,8 @@ def reduced(values, dtype):
     return out["w"]
 
 
-def a_reduction_in_bfloat16_does_not_overflow_t3():
+@pytest.mark.eight_devices
+def test_a_reduction_in_bfloat16_does_not_overflow_t3():
     largest = float(jnp.finfo(jnp.bfloat16).max)
     values = np.array([largest, largest, -largest, largest, -largest, largest, -largest, -largest / 2], np.float32)
     out = reduced(values, jnp.bfloat16)
@@ -201,7 +197,8 @@ def a_reduction_in_bfloat16_does_not_overflow_t3():
     np.testing.assert_array_equal(reduced(np.full(8, 1 - 2j, np.complex64), jnp.bfloat16), [8 - 16j])
 
 
-def the_mean_of_the_model_state_does_not_overflow_in_float16_t3():
+@pytest.mark.eight_devices
+def test_the_mean_of_the_model_state_does_not_overflow_in_float16_t3():
     mean = over_replicas(lambda replicas, x: replicas.mean(x), np.full(8, 40000, np.float16))
     assert mean.dtype == jnp.float16 and mean.tolist() == [40000]
 
@@ -215,7 +212,9 @@ class Random(nn.Module):
         return nn.Dense(3)(x.reshape(x.shape[0], -1)) * 0 + noise
 
 
-def every_replica_draws_noise_of_its_own():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_every_replica_draws_noise_of_its_own():
     losses = []
     for first in (0, 2):  # the first row of the first replica, and of the second
 
@@ -227,7 +226,9 @@ def every_replica_draws_noise_of_its_own():
     assert losses[0] != losses[1]
 
 
-def a_whole_run_with_augmentation_is_the_same_in_both_modes():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_a_whole_run_with_augmentation_is_the_same_in_both_modes():
     rng = np.random.default_rng(0)
     columns = {"image": rng.integers(0, 256, (40, 6, 6, 1)).astype(np.uint8), "label": rng.integers(0, 2, 40)}
 
@@ -258,7 +259,9 @@ def noisy(key, row):
     return row if key is None else {**row, "x": row["x"] + 9 * jax.random.normal(key, row["x"].shape)}
 
 
-def transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight():
     rng = np.random.default_rng(0)
     columns = {"text": ["".join(row) for row in rng.choice(list("abcd"), (40, 5))], "label": rng.integers(0, 2, 40)}
     data = Arrays(lambda split: columns, batch_size=16, host_transforms=(words,), transforms=(noisy,))
@@ -286,7 +289,8 @@ def transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight():
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def one_collective_carries_the_gradient_in_the_reduce_dtype():
+@pytest.mark.eight_devices
+def test_one_collective_carries_the_gradient_in_the_reduce_dtype():
     devices, tx = Parallel("jit").make(16), loss_scaling(optax.sgd(0.1))
     params, _ = jax.eval_shape(lambda k: init_model(MLP(), Classification(), batch(), k), jax.random.key(0))
     state = jax.eval_shape(lambda p: TrainState.create(p, tx, key=jax.random.key(0)), params)
@@ -317,7 +321,9 @@ def psums(jaxpr):
                 yield from psums(inner)
 
 
-def half_reductions_train_as_well():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_half_reductions_train_as_well():
     expected, _, _ = trained(MLP(), None)
     for mode in ("jit", "pmap"):
         state, _, devices = trained(MLP(), mode, "float32,reduce=bf16")
@@ -325,7 +331,8 @@ def half_reductions_train_as_well():
             np.testing.assert_allclose(a, b, atol=2e-2)
 
 
-def all_bytes_of_the_state_are_donated_on_every_device():
+@pytest.mark.eight_devices
+def test_all_bytes_of_the_state_are_donated_on_every_device():
     devices = Parallel("jit").make(16)
     tx = loss_scaling(optax.adam(0.1))
     step = make_train_step(make_loss(MLP(), Classification(), "float32"), tx, replicas=devices.replicas())
@@ -336,65 +343,8 @@ def all_bytes_of_the_state_are_donated_on_every_device():
     assert compiled.memory_analysis().alias_size_in_bytes == size
 
 
-def a_batch_that_does_not_divide_is_refused_with_the_nearest_size():
+@pytest.mark.eight_devices
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_size():
     for size, words in ((12, "8 or 16"), (5, "nearest that does: 8")):
         with pytest.raises(InputError, match=words):
             Parallel().make(size)
-
-
-CASES = [
-    jit_pmap_and_one_device_agree_on_an_mlp,
-    integer_and_key_leaves_go_through_all_modes,
-    a_reduction_in_bfloat16_does_not_overflow_t3,
-    the_mean_of_the_model_state_does_not_overflow_in_float16_t3,
-    one_collective_carries_the_gradient_in_the_reduce_dtype,
-    all_bytes_of_the_state_are_donated_on_every_device,
-    a_batch_that_does_not_divide_is_refused_with_the_nearest_size,
-]
-SLOW = [
-    jit_pmap_and_one_device_agree_on_a_conv_net_with_batch_norm,
-    every_replica_ends_with_the_same_bits,
-    every_replica_draws_noise_of_its_own,
-    a_whole_run_with_augmentation_is_the_same_in_both_modes,
-    transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight,
-    an_inf_on_one_replica_skips_the_step_on_all_b14,
-    half_reductions_train_as_well,
-]
-
-
-@functools.cache
-def outcome(which):
-    paths = [str(Path(jaxmp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache"]
-    command = [sys.executable, *warnings, __file__, which]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-@pytest.mark.xdist_group("eight devices")  # so that one worker starts that process once
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_eight_devices(case):
-    assert outcome("quick")[case] == "passed", outcome("quick")[case]
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("eight devices")
-@pytest.mark.parametrize("case", [case.__name__ for case in SLOW])
-def test_slowly_on_eight_devices(case):
-    assert outcome("slow")[case] == "passed", outcome("slow")[case]
-
-
-def run(case):
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return "passed"
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8
-    cases = {"quick": CASES, "slow": SLOW}[sys.argv[1]]
-    print(json.dumps({case.__name__: run(case) for case in cases}))

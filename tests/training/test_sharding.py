@@ -1,33 +1,19 @@
-"""A transformer and other models on eight virtual CPU devices, sharded in every way; in a process of their own, like
-test_parallel.py."""
+"""A transformer and other models on eight virtual CPU devices, sharded in every way."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
-import traceback
 from pathlib import Path
-
-import pytest
-
-if __name__ == "__main__":
-    # Compiled without LLVM's optimisations, in half the time; XLA's own passes, and so the collectives, are the same.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-    os.environ["NPROC"] = "32"  # threads: with one a device, those that wait in a collective can leave none to work
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxmp
 from jaxmp.cli import main
@@ -220,7 +206,8 @@ def all_ways():
     yield session(LAYERS, shard="fsdp")
 
 
-def layers_train_alike_however_they_are_sharded():
+@pytest.mark.eight_devices
+def test_layers_train_alike_however_they_are_sharded():
     agree(10, 2e-6, session(LAYERS, 1), *all_ways())
 
 
@@ -247,12 +234,15 @@ def is_reduced_once_and_not_in_a_loop(replicated):
     assert params <= bytes_of("all-reduce", found) <= params + SUMS
 
 
-def the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop():
+@pytest.mark.eight_devices
+def test_the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop():
     """Four bytes a parameter."""
     is_reduced_once_and_not_in_a_loop(session(LAYERS, mode="pmap"))
 
 
-def zero1_scatters_the_gradient_once_and_gathers_the_weights():
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_zero1_scatters_the_gradient_once_and_gathers_the_weights():
     zero1 = session(LAYERS, shard="zero1", accumulate_steps=2)
     found, params = zero1.collectives(), zero1.state.params
     split = size([x for x in jax.tree.leaves(params) if x.size >= 2**8])
@@ -261,7 +251,9 @@ def zero1_scatters_the_gradient_once_and_gathers_the_weights():
     assert size(params) - split <= bytes_of("all-reduce", found) <= size(params) - split + SUMS
 
 
-def memory_shrinks_with_the_number_of_devices():
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_memory_shrinks_with_the_number_of_devices():
     for sharded in (session(LAYERS, shard="zero1", accumulate_steps=2), session(LAYERS, shard="fsdp")):
         memory = sharded.feed.program.memory_analysis()
         params, optimizer = size(sharded.state.params), size((sharded.state.opt_state, sharded.state.ema))
@@ -276,7 +268,9 @@ def shards_of(tree):
     return [[np.asarray(shard.data).tobytes() for shard in x.addressable_shards] for x in numbers(tree)]
 
 
-def an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
+@pytest.mark.slow
+@pytest.mark.eight_devices
+def test_an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
     for each in all_ways():
         columns = each.feed._columns
         rows, _ = each.trainer.batches.rows(0)
@@ -293,7 +287,9 @@ def an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
         assert shards_of((end.params, end.ema)) == start
 
 
-def what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
     saved = session(LAYERS, shard="fsdp")
     saved.train(3)
     assert not saved.state.params["layers"]["Dense_0"]["kernel"].is_fully_replicated
@@ -309,7 +305,9 @@ def what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
         checkpoints.close()
 
 
-def batch_norm_per_replica_averages_the_statistics_of_the_replicas():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_batch_norm_per_replica_averages_the_statistics_of_the_replicas():
     rows = images("train")["image"].reshape(ROWS, -1).astype(np.float64)
     for choice, mode in (("global", "jit"), ("replica", "jit"), ("replica", "pmap")):
         normed = session(NORMED, mode=mode, batch_norm=choice)
@@ -318,17 +316,6 @@ def batch_norm_per_replica_averages_the_statistics_of_the_replicas():
         normed.train(1)
         found = normed.state.model_state["batch_stats"]["BatchNorm_0"]["var"]
         np.testing.assert_allclose(found, 0.5 + 0.5 * expected, rtol=1e-5)
-
-
-CASES = [
-    layers_train_alike_however_they_are_sharded,
-    the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop,
-    zero1_scatters_the_gradient_once_and_gathers_the_weights,
-    memory_shrinks_with_the_number_of_devices,
-    an_inf_on_one_replica_is_skipped_by_all_in_every_sharding,
-    batch_norm_per_replica_averages_the_statistics_of_the_replicas,
-    what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight,
-]
 
 
 def ways_of(experiment):
@@ -340,7 +327,9 @@ def ways_of(experiment):
     yield session(experiment, shard="fsdp", accumulate_steps=2)
 
 
-def a_transformer_for_fifty_steps():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_a_transformer_for_fifty_steps():
     """With dropout, also in attention, a masked loss and ragged last batches."""
     agree(10, 2e-6, session(TRANSFORMER, 1), *ways_of(TRANSFORMER))
     agree(50, 2e-5, session(TRANSFORMER, 1), *ways_of(TRANSFORMER))
@@ -348,37 +337,13 @@ def a_transformer_for_fifty_steps():
         is_reduced_once_and_not_in_a_loop(session(TRANSFORMER, mode=mode, accumulate_steps=2))
 
 
-def digits_for_fifty_steps():
+@pytest.mark.eight_devices
+@pytest.mark.slow
+def test_digits_for_fifty_steps():
     file = ConfigFile.find("digits_mlp")
     digits = dataclasses.replace(file.experiment(), precision="float32")
     agree(10, 2e-6, session(digits, 1), *ways_of(digits))
     agree(50, 2e-5, session(digits, 1), *ways_of(digits))
-
-
-SLOW = [a_transformer_for_fifty_steps, digits_for_fifty_steps]
-
-
-@functools.cache
-def outcome(which):
-    root = str(Path(jaxmp.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
-    command = [sys.executable, "-W", "error", __file__, which]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-@pytest.mark.xdist_group("eight devices, sharded")  # so that one worker starts that process once
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_eight_devices(case):
-    assert outcome("quick")[case] == "passed", outcome("quick")[case]
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("eight devices, sharded")
-@pytest.mark.parametrize("case", [case.__name__ for case in SLOW])
-def test_slowly_on_eight_devices(case):
-    assert outcome("slow")[case] == "passed", outcome("slow")[case]
 
 
 @pytest.mark.parametrize(
@@ -415,17 +380,3 @@ def test_fsdp_has_no_reduce_dtype_of_its_own():
 def test_the_command_line_ends_with_2(arguments, message, capsys):
     assert main(["train", "digits_mlp", *arguments.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
-
-
-def run(case):
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return "passed"
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8
-    cases = {"quick": CASES, "slow": SLOW}.get(sys.argv[1]) or [globals()[sys.argv[1]]]
-    print(json.dumps({case.__name__: run(case) for case in cases}))

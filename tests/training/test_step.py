@@ -249,6 +249,7 @@ def test_a_batch_of_total_weight_zero_changes_nothing_harmful():
     np.testing.assert_array_equal(same.params["w"], start.params["w"])
 
 
+@pytest.mark.slow
 def test_on_the_growth_step_the_parameters_equal_an_unscaled_float32_control_b7():
     loss_fn = make_loss(Net(), Classification(), "float32")
     plain = optax.sgd(0.1, momentum=0.9)  # unlike Adam, not blind to a gradient that is twice too large
