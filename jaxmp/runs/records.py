@@ -17,8 +17,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
-from jaxmp.training.feed import NAN_LOSS
-from jaxmp.training.metrics import Metrics, compute
+from jaxmp.training.metrics import NAN_LOSS, Metrics, compute
 from jaxmp.training.state import TrainState
 
 

@@ -27,9 +27,9 @@ from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
-from jaxmp.training.feed import NAN_LOSS, Feed, Resident, Streamed, should_fuse_steps
+from jaxmp.training.feed import Feed, Resident, Streamed, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
-from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
+from jaxmp.training.metrics import NAN_LOSS, Mean, Metrics, MetricSpec, zeros_like
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_train_step

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
-from jaxmp.training.feed import NAN_LOSS
-from jaxmp.training.metrics import BOOKKEEPING, LOSS, Mean, Metrics, MetricSpec
+from jaxmp.training.metrics import BOOKKEEPING, LOSS, NAN_LOSS, Mean, Metrics, MetricSpec
 
 
 class Task:

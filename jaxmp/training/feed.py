@@ -18,15 +18,12 @@ from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import Batches, resident, stream
 from jaxmp.data.source import Source
 from jaxmp.scaling.transform import last_step_finite
-from jaxmp.training.metrics import Mean, Metrics, merge
+from jaxmp.training.metrics import NAN_LOSS, Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep
 
 AUGMENTATION = 0x6A786D70  # folded into keys, so that augmentation uses other keys than everything else from that seed
-
-NAN_LOSS = "nan_loss"
-"""name of a metric that feeds add: the share of steps, including skipped ones, whose loss was NaN"""
 
 
 class Feed(Protocol):
@@ -201,6 +198,8 @@ def _accumulating(step: TrainStep) -> Callable[[Any, Any], Any]:
     def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = carry
         state, measured = step(state, batch)
+        if NAN_LOSS in measured:  # several objectives: each has zeroed its own metrics
+            return state, merge(metrics, measured)
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
         applied = last_step_finite(state.opt_state)
         measured = jax.tree.map(lambda x: jnp.where(applied, x, jnp.zeros_like(x)), measured)

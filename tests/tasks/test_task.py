@@ -16,8 +16,7 @@ from jaxmp.cli import main
 from jaxmp.commands.dry_run import dry_run
 from jaxmp.reports.run_report import report
 from jaxmp.tasks.task import Monitor, find_monitor, metric_specs
-from jaxmp.training.feed import NAN_LOSS
-from jaxmp.training.metrics import BOOKKEEPING
+from jaxmp.training.metrics import BOOKKEEPING, NAN_LOSS
 
 
 class Line(nn.Module):
