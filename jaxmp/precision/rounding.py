@@ -48,7 +48,8 @@ def apply_updates(
     Half-precision parameters are summed in float32, and the sum is rounded once. Float32 and wider parameters are added
     in their own dtype, whatever `rounding` is. A sum beyond the largest number of the dtype becomes infinite. Leaves
     without a gradient (integers, bools, PRNG keys, float0, fp8) are returned unchanged. An update of -0.0, which
-    `loss_scaling` returns for a skipped step, leaves its parameter and its compensation unchanged to the bit.
+    `loss_scaling` returns for a skipped step, leaves its parameter and its compensation unchanged to the bit. So does
+    a None in place of an update, whose parameter has no compensation but None.
 
     Args:
       params: any pytree.
@@ -56,8 +57,8 @@ def apply_updates(
       rounding: `nearest` rounds ties to even. `stochastic` rounds to one of the two neighbours, such that the mean is
         the float32 sum. `kahan` rounds to nearest, stores the rounding error in the compensation, and adds it in the
         next step. The compensation is bfloat16, so a step may still lose 2^-10 of a unit in the last place.
-      key: PRNG key of stochastic rounding; pass a new one in each step, and the same one on all replicas. It is split
-        into one key per leaf.
+      key: PRNG key of stochastic rounding; pass a new one in each step, and the same one on all replicas. The place of
+        each leaf in `params` is folded in.
       compensation: the compensation that the previous step returned; in the first step, `init_compensation(params)`.
 
     Returns:
@@ -93,10 +94,12 @@ def apply_updates(
         return jax.tree.map(lambda p, u: _add_stochastic(p, u, jax.random.fold_in(key, next(leaf))), params, updates)
     if rounding == "nearest":
         return jax.tree.map(_add_nearest, params, updates)
-    pairs = jax.tree.map(_add_kahan, params, updates, compensation)
+    whole, params = params, jax.tree.map(lambda p, u: None if u is None else p, params, updates)
     if not jax.tree.leaves(params):  # transpose needs at least one leaf
-        return params, compensation
-    return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), pairs)
+        return whole, compensation
+    pairs = jax.tree.map(_add_kahan, params, updates, compensation)
+    params, compensation = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), pairs)
+    return jax.tree.map(lambda p, new: p if new is None else new, whole, params), compensation
 
 
 def init_compensation(params: Any) -> Any:
@@ -110,7 +113,7 @@ def init_compensation(params: Any) -> Any:
 
 
 def _add_nearest(param: Any, update: Any) -> Any:
-    if not has_gradient(param):
+    if update is None or not has_gradient(param):
         return param
     param = jnp.asarray(param)
     total = _float32(param) + _float32(update) if _is_half(param) else param + update
@@ -118,7 +121,7 @@ def _add_nearest(param: Any, update: Any) -> Any:
 
 
 def _add_stochastic(param: Any, update: Any, key: jax.Array) -> Any:
-    if not _is_half(param):
+    if update is None or not _is_half(param):
         return _add_nearest(param, update)
     total = quantize(_float32(param) + _float32(update), param.dtype.name, rounding="stochastic", key=key)
     return _unless_skipped(update, total.astype(param.dtype), param)

@@ -19,8 +19,8 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
-from jaxmp.training.feed import LONG_SKIP, NAN_LOSS
-from jaxmp.training.metrics import Metrics, compute
+from jaxmp.training.feed import LONG_SKIP
+from jaxmp.training.metrics import NAN_LOSS, Metrics, compute
 from jaxmp.training.state import TrainState
 
 

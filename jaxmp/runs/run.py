@@ -209,7 +209,7 @@ class Run:
         """
         state = self._last_state if state is None else state
         inputs = {name: jnp.asarray(column) for name, column in batch_of(self.experiment.data, batch).items()}
-        return self._outputs(state.params if state.ema is None else state.ema, state.model_state, inputs)
+        return self._outputs(state.averaged_params, state.model_state, inputs)
 
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:

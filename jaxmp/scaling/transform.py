@@ -147,6 +147,9 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
 
     Returns:
       The scaled loss, float32.
+
+    Raises:
+      ValueError: `opt_state` is that of several objectives; expected the state of one.
     """
     loss = jnp.asarray(loss, jnp.float32)
     state = find_state(opt_state)
@@ -154,26 +157,54 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
 
 
 def loss_scale(opt_state: Any) -> jax.Array:
-    """Returns the loss scale of the next step, float32 scalar; 1 if `opt_state` holds no scaler."""
+    """Returns the loss scale of the next step, float32 scalar; 1 if `opt_state` holds no scaler.
+
+    Raises:
+      ValueError: `opt_state` is that of several objectives, which have a scale each: expected `opt_state[name]`.
+    """
     state = find_state(opt_state)
     return jnp.float32(1) if state is None else state.scaler.scale
 
 
 def last_step_finite(opt_state: Any) -> jax.Array:
-    """Returns whether the last step was applied, bool scalar; True before the first step or without a scaler."""
+    """Returns whether the last step was applied, bool scalar; True before the first step or without a scaler.
+
+    Of several objectives: whether the last attempt of each was applied.
+    """
     return consecutive_skips(opt_state) == 0
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:
-    """Returns the number of steps skipped so far, int32 scalar; 0 if `opt_state` holds no scaler."""
-    state = find_state(opt_state)
-    return jnp.int32(0) if state is None else state.skipped
+    """Returns the number of steps skipped so far, int32 scalar; 0 if `opt_state` holds no scaler.
+
+    Of several objectives: the sum over them.
+    """
+    states = _states(opt_state)
+    return sum((state.skipped for state in states[1:]), states[0].skipped) if states else jnp.int32(0)
 
 
 def consecutive_skips(opt_state: Any) -> jax.Array:
-    """Returns the number of steps skipped in a row up to now, int32 scalar; 0 if `opt_state` holds no scaler."""
+    """Returns the number of steps skipped in a row up to now, int32 scalar; 0 if `opt_state` holds no scaler.
+
+    Of several objectives: the largest, each counted over its own attempts.
+    """
+    in_a_row = [state.consecutive_skips for state in _states(opt_state)]
+    return functools.reduce(jnp.maximum, in_a_row) if in_a_row else jnp.int32(0)
+
+
+def has_objectives(opt_state: Any) -> bool:
+    """Whether `opt_state` is that of several objectives: a dict by name of states with one loss scaler each."""
+    if not isinstance(opt_state, dict) or len(opt_state) < 2:
+        return False
+    return all(isinstance(state, LossScalingState) for state in opt_state.values())
+
+
+def _states(opt_state: Any) -> list[LossScalingState]:
+    """The state of each objective; or the one state of the single objective, if there is one."""
+    if has_objectives(opt_state):
+        return [*opt_state.values()]
     state = find_state(opt_state)
-    return jnp.int32(0) if state is None else state.consecutive_skips
+    return [] if state is None else [state]
 
 
 def find_state(opt_state: Any) -> LossScalingState | None:
@@ -184,6 +215,11 @@ def find_state(opt_state: Any) -> LossScalingState | None:
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScalingState))
     found = [leaf for leaf in leaves if isinstance(leaf, LossScalingState)]
+    if has_objectives(opt_state):
+        names = ", ".join(map(repr, opt_state))
+        raise ValueError(
+            f"opt_state holds the states of several objectives: {names}; expected that of one, opt_state[name]"
+        )
     if len(found) > 1:
         raise ValueError(f"opt_state holds {len(found)} loss scalers; a loss has one scale: use one loss_scaling")
     return found[0] if found else None

@@ -57,7 +57,7 @@ class Evaluation:
           state: on these devices, as `Devices.get` returns it.
           source: the rows, taken in order.
         """
-        params = state.params if state.ema is None else state.ema
+        params = state.averaged_params
         metrics, own = self._devices.whole(self._no_metrics), self._devices.local_rows(self._batch_size)
         for batch in evaluation_batches(source, self._batch_size, own):
             metrics = self._add(params, state.model_state, metrics, self._devices.shard_local_rows(batch))

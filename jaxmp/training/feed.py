@@ -18,15 +18,12 @@ from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import Batches, resident, stream
 from jaxmp.data.source import Source
 from jaxmp.scaling.transform import consecutive_skips, last_step_finite
-from jaxmp.training.metrics import Mean, Metrics, merge
+from jaxmp.training.metrics import NAN_LOSS, Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep
 
 AUGMENTATION = 0x6A786D70  # folded into keys, so that augmentation uses other keys than everything else from that seed
-
-NAN_LOSS = "nan_loss"
-"""name of a metric that feeds add: the share of steps, including skipped ones, whose loss was NaN"""
 
 LONG_SKIP = "long_skip"
 """name of a metric that feeds add: the share of steps with which a row of skipped steps became as long as a limit"""
@@ -227,6 +224,8 @@ def _accumulating(step: TrainStep, skip_limit: int) -> Callable[[Any, Any], Any]
     def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
         (state, metrics), one = carry, jnp.float32(1)
         state, measured = step(state, batch)
+        if NAN_LOSS in measured:  # several objectives: each has zeroed its own metrics
+            return state, merge(metrics, measured)
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
         is_long = (consecutive_skips(state.opt_state) == skip_limit).astype(jnp.float32)
         applied = last_step_finite(state.opt_state)

@@ -16,6 +16,7 @@ from jaxmp.errors import InputError
 from jaxmp.scaling.transform import all_finite, inner_view
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 from jaxmp.training.metrics import Mean, Metrics
+from jaxmp.training.objective import EVERYTHING, fill, trained_view
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.trees import has_gradient, tree_where
 
@@ -78,15 +79,18 @@ def make_gradients(
     accumulate_steps: int = 1,
     accumulate_overflow: Literal["window", "microbatch"] = "window",
     replicas: Replicas = single,
+    trains: tuple[str, ...] = EVERYTHING,
 ) -> Gradients:
     """The first half of a train step, on one replica's share of a batch. For the arguments see `make_train_step`.
 
     Returns:
       `(params, model_state, scale, batch, key) -> (gradients, Measured, model_state)`. The gradients are those of the
       mean loss times `scale`, summed over replicas, as are the metrics; the model state is averaged over replicas.
+      What `trains` (see `Objective`) leaves out is not differentiated: in the gradients it is None.
 
     Raises:
-      InputError: no such way to accumulate. When traced: a batch that does not divide into its microbatches.
+      InputError: no such way to accumulate. When traced: a batch that does not divide into its microbatches, or a
+        pattern in `trains` that matches no parameter.
     """
     if accumulate_steps < 1:
         raise InputError(f"accumulate_steps={accumulate_steps}: expected a whole number of at least 1")
@@ -98,13 +102,14 @@ def make_gradients(
         if replicas.several:
             batch = {**batch, EXAMPLE_INDEX: replicas.global_index(_rows(batch), 1)[0]}
         grads, (loss, metrics, model_state) = differentiate(
-            lambda params: scaled_mean(params, model_state, scale, batch, key), params
+            lambda trained: scaled_mean(fill(trained, params), model_state, scale, batch, key),
+            trained_view(params, trains),
         )
         loss, metrics = replicas.sum((loss, metrics))
         return replicas.sum_gradients(grads), Measured(loss, metrics), replicas.mean(model_state)
 
     def of_microbatches(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
-        rows = _rows(batch)
+        rows, own = _rows(batch), trained_view(params, trains)
         if rows % accumulate_steps:
             raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
         index = replicas.global_index(rows, accumulate_steps)
@@ -120,25 +125,25 @@ def make_gradients(
         def add(carry: tuple[list[jax.Array], Any], part: Batch) -> Any:
             sums, model_state = carry
             grads, (loss, metrics, new_model_state) = differentiate(
-                lambda params: scaled_mean(params, model_state, scale, part, key, all_weight), params
+                lambda trained: scaled_mean(fill(trained, params), model_state, scale, part, key, all_weight), own
             )
             # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
             # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
-            new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(params, grads), strict=True)]
+            new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(own, grads), strict=True)]
             carry_on, kept = (new, new_model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
                 kept = all_finite(inner_view(grads)) | jnp.isnan(loss)
                 carry_on = tree_where(kept, carry_on, carry)
             return carry_on, (kept, loss, metrics)
 
-        masters = _with_gradient(params, params)
+        masters = _with_gradient(own, own)
         nothing = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in masters]
         if replicas.axis_name is None:
             nothing = replicas.in_shares(nothing)
         (sums, model_state), (kept, losses, metrics) = jax.lax.scan(add, (nothing, model_state), parts)
         loss, metrics = jax.tree.map(lambda x: jnp.sum(jnp.where(kept, x, 0)), (losses, metrics))
         loss, metrics, dropped = replicas.sum((loss, metrics, jnp.sum(~kept, dtype=jnp.float32)))
-        grads, model_state = replicas.sum_gradients(_rebuild(params, sums)), replicas.mean(model_state)
+        grads, model_state = replicas.sum_gradients(_rebuild(own, sums)), replicas.mean(model_state)
         if accumulate_overflow == "window":
             return grads, Measured(loss, metrics), model_state
         # Exactly 1 where all were kept. Where nothing was that counts, there is no step to take.

@@ -18,6 +18,9 @@ BOOKKEEPING = (
 )
 """fields of a line of metrics.jsonl that are no metrics"""
 
+NAN_LOSS = "nan_loss"
+"""name of a metric of training: the share of steps, including skipped ones, in which a loss was NaN"""
+
 
 @dataclasses.dataclass(frozen=True)
 class MetricSpec:

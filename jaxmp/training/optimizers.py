@@ -30,17 +30,19 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
     """The parameters that weight decay shrinks: a tree of bools like `params`, True where a path matches a pattern.
 
     Args:
-      params: a pytree; the path of a leaf is `encoder/layer_0/Dense_0/kernel`.
+      params: a pytree; the path of a leaf is `encoder/layer_0/Dense_0/kernel`. None stands for a frozen parameter.
       patterns: see `jaxmp.trees.Pattern`.
 
     Raises:
-      InputError: a pattern matches no parameter. Of `KERNELS_AND_EMBEDDINGS`, one that matches is enough.
+      InputError: a pattern matches no parameter, frozen ones included. Of `KERNELS_AND_EMBEDDINGS`, one that matches
+        is enough.
 
     >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 1.0}}, patterns=("**/kernel",))
     {'Dense_0': {'bias': False, 'kernel': True}}
     """
     paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
-    names, wanted = jax.tree.leaves(paths), [Pattern(text) for text in patterns]
+    with_frozen = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None)
+    names, wanted = [path_name(path) for path, _ in with_frozen], [Pattern(text) for text in patterns]
     idle = [pattern for pattern in wanted if not any(pattern.matches(name) for name in names)]
     if idle and (idle == wanted or patterns != KERNELS_AND_EMBEDDINGS):
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,15 @@ import optax
 
 from jaxmp.precision.rounding import apply_updates, init_compensation
 from jaxmp.scaling.transform import skipped_steps
+from jaxmp.training.objective import (
+    Objective,
+    Objectives,
+    check_objectives,
+    fill,
+    restrict,
+    trained_by_any,
+    trained_view,
+)
 from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
 ROUNDING_KEY = 2**31 - 1
@@ -29,19 +39,21 @@ class TrainState:
     model_state: Any
     """other variables of the model, such as batch statistics; {} if there are none"""
     opt_state: Any
-    """optimizer state, including loss scale and skip counters"""
+    """optimizer state, including loss scale and skip counters; of several objectives, a dict of such states by name"""
     key: jax.Array
     """typed PRNG key of the run; step n uses `fold_in(key, n)`"""
     ema: Any = None
-    """exponential moving average of the parameters, float32 or wider; None if none is kept"""
+    """exponential moving average of the parameters, float32 or wider; None if none is kept, and in place of each leaf
+    that no objective averages"""
     compensation: Any = None
-    """Kahan compensation of half-precision parameters, see `jaxmp.apply_updates`; None without Kahan summation"""
+    """Kahan compensation of half-precision parameters, see `jaxmp.apply_updates`; None without Kahan summation, and in
+    place of each leaf that no objective trains"""
 
     @classmethod
     def create(
         cls,
         params: Any,
-        tx: optax.GradientTransformation,
+        tx: optax.GradientTransformation | Objective | Objectives,
         *,
         key: jax.Array,
         model_state: Any = None,
@@ -55,22 +67,43 @@ class TrainState:
 
         Args:
           params: the parameters, any pytree.
-          tx: the optimizer.
+          tx: the optimizer; or an `Objective`, or several by name, which keep optimizer state,
+            compensation and average only of what they train.
           key: typed PRNG key of the run, such as `jax.random.key(0)`.
           model_state: other variables of the model, such as batch statistics.
-          ema: whether to keep a moving average of the parameters.
+          ema: whether to keep a moving average of the parameters; an `Objective` with an `ema_decay` keeps one too.
           rounding: how updates will be added, see `jaxmp.apply_updates`; `kahan` adds a compensation to the state.
+
+        Raises:
+          InputError: a pattern in what an objective trains matches no parameter.
         """
+        if not isinstance(tx, Objective | Mapping):
+            opt_state, trained, averaged = tx.init(params), params, params if ema else None
+        else:
+            several = not isinstance(tx, Objective)
+            objectives: Objectives = tx if not isinstance(tx, Objective) else {"": tx}
+            if several:
+                check_objectives(objectives)
+            states = {name: of.tx.init(trained_view(params, of.trains)) for name, of in objectives.items()}
+            opt_state = states if several else states[""]
+            trained = trained_by_any(params, [of.trains for of in objectives.values()])
+            with_average = [of.trains for of in objectives.values() if ema or of.ema_decay is not None]
+            averaged = trained_by_any(params, with_average) if with_average else None
         state = cls(
             step=jnp.int32(0),
             params=params,
             model_state={} if model_state is None else model_state,
-            opt_state=tx.init(params),
+            opt_state=opt_state,
             key=key,
-            ema=jax.tree.map(upcast, params) if ema else None,
-            compensation=init_compensation(params) if rounding == "kahan" else None,
+            ema=None if averaged is None else jax.tree.map(upcast, averaged),
+            compensation=init_compensation(trained) if rounding == "kahan" else None,
         )
         return jax.tree.map(lambda x: jnp.copy(strongly_typed(x)), state)
+
+    @property
+    def averaged_params(self) -> Any:
+        """The weights to evaluate: the moving average, and the parameters themselves where none is kept."""
+        return self.params if self.ema is None else fill(self.ema, self.params)
 
     def commit(
         self,
@@ -89,38 +122,102 @@ class TrainState:
 
         Args:
           finite: whether the step is applied, bool scalar, the same on every replica.
-          updates: updates to add to the parameters, as returned by the optimizer.
+          updates: updates to add to the parameters, as returned by the optimizer; None where nothing is trained.
           model_state: the new model state.
           opt_state: the new optimizer state; `loss_scaling` has already kept the old values in it on a skipped step.
           ema_decay: decay of the moving average. After n applied steps it is min(ema_decay, (1 + n) / (10 + n)), so
             that the initial weights are forgotten sooner (as TensorFlow's `ExponentialMovingAverage(num_updates=n)`).
           rounding: how updates are added to half-precision parameters, see `jaxmp.apply_updates`.
         """
-        params, compensation = self._add(updates, rounding)
+        state = self._apply(
+            finite,
+            updates=updates,
+            model_state=model_state,
+            applied=lambda: self.step - skipped_steps(self.opt_state),
+            key=lambda: jax.random.fold_in(self.key, self.step),
+            ema_decay=ema_decay,
+            rounding=rounding,
+        )
+        return dataclasses.replace(state, step=self.step + 1, opt_state=opt_state)
+
+    def commit_objective(
+        self,
+        name: str,
+        finite: jax.Array,
+        *,
+        updates: Any,
+        model_state: Any,
+        opt_state: Any,
+        attempts: jax.Array,
+        key: jax.Array,
+        ema_decay: float | None = None,
+        rounding: str = "nearest",
+    ) -> TrainState:
+        """Returns the state after one of several objectives; `step` is not incremented. For the rest see `commit`.
+
+        Args:
+          name: of the objective.
+          finite: whether its step is applied; otherwise what it trains and the model state keep their values.
+          updates: updates of what it trains, and None elsewhere.
+          model_state: the model state that it leaves.
+          opt_state: its own new optimizer state.
+          attempts: how often it ran before, int32 scalar.
+          key: its key of this step.
+          ema_decay: decay of the moving average of what it trains.
+          rounding: see `jaxmp.apply_updates`.
+        """
+        state = self._apply(
+            finite,
+            updates=updates,
+            model_state=model_state,
+            applied=lambda: attempts - skipped_steps(self.opt_state[name]),
+            key=lambda: key,
+            ema_decay=ema_decay,
+            rounding=rounding,
+        )
+        return dataclasses.replace(state, opt_state={**self.opt_state, name: opt_state})
+
+    def _apply(
+        self,
+        finite: jax.Array,
+        *,
+        updates: Any,
+        model_state: Any,
+        applied: Callable[[], jax.Array],
+        key: Callable[[], jax.Array],
+        ema_decay: float | None,
+        rounding: str,
+    ) -> TrainState:
+        """The state with the updates added; `applied` gives the number of steps applied before, `key` that of the step.
+
+        Both are called only where they are needed.
+        """
+        compensation = self.compensation
+        if rounding == "kahan":
+            own = restrict(compensation, updates)
+            params, own = apply_updates(self.params, updates, "kahan", compensation=own)
+            compensation = fill(own, compensation)
+        elif rounding == "stochastic":
+            # Another stream than the model's; from the key of the run, so that all replicas round alike.
+            rounding_key = jax.random.fold_in(key(), ROUNDING_KEY)
+            params = apply_updates(self.params, updates, "stochastic", key=rounding_key)
+        else:
+            params = apply_updates(self.params, updates)
         params = tree_where(finite, params, self.params)
         ema = self.ema
         if ema is not None and ema_decay is not None:
-            applied = (self.step - skipped_steps(self.opt_state)).astype(jnp.float32)
-            decay = jnp.minimum(jnp.float32(ema_decay), (1 + applied) / (10 + applied))
-            ema = tree_where(finite, jax.tree.map(lambda e, p: _average(e, p, decay), ema, params), ema)
-        return TrainState(
-            step=self.step + 1,
+            count = applied().astype(jnp.float32)
+            decay = jnp.minimum(jnp.float32(ema_decay), (1 + count) / (10 + count))
+            before = restrict(ema, updates)
+            after = jax.tree.map(lambda e, p: _average(e, p, decay), before, restrict(params, before))
+            ema = fill(tree_where(finite, after, before), ema)
+        return dataclasses.replace(
+            self,
             params=params,
             model_state=tree_where(finite, model_state, self.model_state),
-            opt_state=opt_state,
-            key=self.key,
             ema=ema,
             compensation=tree_where(finite, compensation, self.compensation),
         )
-
-    def _add(self, updates: Any, rounding: str) -> tuple[Any, Any]:
-        if rounding == "kahan":
-            return apply_updates(self.params, updates, "kahan", compensation=self.compensation)
-        if rounding == "stochastic":
-            # Another stream than the model's; from the key of the run, so that all replicas round alike.
-            key = jax.random.fold_in(jax.random.fold_in(self.key, self.step), ROUNDING_KEY)
-            return apply_updates(self.params, updates, "stochastic", key=key), None
-        return apply_updates(self.params, updates), None
 
 
 def _average(average: jax.Array, param: jax.Array, decay: jax.Array) -> jax.Array:

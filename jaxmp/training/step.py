@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
 from jaxmp.scaling.transform import LossScalingState, find_state, last_step_finite, loss_scale
 from jaxmp.training.batch import Batch, LossFn
-from jaxmp.training.gradients import make_gradients
-from jaxmp.training.metrics import Metrics
+from jaxmp.training.gradients import Measured, make_gradients
+from jaxmp.training.metrics import NAN_LOSS, Mean, Metrics
+from jaxmp.training.objective import Objective, Objectives, check_name, check_objectives, objective_key, trained_view
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.training.state import TrainState
+
+ORDERS = ("in_turn", "at_once")
+"""values of `order`"""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    loss_fn: LossFn | Objective | Objectives,
+    tx: optax.GradientTransformation | None = None,
     *,
+    order: Literal["in_turn", "at_once"] = "in_turn",
+    due: Collection[str] | None = None,
     ema_decay: float | None = None,
     rounding: str = "nearest",
     accumulate_steps: int = 1,
@@ -36,11 +45,20 @@ def make_train_step(
     one finite flag, from the reduced, still scaled gradients and the loss; unscaled by the scale that the loss was
     multiplied by; optimizer; commit by selection; new scale.
 
+    Several objectives each do this as a step of their own, with their own scale, finite flag and optimizer state.
+    Objective `name` draws from `fold_in(key of the step, crc32(name))`.
+
     Args:
-      loss_fn: `(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`, see `make_loss`.
-      tx: `loss_scaling(...)`, around everything that changes gradients. Without it no step is skipped.
-      ema_decay: decay of the moving average of the parameters, if the state keeps one.
-      rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" needs a state
+      loss_fn: `(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`, see `make_loss`; or an
+        `Objective`; or several by name, which run in the order of the mapping.
+      tx: `loss_scaling(...)`, with all that changes gradients inside it. A `tx` without any is applied as it is: then
+        no step is skipped. None with objectives, which have their own.
+      order: what several objectives see: "in_turn", each the parameters that the one before left; "at_once", all the
+        parameters at the beginning of the step. The model state goes from one to the next either way.
+      due: names of the objectives that this step runs, chosen by `jaxmp.training.objective.due_at`: a program for each
+        set of them. None (default): each runs where its `every` divides `state.step`, chosen by `lax.cond`.
+      ema_decay: decay of the moving average of the parameters, for a state that keeps one. An `Objective` has its own.
+      rounding: how updates are added to parameters in half precision, see `jaxmp.apply_updates`; "kahan" wants a state
         that was created for it.
       accumulate_steps: number of microbatches that a batch is split into (each replica splits its share): less memory
         for the same update, up to rounding. The model state is handed from one microbatch to the next.
@@ -50,41 +68,120 @@ def make_train_step(
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
 
     Returns:
-      The step. Its metrics are those of the loss function and `loss`, summed over replicas.
+      The step. Its metrics are those of the loss function and `loss`, summed over replicas. Those of several objectives
+      are called `name/loss` and so on; they have weight 0 where the objective did not run or was skipped, and
+      `nan_loss` counts the steps in which a loss was NaN.
 
     Raises:
-      InputError: a transformation stands outside `loss_scaling`, or the accumulation arguments are not valid. When the
-        step is traced: the batch does not divide into its microbatches.
+      InputError: something that changes gradients or counts steps stands outside `loss_scaling`; there is no such way
+        to accumulate; or arguments of several objectives with a single one. When the step is traced: a batch that does
+        not divide into its microbatches, or a pattern in `trains` that matches no parameter.
     """
-    _refuse_outside_of_probe(tx)
-    tx = optax.with_extra_args_support(tx)
-
-    gradients = replicas.shard_map(
-        make_gradients(
-            loss_fn,
-            accumulate_steps=accumulate_steps,
-            accumulate_overflow=accumulate_overflow,
-            replicas=replicas,
-        )
-    )
+    how: dict[str, Any] = {
+        "accumulate_steps": accumulate_steps,
+        "accumulate_overflow": accumulate_overflow,
+        "replicas": replicas,
+    }
+    if not isinstance(loss_fn, Objective | Mapping):
+        if tx is None:
+            raise InputError("make_train_step(loss_fn) without an optimizer: expected make_train_step(loss_fn, tx)")
+        loss_fn = Objective(loss_fn, tx, ema_decay=ema_decay)
+    elif tx is not None or ema_decay is not None:
+        raise InputError("make_train_step: an Objective has a tx and an ema_decay of its own; expected none beside it")
+    if isinstance(loss_fn, Mapping):
+        return _several(loss_fn, order, due, rounding, **how)
+    if due is not None or order != "in_turn" or loss_fn.every != 1:
+        raise InputError("make_train_step: due, order and every are for several objectives; expected a mapping of them")
+    attempt = _attempt(loss_fn, **how)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _refuse_outside(state.opt_state)
         key = jax.random.fold_in(state.key, state.step)
-        grads, measured, model_state = gradients(
-            state.params, state.model_state, loss_scale(state.opt_state), batch, key
-        )
-        extra = {} if measured.overflowed is None else {"overflowed": measured.overflowed}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=measured.loss, **extra)
-        state = state.commit(
-            last_step_finite(opt_state),
-            updates=updates,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema_decay=ema_decay,
-            rounding=rounding,
-        )
+        finite, result, measured = attempt(state.params, state.model_state, state.opt_state, batch, key)
+        state = state.commit(finite, **result, ema_decay=loss_fn.ema_decay, rounding=rounding)
         return replicas.place(state), measured.metrics
+
+    return train_step
+
+
+def _attempt(
+    objective: Objective,
+    *,
+    accumulate_steps: int,
+    accumulate_overflow: Literal["window", "microbatch"],
+    replicas: Replicas,
+) -> Callable[..., tuple[jax.Array, dict[str, Any], Measured]]:
+    """`(params, model_state, opt_state, batch, key) -> (finite, what to commit, Measured)` of one objective."""
+    _refuse_outside_of_probe(objective.tx)
+    tx = optax.with_extra_args_support(objective.tx)
+    gradients = replicas.shard_map(
+        make_gradients(
+            objective.loss_fn,
+            accumulate_steps=accumulate_steps,
+            accumulate_overflow=accumulate_overflow,
+            replicas=replicas,
+            trains=objective.trains,
+        )
+    )
+
+    def attempt(params: Any, model_state: Any, opt_state: Any, batch: Batch, key: jax.Array) -> Any:
+        grads, measured, model_state = gradients(params, model_state, loss_scale(opt_state), batch, key)
+        extra = {} if measured.overflowed is None else {"overflowed": measured.overflowed}
+        trained = trained_view(params, objective.trains)
+        updates, opt_state = tx.update(grads, opt_state, trained, value=measured.loss, **extra)
+        result = {"updates": updates, "model_state": model_state, "opt_state": opt_state}
+        return last_step_finite(opt_state), result, measured
+
+    return attempt
+
+
+def _several(objectives: Objectives, order: str, due: Collection[str] | None, rounding: str, **how: Any) -> TrainStep:
+    """The step of several objectives, see `make_train_step`."""
+    check_objectives(objectives)
+    if order not in ORDERS:
+        raise InputError(f"order={order!r}: expected {' or '.join(ORDERS)}{nearest(str(order), ORDERS)}")
+    for name in () if due is None else due:
+        check_name(name, objectives, "due")
+    attempts = {name: _attempt(objective, **how) for name, objective in objectives.items()}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        before, nan_loss = state, jnp.bool_(False)
+        metrics: Metrics = {}
+
+        def run(name: str, state: TrainState) -> tuple[TrainState, Metrics, jax.Array]:
+            _refuse_outside(state.opt_state[name])
+            objective, key = objectives[name], jax.random.fold_in(state.key, state.step)
+            params = before.params if order == "at_once" else state.params
+            key = objective_key(key, name)
+            finite, result, measured = attempts[name](params, state.model_state, state.opt_state[name], batch, key)
+            state = state.commit_objective(
+                name,
+                finite,
+                **result,
+                attempts=(state.step + objective.every - 1) // objective.every,
+                key=key,
+                ema_decay=objective.ema_decay,
+                rounding=rounding,
+            )
+            kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), measured.metrics)
+            return how["replicas"].place(state), kept, jnp.isnan(measured.loss)
+
+        def leave(name: str, state: TrainState) -> tuple[TrainState, Metrics, jax.Array]:
+            _, nothing, _ = jax.eval_shape(functools.partial(run, name), state)
+            return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing), jnp.bool_(False)
+
+        for name, objective in objectives.items():
+            ways = functools.partial(run, name), functools.partial(leave, name)
+            if due is not None:
+                state, measured, is_nan = ways[0 if name in due else 1](state)
+            elif objective.every == 1:
+                state, measured, is_nan = ways[0](state)
+            else:
+                state, measured, is_nan = jax.lax.cond(before.step % objective.every == 0, *ways, state)
+            metrics |= {f"{name}/{metric}": mean for metric, mean in measured.items()}
+            nan_loss |= is_nan
+        metrics[NAN_LOSS] = Mean(nan_loss.astype(jnp.float32), jnp.float32(1))
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     return train_step
 
