@@ -36,7 +36,7 @@ class _Facts(NamedTuple):
     """made of an input of the model that was rounded"""
     mask: bool = False
     """zeros and ones"""
-    count: bool = False
+    counted: bool = False
     """a sum of a mask, over more terms than half can count"""
     largest: float = math.inf
     """of whole numbers: what they are below"""
@@ -82,7 +82,7 @@ def _facts(eqn: Any, v: Any, facts: list[_Facts], names: str, found: list[str]) 
         found.append("the input of a rule")
     whole = eqn.invars and jnp.issubdtype(getattr(eqn.invars[0].aval, "dtype", bool), jnp.integer)
     if dtype in HALF and name == "convert_element_type":
-        if facts[0].count or (whole and facts[0].largest > 2 ** (jnp.finfo(dtype).nmant + 1)):
+        if facts[0].counted or (whole and facts[0].largest > 2 ** (jnp.finfo(dtype).nmant + 1)):
             found.append("whole numbers")
     if name == "iota" and dtype in HALF and v.aval.shape[eqn.params["dimension"]] > 2 ** (jnp.finfo(dtype).nmant + 1):
         found.append("iota")
@@ -91,7 +91,7 @@ def _facts(eqn: Any, v: Any, facts: list[_Facts], names: str, found: list[str]) 
     )
     boolean = bool(eqn.invars) and _is_bool(eqn.invars[0].aval)
     mask = name in SAME_VALUES and (boolean or facts[0].mask)
-    count = (name in SAME_VALUES and facts[0].count) or (
+    count = (name in SAME_VALUES and facts[0].counted) or (
         name == "reduce_sum" and facts[0].mask and eqn.invars[0].aval.size // max(v.aval.size, 1) > 256
     )
     largest = math.inf

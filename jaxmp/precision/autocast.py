@@ -663,7 +663,8 @@ def _sums_nothing(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name != "dot_general":
         return False
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    return math.prod(eqn.invars[0].aval.shape[d] for d in contracted) == 1
+    aval: Any = eqn.invars[0].aval
+    return math.prod(aval.shape[d] for d in contracted) == 1
 
 
 def _operation(eqn: JaxprEqn) -> str:
