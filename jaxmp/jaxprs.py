@@ -40,7 +40,7 @@ _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"),
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
-_NO_MODULES = {"checkpoint", "closed_call", "rematted_computation", "shard_map", LOSS_SCALE}
+_NO_MODULES = {"jaxmp", "checkpoint", "closed_call", "rematted_computation", "shard_map", LOSS_SCALE}
 _LOOP = re.compile(r"(?<![^/])while/(body|cond)(?![^/])/?")  # as the compiled program has a scan
 _COMPILED = ("jit", "pjit", "pmap", "xla_pmap")
 _OWN = os.path.dirname(__file__) + os.sep
@@ -151,6 +151,11 @@ def called(eqn: Any) -> Any:
     if eqn.primitive.name not in _CALLS:
         return None
     return next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
+
+
+def jaxprs_in(eqn: Any) -> list[Any]:
+    """Returns the jaxprs among the parameters of an equation."""
+    return list(jaxprs_in_params(eqn.params))
 
 
 def equations(jaxpr: Any, outer: str = "") -> Iterator[tuple[Any, str]]:

@@ -474,7 +474,7 @@ class _Walk:
 
     def _count(self, eqn: Any, place: _Place) -> None:
         name, path = eqn.primitive.name, place.module
-        if name in _FLOPS:
+        if name in _FLOPS and not _sums_nothing(eqn):
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
             self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
         elif name == "ragged_dot_general":
@@ -606,6 +606,11 @@ def _convolution_flops(eqn: Any) -> int:
 
 
 _FLOPS = {"dot_general": _dot_flops, "conv_general_dilated": _convolution_flops}
+
+
+def _sums_nothing(eqn: Any) -> bool:
+    """Whether a product is an outer product, which loses nothing in any dtype and gains nothing in half."""
+    return eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][0][0]
 
 
 def _is_sum(eqn: Any) -> bool:

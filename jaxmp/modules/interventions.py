@@ -137,6 +137,13 @@ def intervening(*interventions: Intervention) -> Iterator[None]:
         _ambient.reset(token)
 
 
+@contextlib.contextmanager
+def trace_apart() -> Iterator[None]:
+    """Context manager: what is traced in it under `nn.jit` or `jax.jit` serves no other trace."""
+    with _in_force((*_in_force.value, object())):
+        yield
+
+
 def _intervened(apply: Callable[..., Any]) -> _Intervened:
     found = getattr(apply, "_intervened", None)
     # functools.wraps copies attributes: only the function itself counts.

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import sys
 import types
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,14 +23,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.jaxprs import bare
 from jaxmp.modules.functions import by_operations
-from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene
-from jaxmp.modules.linen_layers import knows_dtype, run_method
+from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene, trace_apart
+from jaxmp.modules.linen_layers import is_complex, knows_dtype, run_method
 from jaxmp.modules.model import as_model, mode_argument
+from jaxmp.modules.sensitive import EDGE, LAYER, ROUNDED, sensitive
+from jaxmp.precision.autocast import between_layers, computing, hand_on, in_float32
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree
 from jaxmp.text_table import table
-from jaxmp.trees import FLOAT32, by_path, cast_floats, is_castable, path_and_above, path_name
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_and_above, path_name
 
 
 def with_policy(
@@ -92,7 +96,10 @@ class UnderPolicy(Intervention):
         """One call of the model: its inputs in the compute dtype, its outputs in the output dtype."""
         tree = self.tree
         _require_floats(tree, variables, args, kwargs)
-        call = _Call(tree, self.axis_name, model)
+        met = MetModules()
+        if self._needs_operations(met, run, model, variables, args, kwargs):
+            return self._by_operations(run, model, variables, args, kwargs)
+        call = _Call(tree, self.axis_name, model, met)
         whole = call.policy_of("")
         if whole.grad != FLOAT32 and not tree.rules:
             # What casting once, outside of all uses, loses is to be seen: trap T1, and T2 and T15 with it.
@@ -102,6 +109,81 @@ class UnderPolicy(Intervention):
         with _matmul_precision(whole):
             out = run(call.intercept, variables, cast_args, cast_kwargs)
         call.check(variables, args)
+        return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
+
+    def _needs_operations(self, met: MetModules, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the code between the model's layers fails in half precision, or is wrong there (`sensitive`)."""
+        tree = self.tree
+        whole = tree.lookup("")
+        if not any(p.compute_dtype in HALF for p in tree.policies) or any(p.grad != FLOAT32 for p in tree.policies):
+            return False
+        leaves, structure = jax.tree.flatten((variables, args, kwargs))
+        arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype") and hasattr(x, "shape")}
+        others = tuple(x for i, x in enumerate(leaves) if i not in arrays)
+        types = tuple((i, x.shape, str(x.dtype)) for i, x in arrays.items())
+        key: Any = (model, str(tree), self.axis_name, structure, types, others, jax.config.read("jax_enable_x64"))
+        try:
+            known = _NEEDS_OPERATIONS.get(key) if model is not None else None
+        except TypeError:
+            key, known = None, None
+        if known is not None:
+            return known
+        call = _Call(tree, self.axis_name, model, met, looked_at=True)
+
+        def call_model(variables: Any, args: Any, kwargs: Any) -> Any:
+            # Where that can be, without the other interventions: an observer counts the calls that it sees.
+            if not isinstance(model, nn.Module):
+                return run(call.intercept, variables, args, kwargs)
+            with nn.intercept_methods(call.intercept):
+                return model.apply(variables, *args, **kwargs)
+
+        def traced(arrays: dict[int, Any]) -> Any:
+            variables, args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, x) for i, x in enumerate(leaves)])
+            with jax.named_scope(ROUNDED):
+                cast_args, cast_kwargs = whole.cast_to_compute((args, kwargs))
+            call.remember((args, kwargs), (cast_args, cast_kwargs))
+            out = call_model(variables, cast_args, cast_kwargs)
+            return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
+
+        try:
+            # What this leaves under nn.jit must not meet the call that follows.
+            with trace_apart(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = sensitive(bare(jax.make_jaxpr(traced)(arrays)))
+        except InputError:
+            return False
+        except Exception:
+            found = True
+        if key is not None and model is not None:
+            if len(_NEEDS_OPERATIONS) >= 256:
+                _NEEDS_OPERATIONS.clear()
+            _NEEDS_OPERATIONS[key] = found
+        return found
+
+    def _by_operations(self, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+        """One call of a model by operations between its layers; if its layers do not bear that, inside them too."""
+        whole = self.tree.lookup("")
+
+        def result(opened: bool) -> Any:
+            call = _Between(self.tree, self.axis_name, model, opened)
+
+            def called(variables: Any, args: Any, kwargs: Any) -> Any:
+                args, kwargs = jax.tree.map(
+                    lambda x: x.astype(FLOAT32) if is_castable(x) and x.dtype in HALF else x, (args, kwargs)
+                )
+                return run(call.intercept, variables, args, kwargs)
+
+            with _matmul_precision(whole):
+                out = between_layers(called, dtype=whole.compute_dtype)(variables, args, kwargs)
+            call.check(variables, args)
+            return out
+
+        try:
+            out = result(opened=False)
+        except InputError:
+            raise
+        except Exception:
+            out = result(opened=True)
         return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
 
     def call_as_a_whole(self, apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +349,7 @@ def _own_dtype(module: nn.Module) -> str:
 
 
 def _require_floats(tree: PolicyTree, variables: Any, args: Any, kwargs: Any) -> None:
-    if variables and not any(is_castable(leaf) for leaf in jax.tree.leaves((variables, args, kwargs))):
+    if variables and not any(is_inexact(leaf) for leaf in jax.tree.leaves((variables, args, kwargs))):
         raise InputError(f"precision {tree}: neither the variables nor the inputs of the model hold a float to cast")
 
 
@@ -282,9 +364,12 @@ class _Call:
     It runs wherever Flax runs a method, lifted transforms included.
     """
 
-    def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any):
+    def __init__(
+        self, tree: PolicyTree, axis_name: str | None, model: Any, met: MetModules, *, looked_at: bool = False
+    ):
         self.tree, self.axis_name, self.model = tree, axis_name, model
-        self.modules = MetModules()
+        self.modules = met
+        self.looked_at = looked_at  # whether scopes have to say what is a layer, see `sensitive`
         if isinstance(model, nn.Module):
             self.modules.meet("", model)
         self.active: list[tuple[str, Policy]] = []  # the modules whose methods are running, the innermost last
@@ -324,9 +409,12 @@ class _Call:
         self.modules.meet(path, module)
         rule = _rule(self.tree, self.modules, path)
         policy = self.tree.default if rule is None else rule.policy
+        scope = jax.named_scope if self.looked_at else _no_scope
+        layer = scope(LAYER) if _is_layer(module) else contextlib.nullcontext()
         if not self.tree.rules or method == "setup" or not hasattr(type(module), method):
             # One policy for all, or a function that was lifted over the module.
-            out = run_method(policy, self.axis_name, next_fun, args, kwargs, module, method)
+            with layer:
+                out = run_method(policy, self.axis_name, next_fun, args, kwargs, module, method)
             return _with_carry_as_given(out, args) if self.tree.rules else out
         given = args
         carry, args = (
@@ -338,12 +426,13 @@ class _Call:
         named = outside and rule is not None and rule.names(path, self.modules.classes)
         caller = self.active[-1][1] if self.active else policy
         if named or (outside and caller != policy):
-            args, kwargs = jax.tree.map(
-                lambda x: cast_floats(self._unrounded(x, policy), policy.compute_dtype), (args, kwargs)
-            )
+            with scope(EDGE):
+                args, kwargs = jax.tree.map(
+                    lambda x: cast_floats(self._unrounded(x, policy), policy.compute_dtype), (args, kwargs)
+                )
         self.active.append((path, policy))
         try:
-            with jax.default_matmul_precision(policy.matmul_precision or self.matmul):
+            with jax.default_matmul_precision(policy.matmul_precision or self.matmul), layer:
                 out = run_method(policy, self.axis_name, next_fun, (*carry, *args), kwargs, module, method)
         finally:
             self.active.pop()
@@ -357,6 +446,76 @@ class _Call:
         """The model's input that `x` is the rounded form of, where it is one and this policy keeps more of it."""
         cast, given = self.inputs.get(id(x), (None, None))
         return given if cast is x and policy.compute_dtype.itemsize > x.dtype.itemsize else x
+
+
+def _no_scope(name: str) -> Any:
+    return contextlib.nullcontext()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of Flax's, whose operations all have the dtype that it is given.
+
+    Attention holds other layers, and a cache of its own.
+    """
+    own = knows_dtype(module) and not isinstance(module, nn.MultiHeadDotProductAttention)
+    return own and any(c.__module__.startswith("flax.") for c in type(module).__mro__[:1])
+
+
+class _Between(_Call):
+    """One call of a model whose code between layers is traced in float32, for `between_layers`."""
+
+    def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any, opened: bool):
+        super().__init__(tree, axis_name, model, MetModules())
+        self.opened = opened  # whether the operations of layers count as the model's own
+
+    def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
+        """Runs one method of one module: a layer under its policy, what is around it in float32."""
+        module, method = context.module, context.method_name
+        if method == LIFTED:
+            return next_fun(*args, **kwargs)
+        path = "/".join(module.path)
+        self.modules.meet(path, module)
+        rule = _rule(self.tree, self.modules, path)
+        policy = self.tree.default if rule is None else rule.policy
+        if is_complex(module, args):
+            return next_fun(*args, **kwargs)
+        layer = _is_layer(module) and not self.opened
+        wide = dataclasses.replace(policy, compute_dtype=FLOAT32, operands=None, cotangents=None)
+        if method == "setup" or not hasattr(type(module), method):
+            return run_method(policy if layer else wide, self.axis_name, next_fun, args, kwargs, module, method)
+        outside = path != "" and path not in [at for at, _ in self.active]
+        named = outside and rule is not None and rule.names(path, self.modules.classes)
+        caller = self.active[-1][1] if self.active else self.tree.default
+        edge = named or (outside and caller != policy)
+        carry, rest = (
+            (args[:1], args[1:]) if isinstance(module, nn.RNNCellBase) and method == "__call__" else ((), args)
+        )
+        if edge or (layer and policy.compute_dtype not in HALF):
+            rest, kwargs = _to(policy.compute_dtype, (rest, kwargs))
+        if layer and policy.compute_dtype in HALF:
+            rest, kwargs = cast_floats((rest, kwargs), policy.compute_dtype)
+        self.active.append((path, policy))
+        try:
+            with jax.default_matmul_precision(policy.matmul_precision or self.matmul), computing(policy.compute_dtype):
+                run_under = policy if layer else wide
+                out = run_method(run_under, self.axis_name, next_fun, (*carry, *rest), kwargs, module, method)
+        finally:
+            self.active.pop()
+        if layer:
+            out = jax.tree.map(lambda x: hand_on(x, x.dtype) if is_castable(x) else x, out)
+        if not edge:
+            return out
+        dtype = policy.output_dtype if named else caller.compute_dtype
+        return (out[0], _to(dtype, out[1])) if carry else _to(dtype, out)
+
+
+def _to(dtype: Any, tree: Any) -> Any:
+    """The floats of `tree`, which are typed float32, in the dtype of a module that gets them."""
+    return hand_on(tree, dtype) if dtype in HALF else in_float32(tree)
+
+
+_NEEDS_OPERATIONS: dict[Any, bool] = {}
+"""What `sensitive` said, by model, policy, and types of arguments: a call that is not traced pays for it once."""
 
 
 def _with_carry_as_given(out: Any, args: Any, *, cell: bool = False) -> Any:

@@ -45,6 +45,8 @@ def run_method(
             return next_fun(*args, **kwargs)
 
     has_dtype = knows_dtype(module)
+    if is_complex(module, args):
+        return next_fun(*args, **kwargs)
     if method == "setup":
         # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
         return call(param=param) if not has_dtype or isinstance(module, nn.Embed) else call()
@@ -77,6 +79,20 @@ def run_method(
         # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
         return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
     return y
+
+
+def is_complex(module: nn.Module, args: Any = ()) -> bool:
+    """Whether a layer computes in complex numbers: by its dtype, or, where it has none, its parameters or inputs.
+
+    A real dtype set on such a layer would drop the imaginary part of all that it meets (trap T24).
+    """
+    if not knows_dtype(module):
+        return False
+    dtypes = [dtype for name in ("dtype", "param_dtype") if (dtype := getattr(module, name, None)) is not None]
+    # A real dtype in the model's code would drop it by itself; a complex one decides, and so does no dtype at all.
+    return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes) or any(
+        jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(args) if hasattr(x, "dtype")
+    )
 
 
 def knows_dtype(module: nn.Module) -> bool:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,12 +27,13 @@ import jax.extend.core.primitives
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal, Primitive, subjaxprs
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.jaxprs import bare, bind, closed_like, interpret, opened, scan_counts, traced_at
-from jaxmp.trees import FLOAT32, HALF, is_inexact
+from jaxmp.jaxprs import bare, bind, called, closed_like, interpret, opened, scan_counts, traced_at
+from jaxmp.trees import FLOAT32, HALF, is_castable, is_inexact
 
 ELIGIBLE = (*HALF, FLOAT32)
 """The dtypes that are cast. As in torch, float64, complex, integer and fp8 arrays keep their dtypes."""
@@ -196,7 +199,50 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
     Raises:
       InputError: `dtype` is another dtype; or, when called, `fn` does not compute with floats.
     """
-    interpreter = _Interpreter(lists, _half(dtype))
+    return _interpreted(fn, _Interpreter(lists, _half(dtype)))
+
+
+def between_layers(fn: Callable[..., Any], *, dtype: Any = jnp.bfloat16) -> Callable[..., Any]:
+    """Returns `fn`, which runs layers under a policy, with the operations between its layers in mixed precision.
+
+    `fn` is traced in float32 but for its layers, which hand their results on by `hand_on`. Operations that touch none
+    of these results run as traced, all others as in `autocast` with `TORCH`'s lists. Products run in `dtype`, or in
+    that of the innermost `computing` around them. Results keep the dtypes in which they were computed.
+
+    Args:
+      fn: a function of pytrees.
+      dtype: dtype of products: a half precision, or float32 to leave them as traced.
+    """
+    return _interpreted(fn, _Interpreter(TORCH, np.dtype(dtype), layers=True))
+
+
+def hand_on(tree: Any, dtype: Any) -> Any:
+    """The floats of `tree`, rounded to `dtype` and typed float32, for the code between layers; see `between_layers`."""
+
+    def each(x: Any) -> Any:
+        x = x.astype(dtype)
+        with jax.named_scope(HANDED_ON):
+            return x.astype(FLOAT32) if x.dtype in HALF else x
+
+    return jax.tree.map(lambda x: each(x) if is_castable(x) else x, tree)
+
+
+def in_float32(tree: Any) -> Any:
+    """The float32 leaves of `tree`, marked as operands that `between_layers` has to hand over in float32."""
+    return jax.tree.map(lambda x: checkpoint_name(x, IN_FLOAT32) if is_castable(x) and x.dtype == FLOAT32 else x, tree)
+
+
+def computing(dtype: Any) -> Any:
+    """Context manager: products that are traced in it have the compute dtype `dtype`; see `between_layers`."""
+    return jax.named_scope(f"{COMPUTING}{np.dtype(dtype).name}")
+
+
+HANDED_ON, IN_FLOAT32, COMPUTING = "jaxmp.handed_on", "jaxmp.in_float32", "jaxmp.computing="
+"""names by which `between_layers` knows what layers hand on, what must be float32, and the dtype of products"""
+
+
+def _interpreted(fn: Callable[..., Any], interpreter: _Interpreter) -> Callable[..., Any]:
+    """`fn` with its operations evaluated by an interpreter; see `autocast`."""
 
     @functools.wraps(fn, updated=())  # a module's attributes are its own
     def cast(*args: Any, **kwargs: Any) -> Any:
@@ -220,7 +266,9 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
                 "expected a function that computes with floats"
             )
         with jax.named_scope(SCOPE):
-            values = interpreter.evaluate(jaxpr, arrays, dtypes=_dtypes(bare(jaxpr).outvars))
+            values = interpreter.evaluate(
+                jaxpr, arrays, dtypes=None if interpreter.layers else _dtypes(bare(jaxpr).outvars)
+            )
         is_result, others, out_tree = form
         return jax.tree.unflatten(out_tree, _merge(is_result, map(jnp.asarray, values), others))
 
@@ -244,6 +292,13 @@ class _Interpreter:
 
     lists: OperationLists
     dtype: np.dtype
+    layers: bool = False
+    """whether only what layers handed on is cast; see `between_layers`"""
+
+    def at(self, eqn: JaxprEqn) -> _Interpreter:
+        """The interpreter for an equation: under `computing`, with another dtype of products."""
+        found = re.findall(rf"{COMPUTING}(\w+)", str(eqn.source_info.name_stack)) if self.layers else []
+        return dataclasses.replace(self, dtype=np.dtype(found[-1])) if found else self
 
     def evaluate(
         self,
@@ -268,9 +323,16 @@ class _Interpreter:
             *(_Operand(x, v.aval, yes) for x, v, yes in zip(args, jaxpr.invars, known, strict=True)),
         ]
 
+        wide = _read_steeply(jaxpr, _steep(self.lists))
+
         def equation(eqn: JaxprEqn, operands: list[_Operand]) -> list[_Operand]:
+            low = eqn.primitive.name in self.lists.low
+            in_wide = any(v in wide for v in eqn.outvars)
+            if in_wide and not low:
+                operands = _as_traced(operands)
             with traced_at(eqn):
-                out = self.run(eqn, operands)
+                outer = in_wide and low and _sums_nothing(eqn)
+                out = _run_as_traced(eqn, operands) if outer else self.at(eqn).run(eqn, operands)
             scalar = eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and operands[0].scalar
             return [_Operand(x, v.aval, scalar) for x, v in zip(out, eqn.outvars, strict=True)]
 
@@ -282,6 +344,10 @@ class _Interpreter:
         name = eqn.primitive.name
         if any(type(x.aval) is not ShapedArray for x in operands) or SCOPE in str(eqn.source_info.name_stack):
             return _run_as_traced(eqn, operands)
+        if self.layers and name == "name" and eqn.params["name"] == IN_FLOAT32:
+            return [_cast(operands[0].value, FLOAT32)]
+        if self.layers and name == "convert_element_type" and HANDED_ON in str(eqn.source_info.name_stack):
+            return [operands[0].value]
         if name in _RULES:
             return _RULES[name](self, eqn, operands)
         if name == "convert_element_type" and eqn.params["new_dtype"] == operands[0].aval.dtype:
@@ -294,6 +360,9 @@ class _Interpreter:
         if any(x.aval.dtype not in ELIGIBLE for x in floats):
             return _run_as_traced(eqn, operands)
 
+        low = _operation(eqn) in self.lists.low
+        if self.layers and not low and all(jax.typeof(x.value).dtype == x.aval.dtype for x in floats):
+            return bind(eqn, [x.value for x in operands])
         dtype = self._dtype_of(_operation(eqn), floats)
         casts = {id(x.value): _cast(x.value, dtype) for x in operands}  # one for both operands of x * x
         values, params = [casts[id(x.value)] for x in operands], dict(eqn.params)
@@ -313,7 +382,7 @@ class _Interpreter:
     def _dtype_of(self, operation: str, floats: list[_Operand]) -> np.dtype:
         """Returns the dtype in which an operation takes its float operands."""
         if operation in self.lists.low:
-            return self.dtype
+            return self.dtype if self.dtype in HALF else _widest([x.aval for x in floats])
         if operation in self.lists.float32:
             return FLOAT32
         # An array filled with a scalar (`jnp.zeros`) may be an accumulator and keeps its dtype; where an operation only
@@ -529,6 +598,73 @@ _RULES = {
     _PRIMITIVES.custom_vjp_call_p.name: _custom_vjp,
     "shard_map": _shard_map,
 }
+
+
+_STEEP = {
+    *("log", "log1p", "log2", "sqrt", "rsqrt", "acos", "acosh", "asin", "atanh", "erf_inv", "pow", "sin", "cos", "tan"),
+}
+"""Operations that magnify the rounding of their operand: at 0 or 1, where it is a difference, as in log(1 - sigmoid(x))
+(trap T23), or where it is large, as angles are (trap T20)."""
+
+_ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "neg", "max", "min", "clamp", "select_n", "integer_pow", "square", "abs", "pow"),
+    *("logistic", "tanh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "cbrt"),
+    *("sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "one_minus_square"),
+    *("convert_element_type", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "gather"),
+    *("concatenate", "dynamic_slice", "rev", "pad", "stop_gradient", "copy", "name", "reduce_max", "reduce_min"),
+}
+"""Operations through which the operand of a steep one is followed back."""
+
+_READ_STEEPLY: weakref.WeakKeyDictionary[Any, dict[Any, frozenset[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _steep(lists: OperationLists) -> frozenset[str]:
+    """The steep operations, without those that the lists leave in half where torch's do not."""
+    return frozenset(_STEEP - (set(TORCH.float32) - set(lists.float32)))
+
+
+def _read_steeply(jaxpr: Any, steep: frozenset[str], demanded: Iterable[int] = ()) -> frozenset[Any]:
+    """The variables of which a steep operation is a function, element by element: they are computed in float32.
+
+    Products, sums and loops end the search: what they return is as exact as they are. An outer product sums nothing.
+
+    Args:
+      jaxpr: an open jaxpr.
+      steep: names of the steep operations.
+      demanded: places of results that a steep operation outside reads.
+    """
+    demanded = tuple(demanded)
+    known = _READ_STEEPLY.setdefault(jaxpr, {})
+    if not demanded and steep in known:
+        return known[steep]
+    read = {jaxpr.outvars[i] for i in demanded if not isinstance(jaxpr.outvars[i], Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        name = eqn.primitive.name
+        within = called(eqn)
+        if within is not None and len(bare(within).invars) == len(eqn.invars):
+            inner = bare(within)
+            wanted = [i for i, v in enumerate(eqn.outvars) if v in read]
+            inside = _read_steeply(inner, steep, wanted)
+            read |= {v for v, given in zip(eqn.invars, inner.invars, strict=True) if given in inside and _is_var(v)}
+        elif name in steep or ((name in _ELEMENTWISE or _sums_nothing(eqn)) and any(v in read for v in eqn.outvars)):
+            read |= {v for v in eqn.invars if _is_var(v) and is_inexact(v.aval)}
+    found = frozenset(read)
+    if not demanded:
+        known[steep] = found
+    return found
+
+
+def _is_var(v: Any) -> bool:
+    return not isinstance(v, Literal)
+
+
+def _sums_nothing(eqn: JaxprEqn) -> bool:
+    """Whether a product is one multiplication for each number of its result, such as an outer product of angles."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    aval: Any = eqn.invars[0].aval
+    return math.prod(aval.shape[d] for d in contracted) == 1
 
 
 def _operation(eqn: JaxprEqn) -> str:

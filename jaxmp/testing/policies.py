@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,11 +23,11 @@ from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
 from jaxmp.testing.snapshots import describe, first_difference, snapshot
 from jaxmp.testing.strategies import odd_trees
-from jaxmp.trees import cast_floats, is_castable, is_floating, same_structure, upcast
+from jaxmp.trees import is_castable, is_floating, is_inexact, same_structure, upcast
 
 MULTIPLE = 64
 """Unit roundoffs of the coarsest dtype by which outputs and gradients may differ from float64."""
-SUMS = ("reduce_sum", "cumsum", "cumlogsumexp", "scatter-add", "psum")
+SUMS = ("reduce_sum", "cumsum", "cumlogsumexp", "scatter-add", "psum", "reduce_window_sum")
 NORMS = ("LayerNorm", "BatchNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
@@ -88,8 +89,8 @@ def policy_laws(
 
 def half_mean_square(outputs: Any) -> jax.Array:
     """Returns half the mean square of each float array in the outputs, summed; in float32 or wider."""
-    wide = [upcast(x) for x in jax.tree.leaves(outputs) if is_castable(x)]
-    return sum((jnp.mean(jnp.square(x)) for x in wide), jnp.float32(0)) / 2
+    wide = [upcast(x) for x in jax.tree.leaves(outputs) if is_inexact(x) and x.dtype.itemsize > 1]
+    return sum((jnp.mean(jnp.square(jnp.abs(x) if jnp.iscomplexobj(x) else x)) for x in wide), jnp.float32(0)) / 2
 
 
 def _tree(policy: Policy | str) -> PolicyTree:
@@ -226,7 +227,7 @@ class _Subject:
             found = jax.jit(run)(self.variables, self.inputs)
         else:
             with jax.enable_x64(True):
-                found = jax.jit(run)(*cast_floats((self.variables, _strong(self.inputs)), np.float64))
+                found = jax.jit(run)(*_doubled((self.variables, self.inputs)))
         flat = flax.traverse_util.flatten_dict(found.get("intermediates", {}), sep="/")
         return {path.removesuffix("__call__").rstrip("/"): value for path, value in flat.items() if "__call__" in path}
 
@@ -252,9 +253,9 @@ class _Subject:
 
     def reference(self, rows: slice = slice(None)) -> tuple[Any, Any]:
         """(outputs, gradients of the unscaled loss) in float64, from the parameters as they are kept."""
-        inputs = jax.tree.map(lambda x: x[rows], _strong(self.inputs))
+        inputs = jax.tree.map(lambda x: x[rows], self.inputs)
         with jax.enable_x64(True):
-            variables, inputs = cast_floats((self.variables, inputs), np.float64)
+            variables, inputs = _doubled((self.variables, inputs))
             params = variables.pop("params", {})
 
             def run(params: Any) -> Any:
@@ -275,7 +276,7 @@ class _Subject:
         """
         for exponent in range(15, -15, -1) if self.tree.wants_scaling else (0,):
             grads = self.gradients(2.0**exponent, rows)
-            wide = jax.tree.map(lambda g: np.asarray(g).astype(np.float64), grads)
+            wide = jax.tree.map(lambda g: np.asarray(g).astype(_double(g)), grads)
             if all(np.all(np.isfinite(g)) for g in jax.tree.leaves(wide)):
                 return 2.0**exponent, jax.tree.map(lambda g: g * 2.0**-exponent, wide)  # noqa: B023
         bad = [
@@ -404,6 +405,8 @@ def dots_have_compute_dtype(subject: _Subject) -> None:
     for equation, names in equations(subject.gradient_jaxpr):
         if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
             continue
+        if equation.primitive.name == "dot_general" and not equation.params["dimension_numbers"][0][0]:
+            continue  # an outer product sums nothing
         path = subject.module_at(names)
         wanted = subject.policy_of(path).compute_dtype
         found = [v.aval for v in equation.invars]
@@ -417,21 +420,21 @@ def dots_have_compute_dtype(subject: _Subject) -> None:
 def sums_in_float32(subject: _Subject) -> None:
     """Every sum runs in float32, in the backward pass too.
 
-    Traps T2, T4, T5 and T15. Skipped if the policy asks for sums in half by its `grad`.
+    Average pooling is a sum. Traps T2, T4, T5 and T15. Skipped if the policy asks for sums in half by its `grad`.
     """
     if any(p.grad.itemsize < 4 for p in subject.tree.policies):
         raise Skipped("the policy asks for gradients summed in half (grad=)")
     worst = (1, "")
     for equation, names in equations(subject.gradient_jaxpr):
-        operand = equation.invars[0].aval
-        if equation.primitive.name not in SUMS or operand.dtype not in (jnp.float16, jnp.bfloat16):
+        name = equation.primitive.name
+        if name not in SUMS or equation.invars[0].aval.dtype not in (jnp.float16, jnp.bfloat16):
             continue
-        size = equation.invars[-1].aval.size if equation.primitive.name == "scatter-add" else operand.size
-        count = size // max(1, equation.outvars[0].aval.size) if "reduce" in equation.primitive.name else size
+        operand = equation.invars[0].aval
+        count = _terms(equation)
+        if count < 2:
+            continue  # such as pooling over windows of one element
         way = "backward, " if "transpose" in names else ""
-        words = (
-            f"{way}in {subject.module_at(names) or 'the model itself'}: a {equation.primitive.name} adds up {count} "
-        )
+        words = f"{way}in {subject.module_at(names) or 'the model itself'}: a {name} adds up {count} "
         worst = max(worst, (count, f"{words}numbers in {operand.dtype.name}"))
     if worst[1]:
         raise Broken(worst[1])
@@ -494,6 +497,16 @@ def gradients_near_float64(subject: _Subject) -> None:
 # --- parts of laws
 
 
+def _terms(equation: Any) -> int:
+    """How many numbers a sum adds up for one number of its result, at most."""
+    name, size = equation.primitive.name, equation.invars[0].aval.size
+    if name == "reduce_window_sum":
+        return math.prod(equation.params["window_dimensions"])
+    if name == "scatter-add":
+        return equation.invars[-1].aval.size
+    return size // max(1, equation.outvars[0].aval.size) if name == "reduce_sum" else size
+
+
 def _unfit(subject: _Subject, path: str, values: Any, exact: Any) -> str | None:
     """What has become of what a module hands on, in words; None if it is all there."""
     for x, true in zip(jax.tree.leaves(values), jax.tree.leaves(exact), strict=False):
@@ -521,18 +534,18 @@ def _smallest(subject: _Subject, words: Callable[[slice], str | None]) -> None:
 def _far(subject: _Subject, what: str, found: Any, exact: Any) -> str | None:
     """Which leaf is farther from float64 than the bound, in words."""
     pairs = [
-        (jax.tree_util.keystr(path), np.asarray(a).astype(np.float64), b)
+        (jax.tree_util.keystr(path), np.asarray(a).astype(_double(a)), np.asarray(b))
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True)
-        if jnp.issubdtype(jnp.result_type(a), jnp.floating)
+        if jnp.issubdtype(jnp.result_type(a), jnp.inexact) or jnp.iscomplexobj(b)
     ]
-    total = np.sqrt(sum(np.sum(b**2) for _, _, b in pairs))
+    total = np.sqrt(sum(np.sum(np.abs(b) ** 2) for _, _, b in pairs))
     worst: tuple[float, str] = (0.0, "")
     for path, a, b in pairs:
         size = max(np.linalg.norm(b), total / 16)
         error = np.linalg.norm(a - b) / size if size else np.linalg.norm(a)
         i = int(np.nanargmax(np.abs(a - b))) if a.size and not np.all(np.isnan(a)) else 0
         if not error <= subject.bound:
-            shown = f"{float(a.ravel()[i]):.6g} instead of {float(b.ravel()[i]):.6g}" if a.size else ""
+            shown = f"{a.ravel()[i]:.6g} instead of {b.ravel()[i]:.6g}" if a.size else ""
             worst = max(
                 worst,
                 (
@@ -552,8 +565,18 @@ def _lost(found: np.ndarray, true: np.ndarray) -> float:
 
 def _at(words: str, i: Any, true: np.ndarray) -> str:
     place = [int(k) for k in np.unravel_index(int(i), true.shape)]
-    return f"{words}; at {place} the number is {float(true.ravel()[int(i)]):.6g}"
+    return f"{words}; at {place} the number is {true.ravel()[int(i)]:.6g}"
 
 
-def _strong(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x) if is_castable(x) else x, tree)
+def _doubled(tree: Any) -> Any:
+    """Floats in float64 and complex numbers in complex128, all strongly typed."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(_double(x)) if _is_number(x) else x, tree)
+
+
+def _double(x: Any) -> Any:
+    """The dtype in which numbers are compared: float64, of complex ones complex128."""
+    return np.complex128 if jnp.iscomplexobj(x) else np.float64
+
+
+def _is_number(x: Any) -> bool:
+    return is_castable(x) or (is_inexact(x) and jnp.iscomplexobj(x))

@@ -106,8 +106,9 @@ def leaves_without_gradient() -> st.SearchStrategy[Any]:
 
 
 def odd_trees(*, floats: Iterable[Any] = (np.float32, np.float16)) -> st.SearchStrategy[Any]:
-    """Generates pytrees with all that a training state can hold: floats, untrained leaves, None and empty nodes."""
-    leaves = st.one_of(*(arrays(dtype) for dtype in floats), leaves_without_gradient(), st.none())
+    """Generates pytrees with all that a training state can hold: numbers, untrained leaves, None and empty nodes."""
+    numbers = st.just(jnp.array([0.5 - 2j], jnp.complex64))
+    leaves = st.one_of(*(arrays(dtype) for dtype in floats), leaves_without_gradient(), numbers, st.none())
     keys = st.sampled_from(["kernel", "bias", "count"])
     return st.recursive(
         leaves,

@@ -42,11 +42,14 @@ Gradients = Callable[..., tuple[Any, Measured, Any]]
 def differentiate(loss: Callable[[Any], tuple[jax.Array, Any]], params: Any) -> tuple[Any, Any]:
     """The gradients of a scalar loss, and what it returns beside it.
 
+    The gradient of a complex leaf is the direction of ascent: the conjugate of what `jax.grad` returns (trap T24).
+
     Args:
       loss: `params -> (scalar, aux)`.
       params: what to differentiate by; a leaf that is not a float gets a gradient of dtype float0.
     """
-    return jax.grad(loss, has_aux=True, allow_int=True)(params)
+    grads, aux = jax.grad(loss, has_aux=True, allow_int=True)(params)
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads), aux
 
 
 def scaled_mean_loss(loss_fn: LossFn, replicas: Replicas = single) -> Callable[..., tuple[jax.Array, Any]]:

@@ -62,13 +62,15 @@ def test_one_interceptor_runs_all_interventions(monkeypatch):
         opened.append(interceptor)
         return intercept_methods(interceptor)
 
-    monkeypatch.setattr(nn, "intercept_methods", counted)
     model = nn.Sequential([MODEL])
     variables = model.init(jax.random.key(0), X)
     apply = intervene(with_policy(model.apply, "mixed_float16"), DropoutByExample(None, 4), Remat(("**",)))
+    monkeypatch.setattr(nn, "intercept_methods", counted)
     with observed_modules(lambda path, out: out):
         jax.eval_shape(apply, variables, X)
-    assert len(opened) == 1
+    # Before it, the policy alone looks at what the model does.
+    look, every = opened
+    assert look.__qualname__ == "_Call.intercept" and every.__qualname__ == "_in_turn.<locals>.intercept"
 
 
 def test_a_function_that_wraps_an_intervened_one_keeps_its_own_code():

@@ -713,3 +713,25 @@ def test_what_was_made_of_a_function_goes_with_it():
         once(i)
     gc.collect()
     assert len([a for a in jax.live_arrays() if a.nbytes >= 2**20]) == before
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_t23_differences_from_one_under_a_logarithm_are_taken_in_float32(dtype):
+    functions = {
+        "sigmoid": (lambda w, x: jnp.log(1 - jax.nn.sigmoid(x @ w)), -8.000335406372896),
+        "tanh": (lambda w, x: jnp.log(1 - jnp.tanh(x @ w / 2) ** 2), -6.614375938556405),
+        "exp": (lambda w, x: jnp.log1p(-jnp.exp(-x @ w / 2)), -0.018486),
+    }
+    w, x = jnp.ones((1, 1)), jnp.array([[8.0]])
+    for function, exact in functions.values():
+        under = autocast(function, dtype=dtype)
+        np.testing.assert_allclose(under(w, x)[0, 0], exact, rtol=2e-3)
+        gradients = [jax.grad(lambda w, f=f: jnp.sum(f(w, x)))(w) for f in (under, function)]
+        np.testing.assert_allclose(*gradients, rtol=2e-2)
+
+
+def test_t20_an_outer_product_of_angles_is_not_in_half():
+    position, rate = jnp.arange(1024.0), jnp.array([1.0, 0.1])
+    found = autocast(lambda p, r: jnp.sin(jnp.einsum("t,f->tf", p, r)))(position, rate)
+    exact = np.sin(np.outer(np.arange(1024.0), np.float64([1, np.float32(0.1)])))
+    np.testing.assert_allclose(found, exact, atol=1e-4)
