@@ -312,8 +312,9 @@ def test_a_finished_run_only_prints_its_summary(finished, capsys):
 
 def test_a_finished_run_says_that_it_was_not_trained_and_refuses_what_a_fresh_one_would(finished, capsys):
     assert main([*SAME, "--parallel.shard", "zero1"]) == 0
-    first, *rest = printed(capsys)[0].splitlines()
-    assert first.endswith("is finished: nothing was trained, this is its summary; --overwrite starts again") and rest
+    no_effect, trained, *rest = printed(capsys)[0].splitlines()
+    assert no_effect == "parallel.shard = zero1 (was replicated) has no effect: the run is finished"
+    assert trained.endswith("is finished: nothing was trained, this is its summary; --overwrite starts again") and rest
     assert main([*SAME, "--parallel.remat", "Dense_7"]) == 2
     out, err = printed(capsys)
     assert "parallel.remat 'Dense_7' names no module; " in err and not out
@@ -349,6 +350,7 @@ def test_eval_prints_the_metrics_of_a_split(finished, capsys):
     assert re.search(r"^accuracy +0\.\d+$", printed(capsys)[0], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_overwrite_starts_again(finished):
     (finished / "summary.json").write_text('{"marker": 1}')
     assert main([*SAME, "--overwrite"]) == 0
@@ -513,6 +515,7 @@ def test_a_file_in_the_place_of_the_workdir_is_exit_code_2(folder, capsys):
     assert "my.py" in printed(capsys)[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_exit_code_2_and_with_more_room_the_run_goes_on(finished, capsys):
     disk, whole = finished.parents[2] / "disk", Run(finished)
     disk.mkdir()
@@ -564,6 +567,7 @@ def test_bugs_show_their_traceback(monkeypatch):
         main(["doctor"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_is_nan_fails_with_exit_code_1(folder, capsys):
     changed = MY_OWN.replace("+ label[:, None]", "* np.float32(np.inf)")
     (folder / "my.py").write_text(changed)

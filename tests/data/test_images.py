@@ -48,6 +48,7 @@ AUGMENTED = Arrays(load, augment=Augment(rotation=20.0, scale=0.1, crop_padding=
 augmented = jax.jit(AUGMENTED.prepare(train=True))
 
 
+@pytest.mark.slow
 def test_only_training_augments():
     batch = batch_of(np.arange(8))
     plain = jax.jit(Arrays(load).prepare(train=True))(batch, KEY)["image"]
@@ -55,6 +56,7 @@ def test_only_training_augments():
     assert not np.array_equal(augmented(batch, KEY)["image"], plain)
 
 
+@pytest.mark.slow
 def test_augmentation_draws_by_row_and_not_by_device():
     batch = batch_of(np.arange(8))
     whole = augmented(batch, KEY)["image"]

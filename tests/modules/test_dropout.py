@@ -146,6 +146,7 @@ def test_dropout_draws_by_the_example(model):
     assert len({row.tobytes() for row in alike}) == ROWS  # each has a mask of its own
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_batch_draw_what_the_whole_draws():
     x = inputs()
     np.testing.assert_array_equal(np.concatenate(parts(Dropped(), x, 2)), applied(Dropped(), x))

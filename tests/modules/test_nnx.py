@@ -62,6 +62,7 @@ def products(function, *args):
     return set(walk(jax.make_jaxpr(function)(*args).jaxpr))
 
 
+@pytest.mark.slow
 def test_init_and_apply_are_pure_and_do_what_the_module_does():
     key = jax.random.key(0)
     variables = jax.jit(MODEL.init)(key, X)

@@ -77,6 +77,7 @@ def residuals(**kwargs):
     return sum(x.size * x.dtype.itemsize for x in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "remat", "policy"),
     [

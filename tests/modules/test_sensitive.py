@@ -72,6 +72,7 @@ def test_counts_of_a_mask_are_not_rounded():
     np.testing.assert_array_equal(under[:, 0], np.arange(1, 1002))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_random_draws_are_those_of_the_plain_model(policy):
     class Sampler(nn.Module):
@@ -86,6 +87,7 @@ def test_random_draws_are_those_of_the_plain_model(policy):
     np.testing.assert_array_equal(under[1], plain[1])
 
 
+@pytest.mark.slow
 def test_a_decode_cache_keeps_its_dtype():
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
     x = jax.random.normal(jax.random.key(1), (1, 4, 8))

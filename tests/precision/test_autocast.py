@@ -495,6 +495,7 @@ def line_jvp(primals, tangents):
     return line(*primals), tangents[0] * jnp.exp(0 * primals[0])
 
 
+@pytest.mark.slow
 def test_custom_jvp_rules_are_kept_and_cast():
     function = autocast(lambda x: cube(x, 2))
     x = jnp.full((2, 2), 3.0)
@@ -525,6 +526,7 @@ def test_integers_bools_and_keys_are_untouched():
     )
 
 
+@pytest.mark.slow
 def test_float64_complex_and_linear_algebra_run_as_traced():
     x = A @ A.T + jnp.eye(3)
     functions = [

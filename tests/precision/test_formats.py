@@ -226,6 +226,7 @@ def formats(draw):
     return Format(exponent_bits, mantissa_bits, bias, specials)
 
 
+@pytest.mark.slow
 @given(formats(), st.integers(0, 2**32 - 1))
 def test_any_format_rounds_as_exact_fractions_do(format, seed):
     rng = np.random.default_rng(seed)

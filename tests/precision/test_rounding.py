@@ -93,6 +93,7 @@ def test_the_bits_are_the_same_in_and_out_of_jit_when_steps_are_fused_t6(roundin
     assert raw(four_steps(params, compensation)) == raw(jax.jit(four_steps)(params, compensation)) == raw(one_at_a_time)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(HALVES), st.integers(0, 2**32 - 1))
 def test_nearest_is_the_float32_sum_rounded_once(half, seed):
     rng = np.random.default_rng(seed)

@@ -39,6 +39,7 @@ def run(folder, end):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_workers_from_a_script_without_a_guard_are_one_message(tmp_path):
     done = run(tmp_path, "jaxmp.fit(experiment)\n")
     assert done.returncode and done.stdout == ""

@@ -154,6 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, las
     assert resumed.summary["best"] == finished.summary["best"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_and_says_so(finished, tmp_path):
     folder = tmp_path / "blobs" / finished.path.name
     shutil.copytree(finished.path, folder)
@@ -354,6 +355,7 @@ def test_the_scale_of_the_last_skipped_step_is_kept(scaler, in_a_row, after, of_
     assert (loss_scale(opt_state), find_state(opt_state).skipped_scale) == (after, of_the_last)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_not_failed_any_more(finished, tmp_path):
     folder = shutil.copytree(finished.path, tmp_path / "blobs" / finished.path.name)
     cut_back(folder, 15)
@@ -440,6 +442,7 @@ def test_a_run_killed_before_its_summary_has_one_line_of_the_test(finished, tmp_
     assert {**again.summary, "wall_seconds": 0} == {**finished.summary, "wall_seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_folder_is_made_or_overwritten_leaves_one_that_can_be_used(tmp_path):
     short = with_loop(steps=1)
     folder = tmp_path / "experiment" / f"{short.hash}-s0"
@@ -534,6 +537,7 @@ def test_an_unfinished_run_is_never_gone_on_with_over_other_data(tmp_path):
     assert fit(of_program(PROGRAM, path), workdir=tmp_path / "runs").trained
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_gone_on_with_by_other_packages(tmp_path):
     save_rows(tmp_path / "rows.npz")
     first = fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs")

@@ -153,6 +153,7 @@ def slow_but(first, cases):
     return [pytest.param(*case, marks=() if case[0] in first else pytest.mark.slow, id=case[0]) for case in cases]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(("path", "value"), slow_but(("loop.keep", "loop.log_every"), OPERATES))
 def test_another_operating_value_goes_on_in_the_same_folder_to_the_same_bits(copied, finished, path, value):
     run = cut_back(copied, finished, 4)
@@ -178,6 +179,7 @@ def test_another_rounding_value_goes_on_in_the_same_folder_within_rounding(copie
     assert any(f"going on with {path}" in line and "last digits" in line for line in said)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(("path", "value"), [*OPERATES, *ROUNDS], ids=[path for path, _ in [*OPERATES, *ROUNDS]])
 def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, path, value):
     said: list[str] = []
@@ -187,6 +189,7 @@ def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, 
     assert "sessions" not in config(again.path)
 
 
+@pytest.mark.slow
 def test_the_value_of_the_session_before_is_what_the_next_is_compared_with(copied, finished):
     run = cut_back(copied, finished, 4)
     for value, step in ((3, 4), (3, None), (2, 4)):
@@ -235,6 +238,7 @@ def test_the_best_weights_are_evaluated_on_the_test_split_as_well(tmp_path):
     assert [line["step"] for line in lines(fitted.path, "test")] == [8]
 
 
+@pytest.mark.slow
 def test_a_row_of_skips_of_just_the_limit_is_not_overlooked(tmp_path):
     """The run is checked after steps 3, 4, 6 and 8: two skips are seen after step 6, and none after step 8."""
     loop = Loop(steps=8, eval_every=8, max_consecutive_skips=3)
@@ -335,6 +339,7 @@ def test_from_float16_to_bfloat16_and_back_the_loss_scale_begins_fresh(parent):
     assert "fresh: the loss scale" in said and back.summary["loss_scale"] == 2.0**15 and back.summary["steps"] == 20
 
 
+@pytest.mark.slow
 def test_an_equal_scaler_keeps_its_state(tmp_path):
     scaled = dataclasses.replace(BASE, precision="mixed_float16", scaler=Scaling(growth_interval=3))
     first = fit(scaled, workdir=tmp_path, name="small")
@@ -447,6 +452,7 @@ def test_a_run_begins_with_the_weights_of_another(parent):
     assert other.path != fitted.path
 
 
+@pytest.mark.slow
 def test_a_new_head_starts_fresh_where_init_only_leaves_it_out(parent):
     deeper = changed(TINY_RATE, "model", Deeper())
     with pytest.raises(InputError) as refused:
@@ -506,6 +512,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_fit_and_the_command_line_refuse_other_code_by_the_same_rule(tmp_path, capsys):
     """The functions have the same names, and the finished run is of the first."""
     file = tmp_path / "net.py"

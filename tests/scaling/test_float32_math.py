@@ -199,6 +199,7 @@ def decayed(store, seed):
     return np.asarray(state.inner_state.nu, np.float64)
 
 
+@pytest.mark.slow
 def test_a_second_moment_decays_unless_it_is_rounded_to_nearest_in_bfloat16_t14():
     np.testing.assert_allclose(decayed(None, None), 0.999**300, rtol=300 * 2.0**-24)
     assert np.all(decayed(jnp.bfloat16, None) == 1.0)
@@ -283,6 +284,7 @@ def test_the_norm_of_half_precision_leaves_is_summed_in_float32_t5():
     assert global_norm(ones) == 100.0
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.lists(
@@ -323,6 +325,7 @@ def test_the_norm_of_nothing_and_of_leaves_without_one():
     assert global_norm([jnp.array([3.0 + 4.0j]), *rest]) == 5.0
 
 
+@pytest.mark.slow
 def test_the_derivative_of_the_norm_is_the_unit_vector():
     x = jnp.array([3.0, -4.0])
     np.testing.assert_allclose(jax.grad(global_norm)(x), [0.6, -0.8], rtol=2.0**-23)

@@ -523,6 +523,7 @@ def test_a_failed_run_gives_the_command_that_names_the_module_and_the_rule_keeps
     assert jaxmp_(*planted, "--precision", precision).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_without_skips_and_other_bad_input_get_one_message(config, capsys):
     assert main(["train", config]) == 0
     capsys.readouterr()

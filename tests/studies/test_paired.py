@@ -105,6 +105,7 @@ def test_the_coverage_that_is_stated_is_that_of_normal_and_of_log_normal_differe
     assert "94 to 96 %" in method(3) and "82 to 90 %" in method(3)
 
 
+@pytest.mark.slow
 def test_a_percentile_bootstrap_holds_the_mean_less_often_as_its_docstring_says():
     shares = []
     for n in PAIRS:

@@ -79,6 +79,7 @@ def example(dtype=jnp.float32, rows=6, classes=4):
     return jnp.asarray(rng.normal(size=(rows, classes)), dtype), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 def test_cross_entropy_is_that_of_optax_with_smoothed_labels(smoothing):
     logits, batch = example()
@@ -102,6 +103,7 @@ def test_the_loss_of_half_logits_is_in_float32_t4():
     assert half.total == wide.total
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_row_of_weight_zero_is_zero():
     logits, batch = example()
     grad = jax.grad(lambda x: Classification()(x, batch)[0].total)(logits)
@@ -283,6 +285,7 @@ def test_what_is_sown_into_a_collection_of_ones_own_is_no_state_either():
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_a_loss_is_a_float32_sum_and_a_weight_and_depends_on_the_key_alone(noisy):
     params, model_state, batch = noisy
     loss_fn = jax.jit(make_loss(Noisy(), Classification(), "mixed_float16"))
@@ -311,6 +314,7 @@ def test_a_policy_may_be_given_by_its_text(noisy):
         make_loss(Noisy(), Classification(), "mixed_bfloat61")
 
 
+@pytest.mark.slow
 def test_several_inputs_reach_the_model_in_order():
     class Two(nn.Module):
         @nn.compact

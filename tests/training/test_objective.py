@@ -144,6 +144,7 @@ def test_the_gradient_of_what_is_not_trained_is_none_and_of_the_rest_that_of_the
             np.testing.assert_allclose(grads[layer]["bias"], whole[layer]["bias"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_kahan_and_average_are_of_what_is_trained_and_stochastic_rounding_counts_all_leaves():
     objective = one(optax.sgd(2.0**-9), trains=("head",), ema_decay=0.5)
     state = started(objective, jnp.bfloat16, rounding="kahan")
@@ -296,6 +297,7 @@ def test_all_of_the_state_of_several_objectives_is_donated():
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_two_objectives_may_train_one_leaf_each_with_its_own_moments():
     objectives = two(body=("**",))
     state = start_of_two(objectives)

@@ -183,6 +183,7 @@ def reduced(values, dtype):
     return out["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_a_reduction_in_bfloat16_does_not_overflow_t3():
     largest = float(jnp.finfo(jnp.bfloat16).max)
@@ -197,6 +198,7 @@ def test_a_reduction_in_bfloat16_does_not_overflow_t3():
     np.testing.assert_array_equal(reduced(np.full(8, 1 - 2j, np.complex64), jnp.bfloat16), [8 - 16j])
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_the_mean_of_the_model_state_does_not_overflow_in_float16_t3():
     mean = over_replicas(lambda replicas, x: replicas.mean(x), np.full(8, 40000, np.float16))

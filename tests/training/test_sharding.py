@@ -234,6 +234,7 @@ def is_reduced_once_and_not_in_a_loop(replicated):
     assert params <= bytes_of("all-reduce", found) <= params + SUMS
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_the_gradient_of_scanned_weights_is_reduced_once_and_not_in_a_loop():
     """Four bytes a parameter."""

@@ -154,6 +154,7 @@ def test_the_sum_of_parameter_and_update_is_rounded_once():
     assert after.params["h"] == 258  # 257.5 to the nearest; an update rounded first would do the same, 1.5 is exact
 
 
+@pytest.mark.slow
 def test_the_moving_average_follows_its_formula():
     state, step = training()
     ema = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
