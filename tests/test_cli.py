@@ -31,6 +31,8 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs import fit as loop
 from jaxmp.runs.run import Run
 
+pytestmark = pytest.mark.xdist_group("cli")  # one worker: the fixtures train
+
 ROOT = Path(__file__).parent.parent
 
 MY_OWN = '''

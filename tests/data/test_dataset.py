@@ -104,6 +104,7 @@ def test_streamed_training_sees_the_batches_of_resident_training(words, resident
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_both_feeds_give_the_same_batch_of_a_step(words):
     feeds = [Trainer(experiment).feed(fuse=True) for experiment in (words, streamed(words))]
     batches = [[feed.batch(step) for step in range(6)] for feed in feeds]

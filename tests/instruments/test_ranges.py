@@ -114,6 +114,7 @@ def test_the_smallest_may_be_a_subnormal_of_float32():
         assert (found.smallest, found.largest, found.exponents) == (3 * 2.0**-149, 2.0**-140, {-148: 1, -140: 1})
 
 
+@pytest.mark.slow
 def test_nothing_and_integers_have_no_range(jitted):
     found = Range.read(jitted(jnp.zeros((0, 3))))
     assert found.size == 0 and found.smallest is None and found.underflow["float16"] is None

@@ -80,6 +80,7 @@ def test_init_and_apply_are_pure_and_do_what_the_module_does():
     assert jax.tree.structure(state["state"]) == jax.tree.structure(variables["state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "half"), [pytest.param(*HALF[0], marks=pytest.mark.slow), *HALF[1:]])
 def test_every_product_is_half_forward_and_backward_and_gradients_are_float32(policy, half):
     variables = MODEL.init(jax.random.key(0), X)

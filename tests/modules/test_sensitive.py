@@ -102,6 +102,7 @@ def test_a_decode_cache_keeps_its_dtype():
     assert jax.tree.map(jnp.result_type, cache) == jax.tree.map(jnp.result_type, variables["cache"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "Dense_0=float32; mixed_bfloat16"])
 def test_a_carry_made_in_float32_goes_through_nn_scan(policy):
     class Cell(nn.Module):

@@ -704,6 +704,7 @@ def test_bad_input_is_one_message(make, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_was_made_of_a_function_goes_with_it():
     def once(i):
         big = jnp.full((256, 1024), i, jnp.float32)

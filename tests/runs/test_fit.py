@@ -41,6 +41,8 @@ from jaxmp.tasks.classification import Classification
 from jaxmp.training.metrics import compute
 from jaxmp.training.optimizers import SGD, Adam
 
+pytestmark = pytest.mark.xdist_group("fit")  # one worker: the fixtures train
+
 TIMING = {"wall_seconds", "examples_per_second"}
 
 
@@ -244,6 +246,7 @@ def test_a_policy_without_float32_master_weights_is_said(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 3])
 def test_how_steps_are_split_into_dispatches_changes_no_bit(most):
     whole, split = run_of(None, {}), run_of(None, {"steps_per_dispatch": most})
@@ -406,6 +409,7 @@ def test_one_compile_a_run_and_all_of_the_state_is_donated():
     assert feed.program._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_loop_waits_for_nothing_between_lines(monkeypatch):
     fetched = []
     monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree))

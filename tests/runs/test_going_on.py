@@ -30,6 +30,8 @@ from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
 from jaxmp.training.schedules import CosineDecay
 from jaxmp.trees import by_path
 
+pytestmark = pytest.mark.xdist_group("going on")  # one worker: the fixtures train
+
 TIMING = {"wall_seconds", "examples_per_second"}
 
 

@@ -270,6 +270,7 @@ def test_readers_of_several_objectives_speak_of_the_last_attempt_of_each():
             read(opt_state)
 
 
+@pytest.mark.slow
 def test_every_second_step_chosen_by_a_conditional_or_by_a_program_for_each_set_gives_the_same_bits():
     state, step = program(every=2)
     objectives, other, skipped = two(2), state, 0

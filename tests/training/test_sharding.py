@@ -206,6 +206,7 @@ def all_ways():
     yield session(LAYERS, shard="fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_layers_train_alike_however_they_are_sharded():
     agree(10, 2e-6, session(LAYERS, 1), *all_ways())
