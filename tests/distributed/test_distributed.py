@@ -210,9 +210,9 @@ def test_two_processes_train_as_one_device_does_and_one_of_them_writes(folder):
 
 
 def rows_read(path):
-    """The rows of each batch; single rows are looked at as well, for their shapes."""
+    """The rows of each batch. Left out: single rows, read for shapes, and all rows, for the fingerprint."""
     batches = [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
-    return sorted(rows for rows in batches if len(rows) > 1)
+    return sorted(rows for rows in batches if 1 < len(rows) < 100)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class Remat(nn.Module):
 
 
 class Attention(nn.Module):
-    """Logits of one position to 70,000, their softmax in half."""
+    """Logits of one position to 70,000, and the sum of a softmax over them in half."""
 
     @nn.compact
     def __call__(self, x):
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         logits = q * jnp.zeros(70_000, q.dtype)
         with jax.named_scope("softmax"):
             total = lax.reduce(jnp.exp(logits), np.zeros((), logits.dtype), lax.add, (1,))
-            return logits - jnp.log(total)
+            return logits - total  # its logarithm would make the policy compute the sum in float32
 
 
 class Scores(nn.Module):
