@@ -554,6 +554,7 @@ def test_leaves_that_are_no_arrays_are_handed_over():
     assert (out["name"], out["power"], out["y"].dtype) == ("layer", 2, F32)
 
 
+@pytest.mark.slow
 def test_results_have_the_dtypes_of_the_function():
     def function(x):
         return x @ x, jnp.sum(x), jnp.exp(x).astype(jnp.float16), 1.0
@@ -648,6 +649,7 @@ def test_the_inner_autocast_decides():
     assert dots(autocast(gradient), A) == {F32}
 
 
+@pytest.mark.slow
 def test_one_trace_and_one_jaxpr_for_equal_calls():
     traces = []
 

@@ -103,6 +103,7 @@ def test_nearest_is_the_float32_sum_rounded_once(half, seed):
     assert raw(apply_updates(params, updates)) == raw(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", HALVES)
 def test_stochastic_rounding_takes_the_neighbours_of_the_float32_sum_without_bias(half):
     draws = 10_000
@@ -115,6 +116,7 @@ def test_stochastic_rounding_takes_the_neighbours_of_the_float32_sum_without_bia
     assert abs(y.mean() - exact) < 3 * unit * math.sqrt(share * (1 - share) / draws)
 
 
+@pytest.mark.slow
 def test_each_leaf_draws_from_a_key_of_its_own_and_replicas_with_one_key_agree():
     params = {"a": jnp.ones(256, jnp.bfloat16), "b": jnp.ones(256, jnp.bfloat16)}
     updates = jax.tree.map(lambda x: jnp.full(x.shape, 2.0**-9), params)
@@ -132,6 +134,7 @@ def test_each_leaf_draws_from_a_key_of_its_own_and_replicas_with_one_key_agree()
     assert raw(jax.jit(sharded)(params, updates, jax.random.key(0))) == raw(new)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_an_update_of_minus_zero_changes_no_bit_of_parameter_or_compensation(rounding):
     codes = np.arange(2**16, dtype=np.uint16)
@@ -184,6 +187,7 @@ def test_leaves_without_a_gradient_are_not_touched_and_float32_is_summed_as_it_i
         assert {x.dtype for x in jax.tree.leaves(new_compensation)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_types_never_change_and_empty_trees_are_allowed(rounding):
     params = {"w": jnp.ones(3, jnp.float16), "b": jnp.float32(1.0)}

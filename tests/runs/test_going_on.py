@@ -181,6 +181,7 @@ def test_another_rounding_value_goes_on_in_the_same_folder_within_rounding(copie
     assert any(f"going on with {path}" in line and "last digits" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.few_variants
 @pytest.mark.parametrize(("path", "value"), [*OPERATES, *ROUNDS], ids=[path for path, _ in [*OPERATES, *ROUNDS]])
 def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, path, value):

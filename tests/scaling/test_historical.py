@@ -475,6 +475,7 @@ def test_other_scalers_are_never_at_their_end(state):
     assert not scaler_exhausted(state) and scaler_exhausted(state).dtype == jnp.bool_
 
 
+@pytest.mark.slow
 def test_at_its_end_the_rule_goes_on():
     scaler = DeepSpeedScaler(init_scale=1.0, delayed_shift=1, growth_interval=3)
     assert run(scaler, [False, False, *[True] * 7, False]) == [1, 1, 1, 1, 1, 2, 2, 2, 4, 2]
@@ -564,6 +565,7 @@ def headroom_reference(scaler, gradients):
     return scales
 
 
+@pytest.mark.slow
 @pytest.mark.few_variants
 @pytest.mark.parametrize(
     "scaler",

@@ -80,6 +80,7 @@ def test_dynamic_scaler_follows_the_rule_of_torch_with_floor_cap_and_hysteresis(
     np.testing.assert_array_equal(run(scaler, trace).scale, np.float32(reference(scaler, trace.tolist())))
 
 
+@pytest.mark.slow
 @pytest.mark.few_variants
 @pytest.mark.parametrize("scaler", [SCALERS[0], SCALERS[3], StaticScaler(2.0**10), NoScaler()], ids=str)
 def test_jit_scan_and_pmap_follow_the_rule_on_1000_random_traces(scaler):

@@ -142,6 +142,7 @@ def test_an_overflow_in_float16_gradients_is_seen():
     assert not jaxmp.last_step_finite(update(too_large, state, params())[1])
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("value", [*BAD, jnp.array([1.0, jnp.nan])])
 def test_a_loss_that_is_not_finite_skips_the_step(value):
     update, state = transaction("adamw")
@@ -151,6 +152,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(value):
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_updates_of_a_skipped_step_leave_parameters_to_the_bit(dtype):
     update, state = transaction("adamw")

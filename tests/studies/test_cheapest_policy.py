@@ -218,10 +218,12 @@ def test_errors_are_those_of_float64_arithmetic_in_units_of_the_noise(data, foun
     assert found_by_hand.float32.error < 2**-20 / noise
 
 
+@pytest.mark.slow
 def test_it_is_deterministic(data, found_by_hand):
     assert jaxmp.find_policy(*by_hand(data), loss_scale=1.0) == found_by_hand
 
 
+@pytest.mark.slow
 def test_what_overflows_at_the_loss_scale_is_outside_the_budget(data):
     with pytest.raises(InputError, match=r"no module with FLOPs can be in half .*; all of them overflow"):
         jaxmp.find_policy(*by_hand(data), loss_scale=2.0**24)
@@ -426,6 +428,7 @@ def test_the_states_of_a_run_are_read_and_the_run_is_not_changed(configs, capsys
     assert main(["find-policy", str(configs / "whole.py"), "--run", str(workdir)]) == 2
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

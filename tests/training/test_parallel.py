@@ -291,6 +291,7 @@ def test_transforms_give_the_same_rows_and_draws_on_one_device_and_on_eight():
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_one_collective_carries_the_gradient_in_the_reduce_dtype():
     devices, tx = Parallel("jit").make(16), loss_scaling(optax.sgd(0.1))
@@ -333,6 +334,7 @@ def test_half_reductions_train_as_well():
             np.testing.assert_allclose(a, b, atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_all_bytes_of_the_state_are_donated_on_every_device():
     devices = Parallel("jit").make(16)
