@@ -6,13 +6,13 @@ import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmp.commands.command import Command
-from jaxmp.errors import DONE
+from jaxmp.errors import DONE, InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 
@@ -44,16 +44,18 @@ def doctor(options: Options) -> int:
 
 def report() -> str:
     """Describes this machine in sections: versions, devices, dtypes, data, and what is missing."""
-    import jax
+    sections = {"versions": _versions, "devices": _devices, "dtypes": _dtypes, "data": _data, "missing": _missing}
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in _told(of))]) for title, of in sections.items())
 
-    sections = {
-        "versions": _versions(),
-        "devices": _devices(),
-        "dtypes": _dtypes(jax.local_devices()[0]),
-        "data": _data(),
-        "missing": _missing(),
-    }
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+def _told(section: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """The lines of a section; the error instead of those that a broken machine has no answer to."""
+    try:
+        yield from section()
+    except Exception as error:  # what is broken is what the user wants to know
+        yield f"cannot be told: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "backend" in str(error):
+            yield f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}; expected a platform of this machine: cpu, say"
 
 
 def native_dtypes(device: Any) -> dict[str, bool]:
@@ -94,7 +96,10 @@ def _devices() -> Iterator[str]:
     yield f"host: {os.cpu_count()} cores, {_host_memory() / 2**30:.1f} GiB"
 
 
-def _dtypes(device: Any) -> Iterator[str]:
+def _dtypes() -> Iterator[str]:
+    import jax
+
+    device = jax.local_devices()[0]
     native = native_dtypes(device)
     for name, is_native in native.items():
         yield f"{name:<14} {'native' if is_native else 'emulated: correct results, but not faster'}"
@@ -106,30 +111,46 @@ def _dtypes(device: Any) -> Iterator[str]:
 
 def _data() -> Iterator[str]:
     from jaxmp.data.cache import cache_folder
-    from jaxmp.data.catalog import data_folder, list_datasets
+    from jaxmp.data.catalog import damaged_datasets, data_folder, list_datasets
 
     folder = data_folder()
     yield f"data folder {folder}{'' if folder.is_dir() else ' (not there)'}, from $JAXMP_DATA, else $TFDS_DATA_DIR"
     yield f"cache {cache_folder()}"
     yield f"datasets: {', '.join(sorted({dataset.name for dataset in list_datasets()}))}"
+    for name, why in damaged_datasets().items():
+        yield f"damaged: {name}: {why}"
 
 
 def _missing() -> list[str]:
-    import jax
-
-    from jaxmp.data.catalog import list_datasets
-
     lines = []
-    if jax.local_devices()[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
+    if Path("/proc/driver/nvidia/version").exists() and not _sees_gpu():
         lines.append("JAX does not see the NVIDIA GPU of this machine: " + _install("cuda12") + " (or cuda13)")
     for extra, (module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             lines.append(f"{module} ({purpose}): {_install(extra)}")
-    prepared = {dataset.name for dataset in list_datasets()}
+    prepared = _prepared()
     for name in ("mnist", "cifar10"):
         if name not in prepared:
             lines.append(f"dataset {name}: jaxmp data prepare {name}, or set JAXMP_DATA to a folder that has it")
     return lines or ["nothing"]
+
+
+def _sees_gpu() -> bool:
+    import jax
+
+    try:
+        return jax.local_devices()[0].platform != "cpu"
+    except RuntimeError:
+        return False
+
+
+def _prepared() -> set[str]:
+    from jaxmp.data.catalog import list_datasets
+
+    try:
+        return {dataset.name for dataset in list_datasets()}
+    except InputError:  # no home folder; the section on data says so
+        return set()
 
 
 def _install(extra: str) -> str:
