@@ -10,7 +10,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -143,14 +142,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{where}{error.strerror}; choose another folder (--workdir), or make room there"
-    if isinstance(error, RuntimeError) and (
-        missing := re.search(r"[Uu]nable to initialize backend '(\w+)'", str(error))
-    ):
-        return BAD_INPUT, (
-            f"JAX cannot use the platform {missing[1]!r} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): "
-            f"{str(error).partition(chr(10))[0][:200]}; expected a platform of this machine, JAX_PLATFORMS=cpu say; "
-            "`jaxmp doctor` tells what is missing"
-        )
+    if (missing := doctor.missing_platform(error)) is not None:
+        return BAD_INPUT, f"{missing}; `jaxmp doctor` tells what is missing"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):
         return BAD_INPUT, "there is no home folder; expected HOME, or XDG_CACHE_HOME and JAXMP_DATA, in the environment"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):

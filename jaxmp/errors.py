@@ -88,4 +88,7 @@ def local_path(where: str, path: str | os.PathLike[str]) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{where} {text!r:.200}: {str(error).rstrip('.')}; expected a path without ~") from None
+        why = str(error).rstrip(".")
+        raise InputError(
+            f"{where} {text!r:.200}: {why}; expected a path without ~, or HOME in the environment"
+        ) from None

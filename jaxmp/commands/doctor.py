@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -53,9 +54,22 @@ def _told(section: Callable[[], Iterable[str]]) -> Iterator[str]:
     try:
         yield from section()
     except Exception as error:  # what is broken is what the user wants to know
-        yield f"cannot be told: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if "backend" in str(error):
-            yield f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}; expected a platform of this machine: cpu, say"
+        what = missing_platform(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        yield f"cannot be told: {what}"
+
+
+def missing_platform(error: BaseException) -> str | None:
+    """What is wrong if JAX raised `error` because it cannot use the platform it was told to; None if it is another."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # Where a plugin is not installed, JAX 0.10 fails an assertion instead of saying so.
+    in_jax = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
+    if not in_jax and not (isinstance(error, RuntimeError) and "initialize backend" in str(error)):
+        return None
+    reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0][:200]
+    return (
+        f"JAX cannot use JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}{reason and f': {reason}'}; expected a "
+        "platform of this machine, JAX_PLATFORMS=cpu say, or none"
+    )
 
 
 def native_dtypes(device: Any) -> dict[str, bool]:
