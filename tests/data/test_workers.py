@@ -1,12 +1,16 @@
 """Sources that are sent to other processes, and sources that one thread alone may read."""
 
+import os
+import signal
 import sqlite3
+import sys
 import threading
 
+import cloudpickle
 import numpy as np
 import pytest
 
-from jaxmp import InputError
+from jaxmp import InputError, RunFailed
 from jaxmp.data.pipeline import Batches, stream
 from jaxmp.data.source import Columns
 from jaxmp.data.workers import sendable
@@ -73,3 +77,32 @@ def test_a_source_is_read_by_the_thread_that_trains_unless_it_says_otherwise():
         thread_safe = True
 
     assert here not in {int(n) for b in stream(Safe(None), Batches(10, 5, 0), 0, 6) for n in b["thread"]}
+
+
+class Killed(Rows):
+    def __getitem__(self, indices):
+        if os.getpid() != self.held[0] and 7 in indices:
+            self.held[1](*self.held[2:])
+        return {"x": np.ones(len(indices))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "killed by SIGKILL, as the system does when memory runs out",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), "was killed by SIGTERM"),
+        (lambda: os._exit(3), "ended with exit code 3"),
+    ],
+)
+def test_a_killed_worker_is_one_message_and_leaves_no_shared_memory(ends, message):
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    before = set(os.listdir("/dev/shm"))
+    with pytest.raises(RunFailed, match=message):
+        list(stream(Killed((os.getpid(), ends)), Batches(10, 5, 0), 0, 20, workers=2))
+    cloudpickle.unregister_pickle_by_value(module)
+    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")} == set()
