@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: any exception that is a bug, of jaxmp or of the user's model; its traceback is what helps.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):  # an output in ASCII, and paths that are not UTF-8, are no errors
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with _exit_on_interrupt():
         try:
             code = _run(argv)
@@ -138,6 +142,10 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{where}{error.strerror}; choose another folder (--workdir), or make room there"
+    if (missing := doctor.missing_platform(error)) is not None:
+        return BAD_INPUT, f"{missing}; `jaxmp doctor` tells what is missing"
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+        return BAD_INPUT, "there is no home folder; expected HOME, or XDG_CACHE_HOME and JAXMP_DATA, in the environment"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return FAILED, (
             f"out of memory ({str(error).partition(chr(10))[0] or 'host'}); try a smaller --data.batch-size or a "

@@ -454,7 +454,7 @@ def test_bad_input_is_exit_code_2_and_one_message(arguments, message, folder, ca
         (("def get_config", "def get_confg"), r"expected a function get_config\(\).*did you mean 'get_confg'"),
         (("return Experiment(", "return dict("), "get_config.. returned .* a dict; expected a jaxmp.Experiment"),
         (("def load(split):", "def load(split:"), "SyntaxError"),
-        (("Arrays(load,", "Arrays(lambda split: [1, 2],"), "returned list; expected a dict of arrays"),
+        (("Arrays(load,", "Arrays(lambda split: [1, 2],"), "returned a list; expected a dict of arrays"),
         (
             ("def load(split):", "def load(split):\n    raise OSError('broken file')"),
             "raised OSError: broken file.*line",

@@ -46,7 +46,7 @@ def audit(config: ConfigFile, options: Options, experiment: Experiment, override
     report = study(experiment, target=target)
     print(report)
     if options.json is not None:
-        write(Path(options.json), json.dumps(report.to_json(), indent=1) + "\n")
+        write(Path(options.json).expanduser(), json.dumps(report.to_json(), indent=1) + "\n")
     return FAILED if options.strict and report.findings else DONE
 
 

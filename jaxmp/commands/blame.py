@@ -35,7 +35,7 @@ def blame(options: Options) -> int:
     found = blame_run(Run(options.run), options.step)
     print(found)
     if options.json is not None:
-        write(Path(options.json), json.dumps(found.to_json(), indent=1) + "\n")
+        write(Path(options.json).expanduser(), json.dumps(found.to_json(), indent=1) + "\n")
     return DONE
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.config_file import ConfigFile
 
 if TYPE_CHECKING:
@@ -140,10 +140,10 @@ def parse(
 
 
 def require_path(**paths: str | None) -> None:
-    """Raises InputError if a path is empty: it would be the current folder, and is mostly an unset shell variable."""
+    """Raises InputError if a path is empty (mostly an unset shell variable), a URL, or begins with `~` of nobody."""
     for name, path in paths.items():
-        if path is not None and not path.strip():
-            raise InputError(f"{name} {path!r}: expected a path, which is empty here; the current folder is .")
+        if path is not None:
+            local_path(name, path)
 
 
 def _split(options: type, argv: Sequence[str], prog: str) -> tuple[Any, list[str]]:

@@ -52,7 +52,7 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     )
     if comparison is None:
         return STOPPED
-    output = Path(options.output or Path(options.workdir) / config.name / "compare.html")
+    output = Path(options.output or Path(options.workdir) / config.name / "compare.html").expanduser()
     study.save(comparison, output)
     print(f"{'report':<16} {output}")
     failed = failures(comparison)

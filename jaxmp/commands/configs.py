@@ -20,9 +20,16 @@ def configs(options: Options) -> int:
     found = config_file.available()
     if not found:
         raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
-    about = {name: config_file.ConfigFile.find(name).docstring.partition("\n")[0] for name in sorted(found)}
-    print(table(list(about.items())))
+    print(table([(name, _about(name)) for name in sorted(found)]))
     return DONE
+
+
+def _about(name: str) -> str:
+    """The first line of a config's docstring; why there is none, if the file cannot be read."""
+    try:
+        return config_file.ConfigFile.find(name).docstring.partition("\n")[0]
+    except InputError as error:
+        return f"(cannot be read: {error})"
 
 
 COMMAND = Command("configs", Options, configs)

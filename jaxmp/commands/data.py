@@ -23,6 +23,8 @@ def list_datasets(options: ListOptions) -> int:
 
     for dataset in catalog.list_datasets():
         print(f"{dataset.name:<20} {dataset.version:<8} {_rows(dataset)}")
+    for name, why in catalog.damaged_datasets().items():
+        print(f"{name:<20} damaged: {why}")
     print(f"\nlooked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
     return DONE
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmp.commands.command import Command
-from jaxmp.errors import DONE
+from jaxmp.errors import DONE, InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 
@@ -44,16 +45,31 @@ def doctor(options: Options) -> int:
 
 def report() -> str:
     """Describes this machine in sections: versions, devices, dtypes, data, and what is missing."""
-    import jax
+    sections = {"versions": _versions, "devices": _devices, "dtypes": _dtypes, "data": _data, "missing": _missing}
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in _told(of))]) for title, of in sections.items())
 
-    sections = {
-        "versions": _versions(),
-        "devices": _devices(),
-        "dtypes": _dtypes(jax.local_devices()[0]),
-        "data": _data(),
-        "missing": _missing(),
-    }
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+def _told(section: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """The lines of a section; the error instead of those that a broken machine has no answer to."""
+    try:
+        yield from section()
+    except Exception as error:  # what is broken is what the user wants to know
+        what = missing_platform(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        yield f"cannot be told: {what}"
+
+
+def missing_platform(error: BaseException) -> str | None:
+    """What is wrong if JAX raised `error` because it cannot use the platform it was told to; None if it is another."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # Where a plugin is not installed, JAX 0.10 fails an assertion instead of saying so.
+    in_jax = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
+    if not in_jax and not (isinstance(error, RuntimeError) and "initialize backend" in str(error)):
+        return None
+    reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0][:200]
+    return (
+        f"JAX cannot use JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}{reason and f': {reason}'}; expected a "
+        "platform of this machine, JAX_PLATFORMS=cpu say, or none"
+    )
 
 
 def native_dtypes(device: Any) -> dict[str, bool]:
@@ -94,7 +110,10 @@ def _devices() -> Iterator[str]:
     yield f"host: {os.cpu_count()} cores, {_host_memory() / 2**30:.1f} GiB"
 
 
-def _dtypes(device: Any) -> Iterator[str]:
+def _dtypes() -> Iterator[str]:
+    import jax
+
+    device = jax.local_devices()[0]
     native = native_dtypes(device)
     for name, is_native in native.items():
         yield f"{name:<14} {'native' if is_native else 'emulated: correct results, but not faster'}"
@@ -106,30 +125,46 @@ def _dtypes(device: Any) -> Iterator[str]:
 
 def _data() -> Iterator[str]:
     from jaxmp.data.cache import cache_folder
-    from jaxmp.data.catalog import data_folder, list_datasets
+    from jaxmp.data.catalog import damaged_datasets, data_folder, list_datasets
 
     folder = data_folder()
     yield f"data folder {folder}{'' if folder.is_dir() else ' (not there)'}, from $JAXMP_DATA, else $TFDS_DATA_DIR"
     yield f"cache {cache_folder()}"
     yield f"datasets: {', '.join(sorted({dataset.name for dataset in list_datasets()}))}"
+    for name, why in damaged_datasets().items():
+        yield f"damaged: {name}: {why}"
 
 
 def _missing() -> list[str]:
-    import jax
-
-    from jaxmp.data.catalog import list_datasets
-
     lines = []
-    if jax.local_devices()[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
+    if Path("/proc/driver/nvidia/version").exists() and not _sees_gpu():
         lines.append("JAX does not see the NVIDIA GPU of this machine: " + _install("cuda12") + " (or cuda13)")
     for extra, (module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             lines.append(f"{module} ({purpose}): {_install(extra)}")
-    prepared = {dataset.name for dataset in list_datasets()}
+    prepared = _prepared()
     for name in ("mnist", "cifar10"):
         if name not in prepared:
             lines.append(f"dataset {name}: jaxmp data prepare {name}, or set JAXMP_DATA to a folder that has it")
     return lines or ["nothing"]
+
+
+def _sees_gpu() -> bool:
+    import jax
+
+    try:
+        return jax.local_devices()[0].platform != "cpu"
+    except RuntimeError:
+        return False
+
+
+def _prepared() -> set[str]:
+    from jaxmp.data.catalog import list_datasets
+
+    try:
+        return {dataset.name for dataset in list_datasets()}
+    except InputError:  # no home folder; the section on data says so
+        return set()
 
 
 def _install(extra: str) -> str:

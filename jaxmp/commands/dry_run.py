@@ -31,7 +31,7 @@ def dry_run(experiment: Experiment) -> str:
 def _lines(trainer: Trainer) -> Iterator[str]:
     experiment, batches, devices = trainer.experiment, trainer.batches, trainer.devices
     state = trainer.state_spec
-    sizes = ", ".join(f"{split} {len(trainer.source(split))}" for split in ("train", "validation", "test"))
+    sizes = ", ".join(f"{split} {len(trainer.source(split))}" for split in trainer.splits)
     shapes = ", ".join(f"{name} {leaf.dtype} {leaf.shape}" for name, leaf in trainer.batch_spec.items())
     epochs = trainer.steps / batches.per_epoch
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))

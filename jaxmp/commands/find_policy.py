@@ -50,7 +50,7 @@ def find_policy(config: ConfigFile, options: Options, experiment: Experiment, ov
     found = study.find_policy_of(experiment, **chosen)
     print(f"\n{found}")
     if file is not None:
-        study.save(found, config.name, Path(file))
+        study.save(found, config.name, Path(file).expanduser())
     return DONE
 
 

@@ -34,7 +34,7 @@ def report(options: Options) -> int:
         raise InputError("report: expected RUN..., one or more run folders")
     if options.output is None and len(found) > 1:
         raise InputError(f"report: of {len(found)} runs there is no one folder for it; expected --output FILE")
-    path = Path(options.output) if options.output is not None else found[0].path / "report.html"
+    path = Path(options.output).expanduser() if options.output is not None else found[0].path / "report.html"
     page(found, look=options.look).write(path)
     print(path)
     return DONE

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import numpy as np
 
 from jaxmp.data.source import Columns
+from jaxmp.errors import local_path
 
 T = TypeVar("T")
 DESCRIPTION = "columns.json"
@@ -26,8 +27,14 @@ UNREADABLE = (OSError, ValueError, EOFError, LookupError)  # what json and NumPy
 
 
 def cache_folder() -> Path:
-    """The folder `$XDG_CACHE_HOME/jaxmp`, else `~/.cache/jaxmp`. It need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmp"
+    """The folder `$XDG_CACHE_HOME/jaxmp`, else `~/.cache/jaxmp`. It need not exist.
+
+    Raises: InputError if there is no home folder.
+    """
+    return (
+        local_path("cache folder, from $XDG_CACHE_HOME or HOME,", os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        / "jaxmp"
+    )
 
 
 def prepare_once(folder: Path, build: Callable[[Path], Any], read: Callable[[Path], T]) -> T:
@@ -47,7 +54,9 @@ def prepare_once(folder: Path, build: Callable[[Path], Any], read: Callable[[Pat
         return read(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process loses it: a draft that is there now is nobody's
+        with contextlib.suppress(OSError):  # a file system without locks: two may build at once, the last one counts
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # A killed process loses the lock: a draft that is there now is nobody's.
         with contextlib.suppress(*UNREADABLE):
             return read(folder)
         draft = folder.with_name(folder.name + ".draft")

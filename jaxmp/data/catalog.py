@@ -21,7 +21,7 @@ import numpy as np
 from jaxmp.data import builders
 from jaxmp.data.cache import cache_folder, prepare_once
 from jaxmp.data.records import flatten
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError, local_path, nearest
 
 FORMAT = "array_record"  # the one of TFDS's formats that is read at random and without TensorFlow
 
@@ -64,7 +64,7 @@ class Description:
 def data_folder() -> Path:
     """The folder $JAXMP_DATA, else $TFDS_DATA_DIR, else TFDS's default. It need not exist."""
     folder = os.environ.get("JAXMP_DATA") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(folder).expanduser()
+    return local_path("data folder, from $JAXMP_DATA or $TFDS_DATA_DIR,", folder)
 
 
 def own_folder() -> Path:
@@ -73,12 +73,20 @@ def own_folder() -> Path:
 
 
 def list_datasets() -> list[Prepared]:
-    """All versions of the prepared datasets, and jaxmp's own even if unprepared; by name, newest version first."""
-    found = {(entry.name, entry.version): entry for folder in (data_folder(), own_folder()) for entry in _scan(folder)}
+    """All versions of the prepared datasets, and jaxmp's own even if unprepared; by name, newest version first.
+
+    Those whose description cannot be read are left out; see `damaged_datasets`.
+    """
+    found = {(entry.name, entry.version): entry for entry in _found() if isinstance(entry, Prepared)}
     for name, version in builders.VERSIONS.items():
         found.setdefault((name, version), Prepared(name, version, own_folder() / name / version, {}, 0))
     newest_first = sorted(found.values(), key=lambda entry: _order(entry.version), reverse=True)
     return sorted(newest_first, key=lambda entry: entry.name)
+
+
+def damaged_datasets() -> dict[str, str]:
+    """Name of each dataset whose description cannot be read, and why not."""
+    return dict(entry for entry in _found() if not isinstance(entry, Prepared))
 
 
 def find_dataset(name: str, version: str | None = None) -> Prepared:
@@ -93,6 +101,9 @@ def find_dataset(name: str, version: str | None = None) -> Prepared:
     matching = [entry for entry in versions if version in (None, entry.version)]
     if matching:
         return matching[0]
+    for broken, why in damaged_datasets().items():
+        if broken == name:
+            raise InputError(why)
     looked = f"looked in {data_folder()}, which $JAXMP_DATA sets, and {own_folder()}"
     if versions:
         there = ", ".join(entry.version for entry in versions)
@@ -171,19 +182,37 @@ def _prepare_own(name: str) -> Prepared:
         ) from error
 
 
-def _scan(folder: Path) -> Iterator[Prepared]:
+def _found() -> Iterator[Prepared | tuple[str, str]]:
+    """Every dataset in both folders; of a damaged one, its name and what is wrong."""
+    for folder in (data_folder(), own_folder()):
+        yield from _scan(folder)
+
+
+def _scan(folder: Path) -> Iterator[Prepared | tuple[str, str]]:
     """Every dataset below `folder`: name/version and name/config/version, each with its dataset_info.json."""
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
         for path in folder.glob(pattern):
             if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name):  # and not a draft of TFDS's or ours
-                yield _entry(path.parent, path.parent.parent.relative_to(folder).as_posix())
+                name = path.parent.parent.relative_to(folder).as_posix()
+                try:
+                    yield _entry(path.parent, name)
+                except InputError as error:
+                    yield name, str(error)
 
 
 def _entry(folder: Path, name: str) -> Prepared:
     info = _read_info(folder)
-    splits = info.get("splits", [])
-    rows = {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
-    return Prepared(name, folder.name, folder, rows, sum(int(split.get("numBytes", 0)) for split in splits))
+    try:
+        splits = info.get("splits", [])
+        rows = {split["name"]: sum(map(int, split.get("shardLengths", []))) for split in splits}
+        return Prepared(name, folder.name, folder, rows, sum(int(split.get("numBytes", 0)) for split in splits))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    path = folder / "dataset_info.json"
+    return InputError(f"{path}, the description of a dataset, cannot be read: {error!r:.200}; remove {folder}")
 
 
 def _read_info(folder: Path) -> dict:
@@ -191,7 +220,7 @@ def _read_info(folder: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}, the description of a dataset, cannot be read: {error}; remove {folder}") from error
+        raise _unreadable(folder, error) from error
 
 
 def _order(version: str) -> list[int]:

@@ -11,7 +11,7 @@ import jax
 
 from jaxmp.data.source import Source
 from jaxmp.data.transforms import HostTransformed, apply_transforms
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, whole_number
 
 Split = Literal["train", "validation", "test"]
 
@@ -47,24 +47,42 @@ class Dataset(abc.ABC):
     def __post_init__(self) -> None:
         """Raises InputError for a size or a function that cannot be used."""
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("device_limit", 0), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"data.{name} is {getattr(self, name)}; expected {least} or more")
+            object.__setattr__(self, name, whole_number(f"data.{name}", getattr(self, name), least))
         for name in ("host_transforms", "transforms"):
             functions = getattr(self, name)
             if not isinstance(functions, tuple) or not all(map(callable, functions)):
                 raise InputError(f"data.{name} is {functions!r}; expected a tuple of functions, (function,)")
 
     @abc.abstractmethod
-    def source(self, split: Split) -> Source:
-        """The rows of one split, before any transform. Raises InputError if they are missing or cannot be read."""
+    def source(self, split: Split) -> Source | None:
+        """The rows of one split, before any transform; None if there is no such split. Only "train" has to exist.
 
-    def read(self, split: Split) -> Source:
-        """The rows of one split after the host transforms; training and evaluation read these.
-
-        Raises InputError if `source` returns no rows, or as `apply_host_transforms` does.
+        Raises InputError if the rows cannot be read.
         """
+
+    def read(self, split: Split) -> Source | None:
+        """The rows of one split after the host transforms; None if there is no such split.
+
+        Training and evaluation read these. Each split is opened once, so that a split that is drawn without a seed is
+        the same for all that read it from this object. Raises InputError if there are no training rows, if `source`
+        returns no rows, or as `apply_host_transforms` does.
+        """
+        opened = self.__dict__.setdefault("_opened", {})
+        if split not in opened:
+            opened[split] = self._read(split)
+        return opened[split]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a copy opens its own splits."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_loaded")}
+
+    def _read(self, split: Split) -> Source | None:
         source = self.source(split)
         call = f"{type(self).__name__}.source({split!r})"
+        if source is None:
+            if split == "train":
+                raise InputError(f"{call} returned None; expected the training rows, which alone are compulsory")
+            return None
         if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
             raise InputError(
                 f"{call} returned {type(source).__name__}; expected a source of rows, such as "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.data.source import Source, is_text
+from jaxmp.data.source import Source
 
 WHOLE_BYTES = 64 * 2**20
 """a split of at most so many bytes goes by all of them"""
@@ -40,7 +40,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
             digests[name].update(_bytes(column))
     columns = {
         name: {
-            "dtype": "text" if is_text(column) else column.dtype.name,
+            "dtype": "text" if column.dtype.kind in "OSU" else column.dtype.name,
             "shape": list(column.shape[1:]),
             "sha256": digests[name].hexdigest()[:16],
         }

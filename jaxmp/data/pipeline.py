@@ -8,7 +8,8 @@ and "weight" float32 (batch,): 1 for a row, 0 for padding.
 from __future__ import annotations
 
 import functools
-import sys
+import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Source, as_column, is_text
+from jaxmp.data.source import Source, as_column, for_device, is_numeric
 from jaxmp.data.transforms import apply_host_transforms
-from jaxmp.errors import InputError
+from jaxmp.data.workers import sendable
+from jaxmp.errors import InputError, RunFailed
 
 READ_THREADS = 4
 READ_AHEAD = 8  # batches
+CHECKED_ROWS = 2**20  # read at a time
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
@@ -78,13 +81,42 @@ def _epoch_rows(batches: Batches, epoch: int) -> np.ndarray:
 
 
 def resident(source: Source) -> dict[str, np.ndarray]:
-    """All rows of `source` as arrays, without columns of text and objects."""
+    """All rows of `source` as arrays, without the columns that hold no numbers."""
     return _numeric(source[np.arange(len(source))])
 
 
 def nbytes(source: Source) -> int:
     """The size in bytes of what `resident` would return, computed from one row."""
     return sum(column.nbytes for column in _numeric(source[np.arange(1)]).values()) * len(source)
+
+
+def left_out(source: Source) -> dict[str, str]:
+    """The columns of `source` that hold no numbers that JAX has, and what they hold, by name: no batch has them."""
+    first = source[np.arange(1)]
+    kinds = {name: _kind(column) for name, column in first.items() if not is_numeric(column)}
+    return {**getattr(source, "left_out", {}), **kinds}
+
+
+def check_values(source: Source, columns: Sequence[str] | None = None) -> None:
+    """Raises InputError if a column in memory holds values that JAX cannot, see `for_device`. Reads what is at hand.
+
+    Args:
+      source: of `Columns`, the columns are read in parts; of any other source nothing is.
+      columns: the columns to check; all by default.
+    """
+    for name, column in getattr(source, "columns", {}).items():
+        if columns is not None and name not in columns:
+            continue
+        if isinstance(column, np.ndarray) and column.dtype.kind in "iu" and column.dtype.itemsize > 4:
+            for start in range(0, len(column), CHECKED_ROWS):
+                for_device(name, column[start : start + CHECKED_ROWS])
+
+
+def _kind(column: np.ndarray) -> str:
+    if column.dtype != object:
+        return column.dtype.name
+    first = column.ravel()[0]
+    return "text" if isinstance(first, str | bytes) else f"objects ({type(first).__name__})"
 
 
 def stream(
@@ -106,43 +138,59 @@ def stream(
       first_step: the first step, from 0.
       last_step: the step before which the stream ends.
       global_index: int (rows,), the places in each batch that are read, in that order; all by default.
-      workers: processes that read; 0 reads in threads.
+      workers: processes that read; 0 reads in this one, in threads if the source is `thread_safe`.
 
     Raises:
-      InputError: whatever `source` raises as an InputError, in another process too.
+      InputError: whatever `source` raises as an InputError, in another process too; or it cannot be sent there.
+      RunFailed: a process that reads was killed.
     """
     import grain
 
+    if workers:
+        source = sendable(source, workers)
+    threads = READ_THREADS if getattr(source, "thread_safe", False) else 0
     # A whole batch is an element: 20 times as fast as single rows that are batched afterwards.
     steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(_read, source, batches, global_index))
-    loader = steps.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD))
+    loader = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD))
     if workers:
         from absl import flags
 
         flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, and nobody here parses any
-        _send_configs_by_value()
-        loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        loader = loader.mp_prefetch(options)
     iterator = iter(loader)
     try:
-        yield from iterator
+        for batch in iterator:
+            yield batch.columns
+    except RuntimeError as error:
+        if workers and (code := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))):
+            raise RunFailed(_ended_worker(int(code[1]), workers)) from error
+        raise
     finally:
         iterator.close()
 
 
-def _send_configs_by_value() -> None:
-    """Lets other processes run the code of a config file, which they cannot import: it is sent along with the data."""
-    import cloudpickle  # which Grain sends data by
+def _ended_worker(code: int, workers: int) -> str:
+    by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return (
+        f"a process that reads data (data.workers = {workers}) {by}{why}; the same command goes on from the last "
+        "checkpoint, with fewer --data.workers or a smaller --data.batch-size if memory is short"
+    )
 
-    for module in list(sys.modules.values()):
-        if "__source__" in vars(module):  # as `ConfigFile` leaves it in the modules that it makes
-            cloudpickle.register_pickle_by_value(module)
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that Grain takes for no array: it puts arrays in shared memory, where those of a killed process stay."""
+
+    columns: dict[str, np.ndarray]
 
 
-def _read(source: Source, batches: Batches, global_index: np.ndarray | None, step: int) -> dict[str, np.ndarray]:
+def _read(source: Source, batches: Batches, global_index: np.ndarray | None, step: int) -> _Batch:
     rows, weight = batches.rows(int(step))
     if global_index is not None:
         rows, weight = rows[global_index], weight[global_index]
-    return _numeric(source[rows]) | {"weight": weight}
+    return _Batch(_numeric(source[rows]) | {"weight": weight})
 
 
 def evaluation_batches(
@@ -220,4 +268,4 @@ def _numeric(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             "the data has a column 'weight'; a batch has its own under that name, 1 for a row and 0 for padding: "
             "rename the column, in a host transform for example"
         )
-    return {name: column for name, column in batch.items() if not is_text(column)}
+    return {name: for_device(name, column) for name, column in batch.items() if is_numeric(column)}

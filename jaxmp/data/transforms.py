@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.data.source import Source, as_column, is_text
+from jaxmp.data.source import Source, as_column, is_numeric
 from jaxmp.errors import InputError
 
 Rows = dict[str, np.ndarray]
@@ -81,6 +81,7 @@ class HostTransformed:
 
     def __init__(self, source: Source, transforms: Sequence[HostTransform]):
         self.source, self.transforms = source, tuple(transforms)
+        self.thread_safe = getattr(source, "thread_safe", False)
         self._first = self._layout(self._transformed(np.arange(1)))
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ class HostTransformed:
 
     @staticmethod
     def _layout(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {name: (column.dtype.name, column.shape[1:]) for name, column in rows.items() if not is_text(column)}
+        return {name: (column.dtype.name, column.shape[1:]) for name, column in rows.items() if is_numeric(column)}
 
 
 def apply_transforms(

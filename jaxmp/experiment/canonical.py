@@ -32,7 +32,8 @@ from jaxmp.trees import is_key
 def canonical(value: Any, where: str) -> Any:
     """Converts `value` to JSON, such that equal values give equal JSON in any process, and different values do not.
 
-    - Numbers are compared by value: 1 equals 1.0.
+    - Numbers are compared by value, those of NumPy too: 1 equals 1.0 and np.int64(1). Modules
+      that a function holds go by their name.
     - dtypes are represented by their name; arrays by dtype, shape and a digest of their bytes.
     - Dataclasses and Flax modules are represented by class and fields.
     - Named functions are represented by module, qualified name, and the values in their closure and defaults. Their
@@ -70,6 +71,12 @@ def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
         return {"bytes": _digest(value)}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, types.ModuleType) and within:  # that a function holds
+        return {"module": value.__name__}
+    if isinstance(value, np.bool_ | np.integer):
+        return value.item()
+    if isinstance(value, np.floating) and value.dtype.itemsize <= 8:
+        return _number(float(value))
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return _array(value)
     if isinstance(value, type):

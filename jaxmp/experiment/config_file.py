@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
+import sysconfig
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class ConfigFile:
             return cls(path.stem, path.read_text(encoding="utf-8"), str(path.resolve()))
         except FileNotFoundError:
             raise InputError(f"config {config!r}: no such file{_nearest_file(path)}") from None
-        except (IsADirectoryError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the path
             raise InputError(f"config {config!r}: expected a Python file ({error})") from None
 
     @property
@@ -124,9 +125,31 @@ class ConfigFile:
         module = types.ModuleType(f"jaxmp_configs.{self.name}")
         vars(module).update(__file__=self.file, __source__=self.source)
         sys.modules[module.__name__] = module
+        self._import_from_folder()
         linecache.cache[self.file] = (len(self.source), None, self.source.splitlines(keepends=True), self.file)
         self._guarded(lambda: exec(compile(self.source, self.file, "exec", dont_inherit=True), vars(module)))
         return module
+
+    def _import_from_folder(self) -> None:
+        """Puts the file's folder in front of the import path, as Python does for a script, for the modules beside it.
+
+        A module of the same name that was imported from another folder is forgotten.
+        """
+        folder = Path(self.file).parent
+        if not folder.is_dir():
+            return
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        sys.path.insert(0, str(folder))
+        for name, imported in list(sys.modules.items()):
+            file = getattr(imported, "__file__", None)
+            top = name.partition(".")[0]
+            beside = (folder / f"{top}.py", folder / top / "__init__.py")
+            here = file is not None and Path(file).is_relative_to(folder)
+            if file is None or here or "__source__" in vars(imported) or _is_installed(file):
+                continue
+            if any(path.is_file() for path in beside):
+                del sys.modules[name]
 
     def _guarded(self, call: Any) -> Any:
         try:
@@ -145,6 +168,10 @@ class ConfigFile:
         if not lines:
             return f"raised {what}"
         return f"raised in line {lines[-1]}:\n    {linecache.getline(self.file, lines[-1] or 0).strip()}\n{what}"
+
+
+def _is_installed(file: str) -> bool:
+    return "-packages" in file or file.startswith((sysconfig.get_path("stdlib"), str(Path(__file__).parents[1])))
 
 
 def _nearest_file(path: Path) -> str:

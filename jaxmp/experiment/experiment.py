@@ -69,6 +69,7 @@ class Experiment:
         self._require("parallel", isinstance(self.parallel, Parallel), "Parallel('jit'), say")
         self._require("loop", isinstance(self.loop, Loop), "Loop(epochs=3), say")
         self._require("seed", in_32_bits, "a whole number, 0 or more and below 2**32")
+        object.__setattr__(self, "seed", int(self.seed))  # of NumPy's integers too
         if self.parallel.shard == "fsdp" and self.loop.batch_norm == "replica":
             raise InputError("loop.batch_norm=replica: with parallel.shard=fsdp there is one program for all devices")
         for policy in self.policy.policies:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import AxisType
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, number, whole_number
 from jaxmp.training.gradients import OVERFLOWS
 from jaxmp.training.parallel import AXIS, Devices
 
@@ -57,10 +57,12 @@ class Loop:
     def __post_init__(self) -> None:
         """Refuses what could not run."""
         for name in ("epochs", "log_every", "keep", "max_consecutive_skips", "accumulate_steps"):
-            self._require(name, _is_positive(getattr(self, name)), "a whole number of at least 1")
+            object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
         for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch"):
-            value = getattr(self, name)
-            self._require(name, value is None or _is_positive(value), "a whole number of at least 1")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
+        if self.ema_decay is not None:
+            number("loop.ema_decay", self.ema_decay)
         self._require("accumulate_overflow", self.accumulate_overflow in OVERFLOWS, " or ".join(OVERFLOWS))
         self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")
@@ -122,7 +124,3 @@ class Parallel:
             )
         mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
         return Devices(self.mode, mesh, self.shard, microbatches)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1

@@ -40,7 +40,7 @@ class Model(Protocol):
           model_state: as `init` makes it: batch statistics and the like.
           inputs: the arrays of a batch that the model is called with.
           train: whether dropout drops, and the new model state is returned; else the one that was given is.
-          key: of all random draws of this call.
+          key: of all random draws of this call; in evaluation, of those that the model makes there too.
         """
         ...
 

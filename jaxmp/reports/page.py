@@ -69,8 +69,8 @@ class Page:
 
     def data(self, value: Any) -> None:
         """Adds the numbers behind the page as JSON, for programs."""
-        # In a script element `</` would end it.
-        text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+        # In a script element `</script` would end it, and `<!--` would make it go on beyond its end.
+        text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         self.parts.append(f'<script type="application/json" id="data">{text}</script>')
 
     def __str__(self) -> str:
@@ -96,7 +96,8 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        # A path that is not UTF-8 has surrogates in it, which no file can hold.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; choose another file") from error

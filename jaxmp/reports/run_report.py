@@ -17,6 +17,7 @@ from jaxmp.data.dataset import Split
 from jaxmp.reports.figure import Axis, Series, line_figure
 from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
 from jaxmp.reports.ranges import add_ranges
+from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.run import Run
 from jaxmp.training.metrics import BOOKKEEPING, MetricSpec, spec_of
 
@@ -69,8 +70,7 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
     for run in runs:
         if run.failure:
             page.paragraph(f"Failed: {run.path}: {run.failure}", "bad")
-            looks_into = f"jaxmp blame {shlex.quote(str(run.path))}"
-            page.paragraph(f"What made it, and what would have prevented it: {looks_into}")
+            page.paragraph(f"What made it, and what would have prevented it: {how_to_blame(run.path, run.config)}")
     unfinished = [str(run.path) for run in runs if not _ended(run) and not run.failure]
     if unfinished:
         page.paragraph(f"Not ended, and shown as far as it is: {', '.join(unfinished)}", "note")

@@ -8,13 +8,11 @@ import types
 from pathlib import Path
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import check_splits, nbytes
+from jaxmp.data.pipeline import check_splits, check_values, nbytes
+from jaxmp.data.source import Source
 from jaxmp.errors import InputError
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
-
-OTHERS: tuple[Split, ...] = ("validation", "test")
-"""the splits that are evaluated"""
 
 
 def check(trainer: Trainer) -> None:
@@ -22,16 +20,23 @@ def check(trainer: Trainer) -> None:
 
     Raises:
       InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
-        monitored metric that is not measured, columns that differ between the splits, labels out of range, workers
-        that would run the script again.
+        monitored metric that is not measured, columns that differ between the splits, labels out of range, integers
+        that do not fit in 32 bits, patience without a validation split, workers that would run the script again.
     """
     experiment = trainer.experiment
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
-    others = {split: trainer.source(split) for split in OTHERS}
+    others: dict[Split, Source] = {split: trainer.source(split) for split in trainer.splits if split != "train"}
+    if experiment.loop.patience is not None and "validation" not in others:
+        raise InputError(
+            f"loop.patience = {experiment.loop.patience}: without a validation split nothing says when to stop; "
+            "expected a validation split, or no patience"
+        )
     check_splits(experiment.data, trainer.source(), others, trainer.columns)
-    check_targets(trainer, "train", *OTHERS)
+    for split in trainer.splits:
+        check_values(trainer.source(split))
+    check_targets(trainer, *trainer.splits)
     if experiment.data.workers and nbytes(trainer.source()) > experiment.data.device_limit * 2**20:
         refuse_unguarded_script(experiment.data.workers)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
+from jaxmp.data.pipeline import left_out
 from jaxmp.distributed import processes
 from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed
@@ -27,7 +28,7 @@ from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets
 from jaxmp.runs.due import Due
-from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
     Parent,
     changed_settings,
@@ -41,7 +42,7 @@ from jaxmp.runs.going_on import (
 )
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
-from jaxmp.runs.trainer import Trainer
+from jaxmp.runs.trainer import SPLITS, Trainer
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
@@ -197,10 +198,10 @@ def fit(
 
         def take_folder() -> None:
             if overwrite and folder.path.exists():
-                with folder.locked():
+                with folder.locked(log):
                     folder.delete()
             folder.create()
-            stack.enter_context(folder.locked())
+            stack.enter_context(folder.locked(log))
             folder.clear_failure()
             if not recorded:
                 run = {"name": name, "hash": identity_hash(experiment, begins_with), "seed": experiment.seed}
@@ -289,6 +290,12 @@ def _recorded(
 def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
     """Says what the user should know before the first step."""
     experiment = trainer.experiment
+    if outside := left_out(trainer.source()):
+        log(f"left out, since JAX has no such numbers: {', '.join(f'{name} ({of})' for name, of in outside.items())}")
+    for split in SPLITS:
+        if split not in trainer.splits:
+            chosen = "the last weights are the best" if split == "validation" else "the summary has no test metrics"
+            log(f"this data has no {split} split: {chosen}")
     if any(policy.param_dtype.itemsize < 4 for policy in experiment.policy.policies):
         lost = "an update of less than half a unit in the last place of a weight is lost"
         rounding = experiment.policy.rounding
@@ -367,7 +374,8 @@ class _Session:
             problem, waiting = self._write(waiting) or problem, None
             if problem:
                 self._fail(problem, step, state, since_line)
-            measured = records.evaluate(step, state, "validation") if due.evaluation(step) else None
+            evaluates = due.evaluation(step) and "validation" in trainer.splits
+            measured = records.evaluate(step, state, "validation") if evaluates else None
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
             if due.evaluation(step) and records.out_of_patience():
                 break
@@ -404,16 +412,19 @@ class _Session:
         """The last evaluation, on the test set, and the summary."""
         experiment, records = self.trainer.experiment, self.records
         self.checkpoints.wait()
-        test = records.evaluate(step, state, "test")
+        splits = self.trainer.splits
+        test = records.evaluate(step, state, "test") if "test" in splits else {}
         best_step, best = records.best()
-        best_on_test = self._test_of_best(best_step, step, state, test)
+        best_on_test = self._test_of_best(best_step, step, state, test) if "test" in splits else None
         summary = {
             "steps": step,
             "applied_steps": step - int(skipped_steps(state.opt_state)),
             "skipped_steps": int(skipped_steps(state.opt_state)),
             "loss_scale": float(loss_scale(state.opt_state)),
             "test": test,
-            "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test},
+            "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test}
+            if "validation" in splits
+            else {},
             "stopped_early": step < self.trainer.steps,
             "wall_seconds": records.seconds(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -446,7 +457,7 @@ class _Session:
         processes.from_first(lambda: self.folder.write_failure(step, reason))
         raise RunFailed(
             f"{reason}. The state is saved in {self.folder.path}; what made it, and what would have prevented it: "
-            f"jaxmp blame {self.folder.path}"
+            f"{how_to_blame(self.folder.path, self.folder.read_config())}"
         )
 
     def _culprit(self, step: int, state: TrainState) -> str | None:

@@ -18,12 +18,13 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.runs.checkpoint import Checkpoints
@@ -49,7 +50,9 @@ class RunFolder:
 
         `begins_with` is what identifies the state or weights of another run that it begins with.
         """
-        return cls(Path(workdir) / name / f"{identity_hash(experiment, begins_with)}-s{experiment.seed}")
+        return cls(
+            local_path("workdir", workdir) / name / f"{identity_hash(experiment, begins_with)}-s{experiment.seed}"
+        )
 
     @classmethod
     def find(cls, path: Path) -> RunFolder:
@@ -128,13 +131,15 @@ class RunFolder:
     def create(self) -> None:
         """Makes the folder. Raises InputError if the file system takes none there."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.resolve().mkdir(parents=True, exist_ok=True)  # of a link, the folder that it points to
         except FileNotFoundError as error:  # some file systems say it so: /proc
             raise InputError(f"{self.path}: no folder can be made there; choose another --workdir") from error
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, log: Callable[[str], None]) -> Iterator[None]:
         """Context manager: no other process trains in this folder. The lock goes with the process, however that ends.
+
+        On a file system without locks, `log` is told so, and there is none.
 
         Raises: InputError if another process has the lock.
         """
@@ -145,14 +150,29 @@ class RunFolder:
                 raise InputError(
                     f"another process is training in {self.path}; wait for it, or choose another --workdir"
                 ) from None
+            except OSError as error:  # some network file systems: ENOLCK, EOPNOTSUPP, ENOSYS
+                log(f"{self.path} cannot be locked ({error.strerror}): see that no other process trains there")
             yield
 
     def delete(self) -> None:
-        """Deletes the run, its name first: a kill on the way leaves nothing that looks like a run and is none."""
-        doomed = self.path.with_name(f"{self.path.name}.deleted")
+        """Deletes the run, its name first: a kill on the way leaves nothing that looks like a run and is none.
+
+        Of a link, what it points to is deleted, and the link stays.
+        """
+        path = self.path.resolve()
+        doomed = path.with_name(f"{path.name}.deleted")
         shutil.rmtree(doomed, ignore_errors=True)
-        self.path.rename(doomed)
-        shutil.rmtree(doomed)
+        try:
+            path.rename(doomed)
+        except OSError:  # a mount point has to stay: config.json, which makes it a run, goes first
+            self._config.unlink(missing_ok=True)
+            for inside in path.iterdir():
+                if inside.is_dir() and not inside.is_symlink():
+                    shutil.rmtree(inside)
+                else:
+                    inside.unlink()
+        else:
+            shutil.rmtree(doomed)
 
     # Writing and reading JSON. A file is either whole or not there.
 
@@ -253,3 +273,10 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def how_to_blame(path: Path, config: Mapping[str, Any]) -> str:
+    """The command that explains a skipped step of a run; of a run started from Python, the call."""
+    if "source" in config:
+        return f"jaxmp blame {shlex.quote(str(path))}"
+    return f"jaxmp.blame(jaxmp.Run({str(path)!r}, experiment)) in Python, with the experiment that was trained"

@@ -84,8 +84,10 @@ def refuse_other_rows(folder: RunFolder, config: Mapping[str, Any], now: Mapping
 
 def other_rows(config: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what the splits differ from those of a run, by its config.json."""
-    was = config.get("rows", {})
-    return [one for split in now if split in was for one in changed_rows(split, was[split], now[split])]
+    was = config.get("rows") or now  # a run of an earlier version has none
+    gone = [f"there is no {split} split any more" for split in was if split not in now]
+    new = [f"there is a {split} split now" for split in now if split not in was]
+    return gone + new + [one for split in now if split in was for one in changed_rows(split, was[split], now[split])]
 
 
 def log_sampled(rows: Mapping[str, Any], log: Log) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import batch_of
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
@@ -24,6 +24,7 @@ from jaxmp.modules.model import as_model
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
+from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
 from jaxmp.training.state import TrainState
 
@@ -47,7 +48,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, experiment: Experiment | None = None):
-        self._folder = RunFolder.find(Path(path))
+        self._folder = RunFolder.find(local_path("run", path))
         self._folder.read_config()  # refuses what is no run
         self._given = experiment
 
@@ -209,7 +210,7 @@ class Run:
         """
         state = self._last_state if state is None else state
         inputs = {name: jnp.asarray(column) for name, column in batch_of(self.experiment.data, batch).items()}
-        return self._outputs(state.averaged_params, state.model_state, inputs)
+        return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state))
 
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
@@ -218,9 +219,9 @@ class Run:
         prepared = experiment.data.prepare(train=False)
 
         @jax.jit
-        def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> Any:
+        def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
             batch = prepared(batch, None)
-            return model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs))[0]
+            return model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs), key=key)[0]
 
         return outputs
 

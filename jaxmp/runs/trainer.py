@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_train_step
 
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+"""all splits that a dataset may have"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -43,19 +46,32 @@ class Trainer:
     experiment: Experiment
     mesh: Mesh | None = None
     """devices to build for, along one axis `data`; by default all that JAX has. They need not exist to compile."""
-    _sources: dict[Split, Source] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _sources: dict[Split, Source | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     # Data.
 
     def source(self, split: Split = "train") -> Source:
-        """The rows of a split after the host transforms, opened once."""
+        """The rows of a split after the host transforms, opened once. Raises InputError if there is no such split."""
+        source = self._source(split)
+        if source is None:
+            raise InputError(f"this data has no {split} split; there is {', '.join(self.splits)}")
+        return source
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that the data has: train, and those of validation and test that there are."""
+        return tuple(split for split in SPLITS if self._source(split) is not None)
+
+    def _source(self, split: Split) -> Source | None:
         if split not in self._sources:
             self._sources[split] = self.experiment.data.read(split)
         return self._sources[split]
 
     def fingerprints(self) -> dict[str, Any]:
         """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`."""
-        return {split: fingerprint(self.source(split)) for split in get_args(Split)}
+        return {split: fingerprint(self.source(split)) for split in self.splits}
 
     @functools.cached_property
     def batches(self) -> Batches:
@@ -90,10 +106,14 @@ class Trainer:
 
     def _no_numbers(self, name: str, column: np.ndarray | None, columns: list[str]) -> str:
         field, expected = ("inputs", "numbers") if name in self.experiment.task.inputs else ("target", "whole numbers")
+        if column is None and name in getattr(self.source(), "left_out", {}):
+            what = getattr(self.source(), "left_out", {})[name]
+            return f"task.{field} names {name!r}, which is {what}; expected {expected}, an array with a row each"
         if column is None:
             return f"task.{field} names {name!r}; the data has {', '.join(columns)}{nearest(name, columns)}"
-        first = column.ravel().tolist()[0]
+        first = column.ravel()[0] if column.dtype != object else column.ravel().tolist()[0]
         holds = "strings" if isinstance(first, str | bytes) else "objects that are no numbers"
+        holds = holds if column.dtype.kind in "OSU" else f"{column.dtype.name}, which JAX does not have"
         return (
             f"task.{field} names {name!r}, which holds {holds} ({first!r:.40}, say); expected {expected}, which a host "
             "transform can make of it (data.host_transforms)"
@@ -211,8 +231,8 @@ class Trainer:
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
         model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
-        apply = functools.partial(jax.eval_shape, lambda *args: model.apply(*args)[0])
-        return apply(state.params, state.model_state, *self.inputs)
+        apply = functools.partial(jax.eval_shape, lambda key, *args: model.apply(*args, key=key)[0])
+        return apply(state.key, state.params, state.model_state, *self.inputs)
 
     @functools.cached_property
     def metric_specs(self) -> dict[str, MetricSpec]:

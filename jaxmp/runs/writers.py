@@ -330,7 +330,7 @@ class Console:
         self._metrics = metrics
         self._console = console or RichConsole()
         self._progress = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
                 BarColumn(bar_width=10),

@@ -50,7 +50,9 @@ class Classification(Task):
             uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
         correct = jnp.argmax(logits, axis=-1) == labels
-        return Mean.of(losses, batch["weight"]), {"accuracy": Mean.of(correct, batch["weight"])}
+        # Each of a row's labels has the weight of its row.
+        weight = jax.lax.broadcast_in_dim(batch["weight"], labels.shape, (0,))
+        return Mean.of(losses, weight), {"accuracy": Mean.of(correct, weight)}
 
     def check(self, outputs: Any, batch: Any) -> None:
         """Raises InputError unless the labels are integers, one for each row of logits."""
@@ -60,7 +62,7 @@ class Classification(Task):
         if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != outputs.shape[:-1]:
             raise InputError(
                 f"{self.target!r} is {labels.dtype}{list(labels.shape)} beside logits of {list(outputs.shape)}; "
-                f"expected whole numbers, one an example: {list(outputs.shape[:-1])}"
+                f"expected whole numbers, one for each vector of logits: {list(outputs.shape[:-1])}"
             )
 
     def check_rows(self, outputs: Any, columns: Mapping[str, Any], split: str) -> None:

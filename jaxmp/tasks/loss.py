@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxmp.errors import InputError, nearest
 from jaxmp.modules.activations import RowSharding
 from jaxmp.modules.dropout import DropoutByExample
 from jaxmp.modules.linen import UnderPolicy
@@ -15,7 +16,7 @@ from jaxmp.modules.model import as_model
 from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.tasks.task import Task
+from jaxmp.tasks.task import Task, check_returned
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 
 
@@ -40,7 +41,8 @@ def make_loss(
       model: a Linen module, or one of `from_nnx`; see `jaxmp.modules.model.as_model`.
       task: names the model's inputs, and makes a loss and metrics of its outputs.
       policy: a `Policy`, a `PolicyTree`, or the text of one.
-      train: False for evaluation: no dropout, and the model state is returned as it was given.
+      train: False for evaluation: no dropout, and the model state is returned as it was given. What the model draws
+        all the same, a VAE's noise, comes from the key.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
       remat: patterns of the modules that the backward pass computes again, see `jaxmp.modules.remat`.
       remat_policy: what is kept of them nevertheless.
@@ -62,8 +64,19 @@ def make_loss(
             trained = under_policy.under(DropoutByExample(batch.get(EXAMPLE_INDEX), count), *sharding)
             outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key)
         else:
-            outputs, model_state = under_policy.apply(params, model_state, *inputs)
-        loss, metrics = task(outputs, batch)
+            outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key)
+        try:
+            returned = task(outputs, batch)
+        except KeyError as error:
+            name = error.args[0] if error.args else None
+            if not isinstance(name, str) or name in batch:
+                raise
+            raise InputError(
+                f"{type(task).__name__} reads batch[{name!r}]; the batch has {', '.join(batch)}{nearest(name, batch)}. "
+                "A column that holds no numbers is left out"
+            ) from error
+        check_returned(task, returned)
+        loss, metrics = returned
         return loss.total, (loss.weight, metrics, model_state)
 
     return loss_fn

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+
 from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
 from jaxmp.training.feed import HIDDEN_METRICS
@@ -79,9 +81,54 @@ class Monitor(NamedTuple):
 
 
 def check_outputs(task: Any, outputs: Any, batch: Any) -> None:
-    """Calls `task.check`, if the task has one."""
+    """Calls `task.check`, if the task has one, and refuses what would be broadcast.
+
+    Raises: InputError if (rows, 1) outputs and a (rows,) target meet in an array of (rows, rows), or the other way.
+    """
     if hasattr(task, "check"):
         task.check(outputs, batch)
+    target = batch.get(getattr(task, "target", None))
+    if target is None or not isinstance(outputs, jax.ShapeDtypeStruct):
+        return
+    rows, shapes = len(batch["weight"]), sorted([outputs.shape, target.shape], key=len)
+    if shapes != [(rows,), (rows, 1)]:
+        return
+    odd = 1009  # no other axis has this length
+
+    def of_odd(x: Any) -> Any:
+        return jax.ShapeDtypeStruct((odd, *x.shape[1:]), x.dtype) if x.shape[:1] == (rows,) else x
+
+    try:
+        jaxpr = jax.make_jaxpr(lambda *args: task(*args))(of_odd(outputs), jax.tree.map(of_odd, batch))
+    except InputError as error:
+        raise InputError(str(error).replace(str(odd), "rows")) from error
+    if f"[{odd},{odd}]" in str(jaxpr):
+        name = type(task).__name__
+        raise InputError(
+            f"{name} combines outputs of shape {outputs.shape} with {task.target!r} of shape {target.shape}, which "
+            "makes one number of each pair of rows; expected equal shapes: take outputs[:, 0], or target[:, None]"
+        )
+
+
+def check_returned(task: Any, returned: Any) -> None:
+    """Raises InputError unless `returned`, what a task's `__call__` gave, is a loss and a dict of metrics."""
+    kind = f"{type(task).__name__}.__call__"
+    expected = "expected (Mean.of(losses, batch['weight']), {name: Mean.of(values, batch['weight'])})"
+    if isinstance(returned, Mean) or not isinstance(returned, tuple) or len(returned) != 2:
+        what = f"{len(returned)} values" if type(returned) is tuple else f"one {type(returned).__name__}"
+        raise InputError(f"{kind} returned {what}; {expected}")
+    loss, metrics = returned
+    if not isinstance(metrics, Mapping):
+        raise InputError(f"{kind} returned metrics of type {type(metrics).__name__}; {expected}")
+    for name, mean in {"the loss": loss, **metrics}.items():
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{kind} returned a metric called {name!r}; expected a name, a string")
+        if not isinstance(mean, Mean):
+            what = "an array" if hasattr(mean, "shape") else f"a {type(mean).__name__}"
+            raise InputError(
+                f"{kind} returned {what} as {name}; expected a jaxmp.Mean, whose weight says how many examples it "
+                "stands for: Mean.of(values, batch['weight'])"
+            )
 
 
 def check_rows(task: Any, outputs: Any, columns: Mapping[str, Any], split: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import evaluation_batches
@@ -16,17 +17,29 @@ from jaxmp.training.metrics import Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 
-EvalStep = Callable[[Any, Any, Batch], Metrics]
+EvalStep = Callable[..., Metrics]
+"""`(params, model_state, batch, key=None) -> metrics`"""
+
+EVALUATION = 0x6576616C
+"""number of the stream of keys that evaluation draws from; no step of a run is as large"""
 
 
 def make_eval_step(loss_fn: LossFn) -> EvalStep:
-    """The pure `(params, model_state, batch) -> metrics`, `loss` included, from `make_loss(..., train=False)`."""
+    """The pure `(params, model_state, batch, key=None) -> metrics`, from `make_loss(..., train=False)`.
 
-    def eval_step(params: Any, model_state: Any, batch: Batch) -> Metrics:
-        total, (weight, metrics, _) = loss_fn(params, model_state, batch, None)
+    `loss` is one of the metrics. `key` is that of the draws that the model makes in evaluation; None if it makes none.
+    """
+
+    def eval_step(params: Any, model_state: Any, batch: Batch, key: jax.Array | None = None) -> Metrics:
+        total, (weight, metrics, _) = loss_fn(params, model_state, batch, key)
         return {"loss": Mean(total.astype(jnp.float32), weight.astype(jnp.float32)), **metrics}
 
     return eval_step
+
+
+def evaluation_key(state: TrainState) -> jax.Array:
+    """The key of an evaluation of `state`: a function of its key and its step."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, EVALUATION), state.step)
 
 
 class Evaluation:
@@ -45,13 +58,16 @@ class Evaluation:
         step, prepared = make_eval_step(loss_fn), data.prepare(train=False)
 
         @jax.jit
-        def add(params: Any, model_state: Any, metrics: Metrics, batch: Any) -> Metrics:
-            return merge(metrics, step(params, model_state, prepared(batch, None)))
+        def add(params: Any, model_state: Any, metrics: Metrics, batch: Any, key: jax.Array, number: Any) -> Metrics:
+            key = jax.random.fold_in(key, number)
+            return merge(metrics, step(params, model_state, prepared(batch, None), key))
 
         self._add = add
 
     def __call__(self, state: TrainState, source: Source) -> Metrics:
         """The metrics over all rows of `source`; of the averaged weights if the state has them.
+
+        Random draws are a function of the state's key and step, and of the number of the batch.
 
         Args:
           state: on these devices, as `Devices.get` returns it.
@@ -59,6 +75,8 @@ class Evaluation:
         """
         params = state.averaged_params
         metrics, own = self._devices.whole(self._no_metrics), self._devices.local_rows(self._batch_size)
-        for batch in evaluation_batches(source, self._batch_size, own):
-            metrics = self._add(params, state.model_state, metrics, self._devices.shard_local_rows(batch))
+        key = evaluation_key(state)
+        for number, batch in enumerate(evaluation_batches(source, self._batch_size, own)):
+            batch = self._devices.shard_local_rows(batch)
+            metrics = self._add(params, state.model_state, metrics, batch, key, np.int32(number))
         return metrics

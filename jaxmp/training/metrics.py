@@ -103,7 +103,15 @@ class Mean(NamedTuple):
         Args:
           values: any shape and number dtype, computed with in float32.
           weights: of the same shape.
+
+        Raises: InputError if the shapes differ: they would be broadcast, and the mean be one of other numbers.
         """
+        if jnp.shape(values) != jnp.shape(weights):
+            raise InputError(
+                f"Mean.of: values of shape {jnp.shape(values)} beside weights of shape {jnp.shape(weights)}; expected "
+                'one value a weight. Of (rows, ...) values under batch["weight"], take the mean of each row first; '
+                "outputs (rows, 1) minus a target (rows,) make (rows, rows): take outputs[:, 0]"
+            )
         weights = weights.astype(jnp.float32)
         values = jnp.where(weights != 0, values.astype(jnp.float32), 0)
         return cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))

@@ -50,11 +50,10 @@ def raising(split):
 @pytest.mark.parametrize(
     "load, message",
     [
-        (lambda split: None, r"returned None: this dataset has no test split"),
-        (lambda split: [1, 2], r"returned list; expected a dict of arrays"),
+        (lambda split: [1, 2], r"returned a list; expected a dict of arrays"),
         (lambda split: {}, r"expected a dict of arrays"),
         (lambda split: {"a": np.zeros(3), "b": np.zeros(4)}, r"shapes \{'a': \(3,\), 'b': \(4,\)\}; expected one lead"),
-        (lambda split: {"a": 1.0}, r"expected one leading axis"),
+        (lambda split: {"a": 1.0}, r"returned no arrays, only {'a': 'float'}; expected a dict of arrays"),
         (lambda split: {"a": np.zeros((0, 2))}, r"returned no rows"),
         (raising, r"raising\('test'\) raised KeyError: 'test' \(test_arrays.py, line \d+\)"),
     ],
@@ -66,5 +65,5 @@ def test_a_load_that_returns_no_rows_is_bad_input(load, message):
 
 @pytest.mark.parametrize("field, value", [("batch_size", 0), ("eval_batch_size", -1), ("workers", -1), ("std", (0.0,))])
 def test_an_impossible_setting_is_bad_input(field, value):
-    with pytest.raises(InputError, match=rf"data\.{field} is .*expected"):
+    with pytest.raises(InputError, match=rf"data\.{field} (is|=) .*expected"):
         Arrays(rows, **{field: value})

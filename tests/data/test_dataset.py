@@ -173,7 +173,7 @@ class Given(jaxmp.Dataset):
     ("rows", "message"),
     [
         ({"x": np.ones(3)}, r"Given.source\('test'\) returned dict; expected a source of rows, such as .*Columns"),
-        (None, r"Given.source\('test'\) returned NoneType; expected a source"),
+        (3, r"Given.source\('test'\) returned int; expected a source"),
         (Columns({"x": np.ones(0)}), r"Given.source\('test'\) has no rows"),
     ],
 )

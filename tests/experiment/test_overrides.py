@@ -197,7 +197,7 @@ def test_an_override_that_cannot_be_read_is_one_message_and_exit_code_2(argument
         ("--seed -1", "seed"),
         ("--scaler.init-scale 3", "power of two"),
         ("--optimizer.learning-rate -1", "learning_rate = -1.0: expected 0 or a positive number"),
-        ("--data.batch-size 0", "1 or more"),
+        ("--data.batch-size 0", "at least 1"),
         ("--loop.epochs 0", "at least 1"),
     ],
 )

@@ -264,7 +264,7 @@ def test_classification_is_monitored_by_accuracy_and_checks_shapes_without_value
     logits = jax.ShapeDtypeStruct((4, 3), jnp.float16)
     Classification().check(logits, {"label": jax.ShapeDtypeStruct((4,), jnp.int32)})
     for label in (jax.ShapeDtypeStruct((4, 1), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.float32)):
-        with pytest.raises(InputError, match="expected whole numbers, one an example"):
+        with pytest.raises(InputError, match="expected whole numbers, one for each vector of logits"):
             Classification().check(logits, {"label": label})
     with pytest.raises(InputError, match="outputs are of type tuple"):
         Classification().check((logits, logits), {"label": jax.ShapeDtypeStruct((4,), jnp.int32)})
