@@ -368,7 +368,7 @@ def test_tensorboard_has_the_histograms(looked):
 
 
 def test_ranges_every_has_to_be_a_number_of_steps():
-    with pytest.raises(jaxmp.InputError, match="ranges_every=0"):
+    with pytest.raises(jaxmp.InputError, match="ranges_every = 0"):
         Loop(ranges_every=0)
 
 

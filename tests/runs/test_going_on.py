@@ -539,13 +539,15 @@ def test_fit_and_the_command_line_refuse_other_code_by_the_same_rule(tmp_path, c
 
 
 def test_other_data_is_refused_and_named(tmp_path):
-    loaded = dataclasses.replace(BASE, data=Arrays(Loaded(tmp_path / "rows.npy"), batch_size=10, images=()))
+    def loaded():  # an Arrays loads a split once
+        return dataclasses.replace(BASE, data=Arrays(Loaded(tmp_path / "rows.npy"), batch_size=10, images=()))
+
     np.save(tmp_path / "rows.npy", 40)
-    stopped = fit(loaded, workdir=tmp_path, name="small")
+    stopped = fit(loaded(), workdir=tmp_path, name="small")
     (stopped.path / "summary.json").unlink()
     np.save(tmp_path / "rows.npy", 39)
     with pytest.raises(InputError, match=r"train has 39 rows \(was 40\).*other data"):
-        fit(loaded, workdir=tmp_path, name="small")
+        fit(loaded(), workdir=tmp_path, name="small")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_fsdp_has_no_reduce_dtype_of_its_own():
             "parallel.remat 'Dens_0' names no module; there are .*did you mean 'Dense_0'",
         ),
         ("--loop.accumulate-steps 3 --dry-run", r"3 microbatches .*nearest that does: 63 or 66"),
-        ("--loop.accumulate-steps 0", "loop.accumulate_steps=0: expected a whole number of at least 1"),
+        ("--loop.accumulate-steps 0", "loop.accumulate_steps = 0: expected a whole number of at least 1"),
     ],
 )
 def test_the_command_line_ends_with_2(arguments, message, capsys):
