@@ -62,7 +62,7 @@ class Resident:
       batches: which rows make up the batch of each step.
       devices: the devices to run on.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
-      many: whether a dispatch runs many steps, or each step is dispatched singly.
+      fuse: whether a dispatch runs many steps, or each step is dispatched singly.
     """
 
     def __init__(
