@@ -30,14 +30,14 @@ def list_datasets(options: ListOptions) -> int:
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
-    """The options of `jaxmp data prepare`."""
+class DatasetOptions:
+    """The options of `jaxmp data prepare` and `jaxmp data info`."""
 
     name: str
     """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
 
 
-def prepare(options: PrepareOptions) -> int:
+def prepare(options: DatasetOptions) -> int:
     """Prepares a dataset, unless it is prepared already.
 
     jaxmp's own datasets need no network; any other is prepared by its TFDS builder.
@@ -49,15 +49,7 @@ def prepare(options: PrepareOptions) -> int:
     return DONE
 
 
-@dataclass(frozen=True)
-class InfoOptions:
-    """The options of `jaxmp data info`."""
-
-    name: str
-    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
-
-
-def info(options: InfoOptions) -> int:
+def info(options: DatasetOptions) -> int:
     """Shows rows, features, licence and source of a prepared dataset."""
     from jaxmp.data.catalog import describe
 
@@ -84,5 +76,5 @@ def _rows(dataset: Prepared) -> str:
 
 
 LIST = Command("data list", ListOptions, list_datasets)
-PREPARE = Command("data prepare", PrepareOptions, prepare)
-INFO = Command("data info", InfoOptions, info)
+PREPARE = Command("data prepare", DatasetOptions, prepare)
+INFO = Command("data info", DatasetOptions, info)
