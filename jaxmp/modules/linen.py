@@ -382,6 +382,13 @@ class _Call:
         rule = _rule(self.tree, self.modules, path)
         return self.tree.default if rule is None else rule.policy
 
+    def meet(self, module: nn.Module) -> tuple[str, Rule | None, Policy]:
+        """The path of a module that is called, the rule that names it or a module around it, and its policy."""
+        path = "/".join(module.path)
+        self.modules.meet(path, module)
+        rule = _rule(self.tree, self.modules, path)
+        return path, rule, self.tree.default if rule is None else rule.policy
+
     def remember(self, given: Any, cast: Any) -> None:
         """Notes which inputs of the model were rounded."""
         for before, after in zip(jax.tree.leaves(given), jax.tree.leaves(cast), strict=True):
@@ -405,10 +412,7 @@ class _Call:
         module, method = context.module, context.method_name
         if method == LIFTED:
             return next_fun(*args, **kwargs)
-        path = "/".join(module.path)
-        self.modules.meet(path, module)
-        rule = _rule(self.tree, self.modules, path)
-        policy = self.tree.default if rule is None else rule.policy
+        path, rule, policy = self.meet(module)
         scope = jax.named_scope if self.looked_at else _no_scope
         layer = scope(LAYER) if _is_layer(module) else contextlib.nullcontext()
         if not self.tree.rules or method == "setup" or not hasattr(type(module), method):
@@ -473,10 +477,7 @@ class _Between(_Call):
         module, method = context.module, context.method_name
         if method == LIFTED:
             return next_fun(*args, **kwargs)
-        path = "/".join(module.path)
-        self.modules.meet(path, module)
-        rule = _rule(self.tree, self.modules, path)
-        policy = self.tree.default if rule is None else rule.policy
+        path, rule, policy = self.meet(module)
         if is_complex(module, args):
             return next_fun(*args, **kwargs)
         layer = _is_layer(module) and not self.opened
