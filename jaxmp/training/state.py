@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmp.errors import InputError
 from jaxmp.precision.rounding import apply_updates, init_compensation
-from jaxmp.scaling.transform import skipped_steps
+from jaxmp.scaling.transform import LossScalingState, skipped_steps
 from jaxmp.training.objective import (
     Objective,
     Objectives,
@@ -75,7 +76,8 @@ class TrainState:
           rounding: how updates will be added, see `jaxmp.apply_updates`; `kahan` adds a compensation to the state.
 
         Raises:
-          InputError: a pattern in what an objective trains matches no parameter.
+          InputError: a pattern in what an objective trains matches no parameter; one of several objectives has a `tx`
+            that is not made by `loss_scaling`, so that its skipped steps could not be told.
         """
         if not isinstance(tx, Objective | Mapping):
             opt_state, trained, averaged = tx.init(params), params, params if ema else None
@@ -85,6 +87,9 @@ class TrainState:
             if several:
                 check_objectives(objectives)
             states = {name: of.tx.init(trained_view(params, of.trains)) for name, of in objectives.items()}
+            unscaled = [name for name, state in states.items() if not isinstance(state, LossScalingState)]
+            if several and unscaled:
+                raise InputError(f"objective {unscaled[0]!r}: expected a tx made by loss_scaling(optimizer, scaler)")
             opt_state = states if several else states[""]
             trained = trained_by_any(params, [of.trains for of in objectives.values()])
             with_average = [of.trains for of in objectives.values() if ema or of.ema_decay is not None]

@@ -320,3 +320,13 @@ def test_several_objectives_are_checked_before_the_first_step():
     ):
         with pytest.raises(InputError, match=expected):
             make_train_step(objectives, **how)
+
+
+def test_each_of_several_objectives_needs_a_loss_scaling_of_its_own():
+    """Otherwise the readers of skipped steps would overlook it, and speak of the others alone."""
+    bare = Objective(loss_of("b"), optax.sgd(0.1))
+    for tx in (optax.sgd(0.1), optax.chain(optax.clip(1.0), two()["b"].tx)):
+        objectives = {**two(), "b": Objective(loss_of("b"), tx)}
+        with pytest.raises(InputError, match="objective 'b': expected a tx made by loss_scaling"):
+            start_of_two(objectives)
+    assert jaxmp.last_step_finite(started(bare).opt_state), "one alone may go without"
