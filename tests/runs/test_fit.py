@@ -356,6 +356,8 @@ def test_the_scale_of_the_last_skipped_step_is_kept(scaler, in_a_row, after, of_
     for _ in range(in_a_row):
         _, opt_state = tx.update(jnp.full(3, jnp.inf), opt_state, params)
     assert (loss_scale(opt_state), find_state(opt_state).skipped_scale) == (after, of_the_last)
+    _, opt_state = tx.update(jnp.ones(3), opt_state, params)  # a step that is applied is not the last skipped one
+    assert find_state(opt_state).skipped_scale == of_the_last
 
 
 @pytest.mark.slow
