@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxmp.commands import audit, blame, compare, configs, data, doctor, eval, find_policy, report, train
+from jaxmp.commands import audit, blame, compare, configs, data, doctor, eval, find_policy, report, runs, train
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
         compare.COMMAND,
         find_policy.COMMAND,
         report.COMMAND,
+        runs.COMMAND,
         configs.COMMAND,
         data.LIST,
         data.PREPARE,

@@ -28,7 +28,8 @@ class Command:
     name: str
     """the words that call it: eval, or data list"""
     options: type
-    """frozen dataclass of the options, each with its help line as docstring; fields without a default are positional"""
+    """frozen dataclass of the options, each with its help line as docstring; positional are fields without a default,
+    and those whose metadata say so"""
     run: Callable[..., int]
     """called with the options, returns the exit code; its docstring is the command's help"""
 
@@ -171,17 +172,22 @@ def _read(options: type, argv: Sequence[str], *, prog: str, description: str = "
 
 
 def _spelled(options: type) -> type:
-    """The options, with a field called `continue_`, which Python wants for a keyword, spelled `--continue`."""
+    """The options as tyro reads them.
+
+    A field called `continue_`, which Python wants for a keyword, is spelled `--continue`; one whose metadata say
+    `positional` may be given without its name, though it has a default.
+    """
     import tyro
 
-    fields = [field for field in dataclasses.fields(options) if field.name.endswith("_")]
-    if not fields:
+    how = {
+        field: tyro.conf.arg(name=_spelling(field)) if field.name.endswith("_") else tyro.conf.Positional
+        for field in dataclasses.fields(options)
+        if field.name.endswith("_") or field.metadata.get("positional")
+    }
+    if not how:
         return options
     types = get_type_hints(options)
-    spelled = [
-        (field.name, Annotated[types[field.name], tyro.conf.arg(name=_spelling(field))], field.default)
-        for field in fields
-    ]
+    spelled = [(field.name, Annotated[types[field.name], mark], field.default) for field, mark in how.items()]
     return dataclasses.make_dataclass(options.__name__, spelled, bases=(options,), frozen=True)
 
 

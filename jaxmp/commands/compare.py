@@ -38,7 +38,7 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     require_path(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
-    from jaxmp.reports.comparison import failures
+    from jaxmp.reports.comparison import failures, text
     from jaxmp.studies import compare as study
 
     comparison = study.compare(
@@ -54,6 +54,7 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
         return STOPPED
     output = Path(options.output or Path(options.workdir) / config.name / "compare.html").expanduser()
     study.save(comparison, output)
+    print(text(comparison))
     print(f"{'report':<16} {output}")
     failed = failures(comparison)
     for failure in failed:

@@ -1,4 +1,4 @@
-"""`page`: a comparison of precisions as one HTML page, drawn from its JSON alone."""
+"""`page` and `text`: a comparison of precisions as an HTML page and as a table for a terminal, from its JSON alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxmp.reports.figure import Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
 from jaxmp.reports.run_report import Curve, curve_figures, metrics_of, number, policy_tables, shown, title
+from jaxmp.text_table import table
 from jaxmp.training.metrics import MetricSpec, spec_of, specs_from_json
 
 MIB = 2**20
@@ -20,6 +21,29 @@ MIB = 2**20
 def failures(comparison: dict[str, Any]) -> list[str]:
     """The runs that failed and why, a line each."""
     return [f"{r['precision']}, seed {r['seed']}: {r['failed']}" for r in comparison["runs"] if r["failed"]]
+
+
+def text(comparison: dict[str, Any]) -> str:
+    """The first table of the page as lines of text, narrower: of the metrics the monitored one and one more.
+
+    Args:
+      comparison: as for `page`.
+    """
+    specs, metrics = specs_from_json(comparison["metrics"]), _metrics(comparison)
+    header, rows = _summary(comparison, specs)
+    short = {label: label.removeprefix("test ") for label in header}
+    short |= {"steps skipped": "skipped"} | {label: "difference" for label in header if label.startswith("difference")}
+    left_out = {"ms a step", "temporaries, MiB"} | (set() if failures(comparison) else {"failed"})
+    left_out |= {f"test {spec_of(specs, m).label(m)}" for m in metrics[2:]}
+    columns = [i for i, label in enumerate(header) if label not in left_out]
+    right = [i for i, column in enumerate(columns) if short[header[column]] not in ("precision", "difference")]
+    seeds = len(comparison["seeds"])
+    lines = ["test split" + ("" if seeds == 1 else f", mean ± standard deviation over {seeds} seeds")]
+    if metrics and len(comparison["precisions"]) > 1:
+        what, unit = metrics[0].replace("_", " "), _difference_unit(spec_of(specs, metrics[0]))
+        lines.append(f"difference: in {_with_unit(what, unit)}, to {comparison['precisions'][0]} (95 % t interval)")
+    cells = [[row[i] for i in columns] for row in rows]
+    return "\n".join([*lines, table(cells, header=[short[header[i]] for i in columns], right=right)])
 
 
 def page(comparison: dict[str, Any]) -> Page:

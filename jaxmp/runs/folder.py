@@ -154,6 +154,17 @@ class RunFolder:
                 log(f"{self.path} cannot be locked ({error.strerror}): see that no other process trains there")
             yield
 
+    def is_locked(self) -> bool:
+        """Whether a process trains in this folder, as far as the file system has locks. Changes nothing."""
+        try:
+            with self._lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock file, or no locks
+            return False
+        return False
+
     def delete(self) -> None:
         """Deletes the run, its name first: a kill on the way leaves nothing that looks like a run and is none.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxmp
-from jaxmp.reports.comparison import failures, page
+from jaxmp.reports.comparison import failures, page, text
 from jaxmp.studies.compare import differences
 from jaxmp.training.metrics import MetricSpec, specs_to_json
 
@@ -125,3 +125,20 @@ def test_no_report_imports_a_study():
     assert len(files) >= 5
     for file in files:
         assert not [name for name in imported(file) if name.startswith("jaxmp.studies")], file
+
+
+def test_the_terminal_shows_the_first_table_of_the_page_within_80_columns():
+    shown = text(comparison([[10.0, 12.0, 11.0], [10.5, 12.5, 11.0]]))
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "over 3 seeds" in shown and "difference: in perplexity, to float32 (95 % t interval)" in shown
+    first, second = shown.splitlines()[-2:]
+    assert first.split()[:4] == ["float32", "11.0", "±", "1.0"] and "reference" in first
+    assert "+0.3 (\N{MINUS SIGN}0.4 to +1.1)" in second, "by hand: 1/3, and 4.303 standard errors"
+    assert "failed" not in shown
+
+
+def test_the_terminal_has_a_column_of_failures_where_a_run_failed():
+    found = comparison([[10.0, 12.0], [10.5, 12.5]])
+    found["runs"][3] = run("mixed_bfloat16", 1, 12.5, failed="it diverged")
+    found["differences"] = differences(found["runs"], PRECISIONS)
+    assert text(found).splitlines()[-1].endswith("1 of 2")
