@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxmp.commands import audit, blame, compare, configs, data, doctor, eval, find_policy, report, runs, train
+from jaxmp.commands import audit, blame, compare, configs, data, doctor, eval, find_policy, predict, report, runs, train
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     for command in (
         train.COMMAND,
         eval.COMMAND,
+        predict.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,

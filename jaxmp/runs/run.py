@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import batch_of
+from jaxmp.data.dataset import Dataset, Split
+from jaxmp.data.pipeline import batch_of, evaluation_batches
+from jaxmp.data.source import Columns
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -24,9 +26,11 @@ from jaxmp.modules.model import as_model
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
+from jaxmp.tasks.task import predictions
 from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
 from jaxmp.training.state import TrainState
+from jaxmp.trees import upcast
 
 
 class Run:
@@ -208,8 +212,12 @@ class Run:
             they go through the data's host transforms and are prepared as in evaluation.
           state: whose weights; `run.state("best")`, say. By default those of the last checkpoint, read once.
         """
+        return self._of_batch(batch_of(self.experiment.data, batch), state)
+
+    def _of_batch(self, batch: dict[str, Any], state: TrainState | None) -> Any:
+        """The outputs for a batch that is not prepared yet."""
         state = self._last_state if state is None else state
-        inputs = {name: jnp.asarray(column) for name, column in batch_of(self.experiment.data, batch).items()}
+        inputs = {name: jnp.asarray(column) for name, column in batch.items()}
         return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state))
 
     @functools.cached_property
@@ -225,12 +233,53 @@ class Run:
 
         return outputs
 
+    def predict(
+        self, rows: Split | Mapping[str, Any] = "test", state: TrainState | None = None
+    ) -> dict[str, np.ndarray]:
+        """The model's predictions for a split or for rows of your own, as `task.predictions` gives them.
+
+        Args:
+          rows: name of a split; or arrays of shape (n, ...) by name, as the data has them, at least the task's inputs.
+          state: whose weights, as in `apply`.
+
+        Returns:
+          Arrays of shape (n, ...) in the order of the rows, floats of less than 32 bits as float32. The task's target
+          is among them under its own name, where the rows have it.
+
+        Raises:
+          InputError: there is no such split, or an input is missing.
+        """
+        data, task = self.experiment.data, self.experiment.task
+        source = self.trainer.source(rows) if isinstance(rows, str) else _columns(data, rows)
+        found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        for batch in evaluation_batches(source, data.eval_batch_size):
+            missing = [name for name in task.inputs if name not in batch]
+            if missing:
+                raise InputError(
+                    f"the rows have no column {missing[0]!r}, an input of the model; they have "
+                    f"{', '.join(sorted(set(batch) - {'weight'}))}{nearest(missing[0], batch)}"
+                )
+            there = int(np.sum(batch["weight"]))  # the last batch is filled up with rows of weight 0
+            predicted = predictions(task, self._of_batch(batch, state))
+            target = getattr(task, "target", None)
+            if target in batch:
+                predicted[target] = batch[target]
+            for name, values in predicted.items():
+                found[name].append(np.asarray(upcast(values))[:there])
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
     def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
         """The metrics of a whole split, under the policy and with the weights of `apply`."""
         state = self._last_state if state is None else state
         trainer = self.trainer
         placed = trainer.devices.get(trainer.devices.put_state(state))
         return compute(trainer.evaluation(placed, trainer.source(split)))
+
+
+def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:
+    """Rows of one's own as a source, after the host transforms of the data."""
+    batch = batch_of(data, rows)
+    return Columns({name: column for name, column in batch.items() if name != "weight"})
 
 
 def _first_difference(recorded: Any, now: Any, where: str = "") -> str:

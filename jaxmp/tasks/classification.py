@@ -54,6 +54,16 @@ class Classification(Task):
         weight = jax.lax.broadcast_in_dim(batch["weight"], labels.shape, (0,))
         return Mean.of(losses, weight), {"accuracy": Mean.of(correct, weight)}
 
+    def predictions(self, outputs: jax.Array) -> dict[str, jax.Array]:
+        """`prediction`, the class of the largest logit, int32; its `probability`, float32; and the logits as `output`.
+
+        Args:
+          outputs: logits (examples, ..., classes); the others are (examples, ...).
+        """
+        probabilities = jax.nn.softmax(outputs.astype(jnp.float32), axis=-1)
+        likeliest = jnp.argmax(outputs, axis=-1).astype(jnp.int32)
+        return {"prediction": likeliest, "probability": jnp.max(probabilities, axis=-1), "output": outputs}
+
     def check(self, outputs: Any, batch: Any) -> None:
         """Raises InputError unless the labels are integers, one for each row of logits."""
         labels = batch[self.target]

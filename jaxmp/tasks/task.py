@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
 from jaxmp.training.feed import HIDDEN_METRICS
 from jaxmp.training.metrics import BOOKKEEPING, LOSS, Mean, Metrics, MetricSpec
+from jaxmp.trees import by_path
 
 
 class Task:
@@ -52,6 +54,16 @@ class Task:
           The loss, which is what the step makes small, and further metrics by name.
         """
         raise NotImplementedError(f"{type(self).__name__}.__call__(outputs, batch)")
+
+    def predictions(self, outputs: Any) -> dict[str, Any]:
+        """What `jaxmp predict` writes for a batch, by name: arrays of shape (examples, ...). Here: `output`.
+
+        Args:
+          outputs: what the model gives for a batch, in the output dtype of the policy.
+        """
+        if hasattr(outputs, "shape"):
+            return {"output": outputs}
+        return {f"output/{path}": leaf for path, leaf in by_path(outputs).items()}
 
     def check(self, outputs: Any, batch: Any) -> None:
         """Raises InputError if the shapes do not fit; called before the first step.
@@ -129,6 +141,11 @@ def check_returned(task: Any, returned: Any) -> None:
                 f"{kind} returned {what} as {name}; expected a jaxmp.Mean, whose weight says how many examples it "
                 "stands for: Mean.of(values, batch['weight'])"
             )
+
+
+def predictions(task: Any, outputs: Any) -> dict[str, Any]:
+    """Calls `task.predictions`; of a task without one, that of `Task`."""
+    return (task.predictions if hasattr(task, "predictions") else functools.partial(Task.predictions, task))(outputs)
 
 
 def check_rows(task: Any, outputs: Any, columns: Mapping[str, Any], split: str) -> None:

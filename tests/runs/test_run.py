@@ -269,3 +269,23 @@ def test_a_run_from_python_wants_its_experiment(tmp_path):
     with pytest.raises(InputError, match="the one given has hash"):
         _ = Run(fitted.path, dataclasses.replace(experiment, precision="float32")).experiment
     assert int(Run(fitted.path, experiment).state().step) == 2
+
+
+def test_predictions_are_those_of_apply_for_every_row_in_order(trained):
+    run = Run(trained)
+    rows = run.experiment.data.source("test")[np.arange(60)]
+    logits = np.asarray(run.apply(rows), np.float32)
+    for predicted in (run.predict("test"), run.predict({"image": rows["image"], "label": rows["label"]})):
+        assert set(predicted) == {"prediction", "probability", "output", "label"}
+        assert predicted["output"].dtype == predicted["probability"].dtype == np.float32
+        np.testing.assert_array_equal(predicted["output"], logits)
+        np.testing.assert_array_equal(predicted["prediction"], logits.argmax(-1))
+        exact = np.exp(logits.astype(np.float64))
+        np.testing.assert_allclose(predicted["probability"], (exact / exact.sum(-1, keepdims=True)).max(-1), rtol=1e-5)
+        np.testing.assert_array_equal(predicted["label"], rows["label"])
+    few = run.predict({"image": rows["image"][:7]}, run.state("best"))
+    assert {name: len(values) for name, values in few.items()} == dict.fromkeys(
+        ("prediction", "probability", "output"), 7
+    )
+    with pytest.raises(InputError, match="no column 'image', an input of the model; they have imagine; did you mean"):
+        run.predict({"imagine": rows["image"]})
