@@ -140,6 +140,10 @@ class Experiment:
         names, scaler = objectives_of(self.task), self.scaler
         return {name: self._make_scaler(scaler[name] if isinstance(scaler, Mapping) else scaler) for name in names}
 
+    def scaler_of(self, objective: str | None) -> Scaler:
+        """The scaler of one of several objectives; None names the single one."""
+        return self.make_scaler() if objective is None else self.make_scalers()[objective]
+
     def _make_scaler(self, scaler: Any) -> Scaler:
         return scaler.make(self.policy) if isinstance(scaler, Scaling) else scaler
 

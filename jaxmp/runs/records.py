@@ -157,9 +157,8 @@ class Records:
         if nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
             return f"{loss} is NaN, at or before step {step}"
         if exhausted:
-            experiment = self._trainer.experiment
-            scaler = experiment.make_scaler() if objective is None else experiment.make_scalers()[objective]
-            return f"{scale} came to its floor, where {type(scaler).__name__} gives up, at or before step {step}"
+            scaler = type(self._trainer.experiment.scaler_of(objective)).__name__
+            return f"{scale} came to its floor, where {scaler} gives up, at or before step {step}"
         return None
 
     # Ranges.

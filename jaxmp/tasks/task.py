@@ -150,6 +150,23 @@ def refuse_several(task: Any, what: str) -> None:
         raise InputError(f"{what} takes a single objective; {type(task).__name__} has {len(names)}: {', '.join(names)}")
 
 
+def require_objective(task: Any, objective: str | None, option: str) -> None:
+    """Raises InputError unless `objective` is one of the task's several objectives, or None for a single one.
+
+    Args:
+      task: the task.
+      objective: what is named; None if nothing is.
+      option: what names it, for the message: `--objective`.
+    """
+    names, kind = list(objectives_of(task)), type(task).__name__
+    if not names and objective is not None:
+        raise InputError(f"{option} {objective}: {kind} has a single objective; expected no {option}")
+    if names and objective is None:
+        raise InputError(f"{kind} has several objectives; expected {option}, one of {', '.join(names)}")
+    if objective is not None:
+        check_name(objective, names, option)
+
+
 class Monitor(NamedTuple):
     """The validation metric by which the best weights are chosen."""
 
