@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.tasks.task import Task
     from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.metrics import Mean, MetricSpec
-    from jaxmp.training.objective import Objective
+    from jaxmp.training.objective import Objective, ObjectiveSpec
     from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState

@@ -18,6 +18,8 @@ class Options:
     """Run folder, or a folder that contains one run."""
     step: int | None = None
     """Step to repeat, from 1; by default the last skipped one. A step that was not skipped is compared with float32."""
+    objective: str | None = None
+    """Which of several objectives; needed with --step, else the one that was skipped last."""
     json: str | None = None
     """File to which the answer is also written, as JSON."""
 
@@ -32,7 +34,7 @@ def blame(options: Options) -> int:
     from jaxmp.runs.run import Run
     from jaxmp.studies.overflow import blame_run
 
-    found = blame_run(Run(options.run), options.step)
+    found = blame_run(Run(options.run), options.step, objective=options.objective)
     print(found)
     if options.json is not None:
         write(Path(options.json).expanduser(), json.dumps(found.to_json(), indent=1) + "\n")

@@ -34,18 +34,30 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     sizes = ", ".join(f"{split} {len(trainer.source(split))}" for split in trainer.splits)
     shapes = ", ".join(f"{name} {leaf.dtype} {leaf.shape}" for name, leaf in trainer.batch_spec.items())
     epochs = trainer.steps / batches.per_epoch
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     yield f"experiment  {experiment.hash}, seed {experiment.seed}"
-    yield f"precision   {experiment.policy}, {experiment.make_scaler()}"
+    scalers = [f"{name} {scaler}" for name, scaler in experiment.make_scalers().items()]
+    yield f"precision   {experiment.policy}, {', '.join(scalers) or experiment.make_scaler()}"
     yield f"devices     {devices.count} x {jax.local_devices()[0].device_kind}, {devices.mode}, {devices.shard}"
     yield f"rows        {sizes}"
     yield f"batch       {shapes}"
     yield f"steps       {batches.per_epoch} batches an epoch, {trainer.steps} steps in {epochs:.4g} epochs"
-    yield f"parameters  {count:,}, {_nbytes(state.params) / MIB:.2f} MiB"
+    yield f"parameters  {trainer.parameter_counts['parameters']:,}, {_nbytes(state.params) / MIB:.2f} MiB"
+    yield from _trained(trainer)
     yield ""
     yield str(trainer.explain())
     yield ""
     yield from _memory(trainer)
+
+
+def _trained(trainer: Trainer) -> Iterator[str]:
+    """What is trained of the parameters, where that is not all of them by one objective."""
+    counts = trainer.parameter_counts
+    if "trained_parameters" in counts:
+        yield f"trained     {counts['trained_parameters']:,}, {_nbytes(trainer.trained_spec) / MIB:.2f} MiB"
+    for name, spec in trainer.objectives.items():
+        often = "each step" if spec.every == 1 else f"every {spec.every} steps"
+        yield f"{name:<11} trains {', '.join(spec.trains)}, {often}"
+    yield from trainer.frozen()
 
 
 def _memory(trainer: Trainer) -> Iterator[str]:

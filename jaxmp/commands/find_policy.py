@@ -33,6 +33,8 @@ class Options:
     """Folder of a run of the same model: take gradients at the weights of its checkpoints instead."""
     loss_scale: float | None = None
     """Loss scale, a power of two; by default the scaler's initial one."""
+    objective: str | None = None
+    """Which of the task's several objectives; its gradient is judged."""
     json: str | None = None
     """File to which the measured errors are written, as JSON."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ import jax
 
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
 from jaxmp.tasks.classification import Classification
+from jaxmp.tasks.task import objectives_of, refuse_several
+from jaxmp.training.objective import EVERYTHING, check_trains
 from jaxmp.training.optimizers import Adam
 
 
@@ -37,12 +40,14 @@ class Experiment:
     task: Any = Classification()
     """How a batch is fed to the model, and how its outputs become a loss and metrics."""
     optimizer: Any = Adam()
-    """Optimizer: SGD, Adam, AdamW, LAMB or Lion."""
+    """Optimizer: SGD, Adam, AdamW, LAMB or Lion; of several objectives, a mapping by name, or one for all of them."""
     precision: str = "mixed_float16"
     """Dtypes of weights, computation and outputs: float32, mixed_bfloat16, mixed_float16 or p=f32,c=bf16,o=f32.
     Rules for single modules go before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
     scaler: Any = Scaling()
-    """Loss scaling, which keeps small gradients from becoming 0 in float16."""
+    """Loss scaling, which keeps small gradients from becoming 0 in float16; by objective, where it differs."""
+    trains: tuple[str, ...] = EVERYTHING
+    """Parameters to train, the others are frozen: patterns of paths, such as head or **/bias, or of modules."""
     parallel: Parallel = Parallel()
     """How a step is distributed over devices: it changes the last digits, and no run's hash."""
     loop: Loop = Loop()
@@ -62,10 +67,20 @@ class Experiment:
         self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
         self._require("data", isinstance(self.data, Dataset), "TFDS(name=...), Arrays(load), or a Dataset of your own")
         self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
-        self._require("optimizer", _has(self.optimizer, "make"), f"Adam(1e-3) or another of jaxmp's, {of_ones_own}")
+        names = list(objectives_of(self.task))
+        check_trains(self.trains, "trains")
+        if names and self.trains != EVERYTHING:
+            raise InputError(
+                f"trains = {self.trains!r}: the objectives of {type(self.task).__name__} say what each of them trains; "
+                "expected no trains beside them"
+            )
+        expected = f"Adam(1e-3) or another of jaxmp's, {of_ones_own}"
+        for part, optimizer in self._by_objective("optimizer", names):
+            _require_part(part, optimizer, _has(optimizer, "make"), expected)
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
-        is_scaler = isinstance(self.scaler, Scaling) or _has(self.scaler, "init", "update")
-        self._require("scaler", is_scaler, "Scaling('dynamic'), say, or a scaler such as DynamicScaler()")
+        for part, scaler in self._by_objective("scaler", names):
+            is_scaler = isinstance(scaler, Scaling) or _has(scaler, "init", "update")
+            _require_part(part, scaler, is_scaler, "Scaling('dynamic'), say, or a scaler such as DynamicScaler()")
         self._require("parallel", isinstance(self.parallel, Parallel), "Parallel('jit'), say")
         self._require("loop", isinstance(self.loop, Loop), "Loop(epochs=3), say")
         self._require("seed", in_32_bits, "a whole number, 0 or more and below 2**32")
@@ -80,25 +95,71 @@ class Experiment:
                 )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            text = repr(getattr(self, name))
-            raise InputError(f"{name} = {text if len(text) <= 60 else f'{text[:57]}...'}: expected {expected}")
+        _require_part(name, getattr(self, name), holds, expected)
+
+    def _by_objective(self, field: str, names: list[str]) -> list[tuple[str, Any]]:
+        """The values of `optimizer` or `scaler`, each with its path. Raises InputError for one of no objective."""
+        value, kind = getattr(self, field), type(self.task).__name__
+        if not isinstance(value, Mapping):
+            return [(field, value)]
+        if not names:
+            raise InputError(
+                f"{field} has values for {', '.join(map(str, value))}: {kind} has a single objective; expected one "
+                f"{field}, or a task that names its `objectives`"
+            )
+        for name in value:
+            if name not in names:
+                raise InputError(
+                    f"{field}[{name!r}]: {kind} has no such objective; there are {', '.join(names)}"
+                    f"{nearest(str(name), names)}"
+                )
+        for name in names:
+            if name not in value:
+                raise InputError(f"{field} has nothing for the objective {name!r}; expected {', '.join(names)}")
+        return [(f"{field}[{name!r}]", of) for name, of in value.items()]
 
     @functools.cached_property
     def policy(self) -> PolicyTree:
         """The policies that `precision` names: one, or a tree of rules."""
         return PolicyTree.parse(self.precision)
 
+    def optimizer_of(self, objective: str) -> Any:
+        """The optimizer of one of several objectives."""
+        return self.optimizer[objective] if isinstance(self.optimizer, Mapping) else self.optimizer
+
     def make_scaler(self) -> Scaler:
-        """The scaler that `scaler` says, for this precision; or `scaler` itself where it is one."""
-        return self.scaler.make(self.policy) if isinstance(self.scaler, Scaling) else self.scaler
+        """The scaler that `scaler` says, for this precision; or `scaler` itself where it is one.
+
+        Raises: InputError if the task has several objectives, which have a scaler each: `make_scalers`.
+        """
+        refuse_several(self.task, "Experiment.make_scaler")
+        return self._make_scaler(self.scaler)
+
+    def make_scalers(self) -> dict[str, Scaler]:
+        """The scaler of each of several objectives, by name; {} if there is a single one."""
+        names, scaler = objectives_of(self.task), self.scaler
+        return {name: self._make_scaler(scaler[name] if isinstance(scaler, Mapping) else scaler) for name in names}
+
+    def scaler_of(self, objective: str | None) -> Scaler:
+        """The scaler of one of several objectives; None names the single one."""
+        return self.make_scaler() if objective is None else self.make_scalers()[objective]
+
+    def _make_scaler(self, scaler: Any) -> Scaler:
+        return scaler.make(self.policy) if isinstance(scaler, Scaling) else scaler
 
     def to_json(self) -> dict[str, Any]:
         """The experiment as JSON, the same in every process; see `jaxmp.experiment.canonical`.
 
+        Of several objectives, `objectives` says what the task names, in their order.
+
         Raises: InputError for a value without an identity of its own, with its path.
         """
-        return {field.name: canonical(getattr(self, field.name), field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: canonical(getattr(self, field.name), field.name) for field in dataclasses.fields(self)}
+        objectives = objectives_of(self.task)
+        if not objectives:
+            return fields
+        specs = [{"name": name, "trains": list(spec.trains), "every": spec.every} for name, spec in objectives.items()]
+        return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}
 
     @property
     def hash(self) -> str:
@@ -108,3 +169,9 @@ class Experiment:
 
 def _has(part: Any, *methods: str) -> bool:
     return all(callable(getattr(part, name, None)) for name in methods)
+
+
+def _require_part(path: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        text = repr(value)
+        raise InputError(f"{path} = {text if len(text) <= 60 else f'{text[:57]}...'}: expected {expected}")

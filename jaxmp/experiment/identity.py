@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.training.objective import EVERYTHING
 
 KINDS = ("decides", "chooses", "operates", "rounds", "apart")
 """what a field can do to a run"""
@@ -113,8 +114,10 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling."""
+    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
     copied = json.loads(json.dumps(content))
+    if copied.get("trains") == list(EVERYTHING):
+        del copied["trains"]
     if isinstance(copied.get("precision"), str):
         copied["precision"] = str(PolicyTree.parse(copied["precision"]))
     return copied

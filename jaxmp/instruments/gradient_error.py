@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmp.training.batch import LossFn
 from jaxmp.training.gradients import make_gradients
+from jaxmp.training.objective import EVERYTHING
 from jaxmp.trees import by_path, cast_floats
 
 Arrays = Mapping[str, np.ndarray]
@@ -42,9 +43,12 @@ def float64_arrays(tree: Any, scale: float = 1.0) -> dict[str, np.ndarray]:
     }
 
 
-def scaled_gradients(loss_fn: LossFn, scale: float) -> GradientFn:
-    """The gradients of a loss function under a loss scale, compiled; unscaled in float64."""
-    gradients = jax.jit(make_gradients(loss_fn))
+def scaled_gradients(loss_fn: LossFn, scale: float, *, trains: tuple[str, ...] = EVERYTHING) -> GradientFn:
+    """The gradients of a loss function under a loss scale, compiled; unscaled in float64.
+
+    Those of the parameters that `trains` names, see `jaxmp.Objective`.
+    """
+    gradients = jax.jit(make_gradients(loss_fn, trains=trains))
 
     def unscaled(params: Any, model_state: Any, batch: Any, key: Any) -> Arrays:
         grads, _, _ = gradients(params, model_state, jnp.float32(scale), batch, key)
@@ -53,14 +57,15 @@ def scaled_gradients(loss_fn: LossFn, scale: float) -> GradientFn:
     return unscaled
 
 
-def exact_gradients(loss_fn: LossFn) -> GradientFn:
+def exact_gradients(loss_fn: LossFn, *, trains: tuple[str, ...] = EVERYTHING) -> GradientFn:
     """The gradients of a loss function in float64 arithmetic, of arguments that are float64 by then.
 
     Args:
       loss_fn: one that computes in the dtype of its arguments, or in float64, and draws no random numbers: in float64
         it would draw others. What it casts to float32 by itself remains.
+      trains: the parameters that are differentiated, see `jaxmp.Objective`.
     """
-    gradients = jax.jit(make_gradients(loss_fn))
+    gradients = jax.jit(make_gradients(loss_fn, trains=trains))
 
     def exact(params: Any, model_state: Any, batch: Any, key: Any) -> Arrays:
         host = jax.device_get((params, model_state, batch))

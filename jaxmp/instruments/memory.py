@@ -22,6 +22,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxmp.jaxprs import SAME_VALUES, bare, interpret, scan_counts, tracing
 from jaxmp.text_table import table
+from jaxmp.training.objective import EVERYTHING, trained_view
 from jaxmp.trees import is_inexact, is_key
 
 MIB = 2**20
@@ -31,8 +32,9 @@ class Item(NamedTuple):
     """Arrays of one kind and dtype."""
 
     name: str
-    """kind: master weights (parameters that the loss casts to a narrower dtype), parameters (all others), moments,
-    other state, batch, gradients, weights cast for compute, or saved activations"""
+    """kind: master weights (parameters that the loss casts to a narrower dtype), parameters (all others that are
+    trained), frozen parameters, moments, other state, batch, gradients, weights cast for compute, or saved
+    activations"""
     dtype: str
     arrays: int
     nbytes: int
@@ -61,7 +63,14 @@ class Memory:
         return table(rows, right=[2], widths=(24, 10, 12))
 
 
-def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = None, state: Any = None) -> Memory:
+def memory(
+    loss: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    opt_state: Any = None,
+    state: Any = None,
+    trains: tuple[str, ...] = EVERYTHING,
+) -> Memory:
     """Predicts the memory of a training step that differentiates `loss(params, *args)` with respect to `params`.
 
     Args:
@@ -71,6 +80,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
       args: the further arguments of `loss`, such as the batch.
       opt_state: the optimizer's state. Float arrays count as moments, all else as other state.
       state: what else persists between steps, such as batch statistics or an average of the weights.
+      trains: the parameters that are differentiated, see `jaxmp.Objective`; the others are frozen.
 
     Returns:
       The items, in the order in which a step uses them. An array with a sharding counts with one device's share. What
@@ -89,7 +99,8 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
     total                                         8.25
     """
     leaves, structure = jax.tree.flatten(params)
-    diff = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    is_trained = jax.tree.leaves(trained_view(params, trains), is_leaf=lambda leaf: leaf is None)
+    diff = [i for i, leaf in enumerate(leaves) if is_inexact(leaf) and is_trained[i] is not None]
 
     def of(leaves_and_args: tuple[Any, ...]) -> Any:
         own, others, args = leaves_and_args
@@ -115,7 +126,10 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
     items = _Items()
     for i, leaf in enumerate(leaves):
         place = diff.index(i) if i in diff else None
-        items.add("other state" if place is None else "master weights" if place in flow.masters else "parameters", leaf)
+        kind = "frozen parameters" if is_inexact(leaf) else "other state"
+        if place is not None:
+            kind = "master weights" if place in flow.masters else "parameters"
+        items.add(kind, leaf)
     for leaf in jax.tree.leaves(opt_state):
         items.add("moments" if leaf.shape and is_inexact(leaf) else "other state", leaf)
     for leaf in jax.tree.leaves(state):
@@ -124,7 +138,7 @@ def memory(loss: Callable[..., Any], params: Any, *args: Any, opt_state: Any = N
         items.add("batch", leaf)
     for leaf in own:
         items.add("gradients", leaf)
-    for name, aval in _saved(kept, [v.aval for v in jaxpr.outvars], len(own)):
+    for name, aval in _saved(kept, [v.aval for v in jaxpr.outvars], len(leaves)):
         items.add(name, aval)
     return items.memory()
 

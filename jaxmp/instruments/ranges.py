@@ -26,6 +26,7 @@ from jaxmp.precision.rounding import apply_updates
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.training.batch import LossFn
 from jaxmp.training.gradients import Measured, make_gradients
+from jaxmp.training.objective import EVERYTHING, Objective, fill, objective_key, trained_view
 from jaxmp.training.state import TrainState
 from jaxmp.trees import by_path, is_floating
 
@@ -141,13 +142,14 @@ class ModuleCounts(NamedTuple):
 
 
 def gradients_and_module_counts(
-    loss_fn: LossFn, *, accumulate_steps: int = 1
+    loss_fn: LossFn, *, accumulate_steps: int = 1, trains: tuple[str, ...] = EVERYTHING
 ) -> Callable[..., tuple[Any, Measured, dict[str, ModuleCounts]]]:
     """Makes a function like `make_gradients(loss_fn)` that also counts the outputs of every Flax module.
 
     Args:
       loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`. Scan, remat and vmap are supported.
       accumulate_steps: number of microbatches of a batch. All of them are counted, even if one overflows.
+      trains: the parameters that are differentiated, see `jaxmp.Objective`.
 
     Returns:
       `(params, model_state, scale, batch, key) -> (gradients, Measured, modules)`. `modules` maps the path of each
@@ -172,50 +174,55 @@ def gradients_and_module_counts(
         sinks = {path: jnp.zeros((2, 2 * len(EDGES) + 3), jnp.float32) for path in met}
 
         def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
-            params, sinks = both
+            own, sinks = both
             with observed_modules(lambda path, outputs: _through(outputs, sinks[path])):
-                return loss_fn(params, model_state, batch, key)
+                return loss_fn(fill(own, params), model_state, batch, key)
 
         gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
-        (grads, found), measured, _ = gradients((params, sinks), model_state, scale, batch, key)
+        (grads, found), measured, _ = gradients((trained_view(params, trains), sinks), model_state, scale, batch, key)
         return grads, measured, {path: ModuleCounts(_decoded(x[0]), _decoded(x[1])) for path, x in found.items()}
 
     return counted
 
 
 def make_step_ranges(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate_steps: int = 1
+    objective: Objective, *, name: str | None = None, accumulate_steps: int = 1
 ) -> Callable[[TrainState, Any], StepRanges]:
     """Makes a function that counts the magnitudes in a train step, without taking the step.
 
     Args:
-      loss_fn: the loss of a whole batch.
-      tx: the optimizer inside its loss scaling.
+      objective: the loss of a whole batch, and the optimizer inside its loss scaling.
+      name: of the objective, where the state is that of several; None for a single one.
       accumulate_steps: microbatches of a batch.
 
     Returns:
-      `(state, batch) -> StepRanges` of the step from that state: `parameters`, `gradients`, `scaled_gradients` and
-      `updates` by the parameter's path, `outputs` and `output_gradients` (scaled) by the module's; and how many
-      updates are lost in rounding the parameter to nearest. The state is not changed.
+      `(state, batch) -> StepRanges` of the step from that state: `parameters` (those that are trained), `gradients`,
+      `scaled_gradients` and `updates` by the parameter's path, `outputs` and `output_gradients` (scaled) by the
+      module's; and how many updates are lost in rounding the parameter to nearest. The state is not changed. Of several
+      objectives, it is the state that this one sees, see `jaxmp.training.step.make_state_seen`.
     """
-    tx = optax.with_extra_args_support(tx)
-    gradients = gradients_and_module_counts(loss_fn, accumulate_steps=accumulate_steps)
+    tx = optax.with_extra_args_support(objective.tx)
+    gradients = gradients_and_module_counts(
+        objective.loss_fn, accumulate_steps=accumulate_steps, trains=objective.trains
+    )
 
     def step_ranges(state: TrainState, batch: Any) -> StepRanges:
-        scale = loss_scale(state.opt_state)
-        key = jax.random.fold_in(state.key, state.step)
+        opt_state, key = state.opt_state, jax.random.fold_in(state.key, state.step)
+        if name is not None:
+            opt_state, key = opt_state[name], objective_key(key, name)
+        scale, trained = loss_scale(opt_state), trained_view(state.params, objective.trains)
         grads, measured, modules = gradients(state.params, state.model_state, scale, batch, key)
-        updates, _ = tx.update(grads, state.opt_state, state.params, value=measured.loss)
+        updates, _ = tx.update(grads, opt_state, trained, value=measured.loss)
         unscaled = jax.tree.map(lambda g: g / scale if jnp.issubdtype(g.dtype, jnp.floating) else g, grads)
         counts = {
-            "parameters": count_each(state.params),
+            "parameters": count_each(trained),
             "scaled_gradients": count_each(grads),
             "gradients": count_each(unscaled),
             "updates": count_each(updates),
             "outputs": {path: counts.outputs for path, counts in modules.items()},
             "output_gradients": {path: counts.gradients for path, counts in modules.items()},
         }
-        return StepRanges.of(counts, count_lost_updates(state.params, updates))
+        return StepRanges.of(counts, count_lost_updates(trained, updates))
 
     return step_ranges
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmp.reports.figure import Axis, Series, bar_figure, interval_figure, line_figure
 from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
-from jaxmp.reports.run_report import Curve, curve_figures, metrics_of, number, policy_tables, shown, title
+from jaxmp.reports.run_report import Curve, curve_figures, loss_scales, metrics_of, number, policy_tables, shown, title
 from jaxmp.text_table import table
 from jaxmp.training.metrics import MetricSpec, spec_of, specs_from_json
 
@@ -315,7 +315,7 @@ def _origin(result: Page, comparison: dict[str, Any], specs: Mapping[str, Metric
                 str(r["seed"]),
                 *(shown(spec_of(specs, m), test.get(m)) for m in metrics),
                 f"{_skipped(r):,}",
-                number(r["summary"].get("loss_scale"), ",g"),
+                loss_scales(r["summary"]),
                 r["run"],
                 "failed" if r["failed"] else "",
             ]

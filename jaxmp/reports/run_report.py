@@ -19,7 +19,7 @@ from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
 from jaxmp.reports.ranges import add_ranges
 from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.run import Run
-from jaxmp.training.metrics import BOOKKEEPING, MetricSpec, spec_of
+from jaxmp.training.metrics import MetricSpec, is_bookkeeping, spec_of
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,26 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
 
     page.section("Training")
     page.figures(curve_figures(curves))
-    looks = [run.ranges or ([run.count_ranges()] if look else []) for run in runs]
+    looks = [run.ranges or (run.count_ranges() if look else []) for run in runs]
     labels = (
         names if len(set(names)) == len(names) else [f"{n}, seed {c.seed}" for n, c in zip(names, curves, strict=True)]
     )
     if any(looks):
-        add_ranges(page, {name: lines for name, lines in zip(labels, looks, strict=True) if lines})
+        add_ranges(page, _by_objective(dict(zip(labels, looks, strict=True))))
     _policies(page, runs, names)
     _origin(page, runs)
     data = zip(runs, looks, strict=True)
     page.data({"runs": [{"run": str(run.path), "metrics": run.metrics, "ranges": lines} for run, lines in data]})
     return page
+
+
+def _by_objective(looks: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of ranges by the name of the run; of several objectives, by run and objective."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, lines in looks.items():
+        for line in lines:
+            found.setdefault(f"{name}, {line['objective']}" if "objective" in line else name, []).append(line)
+    return found
 
 
 def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
@@ -101,11 +110,20 @@ def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
         for split in ("validation", "train"):
             what = f"{name}, {'training' if split == 'train' else split}"
             found.append((what, grouped_figure(curves, metric, split, what), _legend(curves)))
-    found.append(("Loss scale", grouped_figure(curves, "loss_scale", "train", "Loss scale"), ""))
-    found.append(("Skipped steps", grouped_figure(curves, "skipped_steps", "train", "Skipped steps"), ""))
+    for kind in ("loss_scale", "skipped_steps"):
+        for name in _of_objectives(curves, kind):
+            objective = name.partition("/")[2]
+            what = title(kind) + (f", {objective}" if objective else "")
+            found.append((what, grouped_figure(curves, name, "train", what), ""))
     speed = grouped_figure(curves, "examples_per_second", "train", "Speed")
     found.append(("Speed", speed, "The first line of a session includes compiling."))
     return found
+
+
+def _of_objectives(curves: Sequence[Curve], kind: str) -> list[str]:
+    """The fields of a kind, `loss_scale/generator` and so on of several objectives, else the plain one."""
+    names = {name for curve in curves for line in curve.lines for name in line if name.startswith(f"{kind}/")}
+    return sorted(names) or [kind]
 
 
 def title(metric: str) -> str:
@@ -119,7 +137,7 @@ def metrics_of(curves: Sequence[Curve]) -> dict[str, MetricSpec]:
     present = {name for curve in curves for line in curve.lines if line["split"] == "train" for name in line}
     specs = curves[0].specs if curves else {}
     order = dict.fromkeys(["loss", *specs, *sorted(present)])
-    return {name: spec_of(specs, name) for name in order if name in present and name not in BOOKKEEPING}
+    return {name: spec_of(specs, name) for name in order if name in present and not is_bookkeeping(name)}
 
 
 def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str) -> str:
@@ -127,7 +145,7 @@ def grouped_figure(curves: Sequence[Curve], metric: str, split: Split, name: str
     groups = list(dict.fromkeys(curve.group for curve in curves))
     faint: list[Series] = []
     bold: list[Series] = []
-    held = metric in ("loss_scale", "skipped_steps")
+    held = metric.partition("/")[0] in ("loss_scale", "skipped_steps")
     for style, group in enumerate(groups):
         members = [curve for curve in curves if curve.group == group]
         alone = len(members) == 1
@@ -154,9 +172,10 @@ def _both_splits(curve: Curve, metric: str) -> str:
 
 def _value_axis(metric: str, series: Sequence[Series], curve: Curve) -> Axis:
     values = [v for s in series for v in s.y if math.isfinite(v)]
-    if metric == "loss_scale":
+    kind = metric.partition("/")[0]
+    if kind == "loss_scale":
         return Axis("loss scale", "log2", (1.0,) if not values else ())
-    if metric == "skipped_steps":
+    if kind == "skipped_steps":
         return Axis("steps skipped so far", include=(0.0, 1.0), whole=True)
     if metric == "examples_per_second":
         return Axis("examples a second", include=(0.0,))
@@ -228,7 +247,7 @@ def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], l
                 str(curve.seed),
                 number(summary.get("steps", last.get("step")), ",d"),
                 number(known.get("skipped_steps"), ",d"),
-                number(known.get("loss_scale"), ",g"),
+                loss_scales(known),
                 *(shown(spec, summary.get("test", {}).get(metric)) for metric, spec in metrics.items()),
                 number(summary.get("best", {}).get("step"), ",d"),
                 number(examples_per_second(curve.lines), ",.0f"),
@@ -237,6 +256,12 @@ def _summary(curves: Sequence[Curve], runs: Sequence[Run]) -> tuple[list[str], l
             ]
         )
     return header, rows
+
+
+def loss_scales(values: Mapping[str, Any]) -> str:
+    """The loss scale of a line or summary; those of several objectives by name."""
+    of_each = [f"{name.partition('/')[2]} {of:,g}" for name, of in values.items() if name.startswith("loss_scale/")]
+    return ", ".join(of_each) or number(values.get("loss_scale"), ",g")
 
 
 def shown(spec: MetricSpec, value: float | None, *, sign: str = "") -> str:

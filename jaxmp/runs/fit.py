@@ -43,9 +43,10 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import SPLITS, Trainer
-from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
+from jaxmp.scaling.transform import consecutive_skips, find_state
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
+from jaxmp.training.objective import objective_key
 from jaxmp.training.state import TrainState
 
 
@@ -208,7 +209,7 @@ def fit(
                 run |= {
                     "fuse_steps": fuse,
                     "steps": trainer.steps,
-                    "scaler": canonical(experiment.make_scaler(), "scaler"),
+                    "scaler": canonical(experiment.make_scalers() or experiment.make_scaler(), "scaler"),
                     "made_by": made_by(experiment),
                     "rows": rows,
                 }
@@ -301,6 +302,8 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
         rounding = experiment.policy.rounding
         consequence = lost if rounding == "nearest" else f"updates are added with rounding={rounding}"
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
+    for line in trainer.frozen():
+        log(line)
 
 
 class _Session:
@@ -404,9 +407,11 @@ class _Session:
 
     def _count_ranges(self, step: int, state: Any) -> None:
         """Dispatches the counting of the next step's ranges; they are fetched when the step is under way."""
-        devices = self.trainer.devices
+        trainer, devices = self.trainer, self.trainer.devices
         state, batch = devices.get(state), devices.shard_rows(self.feed.batch(step))
-        self.records.add_ranges(step + 1, self.trainer.step_ranges(state, batch), state)
+        for name in trainer.due(step):
+            seen = trainer.state_seen(name)(state, batch)
+            self.records.add_ranges(step + 1, trainer.step_ranges(name)(seen, batch), state, name)
 
     def _finish(self, step: int, state: TrainState) -> dict[str, Any]:
         """The last evaluation, on the test set, and the summary."""
@@ -418,16 +423,14 @@ class _Session:
         best_on_test = self._test_of_best(best_step, step, state, test) if "test" in splits else None
         summary = {
             "steps": step,
-            "applied_steps": step - int(skipped_steps(state.opt_state)),
-            "skipped_steps": int(skipped_steps(state.opt_state)),
-            "loss_scale": float(loss_scale(state.opt_state)),
+            **records.counts(step, state),
             "test": test,
             "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test}
             if "validation" in splits
             else {},
             "stopped_early": step < self.trainer.steps,
             "wall_seconds": records.seconds(),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            **self.trainer.parameter_counts,
             "precision": str(experiment.policy),
             "policy": [row._asdict() for row in self.trainer.explain()],
         }
@@ -461,19 +464,24 @@ class _Session:
         )
 
     def _culprit(self, step: int, state: TrainState) -> str | None:
-        """What was not finite in the last step, which is repeated; None if that was not skipped.
+        """What was not finite in the last step, which is repeated; None if that was not skipped, or is not at hand.
 
-        A skipped step left the state as it was, but for the loss scale.
+        A skipped step left the state as it was, but for the loss scale. Of several objectives, that is so for the last
+        that ran.
         """
-        scaling = find_state(state.opt_state)
-        if scaling is None or not int(consecutive_skips(state.opt_state)):
+        *_, name = self.trainer.due(step - 1)
+        opt_state = state.opt_state if name is None else state.opt_state[name]
+        scaling = find_state(opt_state)
+        if scaling is None or not int(consecutive_skips(opt_state)):
             return None
         devices, batch, scale = self.trainer.devices, self.feed.batch(step - 1), scaling.skipped_scale
         if devices.several_processes:
             batch = devices.whole(batch)
         key = jax.random.fold_in(state.key, step - 1)
-        grads, measured, _ = self.trainer.gradients(state.params, state.model_state, scale, batch, key)
+        key = key if name is None else objective_key(key, name)
+        grads, measured, _ = self.trainer.gradients(name)(state.params, state.model_state, scale, batch, key)
         found = name_nonfinite(grads, measured.loss)
         if found is None:
             return f"step {step}, repeated at loss scale {float(scale):g} on one device, is finite"
-        return f"not finite in step {step}, at loss scale {float(scale):g}: {found}"
+        of = "" if name is None else f" of {name}"
+        return f"not finite in step {step}{of}, at loss scale {float(scale):g}: {found}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,8 @@ from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.feed import LONG_SKIP
-from jaxmp.training.metrics import NAN_LOSS, Metrics, compute
+from jaxmp.training.metrics import NAN_LOSS, Metrics, compute, is_bookkeeping
+from jaxmp.training.objective import ObjectiveSpec
 from jaxmp.training.state import TrainState
 
 
@@ -32,6 +34,15 @@ class Line(NamedTuple):
     """whether it is written; if not, it is only checked that the run can go on"""
     metrics: Metrics
     readings: dict[str, jax.Array]
+
+
+class _Ranges(NamedTuple):
+    """The ranges of a step, on the device."""
+
+    step: int
+    objective: str | None
+    ranges: StepRanges
+    scale: jax.Array
 
 
 class Verdict(NamedTuple):
@@ -56,8 +67,9 @@ class Records:
     def __init__(self, trainer: Trainer, folder: RunFolder):
         self._trainer, self._folder, self._loop = trainer, folder, trainer.experiment.loop
         self._writers: list[Writer] = []
-        self._read = jax.jit(_read)
-        self._ranges: list[tuple[int, StepRanges, jax.Array]] = []  # step, ranges, loss scale: not written yet
+        self._objectives = trainer.objectives
+        self._read = jax.jit(functools.partial(_read, names=tuple(self._objectives)))
+        self._ranges: list[_Ranges] = []  # not written yet
         self._evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
         self._seconds_before = 0.0  # of the sessions before this one
         self._began = self._line_at = time.perf_counter()
@@ -116,41 +128,55 @@ class Records:
             return Verdict()
         values = compute(line.metrics)
         readings = {name: value.item() for name, value in jax.device_get(line.readings).items()}
-        in_a_row, exhausted = readings.pop("consecutive_skips"), readings.pop("exhausted")
-        stop, nan_loss, long_skip = readings.pop("stop"), values.pop(NAN_LOSS), values.pop(LONG_SKIP)
+        stop = readings.pop("stop")
+        problems = [self._problem(line.step, name, values, readings) for name in self._objectives or (None,)]
         if line.due:
             now = time.perf_counter()
             examples = (line.step - self._line_step) * self._trainer.batches.batch_size
             rate = examples / max(now - self._line_at, 1e-9)
             self._record(line.step, "train", values | {"examples_per_second": rate}, readings)
             self._line_at, self._line_step = now, line.step
-        problem = None
-        if in_a_row >= self._loop.max_consecutive_skips:
-            problem = f"{in_a_row} steps in a row were skipped, the last of them step {line.step}"
-        elif long_skip > 0:  # a step was applied since
-            limit = self._loop.max_consecutive_skips
-            problem = f"{limit} steps in a row were skipped, before step {line.step}"
-        elif nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
-            problem = f"the loss is NaN, at or before step {line.step}"
-        elif exhausted:
-            scaler = type(self._trainer.experiment.make_scaler()).__name__
-            problem = f"the loss scale came to its floor, where {scaler} gives up, at or before step {line.step}"
-        return Verdict(problem, stop)
+        return Verdict(next(filter(None, problems), None), stop)
+
+    def _problem(
+        self, step: int, objective: str | None, values: dict[str, float], readings: dict[str, Any]
+    ) -> str | None:
+        """Why the run cannot go on after `step` for an objective, if so; takes out what no line shows."""
+        of = "" if objective is None else f"/{objective}"
+        in_a_row, exhausted = readings.pop(f"consecutive_skips{of}"), readings.pop(f"exhausted{of}")
+        nan_loss, long_skip = values.pop(f"{NAN_LOSS}{of}"), values.pop(f"{LONG_SKIP}{of}")
+        limit, last, steps, loss, scale = self._loop.max_consecutive_skips, step, "steps", "the loss", "the loss scale"
+        if objective is not None:
+            steps, loss, scale = f"steps of {objective}", f"the loss of {objective}", f"the loss scale of {objective}"
+            every = self._objectives[objective].every
+            last = (step - 1) // every * every + 1
+        if in_a_row >= limit:
+            return f"{in_a_row} {steps} in a row were skipped, the last of them step {last}"
+        if long_skip > 0:  # a step was applied since
+            return f"{limit} {steps} in a row were skipped, before step {step}"
+        if nan_loss:  # no matter of the scale, which multiplies the loss and not what it is made from
+            return f"{loss} is NaN, at or before step {step}"
+        if exhausted:
+            scaler = type(self._trainer.experiment.scaler_of(objective)).__name__
+            return f"{scale} came to its floor, where {scaler} gives up, at or before step {step}"
+        return None
 
     # Ranges.
 
-    def add_ranges(self, step: int, ranges: StepRanges, state: TrainState) -> None:
+    def add_ranges(self, step: int, ranges: StepRanges, state: TrainState, objective: str | None = None) -> None:
         """Notes the ranges of a step, counted from the state before it; they are fetched by `write_ranges`."""
-        self._ranges.append((step, ranges, self._read(state.opt_state)["loss_scale"]))
+        of = "" if objective is None else f"/{objective}"
+        self._ranges.append(_Ranges(step, objective, ranges, self._read(state.opt_state)[f"loss_scale{of}"]))
 
     def write_ranges(self) -> None:
         """Writes the ranges that were noted, a record each."""
-        for step, ranges, scale in self._ranges:
+        for step, objective, ranges, scale in self._ranges:
             self._hand_on(
                 {
                     "step": step,
                     "epoch": step / self._trainer.batches.per_epoch,
                     "split": "ranges",
+                    **({} if objective is None else {"objective": objective}),
                     "loss_scale": float(scale),
                     "wall_seconds": self.seconds(),
                     "ranges": ranges.read(),
@@ -164,11 +190,18 @@ class Records:
         """Evaluates a state on a split, writes the record, and returns the metrics."""
         values = self.measure(state, split)
         readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
-        self._record(step, split, values, {name: readings[name] for name in ("loss_scale", "skipped_steps")})
+        self._record(step, split, values, {name: of for name, of in readings.items() if is_bookkeeping(name)})
         if split == "validation":
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         self._line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
         return values
+
+    def counts(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Applied and skipped steps and the loss scale after `step`, as in a line."""
+        readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
+        counted = applied_steps(step, readings, self._objectives)
+        skipped = {name: of for name, of in readings.items() if name.startswith("skipped_steps")}
+        return counted | skipped | {name: of for name, of in readings.items() if name.startswith("loss_scale")}
 
     def measure(self, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, and returns the metrics."""
@@ -190,7 +223,7 @@ class Records:
         self._hand_on(
             {
                 "step": step,
-                "applied_steps": step - readings["skipped_steps"],
+                **applied_steps(step, readings, self._objectives),
                 "epoch": step / self._trainer.batches.per_epoch,
                 "split": split,
                 **values,
@@ -235,8 +268,28 @@ def is_out_of_patience(evaluated: Evaluated, trainer: Trainer) -> bool:
     return patience is not None and sum(step > best_step for step, _ in evaluated) >= patience
 
 
-def _read(opt_state: Any) -> dict[str, jax.Array]:
+def applied_steps(step: int, readings: Mapping[str, Any], objectives: Mapping[str, ObjectiveSpec]) -> dict[str, int]:
+    """The steps that changed the parameters, of those up to `step`; of several objectives, those of each.
+
+    Args:
+      step: number of steps so far.
+      readings: `skipped_steps`, or `skipped_steps/NAME` of each objective.
+      objectives: several objectives by name; {} of a single one.
+    """
+    if not objectives:
+        return {"applied_steps": step - readings["skipped_steps"]}
+    return {
+        f"applied_steps/{name}": -(-step // spec.every) - readings[f"skipped_steps/{name}"]
+        for name, spec in objectives.items()
+    }
+
+
+def _read(opt_state: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
     # As results of a program of its own they are copies: the state's buffers are donated to the next dispatch.
+    if names:
+        of_each = {name: _read(opt_state[name], ()) for name in names}
+        found = {f"{reading}/{name}": value for name, of in of_each.items() for reading, value in of.items()}
+        return found | {"skipped_steps": skipped_steps(opt_state)}
     return {
         "loss_scale": loss_scale(opt_state),
         "skipped_steps": skipped_steps(opt_state),

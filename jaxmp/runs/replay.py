@@ -7,6 +7,7 @@ the steps from a checkpoint on come out the same to the bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxmp.runs.fit import steps
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
+from jaxmp.tasks.task import require_objective
 from jaxmp.training.state import TrainState
 
 
@@ -33,7 +35,9 @@ class PastStep(NamedTuple):
     batch: dict[str, jax.Array]
     """prepared, of the whole batch size, on one device"""
     scale: float
-    """its loss scale"""
+    """its loss scale; NaN where no objective of several is named"""
+    objective: str | None = None
+    """which of several objectives it is of; None for a single one"""
 
 
 def states_at(experiment: Experiment, wanted: Collection[int]) -> Iterator[PastStep]:
@@ -49,7 +53,7 @@ def states_at(experiment: Experiment, wanted: Collection[int]) -> Iterator[PastS
     feed = trainer.feed(fuse=False)
 
     def past(step: int, state: TrainState) -> PastStep:
-        return PastStep(step, state, feed.batch(step - 1), float(loss_scale(state.opt_state)))
+        return PastStep(step, state, feed.batch(step - 1), _scale(state) if not trainer.objectives else math.nan)
 
     try:
         if 1 in wanted:
@@ -86,14 +90,32 @@ class Past:
         if devices != self.trainer.devices.count:
             log(f"this run began on {devices} devices; on {self.trainer.devices.count}, sums are rounded otherwise")
 
-    def step(self, step: int) -> PastStep:
-        """The step of that number, counted from 1. Raises InputError if the run has none."""
-        state = self.before(step)
-        return self._past(step, state, float(loss_scale(state.opt_state)))
+    def step(self, step: int, objective: str | None = None) -> PastStep:
+        """The step of that number, counted from 1; of several objectives, that of one.
 
-    def last_skipped(self) -> PastStep:
-        """The last step that was skipped. Raises InputError if none was."""
-        return self._at_hand() or self._searched()
+        Raises: InputError if the run has no such step, or the objective does not run in it.
+        """
+        require_objective(self.trainer.experiment.task, objective, "--objective")
+        state = self.before(step)
+        due = self.trainer.due(step - 1)
+        if objective not in due:
+            raise InputError(
+                f"--step {step} --objective {objective}: in this step {', '.join(map(str, due))} runs; expected a step "
+                f"after a multiple of {self.trainer.objectives[str(objective)].every}"
+            )
+        return self._past(step, state, _scale(state, objective), objective)
+
+    def last_skipped(self, objective: str | None = None) -> PastStep:
+        """The last step that was skipped; of several objectives, that any of them skipped, or the one that is named.
+
+        Raises: InputError if none was.
+        """
+        names = self.trainer.objectives
+        if objective is not None:
+            require_objective(self.trainer.experiment.task, objective, "--objective")
+        if names:
+            return self._searched((objective,) if objective is not None else tuple(names))
+        return self._at_hand() or self._searched((None,))
 
     def before(self, step: int) -> TrainState:
         """The state that a step began with."""
@@ -108,8 +130,8 @@ class Past:
             self.log(f"taking steps {start + 1} to {step - 1} again, from {origin}")
         return self._advance(state, start, step - 1)
 
-    def _past(self, step: int, state: TrainState, scale: float) -> PastStep:
-        return PastStep(step, _on_one_device(state), _on_one_device(self.feed.batch(step - 1)), scale)
+    def _past(self, step: int, state: TrainState, scale: float, objective: str | None = None) -> PastStep:
+        return PastStep(step, _on_one_device(state), _on_one_device(self.feed.batch(step - 1)), scale, objective)
 
     def _at_hand(self) -> PastStep | None:
         """The step of the last checkpoint, if it was skipped: that left the state as it was, but for the scale."""
@@ -121,24 +143,25 @@ class Past:
         before = dataclasses.replace(state, step=jnp.int32(step - 1))
         return self._past(step, before, float(scaling.skipped_scale))
 
-    def _searched(self) -> PastStep:
-        """The last step that was skipped, found between the two lines of metrics around it."""
-        before, after = self._lines_around_a_skip()
+    def _searched(self, names: tuple[str | None, ...]) -> PastStep:
+        """The last step that one of the objectives `names` skipped, found between the two lines around it."""
+        before, after = self._lines_around_a_skip(names)
         state, found = self.before(before + 1), None
         for at in range(before, after):
             kept = jax.tree.map(jnp.copy, state)  # the step is given the state's buffers
             state = self._advance(state, at, at + 1)
-            if skipped_steps(state.opt_state) > skipped_steps(kept.opt_state):
-                found = at + 1, kept
+            skipped = [name for name in names if _skipped(state, name) > _skipped(kept, name)]
+            if skipped:
+                found = at + 1, kept, skipped[-1]
         if found is None:
             raise InputError(
                 f"{self.run.path} skipped a step from {before + 1} to {after}, which taken again are all finite: on "
                 "other devices, or with other versions, rounding differs; --step N looks at one of them"
             )
-        step, state = found
-        return self._past(step, state, float(loss_scale(state.opt_state)))
+        step, state, name = found
+        return self._past(step, state, _scale(state, name), name)
 
-    def _lines_around_a_skip(self) -> tuple[int, int]:
+    def _lines_around_a_skip(self, names: tuple[str | None, ...]) -> tuple[int, int]:
         """The steps of two lines of metrics, with the last skipped step after the first and not after the second.
 
         A run that was stopped may have its last checkpoint, which counts as a line, at a step without one.
@@ -147,13 +170,18 @@ class Past:
         lines = self.run.metrics
         state = self.run.state() if self.run.checkpoint_steps() else None
         if state is not None and int(state.step) > max((line["step"] for line in lines), default=0):
-            lines.append({"step": int(state.step), "skipped_steps": int(skipped_steps(state.opt_state))})
+            fields = {_field(name): _skipped(state, name) for name in names}
+            lines.append({"step": int(state.step), **fields})
         for line in lines:
-            if line.get("skipped_steps", skipped) > skipped:
+            now = sum(line.get(_field(name), 0) for name in names) if _field(names[0]) in line else skipped
+            if now > skipped:
                 found = at, line["step"]
-            at, skipped = line["step"], line.get("skipped_steps", skipped)
+            at, skipped = line["step"], now
         if found is None:
-            raise InputError(f"{self.run.path}: none of its {at} steps was skipped; --step N compares one with float32")
+            of = f" of {names[0]}" if len(names) == 1 and names[0] else ""
+            raise InputError(
+                f"{self.run.path}: none of its {at} steps{of} was skipped; --step N compares one with float32"
+            )
         return found
 
     def _advance(self, state: TrainState, first: int, last: int) -> TrainState:
@@ -165,6 +193,23 @@ class Past:
             placed, metrics = self.feed.run(placed, metrics, first, count)
             first += count
         return _on_one_device(devices.get(placed))
+
+
+def _own_state(state: TrainState, objective: str | None) -> Any:
+    return state.opt_state if objective is None else state.opt_state[objective]
+
+
+def _scale(state: TrainState, objective: str | None = None) -> float:
+    return float(loss_scale(_own_state(state, objective)))
+
+
+def _skipped(state: TrainState, objective: str | None) -> int:
+    return int(skipped_steps(_own_state(state, objective)))
+
+
+def _field(objective: str | None) -> str:
+    """The field of a line that counts the skipped steps of an objective."""
+    return "skipped_steps" if objective is None else f"skipped_steps/{objective}"
 
 
 def _on_one_device(tree: Any) -> Any:

@@ -181,8 +181,10 @@ class Run:
             raise InputError(f"{self.path} has no checkpoint yet")
         return found[1]["state"]
 
-    def count_ranges(self, step: int | Literal["last", "best"] = "last") -> dict[str, Any]:
-        """A line of `ranges`, of the step after a checkpoint: that step is computed again, and its ranges counted.
+    def count_ranges(self, step: int | Literal["last", "best"] = "last") -> list[dict[str, Any]]:
+        """Lines of `ranges`, of the step after a checkpoint: that step is computed again, and its ranges counted.
+
+        There is one line; of several objectives, one for each that runs in that step.
 
         Raises: InputError if there is no such checkpoint.
         """
@@ -191,10 +193,15 @@ class Run:
         state = devices.get(devices.put(self.state(step)))
         at = int(state.step)
         feed = trainer.feed(fuse=False)
-        ranges = trainer.step_ranges(state, devices.shard_rows(feed.batch(at)))
+        batch = devices.shard_rows(feed.batch(at))
         feed.close()
-        scale = float(loss_scale(state.opt_state))
-        return {"step": at + 1, "split": "ranges", "loss_scale": scale, "ranges": ranges.read()}
+        lines = []
+        for name in trainer.due(at):
+            ranges = trainer.step_ranges(name)(trainer.state_seen(name)(state, batch), batch)
+            of = {} if name is None else {"objective": name}
+            scale = float(loss_scale(state.opt_state if name is None else state.opt_state[name]))
+            lines.append({"step": at + 1, "split": "ranges", **of, "loss_scale": scale, "ranges": ranges.read()})
+        return lines
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of which there is a checkpoint, ascending."""

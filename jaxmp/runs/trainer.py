@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,15 +24,28 @@ from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain
 from jaxmp.modules.model import as_model
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
-from jaxmp.tasks.task import Monitor, check_outputs, find_monitor, metric_specs
+from jaxmp.tasks.task import (
+    Monitor,
+    check_outputs,
+    find_monitor,
+    metric_specs,
+    objective_metric_specs,
+    objectives_of,
+)
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
-from jaxmp.training.feed import HIDDEN_METRICS, Feed, Resident, Streamed, should_fuse_steps
+from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Streamed, is_hidden, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
+from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
+from jaxmp.training.optimizers import Optimizer, decay_mask
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
-from jaxmp.training.step import TrainStep, make_train_step
+from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
+from jaxmp.trees import by_path
+
+SHOWN = 5
+"""the most frozen parameters that are named"""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """all splits that a dataset may have"""
@@ -49,6 +61,7 @@ class Trainer:
     _sources: dict[Split, Source | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _programs: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     # Data.
 
@@ -132,21 +145,54 @@ class Trainer:
         )
 
     @functools.cached_property
-    def tx(self) -> optax.GradientTransformationExtraArgs:
-        """The optimizer inside its loss scaling."""
-        return loss_scaling(self.experiment.optimizer.make(self.steps), self.experiment.make_scaler())
+    def objectives(self) -> dict[str, ObjectiveSpec]:
+        """What the task says of its several objectives, by name, in their order; {} if it has a single one."""
+        return objectives_of(self.experiment.task)
+
+    @functools.cached_property
+    def objective(self) -> Objective | dict[str, Objective]:
+        """What is trained, on one replica's share of a batch: one objective, or several by name."""
+        experiment = self.experiment
+        if not self.objectives:
+            tx = loss_scaling(experiment.optimizer.make(self.steps), experiment.make_scaler())
+            return Objective(self.loss_fn(), tx, trains=experiment.trains, ema_decay=experiment.loop.ema_decay)
+        scalers = experiment.make_scalers()
+        return {
+            name: Objective(
+                self.loss_fn(name),
+                loss_scaling(experiment.optimizer_of(name).make(-(-self.steps // spec.every)), scalers[name]),
+                trains=spec.trains,
+                every=spec.every,
+                ema_decay=experiment.loop.ema_decay,
+            )
+            for name, spec in self.objectives.items()
+        }
+
+    @property
+    def by_name(self) -> dict[str | None, Objective]:
+        """The objectives by name; that of a task with a single one has the name None."""
+        if isinstance(self.objective, Objective):
+            return {None: self.objective}
+        return dict(self.objective.items())
+
+    @functools.cached_property
+    def replayed(self) -> dict[str | None, Objective]:
+        """`by_name` on the whole batch in one program: for looking at a step again."""
+        return {
+            name: dataclasses.replace(of, loss_fn=self.make_loss(objective=name)) for name, of in self.by_name.items()
+        }
 
     def make_loss(self, **kwargs: Any) -> LossFn:
-        """The loss of this model, task and precision; for `kwargs` see `jaxmp.make_loss`."""
+        """The loss of this model, task and precision; for `kwargs`, such as `objective`, see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
         remat = {"remat": parallel.remat, "remat_policy": parallel.remat_policy}
         return make_loss(experiment.model, experiment.task, experiment.policy, **{**remat, **kwargs})
 
-    @functools.cached_property
-    def loss_fn(self) -> LossFn:
-        """The training loss on one replica's share of a batch."""
+    def loss_fn(self, objective: str | None = None) -> LossFn:
+        """The training loss on one replica's share of a batch; of several objectives, that of one."""
         devices, together = self.devices, self.experiment.loop.batch_norm == "global"
         return self.make_loss(
+            objective=objective,
             axis_name=devices.replicas().axis_name if together else None,
             rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
         )
@@ -154,35 +200,91 @@ class Trainer:
     @functools.cached_property
     def train_step(self) -> TrainStep:
         """The pure train step, on one replica's share of a batch."""
-        experiment = self.experiment
+        return self._make_step(None)
+
+    def _make_step(self, due: tuple[str, ...] | None) -> TrainStep:
+        """The train step that runs the objectives `due`; None: those that are due by the state's own step."""
+        experiment, several = self.experiment, {"order": self.order, "due": due} if self.objectives else {}
         return make_train_step(
-            self.loss_fn,
-            self.tx,
-            ema_decay=experiment.loop.ema_decay,
+            self.objective,
             rounding=experiment.policy.rounding,
             accumulate_steps=experiment.loop.accumulate_steps,
             accumulate_overflow=experiment.loop.accumulate_overflow,
             replicas=self.devices.replicas(experiment.policy.reduce),
+            **several,  # type: ignore[arg-type]
         )
 
+    @property
+    def order(self) -> str:
+        """What each of several objectives sees, see `make_train_step`."""
+        return getattr(self.experiment.task, "order", "in_turn")
+
     @functools.cached_property
-    def gradients(self) -> Gradients:
+    def due_steps(self) -> DueSteps | None:
+        """The train steps of several objectives, for steps that are dispatched singly; None if there is a single one.
+
+        Those that run in each step need no choice.
+        """
+        if all(spec.every == 1 for spec in self.objectives.values()):
+            return None
+        return DueSteps(functools.partial(due_at, self.objectives), self._make_step)
+
+    def gradients(self, objective: str | None = None) -> Gradients:
         """The gradients of a step, on the whole batch in one program, compiled. For looking at a step again."""
-        return jax.jit(make_gradients(self.make_loss(), accumulate_steps=self.experiment.loop.accumulate_steps))
-
-    @functools.cached_property
-    def step_ranges(self) -> Callable[[TrainState, Any], StepRanges]:
-        """`(state, batch) -> StepRanges` of the step from that state on a whole batch, compiled."""
-        return jax.jit(
-            make_step_ranges(self.make_loss(), self.tx, accumulate_steps=self.experiment.loop.accumulate_steps)
+        of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
+        return self._compiled(
+            f"gradients/{objective}",
+            lambda: make_gradients(of.loss_fn, accumulate_steps=parts, trains=of.trains),
         )
+
+    def state_seen(self, objective: str | None = None) -> Callable[[TrainState, Any], TrainState]:
+        """`(state, batch) -> state` on a whole batch, compiled: the state that an objective sees in a step from there.
+
+        That of a single one is the state itself.
+        """
+        if objective is None:
+            return lambda state, batch: state
+        several = {name: of for name, of in self.replayed.items() if name is not None}
+        loop = self.experiment.loop
+        return self._compiled(
+            f"state_seen/{objective}",
+            lambda: make_state_seen(
+                several,
+                objective,
+                order=self.order,
+                rounding=self.experiment.policy.rounding,
+                accumulate_steps=loop.accumulate_steps,
+                accumulate_overflow=loop.accumulate_overflow,
+            ),
+        )
+
+    def step_ranges(self, objective: str | None = None) -> Callable[[TrainState, Any], StepRanges]:
+        """`(state, batch) -> StepRanges` of the step from that state on a whole batch, compiled.
+
+        Of several objectives, those of one, from the state that `state_seen` gives.
+        """
+        of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
+        return self._compiled(
+            f"ranges/{objective}", lambda: make_step_ranges(of, name=objective, accumulate_steps=parts)
+        )
+
+    def _compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Any:
+        """What `make` makes, jitted; made at the first call with this name."""
+        if name not in self._programs:
+            self._programs[name] = jax.jit(make())
+        return self._programs[name]
+
+    def due(self, step: int) -> tuple[str | None, ...]:
+        """The names of the objectives that run at a step, counted from 0; (None,) of a single one."""
+        return due_at(self.objectives, step) if self.objectives else (None,)
 
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """Evaluates states: `evaluation(state, source)`."""
-        nothing = {name: mean for name, mean in self.no_metrics.items() if name not in HIDDEN_METRICS}
+        nothing = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name)}
         experiment = self.experiment
-        loss_fn = make_loss(experiment.model, experiment.task, experiment.policy, train=False)
+        make = functools.partial(make_loss, experiment.model, experiment.task, experiment.policy, train=False)
+        loss_fn = {name: make(objective=name) for name in self.objectives} or make()
         return Evaluation(loss_fn, experiment.data, self.devices, nothing)
 
     def feed(self, *, fuse: bool) -> Feed:
@@ -191,10 +293,14 @@ class Trainer:
         Args:
           fuse: whether one dispatch may run many steps, see `fuse_steps`.
         """
-        data, source, limit = self.experiment.data, self.source(), self.experiment.loop.max_consecutive_skips
+        data, source = self.experiment.data, self.source()
+        how: dict[str, Any] = {
+            "skip_limit": self.experiment.loop.max_consecutive_skips,
+            "due_steps": self.due_steps,
+        }
         if nbytes(source) > data.device_limit * 2**20:
-            return Streamed(self.train_step, data, source, self.batches, self.devices, self.steps, skip_limit=limit)
-        return Resident(self.train_step, data, source, self.batches, self.devices, fuse=fuse, skip_limit=limit)
+            return Streamed(self.train_step, data, source, self.batches, self.devices, self.steps, **how)
+        return Resident(self.train_step, data, source, self.batches, self.devices, fuse=fuse, **how)
 
     # State.
 
@@ -208,10 +314,9 @@ class Trainer:
             params = cast_to_param(experiment.model, experiment.policy, params, *self.inputs)
             return TrainState.create(
                 params,
-                self.tx,
+                self.objective,
                 key=step_key,
                 model_state=model_state,
-                ema=experiment.loop.ema_decay is not None,
                 rounding=experiment.policy.rounding,
             )
 
@@ -228,6 +333,35 @@ class Trainer:
     # What can be known without running a step.
 
     @functools.cached_property
+    def trained_spec(self) -> Any:
+        """Shapes and dtypes of the parameters, with None in place of those that nothing trains."""
+        return trained_by_any(self.state_spec.params, [of.trains for of in self.by_name.values()])
+
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """The number of `parameters`, and of `trained_parameters` where some are frozen."""
+        trees = self.state_spec.params, self.trained_spec
+        counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees]
+        return {"parameters": counts[0]} | ({"trained_parameters": counts[1]} if counts[0] != counts[1] else {})
+
+    def frozen(self) -> Iterator[str]:
+        """Says which parameters nothing trains, and where weight decay finds nothing trained to shrink."""
+        whole, trained = by_path(self.state_spec.params), by_path(self.trained_spec)
+        frozen = [path for path in whole if path not in trained]
+        if frozen:
+            more = f" and {len(frozen) - SHOWN} more" if len(frozen) > SHOWN else ""
+            size = sum(whole[path].size for path in frozen)
+            yield f"not trained: {size:,} of the parameters, {', '.join(frozen[:SHOWN])}{more}"
+        for name, of in self.by_name.items():
+            optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
+            if not isinstance(optimizer, Optimizer) or not optimizer.weight_decay:
+                continue
+            own = trained_view(self.state_spec.params, of.trains)
+            if not any(jax.tree.leaves(decay_mask(own, patterns=optimizer.decay))):
+                whose = "" if name is None else f" of {name}"
+                yield f"weight decay{whose}: no trained parameter matches {' or '.join(optimizer.decay)}"
+
+    @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
         model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
@@ -237,7 +371,10 @@ class Trainer:
     @functools.cached_property
     def metric_specs(self) -> dict[str, MetricSpec]:
         """The spec of each metric, the loss first. Raises InputError if what the task declares does not fit."""
-        return metric_specs(self.experiment.task, self._forward[1])
+        returned = {name: traced.metrics for name, traced in self._forward.items()}
+        if not self.objectives:
+            return metric_specs(self.experiment.task, returned[None])
+        return objective_metric_specs(self.experiment.task, {str(name): of for name, of in returned.items()})
 
     @functools.cached_property
     def monitor(self) -> Monitor:
@@ -246,25 +383,32 @@ class Trainer:
         return find_monitor(self.experiment.task, self.metric_specs, loop.monitor, loop.mode)
 
     @functools.cached_property
-    def _forward(self) -> tuple[Any, Metrics]:
-        """The loss as a jaxpr, and the shapes of its metrics, traced once for both."""
+    def _forward(self) -> dict[str | None, _Traced]:
+        """The loss of each objective as a jaxpr, and the shapes of its metrics, traced once for both."""
         check_outputs(self.experiment.task, self.outputs, self.batch_spec)
-        state, loss_fn = self.state_spec, self.make_loss()
-        trace = jax.make_jaxpr(loss_fn, return_shape=True)
-        jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.batch_spec, state.key)
-        return jaxpr, metrics
+        state, found = self.state_spec, {}
+        for name in self.objectives or (None,):
+            trace = jax.make_jaxpr(self.make_loss(objective=name), return_shape=True)
+            jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.batch_spec, state.key)
+            found[name] = _Traced(jaxpr, metrics)
+        return found
 
     @property
     def no_metrics(self) -> Metrics:
         """Training metrics that have counted nothing."""
         scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
         mean = Mean(scalar, scalar)
-        return zeros_like({"loss": mean, **dict.fromkeys(HIDDEN_METRICS, mean), **self._forward[1]})
+        found: Metrics = {}
+        for name, traced in self._forward.items():
+            above, after = ("", "") if name is None else (f"{name}/", f"/{name}")
+            found |= {f"{above}{metric}": of for metric, of in {"loss": mean, **traced.metrics}.items()}
+            found |= {f"{hidden}{after}": mean for hidden in HIDDEN_METRICS}
+        return zeros_like(found)
 
     @property
     def fuse_steps(self) -> bool:
         """Whether one dispatch should run many steps."""
-        return should_fuse_steps(self._forward[0])
+        return all(should_fuse_steps(traced.jaxpr) for traced in self._forward.values())
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError if a rule matches none."""
@@ -288,6 +432,14 @@ class Trainer:
         rows = NamedSharding(self.devices.mesh, P(AXIS))
         state = jax.tree.map(_placed, self.state_spec, self.devices.shardings(self.state_spec))
         return step, (state, jax.tree.map(lambda x: _placed(x, rows), self.batch_spec))
+
+
+class _Traced(NamedTuple):
+    """A loss, as it was traced."""
+
+    jaxpr: Any
+    metrics: Metrics
+    """shapes of its metrics"""
 
 
 def _reshaped(tree: Any, shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Any:

@@ -13,6 +13,10 @@ A record is one flat mapping. Its fields:
     wall_seconds         float, of all sessions of the run so far
     ...                  any other metric of the task, a float: accuracy, say
 
+Of several objectives, each has `generator/loss`, `applied_steps/generator`, `loss_scale/generator` and
+`skipped_steps/generator`; `skipped_steps` is their sum, and the plain `loss`, `applied_steps` and `loss_scale` are not
+there. A record of split "ranges" then says in `objective` whose it is.
+
 A record of split "ranges" has the magnitudes of one step instead of metrics: `ranges` maps a kind (parameters,
 gradients, ...) and a name to what `jaxmp.instruments.ranges.Range.to_json` returns.
 
@@ -68,11 +72,12 @@ def _numbers(record: Record) -> dict[str, float]:
 
 def _histograms(record: Record) -> Iterator[tuple[str, list[int], list[int]]]:
     """Yields the histograms of a record: name, base 2 logarithms at which bins begin, and counts of the bins."""
+    above = [record["split"], *([record["objective"]] if "objective" in record else [])]
     for kind, ranges in record.get("ranges", {}).items():
         for name, seen in ranges.items():
             low, counts = seen["lowest_exponent"], seen["counts"]
             if counts:
-                yield f"{record['split']}/{kind}/{name or '(model)'}", list(range(low, low + len(counts))), counts
+                yield f"{'/'.join(above)}/{kind}/{name or '(model)'}", list(range(low, low + len(counts))), counts
 
 
 class JsonLines:
@@ -375,7 +380,13 @@ class Console:
             "step": lambda step: f"step {step}/{self._total_steps}",
             **{name: metric(name, spec.digits) for name, spec in self._metrics.items()},
             "loss_scale": lambda scale: f"scale {scale:g}",
+            **{name: _scale_of(name) for name in record if name.startswith("loss_scale/")},
             "skipped_steps": lambda steps: f"skipped {steps}",
             "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",
         }
         return "  ".join(show(record[name]) for name, show in fields.items() if name in record)
+
+
+def _scale_of(field: str) -> Callable[[Any], str]:
+    objective = field.partition("/")[2]
+    return lambda scale: f"scale {objective} {scale:g}"

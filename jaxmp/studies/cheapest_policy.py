@@ -24,7 +24,9 @@ from jaxmp.runs.replay import states_at
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
+from jaxmp.tasks.task import require_objective
 from jaxmp.training.gradients import scaled_mean_loss
+from jaxmp.training.objective import trained_view
 from jaxmp.training.state import TrainState
 
 
@@ -52,6 +54,7 @@ def find_policy_of(
     warmup_steps: int = 100,
     run: str | Path | Run | None = None,
     loss_scale: float | None = None,
+    objective: str | None = None,
     log: Callable[[str], None] = print,
 ) -> FoundPolicy:
     """Finds the PolicyTree with the most FLOPs in half precision that keeps an experiment's gradients within a budget.
@@ -67,6 +70,7 @@ def find_policy_of(
         fresh state only.
       run: a run of the same model. Gradients are taken at its checkpoints instead of after warm-up steps.
       loss_scale: by default the initial scale of the experiment's scaler under `half`.
+      objective: which of several objectives, whose trained parameters are judged, at states between two steps.
       log: takes each message to the user.
 
     Raises: InputError as `jaxmp.find_policy` does, and for a run of another model.
@@ -74,12 +78,14 @@ def find_policy_of(
     for name, value, least in (("batches", batches, 1), ("warmup_steps", warmup_steps, 0)):
         if value < least:
             raise InputError(f"{name}={value}: expected a whole number of at least {least}")
+    require_objective(experiment.task, objective, "--objective")
     if loss_scale is None:
-        loss_scale = float(dataclasses.replace(experiment, precision=half).make_scaler().init().scale)
+        loss_scale = float(dataclasses.replace(experiment, precision=half).scaler_of(objective).init().scale)
     # Which device does what changes no gradient by more than rounding.
     experiment = dataclasses.replace(experiment, precision="float32", parallel=Parallel("jit"))
     trainer = Trainer(experiment)
-    train = not _draws(_loss(experiment, experiment.policy, True), trainer)
+    trains = trainer.by_name[objective].trains
+    train = not _draws(_loss(experiment, experiment.policy, objective, True), trainer)
 
     def points() -> Iterator[Point]:
         log(f"gradients as in {'training' if train else 'evaluation: the model draws random numbers in training'}")
@@ -87,10 +93,12 @@ def find_policy_of(
         for state in _states(trainer, warmup_steps, run):
             first = int(state.step)
             log(f"state after {first} steps, batches {first + 1} to {first + batches}")
-            yield Point(state.params, [(state.model_state, feed.batch(first + i)) for i in range(batches)])
+            own = trained_view(state.params, trains)
+            frozen = jax.tree.map(lambda leaf, trained: None if trained is not None else leaf, state.params, own)
+            yield Point(own, [(frozen, state.model_state, feed.batch(first + i)) for i in range(batches)])
 
     return instrument.find_policy(
-        lambda tree: _loss(experiment, tree, train),
+        lambda tree: _loss(experiment, tree, objective, train),
         lambda tree: explain(experiment.model, tree, tuple(trainer.inputs)),
         points(),
         half=half,
@@ -107,12 +115,14 @@ def save(found: FoundPolicy, name: str, path: Path) -> None:
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _loss(experiment: Experiment, policy: PolicyTree, train: bool) -> Callable[..., jax.Array]:
-    loss_fn = make_loss(experiment.model, experiment.task, policy, train=train)
+def _loss(experiment: Experiment, policy: PolicyTree, objective: str | None, train: bool) -> Callable[..., jax.Array]:
+    """`(trained parameters, frozen parameters, model_state, batch) -> loss`, with None in place of the others."""
+    loss_fn = make_loss(experiment.model, experiment.task, policy, objective=objective, train=train)
 
     mean_loss = scaled_mean_loss(loss_fn)
 
-    def loss(params: Any, model_state: Any, batch: Any) -> jax.Array:
+    def loss(own: Any, frozen: Any, model_state: Any, batch: Any) -> jax.Array:
+        params = jax.tree.map(lambda a, b: b if a is None else a, own, frozen, is_leaf=lambda leaf: leaf is None)
         return mean_loss(params, model_state, jnp.float32(1), batch, jax.random.key(0))[0]
 
     return loss
@@ -121,7 +131,8 @@ def _loss(experiment: Experiment, policy: PolicyTree, train: bool) -> Callable[.
 def _draws(loss: Callable[..., jax.Array], trainer: Trainer) -> bool:
     """Whether the loss depends on a random key."""
     state = trainer.state_spec
-    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, state.model_state, trainer.batch_spec))
+    nothing = jax.tree.map(lambda _: None, state.params)
+    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, nothing, state.model_state, trainer.batch_spec))
 
 
 def _states(trainer: Trainer, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:

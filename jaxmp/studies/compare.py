@@ -17,6 +17,7 @@ import jax
 
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.audit import audit
 from jaxmp.reports.comparison import page
@@ -30,6 +31,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
 from jaxmp.studies.paired import method, paired
+from jaxmp.tasks.task import refuse_several
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
 
@@ -66,6 +68,8 @@ def compare(
     if gradients < 0:
         raise InputError(f"gradients at {gradients} steps: expected a whole number of at least 0")
     cells, results = grid(config, precisions, seeds, overrides), []
+    if gradients:
+        refuse_several(cells[0].experiment.task, "--gradients")
     for i, cell in enumerate(cells):
         log(f"[{i + 1}/{len(cells)}] {cell.precision}, seed {cell.seed}")
         result = _train(config, cell, workdir, log)
@@ -151,7 +155,7 @@ def _of_precision(cell: Cell) -> dict[str, Any]:
     return {
         "precision": cell.precision,
         "policy": str(cell.experiment.policy),
-        "scaler": str(cell.experiment.make_scaler()),
+        "scaler": _scalers(cell.experiment),
         "memory": {
             "arguments_bytes": memory.argument_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
@@ -161,6 +165,12 @@ def _of_precision(cell: Cell) -> dict[str, Any]:
         "casts": sum(cast.times for cast in seen.casts),
         "findings": [str(finding) for finding in seen.findings],
     }
+
+
+def _scalers(experiment: Experiment) -> str:
+    """The scaler as text; those of several objectives by name."""
+    scalers = experiment.make_scalers()
+    return ", ".join(f"{name}: {scaler}" for name, scaler in scalers.items()) or str(experiment.make_scaler())
 
 
 def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from jaxmp.precision.policy import parse_policy
 from jaxmp.runs.replay import PastStep, states_at
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
+from jaxmp.tasks.task import refuse_several
 
 REFERENCES = ("float64", "float32")
 """values of `against`"""
@@ -55,6 +56,7 @@ def compare_gradients(experiments: Mapping[str, Experiment], count: int, *, agai
         raise InputError(f"gradients at {count} steps: expected a whole number of at least 1")
     train = against == "float32"
     first, *_ = experiments.values()
+    refuse_several(first.task, "a comparison of gradients")
     functions = {name: _gradients(experiment, train) for name, experiment in experiments.items()}
     exact = _gradients(dataclasses.replace(first, precision="float32"), train) if train else _exact(first)
     at: list[int] = []
@@ -96,14 +98,17 @@ def compare_gradients(experiments: Mapping[str, Experiment], count: int, *, agai
 def _gradients(experiment: Experiment, train: bool) -> Callable[[PastStep], Arrays]:
     """The gradients of a step under the experiment's own policy and first loss scale."""
     loss_fn = make_loss(experiment.model, experiment.task, experiment.policy, train=train)
-    return _at_step(experiment, scaled_gradients(loss_fn, float(experiment.make_scaler().init().scale)))
+    scale = float(experiment.make_scaler().init().scale)
+    return _at_step(experiment, scaled_gradients(loss_fn, scale, trains=experiment.trains))
 
 
 def _exact(experiment: Experiment) -> Callable[[PastStep], Arrays]:
     """The gradients of a step by float64 arithmetic, from the parameters as they are kept."""
     # Not through Experiment, which refuses float64 unless it is on for good.
     float64 = parse_policy("p=f64,c=f64,o=f64")
-    exact = exact_gradients(make_loss(experiment.model, experiment.task, float64, train=False))
+    exact = exact_gradients(
+        make_loss(experiment.model, experiment.task, float64, train=False), trains=experiment.trains
+    )
     return lambda past: exact(past.state.params, past.state.model_state, past.batch, None)
 
 

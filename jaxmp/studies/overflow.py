@@ -30,6 +30,7 @@ from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.text_table import table
 from jaxmp.training.gradients import make_gradients
+from jaxmp.training.objective import objective_key
 from jaxmp.training.parallel import AXIS, Replicas, single
 from jaxmp.trees import is_castable, path_name
 
@@ -100,6 +101,8 @@ class StepBlame:
     """the run's precision with one more rule, which prevents it; None if no single rule does"""
     float32_helps: bool | None = None
     """whether float32 for the whole model prevents it; None if that was not tried"""
+    objective: str | None = None
+    """which of several objectives the step is of; None for a single one"""
     deviations: tuple[Deviation, ...] = ()
     """if all values are finite: outputs from the first module on, then gradients from the last module back"""
 
@@ -122,6 +125,8 @@ class StepBlame:
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "step", f"{self.step} of {self.run}"
+        if self.objective is not None:
+            yield "objective", self.objective
         yield "precision", f"{self.precision}, loss scale {self.scale:g}"
         if self.found is None:
             yield from self._finite_rows()
@@ -180,13 +185,18 @@ def blame(subject: Any, *args: Any, **how: Any) -> StepBlame | Blame | None:
 
 
 def blame_run(
-    run: Run, step: int | None = None, *, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+    run: Run,
+    step: int | None = None,
+    *,
+    objective: str | None = None,
+    log: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> StepBlame:
     """Repeats a step of a run and finds what overflowed in it; if nothing did, compares the step with float32.
 
     Args:
       run: the run.
       step: which step, counted from 1; by default the last that was skipped.
+      objective: which of several objectives; by default, without `step`, the one that was skipped last.
       log: takes each message about progress.
 
     Raises:
@@ -195,7 +205,7 @@ def blame_run(
     """
     past = Past(run, log)
     try:
-        at = past.last_skipped() if step is None else past.step(step)
+        at = past.last_skipped(objective) if step is None else past.step(step, objective)
     finally:
         past.feed.close()
     return _Step(past.trainer, at).blame(str(run.path))
@@ -206,14 +216,16 @@ class _Step:
 
     def __init__(self, trainer: Trainer, past: PastStep):
         self.trainer, self.experiment = trainer, trainer.experiment
-        self.step, self.scale, state = past.step, past.scale, past.state
+        self.step, self.scale, self.objective = past.step, past.scale, past.objective
+        state = trainer.state_seen(past.objective)(past.state, past.batch)
         key = jax.random.fold_in(state.key, state.step)
+        key = key if past.objective is None else objective_key(key, past.objective)
         self.params, self.model_state, self.batch, self.key = state.params, state.model_state, past.batch, key
 
     def blame(self, run: str) -> StepBlame:
         """See `blame_run`."""
         scale = self.scale
-        result = StepBlame(run, self.step, self.experiment.precision, scale, None)
+        result = StepBlame(run, self.step, self.experiment.precision, scale, None, objective=self.objective)
         replay = self._replay(self.experiment.precision)
         found = self._blamed(replay, scale)
         if found is None:
@@ -242,10 +254,13 @@ class _Step:
         devices, loop = trainer.devices, self.experiment.loop
         mapped = devices.replicas().axis_name is not None
         step = make_gradients(
-            trainer.make_loss(axis_name=AXIS if mapped and loop.batch_norm == "global" else None),
+            trainer.make_loss(
+                objective=self.objective, axis_name=AXIS if mapped and loop.batch_norm == "global" else None
+            ),
             accumulate_steps=loop.accumulate_steps,
             accumulate_overflow=loop.accumulate_overflow,
             replicas=Replicas(AXIS, None, trainer.experiment.policy.reduce) if mapped else single,
+            trains=trainer.by_name[self.objective].trains,
         )
 
         def gradients(params: Any, model_state: Any, loss_scale: Any, batch: Any, key: Any) -> Any:

@@ -16,7 +16,7 @@ from jaxmp.modules.model import as_model
 from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.tasks.task import Task, check_returned
+from jaxmp.tasks.task import Task, check_returned, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 
 
@@ -25,6 +25,7 @@ def make_loss(
     task: Task,
     policy: Policy | PolicyTree | str,
     *,
+    objective: str | None = None,
     train: bool = True,
     axis_name: str | None = None,
     remat: tuple[str, ...] = (),
@@ -41,6 +42,7 @@ def make_loss(
       model: a Linen module, or one of `from_nnx`; see `jaxmp.modules.model.as_model`.
       task: names the model's inputs, and makes a loss and metrics of its outputs.
       policy: a `Policy`, a `PolicyTree`, or the text of one.
+      objective: which of the task's several objectives; None for a task with a single one.
       train: False for evaluation: no dropout, and the model state is returned as it was given. What the model draws
         all the same, a VAE's noise, comes from the key.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
@@ -49,9 +51,13 @@ def make_loss(
       rows: sharding of the rows of a batch, for a program that XLA partitions; see `jaxmp.modules.activations`.
 
     Raises:
-      InputError: `policy` is malformed, or `remat` is given for a model of `from_nnx`; when the loss is called, a
-        pattern of `remat` or a rule of the policy names no module.
+      InputError: `policy` is malformed, the task has no such objective, or several and none is named, or `remat` is
+        given for a model of `from_nnx`; when the loss is called, a pattern of `remat` or a rule of the policy names no
+        module.
     """
+    if objective is not None:
+        task = task_of(task, objective)
+    refuse_several(task, "make_loss without objective=")
     under_policy = as_model(model).under(UnderPolicy(policy, axis_name))
     if train and remat:
         under_policy = under_policy.under(Remat(remat, remat_policy))
@@ -72,7 +78,7 @@ def make_loss(
             if not isinstance(name, str) or name in batch:
                 raise
             raise InputError(
-                f"{type(task).__name__} reads batch[{name!r}]; the batch has {', '.join(batch)}{nearest(name, batch)}. "
+                f"{task_name(task)} reads batch[{name!r}]; the batch has {', '.join(batch)}{nearest(name, batch)}. "
                 "A column that holds no numbers is left out"
             ) from error
         check_returned(task, returned)

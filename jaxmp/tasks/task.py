@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,6 +13,8 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
 from jaxmp.training.feed import HIDDEN_METRICS
 from jaxmp.training.metrics import BOOKKEEPING, LOSS, Mean, Metrics, MetricSpec
+from jaxmp.training.objective import ObjectiveSpec, check_name, check_objective_name
+from jaxmp.training.step import ORDERS
 from jaxmp.trees import by_path
 
 
@@ -33,6 +36,26 @@ class Task:
                 error = outputs[:, 0].astype(jnp.float32) - batch[self.target]
                 metrics = {"absolute_error": jaxmp.Mean.of(abs(error), batch["weight"])}
                 return jaxmp.Mean.of(error**2, batch["weight"]), metrics
+
+    A task with several objectives (a GAN; an actor and a critic) names them in `objectives`, with the parameters that
+    each trains, and takes the name of one as a third argument:
+
+        @dataclasses.dataclass(frozen=True)
+        class Adversarial(jaxmp.Task):
+            inputs: tuple[str, ...] = ("image", "noise")
+            objectives = {
+                "discriminator": jaxmp.ObjectiveSpec(("discriminator",)),
+                "generator": jaxmp.ObjectiveSpec(("generator",), every=2),
+            }
+            monitor = "generator/loss"
+
+            def __call__(self, outputs, batch, objective):
+                real, fake = outputs
+                if objective == "generator":
+                    return jaxmp.Mean.of(-log_sigmoid(fake), batch["weight"]), {}
+                return jaxmp.Mean.of(-log_sigmoid(real) - log_sigmoid(-fake), batch["weight"]), {}
+
+    Their metrics are called `generator/loss` and so on, in `metrics` and `monitor` too.
     """
 
     inputs: tuple[str, ...]
@@ -42,6 +65,11 @@ class Task:
     with four decimals, and cannot be monitored"""
     monitor: ClassVar[str] = "loss"
     """validation metric by which the best weights are chosen, unless `loop.monitor` names another"""
+    objectives: ClassVar[Mapping[str, ObjectiveSpec]] = {}
+    """several objectives by name, in the order in which they run in a step; {}: the one that `__call__` returns"""
+    order: ClassVar[Literal["in_turn", "at_once"]] = "in_turn"
+    """what each of several objectives sees: "in_turn", the parameters that the one before left; "at_once", those of the
+    step's beginning"""
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Mean, Metrics]:
         """Computes the loss and the metrics of a batch, in float32 whatever dtype the outputs have.
@@ -84,6 +112,73 @@ class Task:
         """
 
 
+def objectives_of(task: Any) -> dict[str, ObjectiveSpec]:
+    """The several objectives of a task by name, in their order; {} for a task with a single one.
+
+    Raises: InputError if they are no mapping from names to `ObjectiveSpec`s, or the task's `order` is none.
+    """
+    kind, objectives = type(task).__name__, getattr(task, "objectives", {})
+    if not isinstance(objectives, Mapping):
+        raise InputError(f"{kind}.objectives = {objectives!r:.60}: expected a mapping from a name to an ObjectiveSpec")
+    for name, spec in objectives.items():
+        check_objective_name(name)
+        if name in (*BOOKKEEPING, *HIDDEN_METRICS, "loss"):
+            raise InputError(f"{kind}.objectives: {name!r} is a field of metrics.jsonl; expected another name")
+        if not isinstance(spec, ObjectiveSpec):
+            raise InputError(f"{kind}.objectives[{name!r}] = {spec!r:.60}: expected an ObjectiveSpec(trains)")
+    order = getattr(task, "order", ORDERS[0])
+    if objectives and order not in ORDERS:
+        raise InputError(f"{kind}.order = {order!r}: expected {' or '.join(ORDERS)}{nearest(str(order), ORDERS)}")
+    return dict(objectives)
+
+
+def task_of(task: Any, objective: str) -> Any:
+    """The task of one of the several objectives of `task`, as a task with a single one.
+
+    Raises: InputError if there is no such objective.
+    """
+    check_name(objective, objectives_of(task), f"{type(task).__name__}.objectives")
+    return _OfObjective(task, objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfObjective(Task):
+    """One objective of a task with several."""
+
+    task: Any
+    objective: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.task.inputs
+
+    def __call__(self, outputs: Any, batch: Batch) -> tuple[Mean, Metrics]:
+        return self.task(outputs, batch, self.objective)
+
+
+def refuse_several(task: Any, what: str) -> None:
+    """Raises InputError if a task has several objectives, which `what`, the beginning of the message, cannot do."""
+    if names := objectives_of(task):
+        raise InputError(f"{what} takes a single objective; {type(task).__name__} has {len(names)}: {', '.join(names)}")
+
+
+def require_objective(task: Any, objective: str | None, option: str) -> None:
+    """Raises InputError unless `objective` is one of the task's several objectives, or None for a single one.
+
+    Args:
+      task: the task.
+      objective: what is named; None if nothing is.
+      option: what names it, for the message: `--objective`.
+    """
+    names, kind = list(objectives_of(task)), type(task).__name__
+    if not names and objective is not None:
+        raise InputError(f"{option} {objective}: {kind} has a single objective; expected no {option}")
+    if names and objective is None:
+        raise InputError(f"{kind} has several objectives; expected {option}, one of {', '.join(names)}")
+    if objective is not None:
+        check_name(objective, names, option)
+
+
 class Monitor(NamedTuple):
     """The validation metric by which the best weights are chosen."""
 
@@ -106,12 +201,16 @@ def check_outputs(task: Any, outputs: Any, batch: Any) -> None:
     if shapes != [(rows,), (rows, 1)]:
         return
     odd = 1009  # no other axis has this length
+    names = objectives_of(task)
+
+    def returned(*args: Any) -> Any:
+        return [task(*args, name) for name in names] if names else task(*args)
 
     def of_odd(x: Any) -> Any:
         return jax.ShapeDtypeStruct((odd, *x.shape[1:]), x.dtype) if x.shape[:1] == (rows,) else x
 
     try:
-        jaxpr = jax.make_jaxpr(lambda *args: task(*args))(of_odd(outputs), jax.tree.map(of_odd, batch))
+        jaxpr = jax.make_jaxpr(returned)(of_odd(outputs), jax.tree.map(of_odd, batch))
     except InputError as error:
         raise InputError(str(error).replace(str(odd), "rows")) from error
     if f"[{odd},{odd}]" in str(jaxpr):
@@ -124,7 +223,7 @@ def check_outputs(task: Any, outputs: Any, batch: Any) -> None:
 
 def check_returned(task: Any, returned: Any) -> None:
     """Raises InputError unless `returned`, what a task's `__call__` gave, is a loss and a dict of metrics."""
-    kind = f"{type(task).__name__}.__call__"
+    kind = f"{task_name(task)}.__call__"
     expected = "expected (Mean.of(losses, batch['weight']), {name: Mean.of(values, batch['weight'])})"
     if isinstance(returned, Mean) or not isinstance(returned, tuple) or len(returned) != 2:
         what = f"{len(returned)} values" if type(returned) is tuple else f"one {type(returned).__name__}"
@@ -148,6 +247,11 @@ def predictions(task: Any, outputs: Any) -> dict[str, Any]:
     return (task.predictions if hasattr(task, "predictions") else functools.partial(Task.predictions, task))(outputs)
 
 
+def task_name(task: Any) -> str:
+    """The class of a task, as messages name it."""
+    return type(task.task if isinstance(task, _OfObjective) else task).__name__
+
+
 def check_rows(task: Any, outputs: Any, columns: Mapping[str, Any], split: str) -> None:
     """Calls `task.check_rows`, if the task has one."""
     if hasattr(task, "check_rows"):
@@ -165,7 +269,8 @@ def metric_specs(task: Any, returned: Iterable[str]) -> dict[str, MetricSpec]:
       InputError: a metric is called like a field of metrics.jsonl or like the loss, a declared one is not returned, or
         a spec is no `MetricSpec`.
     """
-    declared, names, kind = getattr(task, "metrics", {}), sorted(returned), type(task).__name__
+    declared, names = getattr(task, "metrics", {}), sorted(returned)
+    kind = task.kind if isinstance(task, _Declared) else type(task).__name__
     if not isinstance(declared, Mapping):
         raise InputError(f"{kind}.metrics = {declared!r:.60}: expected a mapping from a name to a MetricSpec")
     for name in [*declared, *names]:
@@ -185,6 +290,44 @@ def metric_specs(task: Any, returned: Iterable[str]) -> dict[str, MetricSpec]:
             )
     specs = {"loss": declared.get("loss", LOSS), **declared}
     return specs | {name: MetricSpec() for name in names if name not in specs}
+
+
+def objective_metric_specs(task: Any, returned: Mapping[str, Iterable[str]]) -> dict[str, MetricSpec]:
+    """The spec of each metric of a task with several objectives, as `generator/loss`: by objective, the loss first.
+
+    A spec is declared for `generator/recall`, or for `recall` of each objective that returns it.
+
+    Args:
+      task: the task.
+      returned: names of the metrics that its `__call__` returns beside the loss, by objective.
+
+    Raises: InputError as `metric_specs` does.
+    """
+    declared, kind = getattr(task, "metrics", {}), type(task).__name__
+    if not isinstance(declared, Mapping):
+        raise InputError(f"{kind}.metrics = {declared!r:.60}: expected a mapping from a name to a MetricSpec")
+    names = {name: sorted(of) for name, of in returned.items()}
+    there = [f"{name}/{metric}" for name, of in names.items() for metric in ("loss", *of)]
+    for metric in declared:
+        if metric not in (*there, *(name.partition("/")[2] for name in there)):
+            raise InputError(
+                f"{kind}.metrics declares {metric!r}, which its __call__ does not return; it returns "
+                f"{', '.join(there)}{nearest(metric, there)}"
+            )
+    found: dict[str, MetricSpec] = {}
+    for name, of in names.items():
+        own = {metric: declared[metric] for metric in ("loss", *of) if metric in declared}
+        own |= {m.partition("/")[2]: spec for m, spec in declared.items() if m.partition("/")[0] == name}
+        specs = metric_specs(_Declared(kind, own), of)
+        found |= {f"{name}/{metric}": spec for metric, spec in specs.items()}
+    return found
+
+
+class _Declared(NamedTuple):
+    """What one objective of a task declares, for `metric_specs`."""
+
+    kind: str
+    metrics: Mapping[str, MetricSpec]
 
 
 def find_monitor(

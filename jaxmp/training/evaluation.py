@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,11 +24,20 @@ EVALUATION = 0x6576616C
 """number of the stream of keys that evaluation draws from; no step of a run is as large"""
 
 
-def make_eval_step(loss_fn: LossFn) -> EvalStep:
+def make_eval_step(loss_fn: LossFn | Mapping[str, LossFn]) -> EvalStep:
     """The pure `(params, model_state, batch, key=None) -> metrics`, from `make_loss(..., train=False)`.
 
     `loss` is one of the metrics. `key` is that of the draws that the model makes in evaluation; None if it makes none.
+    Of several loss functions by name, all are given the same key, and their metrics are called `name/loss` and so on.
     """
+    if isinstance(loss_fn, Mapping):
+        steps = {name: make_eval_step(of) for name, of in loss_fn.items()}
+
+        def eval_steps(params: Any, model_state: Any, batch: Batch, key: jax.Array | None = None) -> Metrics:
+            measured = {name: step(params, model_state, batch, key) for name, step in steps.items()}
+            return {f"{name}/{metric}": mean for name, of in measured.items() for metric, mean in of.items()}
+
+        return eval_steps
 
     def eval_step(params: Any, model_state: Any, batch: Batch, key: jax.Array | None = None) -> Metrics:
         total, (weight, metrics, _) = loss_fn(params, model_state, batch, key)
@@ -46,13 +55,13 @@ class Evaluation:
     """Evaluates states on the rows of a split.
 
     Args:
-      loss_fn: from `make_loss(..., train=False)`.
+      loss_fn: from `make_loss(..., train=False)`; of several objectives, by name.
       data: how its rows are prepared, and the number of rows in a batch.
       devices: where the states lie.
       no_metrics: the metrics of the loss function, `loss` included, that have counted nothing.
     """
 
-    def __init__(self, loss_fn: LossFn, data: Dataset, devices: Devices, no_metrics: Metrics):
+    def __init__(self, loss_fn: LossFn | Mapping[str, LossFn], data: Dataset, devices: Devices, no_metrics: Metrics):
         self._devices, self._no_metrics = devices, no_metrics
         self._batch_size = -(-data.eval_batch_size // devices.count) * devices.count
         step, prepared = make_eval_step(loss_fn), data.prepare(train=False)

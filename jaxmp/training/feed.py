@@ -8,7 +8,7 @@ resumed from any step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,12 @@ LONG_SKIP = "long_skip"
 """name of a metric that feeds add: the share of steps with which a row of skipped steps became as long as a limit"""
 
 HIDDEN_METRICS = (NAN_LOSS, LONG_SKIP)
-"""names of the metrics that feeds add to those of the task"""
+"""names of the metrics that feeds add to those of the task; of several objectives, `nan_loss/NAME` and so on"""
+
+
+def is_hidden(metric: str) -> bool:
+    """Whether a metric is one that feeds add to those of the task."""
+    return metric.partition("/")[0] in HIDDEN_METRICS
 
 
 class Feed(Protocol):
@@ -52,6 +57,38 @@ class Feed(Protocol):
         ...
 
 
+class DueSteps(NamedTuple):
+    """The train steps of several objectives: one for each set of objectives that run in a step."""
+
+    due_at: Callable[[int], tuple[str, ...]]
+    """the objectives that run at a step, counted from 0"""
+    make: Callable[[tuple[str, ...]], TrainStep]
+    """the train step that runs these"""
+
+
+class DuePrograms:
+    """The compiled programs of several objectives: one for each set of objectives that run in a step.
+
+    XLA:CPU runs the gradient of a convolution in a conditional as naively as in a loop: where steps are dispatched
+    singly, the host chooses.
+
+    Args:
+      steps: the train steps to choose from.
+      compile: makes a program of a train step.
+    """
+
+    def __init__(self, steps: DueSteps, compile: Callable[[TrainStep], Callable[..., Any]]):
+        self._steps, self._compile = steps, compile
+        self.compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
+
+    def at(self, step: int) -> Callable[..., Any]:
+        """The program of a step, counted from 0; compiled at its first use."""
+        due = self._steps.due_at(step)
+        if due not in self.compiled:
+            self.compiled[due] = self._compile(self._steps.make(due))
+        return self.compiled[due]
+
+
 class Resident:
     """A feed that keeps the training set on the device.
 
@@ -63,6 +100,7 @@ class Resident:
       devices: the devices to run on.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
       fuse: whether a dispatch runs many steps, or each step is dispatched singly.
+      due_steps: the train steps of several objectives, of which each step that is dispatched singly takes its own.
     """
 
     def __init__(
@@ -75,12 +113,12 @@ class Resident:
         *,
         fuse: bool,
         skip_limit: int,
+        due_steps: DueSteps | None = None,
     ):
         self._batches, self._devices, self._fuse = batches, devices, fuse
         self._columns = devices.put(resident(source))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data, batches)
-        accumulating = _accumulating(step, skip_limit)
 
         @jax.jit
         def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
@@ -89,7 +127,7 @@ class Resident:
 
         self._batch = batch
 
-        def advance(carry: Any, columns: Any, rows: jax.Array) -> Any:
+        def advance(accumulating: Any, carry: Any, columns: Any, rows: jax.Array) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
             own = devices.share(
@@ -99,14 +137,22 @@ class Resident:
             batch = {**raw, "weight": own["weight"]}
             return accumulating(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
 
-        def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
-            return jax.lax.fori_loop(0, count, lambda _, carry: advance(carry, columns, rows), (state, metrics))
+        def program(step: TrainStep) -> Callable[..., Any]:
+            accumulating = _accumulating(step, skip_limit)
 
-        def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array) -> Any:
-            return advance((state, metrics), columns, rows)
+            def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
+                def turn(_: Any, carry: Any) -> Any:
+                    return advance(accumulating, carry, columns, rows)
 
-        in_axes = (0, 0, 0, 0, None) if fuse else (0, 0, 0, 0)
-        self.program = devices.compile(many_steps if fuse else one_step, in_axes)
+                return jax.lax.fori_loop(0, count, turn, (state, metrics))
+
+            def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array) -> Any:
+                return advance(accumulating, (state, metrics), columns, rows)
+
+            return devices.compile(many_steps, (0, 0, 0, 0, None)) if fuse else devices.compile(one_step, (0, 0, 0, 0))
+
+        self.program = program(step)
+        self.programs = None if fuse or due_steps is None else DuePrograms(due_steps, program)
 
     def run(self, state: TrainState, metrics: Metrics, first: int, count: int) -> Any:
         """See `Feed.run`."""
@@ -116,8 +162,9 @@ class Resident:
         args = (self._columns, self._rows[1])
         if self._fuse:
             return self.program(state, metrics, *args, np.int32(count))
-        for _ in range(count):
-            state, metrics = self.program(state, metrics, *args)
+        for step in range(first, first + count):
+            program = self.program if self.programs is None else self.programs.at(step)
+            state, metrics = program(state, metrics, *args)
         return state, metrics
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -141,6 +188,7 @@ class Streamed:
       devices: the devices to run on.
       last: number of steps of the run: reading ahead stops there.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
+      due_steps: the train steps of several objectives, of which each step takes its own.
     """
 
     def __init__(
@@ -153,19 +201,25 @@ class Streamed:
         last: int,
         *,
         skip_limit: int,
+        due_steps: DueSteps | None = None,
     ):
         self._source, self._batches, self._devices, self._last = source, batches, devices, last
         self._workers = data.workers
         self._ahead: Any = None
         self._next = -1  # the step whose batch `_ahead` returns next
         self._prepare = _preparation(data, batches)
-        accumulating = _accumulating(step, skip_limit)
 
-        def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
-            batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
-            return accumulating((state, metrics), batch)
+        def program(step: TrainStep) -> Callable[..., Any]:
+            accumulating = _accumulating(step, skip_limit)
 
-        self.program = devices.compile(one_step, (0, 0, 0))
+            def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
+                batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
+                return accumulating((state, metrics), batch)
+
+            return devices.compile(one_step, (0, 0, 0))
+
+        self.program = program(step)
+        self.programs = None if due_steps is None else DuePrograms(due_steps, program)
 
     def run(self, state: TrainState, metrics: Metrics, first: int, count: int) -> Any:
         """See `Feed.run`."""
@@ -176,8 +230,9 @@ class Streamed:
             self._ahead = stream(
                 self._source, self._batches, first, self._last, global_index=global_index, workers=self._workers
             )
-        for _ in range(count):
-            state, metrics = self.program(state, metrics, self._devices.put_local(next(self._ahead)))
+        for step in range(first, first + count):
+            program = self.program if self.programs is None else self.programs.at(step)
+            state, metrics = program(state, metrics, self._devices.put_local(next(self._ahead)))
         self._next = first + count
         return state, metrics
 
@@ -224,8 +279,11 @@ def _accumulating(step: TrainStep, skip_limit: int) -> Callable[[Any, Any], Any]
     def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
         (state, metrics), one = carry, jnp.float32(1)
         state, measured = step(state, batch)
-        if NAN_LOSS in measured:  # several objectives: each has zeroed its own metrics
-            return state, merge(metrics, measured)
+        names = [name.partition("/")[2] for name in measured if name.startswith(f"{NAN_LOSS}/")]
+        if names:  # several objectives: each has zeroed its own metrics
+            rows = {name: consecutive_skips(state.opt_state[name]) == skip_limit for name in names}
+            long = {f"{LONG_SKIP}/{name}": Mean(row.astype(jnp.float32), one) for name, row in rows.items()}
+            return state, merge(metrics, {**measured, **long})
         is_nan = jnp.isnan(measured["loss"].total).astype(jnp.float32)
         is_long = (consecutive_skips(state.opt_state) == skip_limit).astype(jnp.float32)
         applied = last_step_finite(state.opt_state)

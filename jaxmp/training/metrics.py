@@ -16,10 +16,24 @@ BOOKKEEPING = (
     *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps"),
     *("examples_per_second", "wall_seconds", "ranges"),
 )
-"""fields of a line of metrics.jsonl that are no metrics"""
+"""fields of a line of metrics.jsonl that are no metrics; of several objectives, `loss_scale/NAME` and so on"""
+
+OF_OBJECTIVES = ("applied_steps", "loss_scale", "skipped_steps")
+"""those of them that each of several objectives has"""
+
+
+def is_bookkeeping(field: str) -> bool:
+    """Whether a field of a line of metrics.jsonl is no metric.
+
+    >>> is_bookkeeping("loss_scale/generator"), is_bookkeeping("generator/loss")
+    (True, False)
+    """
+    return field in BOOKKEEPING or field.partition("/")[0] in OF_OBJECTIVES
+
 
 NAN_LOSS = "nan_loss"
-"""name of a metric of training: the share of steps, including skipped ones, in which a loss was NaN"""
+"""name of a metric of training: the share of steps, including skipped ones, in which the loss was NaN; that of one of
+several objectives is `nan_loss/NAME`"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,14 +44,39 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_trains(self.trains, "Objective.trains")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise InputError(f"Objective.every = {self.every!r}: expected a whole number of at least 1")
+        check_every(self.every, "Objective.every")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"Objective.ema_decay = {self.ema_decay!r}: expected a number between 0 and 1, or None")
 
 
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSpec:
+    """What a task says of one of its several objectives: the parameters that it trains, and how often.
+
+    objectives = {"critic": ObjectiveSpec(("critic",)), "actor": ObjectiveSpec(("actor",), every=2)}
+
+    Raises:
+      InputError: a value is not one of those below.
+    """
+
+    trains: tuple[str, ...] = EVERYTHING
+    """the parameters that it trains, see `Objective.trains`"""
+    every: int = 1
+    """it runs at the steps that this divides, from step 0 on"""
+
+    def __post_init__(self) -> None:
+        check_trains(self.trains, "ObjectiveSpec.trains")
+        check_every(self.every, "ObjectiveSpec.every")
+
+
 Objectives = Mapping[str, Objective]
 """Several objectives by name, in the order in which they run."""
+
+
+def check_every(every: Any, where: str) -> None:
+    """Raises InputError unless `every` is a whole number of at least 1; `where` names it in the message."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise InputError(f"{where} = {every!r}: expected a whole number of at least 1")
 
 
 def check_trains(trains: Any, where: str) -> None:
@@ -74,10 +99,15 @@ def check_objectives(objectives: Objectives) -> None:
     if not objectives:
         raise InputError("objectives = {}: expected at least one Objective by name")
     for name, objective in objectives.items():
-        if not isinstance(name, str) or not name or "/" in name or any(c.isspace() for c in name):
-            raise InputError(f"objective {name!r}: expected a name without / and blanks, such as 'generator'")
+        check_objective_name(name)
         if not isinstance(objective, Objective):
             raise InputError(f"objective {name!r} = {objective!r:.60}: expected an Objective(loss_fn, tx)")
+
+
+def check_objective_name(name: Any) -> None:
+    """Raises InputError if `name` cannot begin the names of an objective's metrics."""
+    if not isinstance(name, str) or not name or "/" in name or any(c.isspace() for c in name):
+        raise InputError(f"objective {name!r}: expected a name without / and blanks, such as 'generator'")
 
 
 def check_name(name: str, names: Any, where: str) -> None:
@@ -86,7 +116,7 @@ def check_name(name: str, names: Any, where: str) -> None:
         raise InputError(f"{where}: there is no objective {name!r}; there are {', '.join(names)}{nearest(name, names)}")
 
 
-def due_at(objectives: Objectives, step: int) -> tuple[str, ...]:
+def due_at(objectives: Mapping[str, Objective | ObjectiveSpec], step: int) -> tuple[str, ...]:
     """The names of the objectives that run at `step`, counted from 0, in their order."""
     return tuple(name for name, objective in objectives.items() if step % objective.every == 0)
 

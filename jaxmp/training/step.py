@@ -70,7 +70,7 @@ def make_train_step(
     Returns:
       The step. Its metrics are those of the loss function and `loss`, summed over replicas. Those of several objectives
       are called `name/loss` and so on; they have weight 0 where the objective did not run or was skipped, and
-      `nan_loss` counts the steps in which a loss was NaN.
+      `nan_loss/name` counts the steps in which its loss was NaN.
 
     Raises:
       InputError: something that changes gradients or counts steps stands outside `loss_scaling`; there is no such way
@@ -102,6 +102,35 @@ def make_train_step(
         return replicas.place(state), measured.metrics
 
     return train_step
+
+
+def make_state_seen(objectives: Objectives, name: str, *, order: str = "in_turn", **how: Any) -> Any:
+    """Makes `(state, batch) -> state`: the state that one of several objectives sees in the step from `state`.
+
+    Those that come before it and are due have run. `step` is that of the state given, so that the key is that of the
+    step. Of `at_once`, the parameters too are those given.
+
+    Args:
+      objectives: as for `make_train_step`.
+      name: of the objective.
+      order: as for `make_train_step`.
+      how: further arguments of `make_train_step`.
+
+    Raises: InputError if there is no such objective, and as `make_train_step` does.
+    """
+    check_name(name, objectives, "objective")
+    names = list(objectives)
+    earlier = {each: objectives[each] for each in names[: names.index(name)]}
+    if not earlier:
+        return lambda state, batch: state
+    step = make_train_step(earlier, order=order, **how)  # type: ignore[arg-type]
+
+    def state_seen(state: TrainState, batch: Batch) -> TrainState:
+        seen, _ = step(state, batch)
+        params = state.params if order == "at_once" else seen.params
+        return dataclasses.replace(seen, step=state.step, params=params)
+
+    return state_seen
 
 
 def _attempt(
@@ -145,7 +174,7 @@ def _several(objectives: Objectives, order: str, due: Collection[str] | None, ro
     attempts = {name: _attempt(objective, **how) for name, objective in objectives.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        before, nan_loss = state, jnp.bool_(False)
+        before = state
         metrics: Metrics = {}
 
         def run(name: str, state: TrainState) -> tuple[TrainState, Metrics, jax.Array]:
@@ -179,8 +208,7 @@ def _several(objectives: Objectives, order: str, due: Collection[str] | None, ro
             else:
                 state, measured, is_nan = jax.lax.cond(before.step % objective.every == 0, *ways, state)
             metrics |= {f"{name}/{metric}": mean for metric, mean in measured.items()}
-            nan_loss |= is_nan
-        metrics[NAN_LOSS] = Mean(nan_loss.astype(jnp.float32), jnp.float32(1))
+            metrics[f"{NAN_LOSS}/{name}"] = Mean(is_nan.astype(jnp.float32), jnp.float32(1))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return train_step

@@ -48,6 +48,7 @@ KINDS = {
 OTHER: dict[str, Any] = {
     "model": MLP(features=(3,)),
     "precision": "float32",
+    "trains": ("Dense_1",),
     "loop.mode": "max",
     "loop.monitor": "loss",
     "loop.accumulate_overflow": "microbatch",

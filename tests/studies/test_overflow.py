@@ -484,7 +484,7 @@ def test_the_last_skipped_step_of_a_run_is_found_with_its_scale_and_rule(config,
 
     # What it says of the scale holds for the step as it is trained: finite with this one, and not with the double.
     trainer, state = run_training(run, step)
-    gradients = jax.jit(make_gradients(trainer.loss_fn))
+    gradients = jax.jit(make_gradients(trainer.loss_fn()))
     batch, key = trainer.feed(fuse=True).batch(step - 1), jax.random.fold_in(state.key, step - 1)
 
     def is_finite(scale):
