@@ -174,33 +174,34 @@ class Checkpoints:
     def leaves(self, step: int) -> dict[str, str]:
         """Returns dtype and shape of each saved leaf, by path: {"state/step": "int32[]"}.
 
-        Raises InputError if there is no checkpoint of `step`, or it is damaged.
+        Reads the manifest alone. Raises InputError if there is no checkpoint of `step`, or its manifest is damaged.
         """
-        return {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in self._intact(step)["leaves"].items()}
+        return {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in self._described(step)["leaves"].items()}
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that were saved with a state. Raises InputError as `leaves` does."""
-        return dict(self._intact(step)["metrics"])
+        return dict(self._described(step)["metrics"])
 
     def read_leaves(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Restores some leaves of a checkpoint: those that `like` has, by path, each on the devices of its value there.
 
-        Raises InputError as `leaves` does.
+        Raises InputError if there is no checkpoint of `step`, or it is damaged.
         """
+        manifest = self._described(step)
         try:
-            return self._read_leaves(step, self._intact(step), like)
+            self._verify(step, manifest)
+            return self._read_leaves(step, manifest, like)
         except _Corrupt as why:
             raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
 
-    def _intact(self, step: int) -> dict:
+    def _described(self, step: int) -> dict:
+        """The manifest of a checkpoint."""
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
         try:
-            manifest = self._manifest(step)
-            self._verify(step, manifest)
+            return self._manifest(step)
         except _Corrupt as why:
             raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
-        return manifest
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints on disk, ascending, without one that is still being written."""

@@ -38,6 +38,7 @@ from jaxmp.runs.going_on import (
     log_without_effect,
     refuse_other_code,
     refuse_other_rows,
+    refuse_other_rows_if_readable,
     with_session,
 )
 from jaxmp.runs.provenance import provenance
@@ -171,9 +172,10 @@ def fit(
         )
     )
     if summary is not None:
-        changes = changed_settings(recorded, experiment) if recorded else []
+        trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count())
         if any(change.kind == "rounds" for change in changes):
-            check(Trainer(experiment))  # the rest was checked before it was trained
+            check(trainer)  # the rest was checked before it was trained
+        processes.from_first(lambda: refuse_other_rows_if_readable(folder, recorded, trainer, log))
         log_without_effect(changes, log)
         return Fitted(folder.path, summary, stopped=False, trained=False)
 
@@ -220,7 +222,7 @@ def fit(
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
         if not recorded:
-            log_neighbours(folder, experiment, begins_with, log)
+            log_neighbours(folder, trainer, fresh, rows, begins_with, log)
         carried = None
         if parent is not None and begins and parent.takes_all:
             carried = parent.carry_over(trainer, fresh, log)

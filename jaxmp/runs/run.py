@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Split
+from jaxmp.data.fingerprint import changed_rows, fingerprint
 from jaxmp.data.pipeline import batch_of
+from jaxmp.data.source import Source
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -225,12 +227,32 @@ class Run:
 
         return outputs
 
+    def source(self, split: Split = "train") -> Source:
+        """The rows of a split after the host transforms.
+
+        Raises: InputError if there is no such split, or its rows are not those that the run began with; names what
+          differs.
+        """
+        source = self.trainer.source(split)
+        recorded = self.config.get("rows", {})
+        found = changed_rows(split, recorded[split], fingerprint(source)) if split in recorded else []
+        if found:
+            raise InputError(
+                f"the data have changed since {self.path} began: {', '.join(found)}. Bring them back, or give other "
+                "rows to jaxmp.Run(path).apply in Python"
+            )
+        return source
+
     def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
-        """The metrics of a whole split, under the policy and with the weights of `apply`."""
+        """The metrics of a whole split, under the policy and with the weights of `apply`.
+
+        Raises: InputError as `source` does.
+        """
+        source = self.source(split)
         state = self._last_state if state is None else state
         trainer = self.trainer
         placed = trainer.devices.get(trainer.devices.put_state(state))
-        return compute(trainer.evaluation(placed, trainer.source(split)))
+        return compute(trainer.evaluation(placed, source))
 
 
 def _first_difference(recorded: Any, now: Any, where: str = "") -> str:
