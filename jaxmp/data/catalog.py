@@ -218,7 +218,7 @@ def _unreadable(folder: Path, error: Exception) -> InputError:
 def _read_info(folder: Path) -> dict:
     path = folder / "dataset_info.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Source, as_column, for_device, is_numeric
+from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric
 from jaxmp.data.transforms import apply_host_transforms
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
@@ -26,6 +26,7 @@ from jaxmp.errors import InputError, RunFailed
 READ_THREADS = 4
 READ_AHEAD = 8  # batches
 CHECKED_ROWS = 2**20  # read at a time
+SAMPLED_ROWS = 256  # of a source that is no arrays
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
@@ -97,19 +98,28 @@ def left_out(source: Source) -> dict[str, str]:
     return {**getattr(source, "left_out", {}), **kinds}
 
 
-def check_values(source: Source, columns: Sequence[str] | None = None) -> None:
-    """Raises InputError if a column in memory holds values that JAX cannot, see `for_device`. Reads what is at hand.
+def check_values(source: Source) -> None:
+    """Raises InputError if a column holds values that JAX cannot, see `for_device`.
 
     Args:
-      source: of `Columns`, the columns are read in parts; of any other source nothing is.
-      columns: the columns to check; all by default.
+      source: of `Columns`, the columns are read in parts; of any other source a sample of its rows is.
     """
-    for name, column in getattr(source, "columns", {}).items():
-        if columns is not None and name not in columns:
-            continue
+    if not isinstance(source, Columns):
+        sample(source)
+        return
+    for name, column in source.columns.items():
         if isinstance(column, np.ndarray) and column.dtype.kind in "iu" and column.dtype.itemsize > 4:
             for start in range(0, len(column), CHECKED_ROWS):
                 for_device(name, column[start : start + CHECKED_ROWS])
+
+
+def sample(source: Source) -> dict[str, np.ndarray]:
+    """At most 256 rows of `source`, spread evenly, the first and the last among them: the columns that hold numbers.
+
+    Raises: InputError as `for_device` does.
+    """
+    rows = len(source)
+    return _numeric(source[np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))])
 
 
 def _kind(column: np.ndarray) -> str:

@@ -53,6 +53,30 @@ def test_values_that_jax_would_wrap_are_refused_by_name_and_value(column, value)
     if column.dtype.kind in "iu":
         with pytest.raises(InputError):
             check_values(source)
+    with pytest.raises(InputError, match="'x'"):
+        check_values(Streamed(source))
+
+
+class Streamed:
+    """A source of one's own, which is read by rows."""
+
+    def __init__(self, source):
+        self.rows = source
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        return self.rows[indices]
+
+
+@pytest.mark.parametrize("at", [0, 999])
+def test_a_streamed_source_is_sampled_with_its_first_and_last_row_before_training(at):
+    column = np.arange(1000)
+    check_values(Streamed(Columns({"x": column})))
+    column[at] = 2**40
+    with pytest.raises(InputError, match="1099511627776"):
+        check_values(Streamed(Columns({"x": column})))
 
 
 @pytest.mark.parametrize(
