@@ -42,8 +42,14 @@ def check(trainer: Trainer) -> None:
     for split in trainer.splits:
         check_values(trainer.source(split))
     check_targets(trainer, *trainer.splits)
-    if experiment.data.workers and nbytes(trainer.source()) > experiment.data.device_limit * 2**20:
-        refuse_unguarded_script(experiment.data.workers)
+    if workers := reading_processes(trainer):
+        refuse_unguarded_script(workers)
+
+
+def reading_processes(trainer: Trainer) -> int:
+    """How many processes read the training split: `data.workers` if it is streamed, else 0."""
+    data = trainer.experiment.data
+    return data.workers if data.workers and nbytes(trainer.source()) > data.device_limit * 2**20 else 0
 
 
 def refuse_unguarded_script(workers: int) -> None:

@@ -26,7 +26,7 @@ from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.runs.checks import check, check_targets
+from jaxmp.runs.checks import check, check_targets, reading_processes
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
@@ -182,7 +182,7 @@ def fit(
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
-    rows = processes.from_first(lambda: trainer.fingerprints())
+    rows = processes.from_first(lambda: trainer.fingerprints(workers=reading_processes(trainer)))
     if recorded:
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmp.data.fingerprint import changed_rows
 from jaxmp.distributed import processes
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, Difference, differences
@@ -270,7 +270,7 @@ class Parent:
         for pattern in only:
             if Pattern(pattern).by_class:
                 raise InputError(f"--init-only {pattern}: a weight has no class; expected a path such as **/kernel")
-        folder = RunFolder.find(Path(name))
+        folder = RunFolder.find(local_path(f"{option} RUN", name))
         config, steps = folder.read_config(), folder.checkpoint_steps()
         folder.refuse_earlier_version(config)
         step = parse_step(which, f"{option} {os.fspath(text)}")
