@@ -165,9 +165,10 @@ def fit(
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
+    program = made_by(experiment)  # before `load` is called, which may change what it is made by: count, keep
     recorded, summary = processes.from_first(
         lambda: (
-            _recorded(folder, experiment, begins_with, overwrite, log),
+            _recorded(folder, identity_hash(experiment, begins_with), program, overwrite, log),
             None if overwrite else folder.read_summary(),
         )
     )
@@ -211,7 +212,7 @@ def fit(
                     "fuse_steps": fuse,
                     "steps": trainer.steps,
                     "scaler": canonical(experiment.make_scaler(), "scaler"),
-                    "made_by": made_by(experiment),
+                    "made_by": program,
                     "rows": rows,
                 }
                 if parent is not None:
@@ -263,12 +264,12 @@ def _parent(
 
 def _recorded(
     folder: RunFolder,
-    experiment: Experiment,
-    begins_with: dict[str, Any] | None,
+    expected: str,
+    program: dict[str, Any],
     overwrite: bool,
     log: Callable[[str], None],
 ) -> Any:
-    """The config.json of a run to be resumed; None if there is none, or it is to be overwritten."""
+    """The config.json of a run to be resumed, of this hash; None if there is none, or it is to be overwritten."""
     if folder.is_unused():
         return None
     try:
@@ -279,13 +280,12 @@ def _recorded(
         ) from error
     if overwrite:
         return None
-    expected = identity_hash(experiment, begins_with)
     if config["hash"] != expected:
         raise InputError(
             f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
-    refuse_other_code(folder, config, made_by(experiment), log)
+    refuse_other_code(folder, config, program, log)
     return config
 
 
