@@ -1,7 +1,9 @@
 """Columns as tables have them: what JAX cannot hold is left out or refused, and never wrapped."""
 
+import jax
 import numpy as np
 import pytest
+import scipy.sparse
 
 from jaxmp import Arrays, InputError
 from jaxmp.data.pipeline import check_values, left_out, resident
@@ -19,6 +21,13 @@ LEFT_OUT = {
     "none": None,
     "scalar": 3,
     "text": ["a", "b", "c"],
+    "keys": jax.random.split(jax.random.key(0), 3),
+    "list of keys": [jax.random.key(0)] * 3,
+    "sparse": scipy.sparse.eye(3).tocsr(),
+    "generator": (number for number in range(3)),
+    "dicts": [{"a": 1}] * 3,
+    "strings of any length": np.array(["a", "b" * 100, ""], np.dtypes.StringDType()),
+    "large whole numbers": [10**30] * 3,
 }
 
 
