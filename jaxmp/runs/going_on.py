@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, Difference, differences
-from jaxmp.experiment.reachable import Comparison
+from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.runs.checkpoint import Checkpoints, describe, named_leaves
 from jaxmp.runs.folder import RunFolder, parse_step
 from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_patience
@@ -306,7 +307,7 @@ class Parent:
     def check(self, trainer: Trainer, rows: Mapping[str, Any]) -> None:
         """Refuses what --continue cannot do, from what config.json says; `rows` are the trainer's fingerprints.
 
-        Raises: InputError if the rows of a step would be others, or no step is left.
+        Raises: InputError if the rows of a step would be others, code of both was edited, or no step is left.
         """
         if not self.takes_all:
             return
@@ -321,6 +322,12 @@ class Parent:
             raise InputError(
                 f"--continue {name}: {_listed(found)}: its steps would go over other data; --init-from {name} takes "
                 "its weights"
+            )
+        edited = self._edited(trainer.experiment)
+        if edited:
+            raise InputError(
+                f"--continue {name}: {_listed(edited)} has changed since, and its state would be gone on with by other "
+                f"code; take back the change, or take its weights alone: --init-from {name}"
             )
         if trainer.experiment.seed != self.config["seed"]:
             raise InputError(
@@ -338,6 +345,13 @@ class Parent:
                 f"--continue {name}: {trainer.experiment.loop.patience} evaluations in a row were no better, so that "
                 "loop.patience leaves nothing to do; expected a larger one, or None"
             )
+
+    def _edited(self, experiment: Experiment) -> list[str]:
+        """One's own functions and values that were edited since, and are not another choice of what is trained."""
+        recorded, now = self.config.get("made_by", {}), made_by(experiment)
+        parts = {field.name for field in dataclasses.fields(experiment)}
+        names = [name for name in recorded if name in now and re.split(r"[.\[]", name)[0] not in parts]
+        return Comparison(*({name: of[name] for name in names} for of in (recorded, now))).changed
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the parent up to the step, without those of the test split."""

@@ -458,6 +458,73 @@ def test_a_run_continued_to_twice_its_length_is_that_of_twice_the_length_at_once
     assert lines(there) == lines(finished.path)  # the parent stays as it was
 
 
+WHOLE = """
+import flax.linen as nn
+import numpy as np
+from jaxmp import Adam, Arrays, Classification, Experiment, Loop, Scaling
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.Dropout(0.2, deterministic=not train)(nn.relu(x)))
+
+
+def load(split):
+    label = np.arange(45) % 2
+    x = np.random.default_rng(len(split)).normal(size=(45, 3)) + label[:, None]
+    return {"x": x.astype(np.float32), "label": label}
+
+
+def get_config():
+    data = Arrays(load, batch_size=10, images=())
+    loop = Loop(epochs=10, log_every=3, ema_decay=0.9)
+    task, scaler = Classification(inputs=("x",)), Scaling(init_scale=2.0**17, growth_interval=7)
+    return Experiment(Net(), data, task, Adam(1e-2, clip_norm=1.0), "mixed_float16", scaler, loop=loop)
+"""
+
+
+@pytest.mark.slow
+def test_ten_epochs_continued_to_twenty_are_twenty_at_once(tmp_path, capsys):
+    """Batch statistics, dropout, a moving average, a loss scale that moves, half a batch at the end of an epoch."""
+    (tmp_path / "net.py").write_text(WHOLE)
+
+    def train(workdir, *options):
+        code = main(["train", str(tmp_path / "net.py"), "--workdir", str(tmp_path / workdir), *options])
+        return code, capsys.readouterr()
+
+    assert train("runs")[0] == 0
+    ten = RunFolder.find(tmp_path / "runs").path
+    code, said = train("runs", "--loop.epochs", "20", "--continue", str(ten))
+    assert code == 0 and "going on from step 50" in said.out and "is 0.01 now" in said.out and "fresh" not in said.out
+    assert train("at_once", "--loop.epochs", "20")[0] == 0
+    (gone_on,) = (path for path in ten.parent.iterdir() if path != ten)
+    at_once = RunFolder.find(tmp_path / "at_once").path
+    assert lines(gone_on) == lines(at_once)
+    states = [Run(path).state() for path in (gone_on, at_once)]
+    assert [leaf.tobytes() for leaf in leaves(states[0])] == [leaf.tobytes() for leaf in leaves(states[1])]
+    first, second = (RunFolder(path).read_summary() for path in (gone_on, at_once))
+    assert {**first, "wall_seconds": 0} == {**second, "wall_seconds": 0} and first["skipped_steps"] > 5
+    for options, message in ((("--loop.epochs", "10"), "nothing is left to do"), (("--seed", "1"), "other rows")):
+        code, said = train("runs", "--continue", str(ten), *options)
+        assert code == 2 and message in said.err
+    assert len(list(ten.parent.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_from_any_step_and_by_what_was_continued(parent, tmp_path):
+    longer = changed(BASE, "loop.steps", 16)
+    at_once = fit(longer, workdir=tmp_path / "at_once")
+    from_4 = fit(longer, workdir=parent.parent.parent, name="small", continue_from=f"{parent}@4")
+    by_12, _ = go_on(parent, LONGER)
+    by_16, _ = go_on(by_12.path, longer)
+    from_8, _ = go_on(parent, longer)
+    for run in (from_4, from_8, by_16):
+        assert bits(run, longer) == bits(at_once, longer) and lines(run.path) == lines(at_once.path)
+    assert len({run.path for run in (from_4, from_8, by_12, by_16)}) == 4
+
+
 @pytest.fixture
 def parent(copied, finished):
     return copied / "small" / finished.path.name
@@ -571,9 +638,49 @@ def test_evaluations_that_its_own_loop_would_not_have_made_count_for_neither_bes
 
 
 @pytest.mark.slow
-def test_another_monitor_begins_the_best_anew(parent):
-    fitted, _ = go_on(parent, changed(LONGER, "loop.monitor", "loss"))
-    assert fitted.summary["best"]["step"] == 12 and "loss" in fitted.summary["best"]
+@pytest.mark.parametrize(
+    ("path", "value", "best"),
+    [
+        ("loop.monitor", "loss", {8, 12}),
+        ("loop.mode", "min", {12}),
+        ("task.label_smoothing", 0.1, {12}),
+        ("optimizer.clip_norm", 1.0, {4}),
+    ],
+)
+def test_another_task_monitor_or_mode_begins_the_best_anew(parent, path, value, best):
+    with_accuracy(parent, 4, 0.01 if path == "loop.mode" else 0.99)
+    fitted, _ = go_on(parent, changed(LONGER, path, value))
+    assert fitted.summary["best"]["step"] in best
+
+
+@pytest.mark.slow
+def test_another_number_of_rows_is_refused(tmp_path):
+    np.save(tmp_path / "rows.npy", 40)
+
+    def experiment(**loop):
+        data = Arrays(Loaded(tmp_path / "rows.npy"), batch_size=10, images=())
+        return dataclasses.replace(BASE, data=data, loop=dataclasses.replace(BASE.loop, **loop))
+
+    first = fit(experiment(), workdir=tmp_path, name="small")
+    np.save(tmp_path / "rows.npy", 30)
+    with pytest.raises(InputError, match=r"--continue .*train has 30 rows \(was 40\).*--init-from"):
+        go_on(first.path, experiment(steps=12))
+    assert fit(experiment(steps=12), workdir=tmp_path, name="small", init_from=first.path).trained
+
+
+@pytest.mark.slow
+def test_an_edited_model_is_not_continued_but_its_weights_are_taken(tmp_path, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(PROGRAM)
+    command = ["train", str(file), "--workdir", str(tmp_path / "runs"), "--loop.steps"]
+    assert main([*command, "2"]) == 0
+    run = str(RunFolder.find(tmp_path / "runs").path)
+    file.write_text(PROGRAM.replace("nn.relu", "nn.tanh"))
+    assert main([*command, "4", "--continue", run]) == 2
+    assert "jaxmp_configs.net.Net.__call__ has changed since" in capsys.readouterr().err
+    assert main([*command, "4", "--init-from", run]) == 0
+    file.write_text(PROGRAM.replace("Adam()", "Adam(1e-4, clip_norm=2.0)"))  # what is changed
+    assert main([*command, "4", "--continue", run]) == 0
 
 
 @pytest.mark.slow
