@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _exit_on_interrupt():
         try:
             code = _run(argv)
-            sys.stdout.flush()  # a closed pipe raises here
+            if sys.stdout is not None:  # `jaxmp ... >&-`
+                sys.stdout.flush()  # a closed pipe raises here
             return code
         except SystemExit as stop:  # by tyro: 0 after --help, 2 after its message about an argument
             return stop.code if isinstance(stop.code, int) else DONE

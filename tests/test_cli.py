@@ -590,6 +590,11 @@ def test_a_run_whose_steps_are_all_skipped_fails_with_exit_code_1(folder, capsys
     assert "Not ended" not in page and "cross" in page
 
 
+def test_an_output_that_is_closed_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    assert main(["configs"]) == 0
+
+
 def test_a_closed_pipe_is_no_error():
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -1,10 +1,12 @@
 """What people met elsewhere: NumPy numbers, links, file systems without locks, URLs, broken datasets, no splits."""
 
+import dataclasses
 import errno
 import fcntl
 import json
 import subprocess
 import sys
+import warnings
 
 import flax.linen as nn
 import jax
@@ -12,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp import Arrays, Classification, Experiment, InputError, Loop, Run, fit
+from jaxmp import Adam, Arrays, Classification, Experiment, InputError, Loop, Run, fit
 from jaxmp.cli import main
 from jaxmp.data.catalog import damaged_datasets, list_datasets
 from jaxmp.errors import local_path
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.overrides import override
 from jaxmp.reports.page import Page
 from jaxmp.reports.run_report import report
 from jaxmp.runs.folder import RunFolder, how_to_blame
+from jaxmp.runs.going_on import Parent
 from jaxmp.training.evaluation import evaluation_key
 
 
@@ -44,6 +48,14 @@ def test_whole_numbers_of_any_type_are_the_same_experiment(four):
     a = Experiment(Net(), Arrays(rows, batch_size=four, images=()), loop=Loop(epochs=four), seed=int(four))
     b = Experiment(Net(), Arrays(rows, batch_size=4, images=()), loop=Loop(epochs=4), seed=np.int64(4))
     assert a.hash == b.hash and json.dumps([a.seed, b.seed]) == "[4, 4]"
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), jnp.float32(0.5)])
+def test_numbers_of_numpy_and_jax_in_a_config_are_no_warning_beside_other_options(number):
+    config = dataclasses.replace(experiment(ema_decay=np.float32(0.5)), optimizer=Adam(number))
+    with warnings.catch_warnings(action="error"):
+        changed = override(config, ["--loop.steps", "3"])
+    assert changed.loop.steps == 3 and changed.loop.ema_decay == 0.5 == changed.optimizer.learning_rate
 
 
 @pytest.mark.parametrize("module", [np, jnp, sys])
@@ -77,6 +89,18 @@ def test_a_linked_folder_is_overwritten_where_it_points_to(link, tmp_path):
     assert fitted.trained and linked.is_symlink() and (path / "summary.json").exists()
 
 
+def test_a_link_that_leads_to_itself_is_refused(tmp_path):
+    (tmp_path / "runs").symlink_to("runs")
+    with pytest.raises(InputError, match="a link on the way leads to itself"):
+        RunFolder(tmp_path / "runs/name/run").create()
+
+
+def test_a_link_to_a_folder_that_is_not_there_makes_it(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "a/b")
+    RunFolder(tmp_path / "runs/run").create()
+    assert (tmp_path / "a/b/run").is_dir()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_said_once_and_used(number, tmp_path, monkeypatch):
     def flock(*args):
@@ -103,6 +127,21 @@ def test_other_paths_are_paths(text):
 def test_a_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(local_path("workdir", "~/runs")) == "/somewhere/runs"
+    for text in ("~/runs", "~/runs@best"):
+        with pytest.raises(InputError, match="'/somewhere/runs': no such folder"):
+            Parent.find(text, "init")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run", "gs://bucket/run@3", "file:///run@best"])
+def test_a_run_to_begin_with_is_a_path_here(text):
+    with pytest.raises(InputError, match=r"--init-from RUN '.*expected a path"):
+        Parent.find(text, "init")
+
+
+@pytest.mark.parametrize(("workdir", "name"), [("r\udce9", "name"), ("runs", "m\udce9"), ("a/\udcff/b", "name")])
+def test_a_path_that_is_not_utf_8_is_refused_before_training(workdir, name):
+    with pytest.raises(InputError, match="expected a path in UTF-8"):
+        fit(experiment(), workdir=workdir, name=name)
 
 
 @pytest.mark.parametrize(

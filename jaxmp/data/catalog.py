@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -148,11 +149,9 @@ def prepare_dataset(name: str) -> Prepared:
 
 def describe(name: str, version: str | None = None) -> Description:
     """What TFDS records about dataset `name`. Raises InputError if it is not prepared."""
-    import tensorflow_datasets as tfds
-
     dataset = find_dataset(name, version)
     info = _read_info(dataset.folder)
-    tensors = flatten(tfds.builder_from_directory(dataset.folder).info.features.get_tensor_info())
+    tensors = flatten(read_tfds_info(dataset).features.get_tensor_info())
     return Description(
         dataset=dataset,
         features={name: f"{np.dtype(tensor.np_dtype)} {tensor.shape}" for name, tensor in tensors.items()},
@@ -161,6 +160,19 @@ def describe(name: str, version: str | None = None) -> Description:
         licence=info.get("redistributionInfo", {}).get("license", ""),
         citation=info.get("citation", ""),
     )
+
+
+def read_tfds_info(dataset: Prepared) -> Any:
+    """TFDS's `DatasetInfo` of a prepared dataset. Raises InputError if a file that describes it is damaged."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(dataset.folder).info
+    except Exception as error:  # TFDS, json and protobuf each have their own
+        raise InputError(
+            f"{dataset.folder}: the description of a dataset, in features.json or dataset_info.json, cannot be read: "
+            f"{error!r:.200}; copy it again, or remove the folder and run `jaxmp data prepare {dataset.name}`"
+        ) from error
 
 
 def _prepare_own(name: str) -> Prepared:
@@ -218,7 +230,7 @@ def _unreadable(folder: Path, error: Exception) -> InputError:
 def _read_info(folder: Path) -> dict:
     path = folder / "dataset_info.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxmp.data.source import Source
-from jaxmp.data.transforms import HostTransformed, apply_transforms
+from jaxmp.data.transforms import HostTransformed, apply_transforms, errors_named
 from jaxmp.errors import InputError, whole_number
 
 Split = Literal["train", "validation", "test"]
@@ -77,8 +77,14 @@ class Dataset(abc.ABC):
         return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_loaded")}
 
     def _read(self, split: Split) -> Source | None:
-        source = self.source(split)
         call = f"{type(self).__name__}.source({split!r})"
+        try:
+            source = self.source(split)
+        except InputError:  # which says where
+            raise
+        except Exception:  # of one's own dataset: anything
+            with errors_named(call):
+                raise
         if source is None:
             if split == "train":
                 raise InputError(f"{call} returned None; expected the training rows, which alone are compulsory")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-from collections.abc import Iterator, Mapping
+import numbers
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
+from jaxmp.data.pipeline import read_whole
 from jaxmp.data.source import Source
 
 WHOLE_BYTES = 64 * 2**20
@@ -19,11 +22,12 @@ SAMPLED_ROWS = 256
 CHUNK_ROWS = 4096
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
+def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
     """Describes the rows of a split as JSON.
 
     Args:
       source: the rows, before the host transforms: those are code.
+      workers: processes that read a split that goes by all of its bytes; 0 reads in this thread.
 
     Returns:
       `rows`, the number of rows; `sampled`, the number of rows that were read, None if all; and `columns`: the dtype,
@@ -35,12 +39,12 @@ def fingerprint(source: Source) -> dict[str, Any]:
     sample = source[spread]
     size = sum(map(_nbytes, sample.values())) / len(spread) * rows
     digests = {name: hashlib.sha256() for name in sample}
-    for part in (sample,) if size > WHOLE_BYTES else _chunks(source, rows):
+    for part in (sample,) if size > WHOLE_BYTES else read_whole(source, CHUNK_ROWS, workers=workers):
         for name, column in part.items():
             digests[name].update(_bytes(column))
     columns = {
         name: {
-            "dtype": "text" if column.dtype.kind in "OSU" else column.dtype.name,
+            "dtype": "text" if column.dtype.kind in "OSTU" else column.dtype.name,
             "shape": list(column.shape[1:]),
             "sha256": digests[name].hexdigest()[:16],
         }
@@ -70,18 +74,39 @@ def _kind(column: Mapping[str, Any]) -> str:
     return f"{column['dtype']}{column['shape']}"
 
 
-def _chunks(source: Source, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    for start in range(0, rows, CHUNK_ROWS):
-        yield source[np.arange(start, min(start + CHUNK_ROWS, rows))]
-
-
 def _nbytes(column: np.ndarray) -> int:
     return len(_bytes(column))
 
 
 def _bytes(column: np.ndarray) -> bytes:
-    """The bytes of a column; of text and objects, with the length of each row."""
-    if column.dtype.kind != "O":
+    """The bytes of a column that mean something, the same in every process."""
+    if column.dtype.names is not None:  # with gaps between the fields, perhaps
+        return b"".join(_bytes(column[name]) for name in column.dtype.names)
+    if column.dtype.char in "gG":  # longdouble: 10 bytes in 16
+        high = column.astype(np.complex128 if column.dtype.kind == "c" else np.float64)
+        return high.tobytes() + (column - high).astype(high.dtype).tobytes()
+    if column.dtype.kind not in "OT":
         return np.ascontiguousarray(column).tobytes()
-    parts = [of if isinstance(of, bytes) else repr(of).encode() for of in column.ravel()]
+    return _framed(map(_of_object, column.ravel().tolist()))
+
+
+def _of_object(value: Any) -> bytes:
+    """The bytes of a number, a text, or of a container of them; of any other object its class alone."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, np.ndarray):  # not its repr, which leaves out what is in the middle
+        return f"{value.dtype.name}{value.shape}".encode() + _bytes(value)
+    if isinstance(value, list | tuple):
+        return _framed(map(_of_object, value))
+    if isinstance(value, Mapping):
+        return _framed(map(_of_object, value.items()))
+    if isinstance(value, Set):
+        return _framed(sorted(map(_of_object, value)))
+    if value is None or isinstance(value, str | numbers.Number | datetime.date | datetime.time | datetime.timedelta):
+        return repr(value).encode()
+    return type(value).__qualname__.encode()  # a repr may hold an address
+
+
+def _framed(parts: Iterable[bytes]) -> bytes:
+    """Joins parts, each with its length."""
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Source, as_column, for_device, is_numeric
+from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric
 from jaxmp.data.transforms import apply_host_transforms
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
@@ -26,6 +26,7 @@ from jaxmp.errors import InputError, RunFailed
 READ_THREADS = 4
 READ_AHEAD = 8  # batches
 CHECKED_ROWS = 2**20  # read at a time
+SAMPLED_ROWS = 256  # of a source that is no arrays
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
@@ -97,19 +98,28 @@ def left_out(source: Source) -> dict[str, str]:
     return {**getattr(source, "left_out", {}), **kinds}
 
 
-def check_values(source: Source, columns: Sequence[str] | None = None) -> None:
-    """Raises InputError if a column in memory holds values that JAX cannot, see `for_device`. Reads what is at hand.
+def check_values(source: Source) -> None:
+    """Raises InputError if a column holds values that JAX cannot, see `for_device`.
 
     Args:
-      source: of `Columns`, the columns are read in parts; of any other source nothing is.
-      columns: the columns to check; all by default.
+      source: of `Columns`, the columns are read in parts; of any other source a sample of its rows is.
     """
-    for name, column in getattr(source, "columns", {}).items():
-        if columns is not None and name not in columns:
-            continue
+    if not isinstance(source, Columns):
+        sample(source)
+        return
+    for name, column in source.columns.items():
         if isinstance(column, np.ndarray) and column.dtype.kind in "iu" and column.dtype.itemsize > 4:
             for start in range(0, len(column), CHECKED_ROWS):
                 for_device(name, column[start : start + CHECKED_ROWS])
+
+
+def sample(source: Source) -> dict[str, np.ndarray]:
+    """At most 256 rows of `source`, spread evenly, the first and the last among them: the columns that hold numbers.
+
+    Raises: InputError as `for_device` does.
+    """
+    rows = len(source)
+    return _numeric(source[np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))])
 
 
 def _kind(column: np.ndarray) -> str:
@@ -144,14 +154,35 @@ def stream(
       InputError: whatever `source` raises as an InputError, in another process too; or it cannot be sent there.
       RunFailed: a process that reads was killed.
     """
+    read = functools.partial(_read, batches=batches, global_index=global_index)
+    yield from _read_ahead(source, read, range(first_step, last_step), workers)
+
+
+def read_whole(source: Source, size: int, *, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Yields all rows of `source` in order, `size` at a time, with the columns that hold no numbers.
+
+    `workers` processes read ahead; with 0, this thread reads. Raises as `stream` does.
+    """
+    rows = len(source)
+    if workers:
+        yield from _read_ahead(source, functools.partial(_read_part, size=size), range(-(-rows // size)), workers)
+    else:
+        for part in range(-(-rows // size)):
+            yield _read_part(source, part, size=size).columns
+
+
+def _read_ahead(
+    source: Source, read: Callable[..., _Batch], numbers: range, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields `read(source, number)` for each number, read ahead by Grain."""
     import grain
 
     if workers:
         source = sendable(source, workers)
     threads = READ_THREADS if getattr(source, "thread_safe", False) else 0
     # A whole batch is an element: 20 times as fast as single rows that are batched afterwards.
-    steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(_read, source, batches, global_index))
-    loader = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD))
+    elements = grain.MapDataset.range(numbers.start, numbers.stop).map(functools.partial(_number, read, source))
+    loader = elements.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD))
     if workers:
         from absl import flags
 
@@ -186,11 +217,19 @@ class _Batch:
     columns: dict[str, np.ndarray]
 
 
-def _read(source: Source, batches: Batches, global_index: np.ndarray | None, step: int) -> _Batch:
-    rows, weight = batches.rows(int(step))
+def _number(read: Callable[..., _Batch], source: Source, number: Any) -> _Batch:
+    return read(source, int(number))
+
+
+def _read(source: Source, step: int, *, batches: Batches, global_index: np.ndarray | None) -> _Batch:
+    rows, weight = batches.rows(step)
     if global_index is not None:
         rows, weight = rows[global_index], weight[global_index]
     return _Batch(_numeric(source[rows]) | {"weight": weight})
+
+
+def _read_part(source: Source, part: int, *, size: int) -> _Batch:
+    return _Batch(source[np.arange(part * size, min((part + 1) * size, len(source)))])
 
 
 def evaluation_batches(

@@ -104,5 +104,6 @@ def for_device(name: str, column: Any) -> np.ndarray:
 
 def _objects(values: Any) -> np.ndarray:
     column = np.empty(len(values), object)
-    column[:] = values
+    for index, value in enumerate(values):  # not at once: NumPy would look into values that are arrays
+        column[index] = value
     return column

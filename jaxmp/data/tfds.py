@@ -71,9 +71,7 @@ def _cache(dataset: Prepared, spec: str) -> Path:
 
 def _open(dataset: Prepared, spec: str) -> tuple[Any, list[Any]]:
     """TFDS's features, and its instructions: which rows of which files make up the split `spec`."""
-    import tensorflow_datasets as tfds
-
-    info = tfds.builder_from_directory(dataset.folder).info
+    info = catalog.read_tfds_info(dataset)
     if info.file_format.value != catalog.FORMAT:
         raise InputError(
             f"{dataset.name} in {dataset.folder} is stored as {info.file_format.value}; jaxmp reads {catalog.FORMAT}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,17 @@ def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", 
     import tyro
 
     try:
-        return tyro.cli(
-            type(experiment),
-            default=experiment,
-            args=arguments,
-            prog=prog,
-            description=description,
-            registry=_registry(),
-        )
+        with warnings.catch_warnings():
+            # That a value is a number of NumPy or JAX, and so not of the field's type.
+            warnings.filterwarnings("ignore", module=r"tyro\.")
+            return tyro.cli(
+                type(experiment),
+                default=experiment,
+                args=arguments,
+                prog=prog,
+                description=description,
+                registry=_registry(),
+            )
     except _Refused as refused:
         raise refused.error from None
 

@@ -13,8 +13,12 @@ from __future__ import annotations
 import __future__
 
 import ast
+import collections
+import contextlib
 import dataclasses
+import datetime
 import dis
+import enum
 import functools
 import hashlib
 import importlib
@@ -22,7 +26,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import linecache
+import numbers
 import operator
+import pathlib
+import re
 import sys
 import sysconfig
 import types
@@ -45,7 +52,7 @@ def made_by(experiment: Any) -> dict[str, Any]:
     """What an experiment is made by, as JSON by name; equal where the same program makes it.
 
     Each name has one of {"syntax": digest}, {"bytecode": digest, "python": "3.11"}, {"value": JSON} and
-    {"version": "1.2.3"}.
+    {"version": "1.2.3"}. A value inside an object that an installed package made has "in": the package as well.
     """
     walk = _Walk()
     for field in dataclasses.fields(experiment):
@@ -67,9 +74,10 @@ class Comparison:
         self.changed: list[str] = []
         self.packages: list[str] = []
         self.unknown: list[str] = []
+        other = {name for name in {*recorded, *now} if _version_of(recorded, name) != _version_of(now, name)}
         for name in sorted({*recorded, *now}):
             was, is_ = recorded.get(name), now.get(name)
-            if was == is_:
+            if was == is_ or (was or is_ or {}).get("in") in other:  # the package itself is named
                 continue
             if "version" in (was or is_ or {}):
                 if was and is_:
@@ -78,6 +86,10 @@ class Comparison:
                 self.unknown.append(name)
             else:
                 self.changed.append(name if was and is_ else f"{name} ({'new' if is_ else 'not reached any more'})")
+
+
+def _version_of(made: Mapping[str, Any], name: str) -> Any:
+    return made.get(name, {}).get("version")
 
 
 def _not_comparable(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -92,7 +104,9 @@ class _Walk:
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
         self.mutated: set[str] = set()  # names of those that code changes
-        self.seen: dict[int, Any] = {}  # by id; the objects are kept, so that no id is used twice
+        self.seen: dict[int, tuple[Any, str]] = {}  # by id: the object, so that no id is used twice, and its name
+        self.count: collections.Counter[str] = collections.Counter()  # of functions that one `def` or lambda made
+        self.inside: str | None = None  # the package inside whose objects the walk is
 
     def result(self) -> dict[str, Any]:
         return {name: of for name, of in self.found.items() if not any(_is_within(name, each) for each in self.mutated)}
@@ -116,47 +130,70 @@ class _Walk:
 
     def visit(self, value: Any, name: str) -> None:
         """Notes a value that is called `name`, and all that can be reached from it."""
-        if isinstance(value, (types.ModuleType, type)):
-            pass
-        elif _is_plain(value):
+        if not isinstance(value, (types.ModuleType, type)) and _is_plain(value):
+            if isinstance(value, enum.Enum):  # its name is no value
+                self.visit(type(value), f"{name}.__class__")
             self.constant(value, name)
             return
-        if id(value) in self.seen:
-            return
-        self.seen[id(value)] = value
+        if id(value) not in self.seen:
+            self.seen[id(value)] = value, name
+            known = self.new(value, name) or name
+            self.seen[id(value)] = value, known
+        _, known = self.seen[id(value)]
+        if known != name and not isinstance(value, types.ModuleType):  # which of those that can be reached it is
+            self.note(name, {"value": f"is {known}"})
+
+    def new(self, value: Any, name: str) -> str | None:
+        """Notes a value that was not seen before. Returns its name if it has one of its own."""
         if isinstance(value, types.ModuleType):
             self.module(value)
-        elif isinstance(value, type):
-            self.a_class(value)
-        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) or _wraps(value):
-            self.function(value, name)
-        elif isinstance(value, Mapping):
+            return None
+        if isinstance(value, type):
+            return self.a_class(value)
+        if _is_code(value):
+            return self.function(value, name)
+        if isinstance(value, Mapping):
             for key, of in value.items():
                 self.visit(of, f"{name}[{key!r}]")
             self.note(name, {"value": f"{type(value).__name__} of {len(value)}"})
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            parts = value if isinstance(value, (list, tuple)) else sorted(value, key=repr)
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            parts = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
             for index, of in enumerate(parts):
                 self.visit(of, f"{name}[{index}]")
             self.note(name, {"value": f"{type(value).__name__} of {len(value)}"})
         else:
             self.an_object(value, name)
+        return None
 
     def note(self, name: str, entry: Any) -> None:
-        self.found.setdefault(name, entry)
+        self.found.setdefault(name, entry | ({"in": self.inside} if self.inside else {}))
+
+    @contextlib.contextmanager
+    def within(self, module: str | None) -> Iterator[None]:
+        """Context manager: what is noted is a part of what an installed module made; None for one's own."""
+        before, self.inside = self.inside, None
+        if module is not None:
+            self.package(module)
+            top = module.partition(".")[0]
+            self.inside = top if top in self.found else None
+        try:
+            yield
+        finally:
+            self.inside = before
 
     def constant(self, value: Any, name: str) -> None:
         try:
             self.note(name, {"value": canonical(value, name)})
         except InputError:
-            self.note(name, {"value": f"a {type(value).__qualname__}"})
+            told = f" {value!r}" if isinstance(value, _BY_REPR) else ""
+            self.note(name, {"value": f"a {type(value).__qualname__}{told}"})
 
     def package(self, name: str) -> None:
         """Notes the version of the installed package of a module."""
         top = name.partition(".")[0]
         version = _version(top)
         if version is not None:
-            self.note(top, {"version": version})
+            self.found.setdefault(top, {"version": version})
 
     def module(self, module: types.ModuleType) -> None:
         """Notes an installed module; of one's own, what code names of it is visited one by one."""
@@ -165,90 +202,121 @@ class _Walk:
 
     def an_object(self, value: Any, name: str) -> None:
         kind = type(value)
-        self.visit(kind, kind.__qualname__)
+        self.visit(kind, f"{name}.__class__")
         if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                if field.name not in ("parent", "name") and hasattr(value, field.name):
-                    self.visit(getattr(value, field.name), f"{name}.{field.name}")
-        elif not is_installed(kind.__module__):
-            for field, of in sorted(getattr(value, "__dict__", {}).items()):
-                self.visit(of, f"{name}.{field}")
+            names = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+            changing = set()
+        elif isinstance(value, types.SimpleNamespace) or not is_installed(kind.__module__):
+            slots = [slot for base in kind.__mro__ for slot in _slots(base)]
+            names, changing = sorted({*getattr(value, "__dict__", {}), *slots}), _changed_attributes(kind)
+        else:
+            names = [field for field, of in sorted(getattr(value, "__dict__", {}).items()) if _is_code(of)]
+            changing = set()
+        own = dataclasses.is_dataclass(value) or not is_installed(kind.__module__)
+        with self.within(None if own else kind.__module__):
+            for field in names:
+                if field not in changing and hasattr(value, field):
+                    self.visit(getattr(value, field), f"{name}.{field}")
 
-    def a_class(self, kind: type) -> None:
+    def a_class(self, kind: type) -> str:
         if is_installed(kind.__module__):
             self.package(kind.__module__)
-            return
+            return _installed_name(kind)
         where = f"{kind.__module__}.{kind.__qualname__}"
-        self.note(where, {"value": [_name(base) for base in kind.__bases__]})
-        for base in kind.__bases__:
-            self.visit(base, base.__qualname__)
+        bases = (*kind.__bases__, type(kind))
+        self.note(where, {"value": [_reference(base) for base in bases]})
+        for base in bases:
+            self.visit(base, _reference(base))
         for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
             if field.default_factory is not dataclasses.MISSING:
                 self.visit(field.default_factory, f"{where}.{field.name}")
         for name, of in vars(kind).items():
-            if name.startswith("__") and not isinstance(of, types.FunctionType):
-                continue
             if isinstance(of, (staticmethod, classmethod)):
                 of = of.__func__
+            if name.startswith("__") and not _is_code(of):
+                continue
             if isinstance(of, property):
-                for part in (of.fget, of.fset, of.fdel):
-                    self.visit(part, f"{where}.{name}") if part is not None else None
+                for kind_of, part in (("", of.fget), (".setter", of.fset), (".deleter", of.fdel)):
+                    self.visit(part, f"{where}.{name}{kind_of}") if part is not None else None
             elif isinstance(of, functools.cached_property):
                 self.visit(of.func, f"{where}.{name}")
             elif not isinstance(of, _GENERATED) and not name.startswith("_abc"):
                 self.visit(of, f"{where}.{name}")
+        return where
 
-    def function(self, value: Any, name: str) -> None:
-        if isinstance(value, functools.partial):
+    def function(self, value: Any, name: str) -> str:
+        """Notes a function. Returns its name: of an installed one, that of the package with it."""
+        if isinstance(value, (functools.partial, functools.partialmethod)):
             self.visit(value.func, f"{name}.func")
             self.visit(tuple(value.args), f"{name}.args")
             self.visit(dict(value.keywords), f"{name}.keywords")
-            return
+            return name
         if isinstance(value, types.MethodType):
-            self.visit(value.__func__, name)
+            self.visit(value.__func__, f"{name}.__func__")
             self.visit(value.__self__, f"{name}.__self__")
-            return
-        if not isinstance(value, types.FunctionType):  # jax.jit, functools.lru_cache
-            self.visit(value.__wrapped__, name)
-            return
+            return name
+        if not isinstance(value, types.FunctionType):  # jax.jit, jax.custom_vjp, functools.lru_cache
+            with self.within(type(value).__module__):
+                self.visit(value.__wrapped__, f"{name}.__wrapped__")
+                for field, of in sorted(getattr(value, "__dict__", {}).items()):
+                    if field != "__wrapped__" and _is_code(of):  # the rules of a custom derivative
+                        self.visit(of, f"{name}.{field}")
+            return name
         # Not by what functools.wraps copies to a wrapper.
         module = str(value.__globals__.get("__name__"))
+        if is_installed(module):
+            with self.within(module):
+                self.parts_of_installed(value, name)
+            return _installed_name(value)
+        if value.__code__.co_filename.startswith("<string>"):  # what dataclass makes: its fields are seen
+            return name
         where = f"{module}.{value.__code__.co_qualname}"
-        installed = is_installed(module)
-        if installed:
-            self.package(module)
-        elif value.__code__.co_filename.startswith("<string>"):  # what dataclass makes: its fields are seen
-            return
-        else:
-            self.code(value, where)
-        if hasattr(value, "__wrapped__"):
-            self.visit(value.__wrapped__, where)
-        for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                of = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            if not installed or _is_code(of) or _is_plain(of):
-                self.visit(of, f"{where} closure {variable}")
-        if not installed:
-            for index, of in enumerate(value.__defaults__ or ()):
-                self.visit(of, f"{where} default {index}")
-            for variable, of in (value.__kwdefaults__ or {}).items():
-                self.visit(of, f"{where} default {variable}")
+        self.count[where] += 1
+        where = where if self.count[where] == 1 else f"{where} ({self.count[where]})"
+        self.seen[id(value)] = value, where  # before what it names is visited: it may name itself
+        with self.within(None):
+            changing = self.code(value, where)
+            if hasattr(value, "__wrapped__"):
+                self.visit(value.__wrapped__, f"{where} wraps")
+            for variable, of in _closure(value):
+                if variable not in changing:
+                    self.visit(of, f"{where} closure {variable}")
+            defaults = value.__defaults__ or ()
+            names = value.__code__.co_varnames[: value.__code__.co_argcount]
+            named = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+            for variable, of in {**named, **(value.__kwdefaults__ or {})}.items():
+                if variable not in changing:
+                    self.visit(of, f"{where} default {variable}")
+        return where
 
-    def code(self, function: types.FunctionType, where: str) -> None:
+    def parts_of_installed(self, function: types.FunctionType, name: str) -> None:
+        """Visits what an installed function holds: one's own code, and numbers that it was made with."""
+        if hasattr(function, "__wrapped__"):
+            self.visit(function.__wrapped__, f"{name} wraps")
+        registry = getattr(function, "registry", None)
+        if isinstance(registry, Mapping):  # functools.singledispatch
+            for kind, of in registry.items():
+                self.visit(of, f"{name} of {getattr(kind, '__qualname__', kind)}")
+        for variable, of in _closure(function):
+            if _is_code(of) or _is_plain(of) or _holds_code(of):
+                self.visit(of, f"{name} closure {variable}")
+
+    def code(self, function: types.FunctionType, where: str) -> set[str]:
+        """Notes the code of a function, and visits what it names. Returns its own variables whose values it changes."""
         node, place = syntax_of(function), function.__globals__.get("__name__")
+        changing: set[str] = set()
         if node is None:
             digest = hashlib.sha256(repr(_bytecode(function.__code__)).encode()).hexdigest()[:16]
-            entry = {"bytecode": digest, "python": PYTHON}
+            self.note(where, {"bytecode": digest, "python": PYTHON})
         else:
             digest = hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
-            entry = {"syntax": digest}
-            self.mutated |= {f"{place}.{name}" for name in _mutated(node)}
-        self.note(where if where not in self.found else f"{where} ({digest})", entry)
+            self.note(where, {"syntax": digest})
+            changing = _mutated(node)
         for module, name, of in _named(function, function.__code__):
             self.visit(of, f"{module}.{name}")
-        self.mutated |= {f"{place}.{name}" for name in _stored(function.__code__)}
+        self.mutated |= {f"{place}.{name}" for name in changing & _loaded(function.__code__)}
+        self.mutated |= {f"{place}.{name}" for name in _stored(function.__code__, "GLOBAL")}
+        return changing | _stored(function.__code__, "DEREF")
 
 
 def _is_within(name: str, variable: str) -> bool:
@@ -263,7 +331,21 @@ def _is_plain(value: Any) -> bool:
     """Whether a value goes by value: a number, text, a dtype, an array."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return True
-    return hasattr(value, "dtype") and hasattr(value, "shape")
+    return isinstance(value, _BY_REPR) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+
+
+_BY_REPR = (
+    bytearray,
+    range,
+    slice,
+    re.Pattern,
+    numbers.Number,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    pathlib.PurePath,
+)
+"""classes whose instances are told by their repr"""
 
 
 def _wraps(value: Any) -> bool:
@@ -271,11 +353,43 @@ def _wraps(value: Any) -> bool:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) or _wraps(value)
+    kinds = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
+    return isinstance(value, kinds) or (not isinstance(value, type) and _wraps(value))
 
 
-def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+def _holds_code(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(_is_code, parts))
+
+
+def _reference(kind: type) -> str:
+    return _installed_name(kind) if is_installed(kind.__module__) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _installed_name(value: Any) -> str:
+    """The package and name of an installed function or class, wherever in the package it stands."""
+    return f"{str(value.__module__).partition('.')[0]}:{value.__qualname__}"
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__setstate__")
+
+
+def _changed_attributes(kind: type) -> set[str]:
+    """The attributes that methods of one's own class change, other than where an instance is made."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if is_installed(base.__module__):
+            continue
+        for name, of in vars(base).items():
+            if isinstance(of, types.FunctionType) and name not in CONSTRUCTORS:
+                node = syntax_of(of)
+                found |= _stored(of.__code__, "ATTR") | (set() if node is None else _mutated(node, attributes=True))
+    return found
 
 
 @functools.cache
@@ -323,6 +437,7 @@ def _instructions(code: types.CodeType) -> Iterator[list[dis.Instruction]]:
 def _named(function: types.FunctionType, code: types.CodeType) -> Iterator[tuple[str, str, Any]]:
     """Yields the globals that code names, and what it takes of one's own modules: module, name, value."""
     variables, missing = function.__globals__, object()
+    around = dict(_closure(function))
     for instructions in _instructions(code):
         for index, one in enumerate(instructions):
             if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -333,8 +448,17 @@ def _named(function: types.FunctionType, code: types.CodeType) -> Iterator[tuple
                     yield from _attributes(value, instructions[index + 1 :])
                 else:
                     yield str(variables.get("__name__")), one.argval, value
+            elif one.opname == "LOAD_DEREF" and isinstance(module := around.get(one.argval), types.ModuleType):
+                yield from _attributes(module, instructions[index + 1 :])
             elif one.opname == "IMPORT_NAME":
                 yield from _imported(function, instructions, index)
+
+
+def _closure(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables of functions around it that a function uses, with what they hold."""
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            yield variable, cell.cell_contents
 
 
 def _attributes(module: types.ModuleType, after: list[dis.Instruction]) -> Iterator[tuple[str, str, Any]]:
@@ -370,18 +494,28 @@ def _imported(
             yield name, attribute, vars(module)[attribute]
 
 
-def _stored(code: types.CodeType) -> set[str]:
-    """The global variables that code assigns."""
+def _stored(code: types.CodeType, what: str) -> set[str]:
+    """The variables that code assigns: GLOBAL ones, those of functions around it (DEREF), or attributes (ATTR)."""
     return {
         one.argval
         for instructions in _instructions(code)
         for one in instructions
-        if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+        if one.opname in (f"STORE_{what}", f"DELETE_{what}")
     }
 
 
-def _mutated(node: ast.AST) -> set[str]:
-    """The variables that code fills or changes: `name[...] = `, `name.append(...)`."""
+def _loaded(code: types.CodeType) -> set[str]:
+    """The global variables that code reads."""
+    return {
+        one.argval
+        for instructions in _instructions(code)
+        for one in instructions
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+
+
+def _mutated(node: ast.AST, *, attributes: bool = False) -> set[str]:
+    """The variables, or the attributes, that code fills or changes: `name[...] = `, `name.append(...)`."""
     found = set()
     for part in ast.walk(node):
         target: Any = None
@@ -389,7 +523,9 @@ def _mutated(node: ast.AST) -> set[str]:
             target = part.value
         elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr in MUTATORS:
             target = part.func.value
-        if isinstance(target, ast.Name):
+        if attributes and isinstance(target, ast.Attribute):
+            found.add(target.attr)
+        elif not attributes and isinstance(target, ast.Name):
             found.add(target.id)
     return found
 

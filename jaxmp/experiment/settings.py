@@ -62,7 +62,7 @@ class Loop:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
         if self.ema_decay is not None:
-            number("loop.ema_decay", self.ema_decay)
+            object.__setattr__(self, "ema_decay", float(number("loop.ema_decay", self.ema_decay)))
         self._require("accumulate_overflow", self.accumulate_overflow in OVERFLOWS, " or ".join(OVERFLOWS))
         self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")

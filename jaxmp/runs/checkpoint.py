@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import warnings
 import weakref
@@ -81,6 +82,7 @@ class Checkpoints:
         self.mode = mode
         self._ocp = ocp
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._link: tempfile.TemporaryDirectory[str] | None = None  # see `_arrays`
         self._writing: threading.Thread | None = None
         self._saved: int | None = None  # the step last handed to `save`
         self._failure: tuple[int, Exception] | None = None
@@ -115,7 +117,7 @@ class Checkpoints:
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
             # No copy is necessary. On a GPU, Orbax fetches the arrays before it returns. On a CPU, it holds views of
             # JAX's buffers, and JAX does not reuse the memory of a donated buffer while a view of it exists.
-            self._orbax.save(partial / _ARRAYS, args=self._ocp.args.PyTreeSave(arrays))
+            self._orbax.save(self._arrays(partial), args=self._ocp.args.PyTreeSave(arrays))
         except OSError as error:
             raise self._not_written(step, error) from error
         self._saved = step
@@ -174,33 +176,34 @@ class Checkpoints:
     def leaves(self, step: int) -> dict[str, str]:
         """Returns dtype and shape of each saved leaf, by path: {"state/step": "int32[]"}.
 
-        Raises InputError if there is no checkpoint of `step`, or it is damaged.
+        Reads the manifest alone. Raises InputError if there is no checkpoint of `step`, or its manifest is damaged.
         """
-        return {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in self._intact(step)["leaves"].items()}
+        return {path: f"{leaf['dtype']}{leaf['shape']}" for path, leaf in self._described(step)["leaves"].items()}
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics that were saved with a state. Raises InputError as `leaves` does."""
-        return dict(self._intact(step)["metrics"])
+        return dict(self._described(step)["metrics"])
 
     def read_leaves(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Restores some leaves of a checkpoint: those that `like` has, by path, each on the devices of its value there.
 
-        Raises InputError as `leaves` does.
+        Raises InputError if there is no checkpoint of `step`, or it is damaged.
         """
+        manifest = self._described(step)
         try:
-            return self._read_leaves(step, self._intact(step), like)
+            self._verify(step, manifest)
+            return self._read_leaves(step, manifest, like)
         except _Corrupt as why:
             raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
 
-    def _intact(self, step: int) -> dict:
+    def _described(self, step: int) -> dict:
+        """The manifest of a checkpoint."""
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
         try:
-            manifest = self._manifest(step)
-            self._verify(step, manifest)
+            return self._manifest(step)
         except _Corrupt as why:
             raise InputError(f"checkpoint {self.folder / str(step)} is damaged ({why})") from why
-        return manifest
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints on disk, ascending, without one that is still being written."""
@@ -227,6 +230,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+            if self._link is not None:
+                self._link.cleanup()
+                self._link = None
 
     # Writing.
 
@@ -290,6 +296,21 @@ class Checkpoints:
             f"Intact checkpoints: {self.steps() or 'none'}. Make room or choose another folder, and run the same "
             "command again"
         )
+
+    def _arrays(self, checkpoint: Path) -> Path:
+        """The folder of a checkpoint's arrays, by a path that Orbax can read again.
+
+        Orbax takes `[` and `\\` in a path for a pattern of names, finds nothing, and the checkpoint seems damaged.
+        There it is given the path of a link.
+        """
+        if not set("[]\\") & set(str(self.folder)):
+            return checkpoint / _ARRAYS
+        if processes.several():  # each would have another link, and all have to name one folder
+            raise InputError(f"{self.folder}: several processes cannot write where a path has one of []\\ in it")
+        if self._link is None:
+            self._link = tempfile.TemporaryDirectory(prefix="jaxmp-")
+            Path(self._link.name, "checkpoints").symlink_to(self.folder)
+        return Path(self._link.name, "checkpoints") / checkpoint.name / _ARRAYS
 
     def _path(self, step: int, suffix: str) -> Path:
         return self.folder / f"{step}.{suffix}"
@@ -358,7 +379,7 @@ class Checkpoints:
         how = {path: self._restore_args(wanted.get(path)) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
         try:
             arrays = self._orbax.restore(
-                self.folder / str(step) / _ARRAYS, args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
+                self._arrays(self.folder / str(step)), args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
             )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
             if processes.several():  # others may have read it, and would not use the one before

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import check_splits, check_values, nbytes
-from jaxmp.data.source import Source
+from jaxmp.data.pipeline import check_splits, check_values, nbytes, sample
+from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
@@ -37,8 +42,14 @@ def check(trainer: Trainer) -> None:
     for split in trainer.splits:
         check_values(trainer.source(split))
     check_targets(trainer, *trainer.splits)
-    if experiment.data.workers and nbytes(trainer.source()) > experiment.data.device_limit * 2**20:
-        refuse_unguarded_script(experiment.data.workers)
+    if workers := reading_processes(trainer):
+        refuse_unguarded_script(workers)
+
+
+def reading_processes(trainer: Trainer) -> int:
+    """How many processes read the training split: `data.workers` if it is streamed, else 0."""
+    data = trainer.experiment.data
+    return data.workers if data.workers and nbytes(trainer.source()) > data.device_limit * 2**20 else 0
 
 
 def refuse_unguarded_script(workers: int) -> None:
@@ -73,5 +84,22 @@ def _is_guarded(file: Path, line: int) -> bool:
 def check_targets(trainer: Trainer, *splits: Split) -> None:
     """Refuses rows of these splits that the task cannot take, such as labels out of range."""
     for split in splits:
-        columns = getattr(trainer.source(split), "columns", {})
-        check_rows(trainer.experiment.task, trainer.outputs, columns, split)
+        check_rows(trainer.experiment.task, trainer.outputs, _checked_rows(trainer, split), split)
+
+
+def _checked_rows(trainer: Trainer, split: Split) -> Mapping[str, Any]:
+    """The columns of a split, as far as they are at hand, as the task sees them; else a sample of its rows.
+
+    A column that the transforms change is a sample as well.
+    """
+    data, source = trainer.experiment.data, trainer.source(split)
+    whole = source.columns if isinstance(source, Columns) else {}
+    if whole and not data.transforms:
+        return whole
+    found = sample(source)
+    if not data.transforms:
+        return found
+    batch = {**found, "weight": np.ones(len(next(iter(found.values()))), np.float32)}
+    prepared = jax.tree.map(np.asarray, jax.jit(data.prepare(train=False))(batch, None))
+    kept = {name: whole[name] for name in whole if name in found and np.array_equal(found[name], prepared.get(name))}
+    return {**prepared, **kept}

@@ -26,7 +26,7 @@ from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
-from jaxmp.runs.checks import check, check_targets
+from jaxmp.runs.checks import check, check_targets, reading_processes
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
@@ -38,6 +38,7 @@ from jaxmp.runs.going_on import (
     log_without_effect,
     refuse_other_code,
     refuse_other_rows,
+    refuse_other_rows_if_readable,
     with_session,
 )
 from jaxmp.runs.provenance import provenance
@@ -165,23 +166,25 @@ def fit(
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
+    program = made_by(experiment)  # before `load` is called, which may change what it is made by: count, keep
     recorded, summary = processes.from_first(
         lambda: (
-            _recorded(folder, experiment, begins_with, overwrite, log),
+            _recorded(folder, identity_hash(experiment, begins_with), program, overwrite, log),
             None if overwrite else folder.read_summary(),
         )
     )
     if summary is not None:
-        changes = changed_settings(recorded, experiment) if recorded else []
+        trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count())
         if any(change.kind == "rounds" for change in changes):
-            check(Trainer(experiment))  # the rest was checked before it was trained
+            check(trainer)  # the rest was checked before it was trained
+        processes.from_first(lambda: refuse_other_rows_if_readable(folder, recorded, trainer, log))
         log_without_effect(changes, log)
         return Fitted(folder.path, summary, stopped=False, trained=False)
 
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
-    rows = processes.from_first(lambda: trainer.fingerprints())
+    rows = processes.from_first(lambda: trainer.fingerprints(workers=reading_processes(trainer)))
     if recorded:
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
@@ -210,7 +213,7 @@ def fit(
                     "fuse_steps": fuse,
                     "steps": trainer.steps,
                     "scaler": canonical(experiment.make_scalers() or experiment.make_scaler(), "scaler"),
-                    "made_by": made_by(experiment),
+                    "made_by": program,
                     "rows": rows,
                 }
                 if parent is not None:
@@ -221,7 +224,7 @@ def fit(
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
         if not recorded:
-            log_neighbours(folder, experiment, begins_with, log)
+            log_neighbours(folder, trainer, fresh, rows, begins_with, log)
         carried = None
         if parent is not None and begins and parent.takes_all:
             carried = parent.carry_over(trainer, fresh, log)
@@ -262,12 +265,12 @@ def _parent(
 
 def _recorded(
     folder: RunFolder,
-    experiment: Experiment,
-    begins_with: dict[str, Any] | None,
+    expected: str,
+    program: dict[str, Any],
     overwrite: bool,
     log: Callable[[str], None],
 ) -> Any:
-    """The config.json of a run to be resumed; None if there is none, or it is to be overwritten."""
+    """The config.json of a run to be resumed, of this hash; None if there is none, or it is to be overwritten."""
     if folder.is_unused():
         return None
     try:
@@ -278,13 +281,12 @@ def _recorded(
         ) from error
     if overwrite:
         return None
-    expected = identity_hash(experiment, begins_with)
     if config["hash"] != expected:
         raise InputError(
             f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
-    refuse_other_code(folder, config, made_by(experiment), log)
+    refuse_other_code(folder, config, program, log)
     return config
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -48,11 +49,18 @@ class RunFolder:
     ) -> RunFolder:
         """The folder that a run of `experiment` has in `workdir`: `workdir/name/<hash>-s<seed>`.
 
-        `begins_with` is what identifies the state or weights of another run that it begins with.
+        `begins_with` is what identifies the state or weights of another run that it begins with. Raises InputError if
+        there can be no run folder, see `local_path`.
         """
-        return cls(
-            local_path("workdir", workdir) / name / f"{identity_hash(experiment, begins_with)}-s{experiment.seed}"
-        )
+        runs = local_path("workdir", workdir) / name
+        try:
+            os.fspath(runs.absolute()).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"workdir {os.fspath(runs)!r}: expected a path in UTF-8, which Orbax and TensorStore need for "
+                "checkpoints; rename it, or choose another --workdir"
+            ) from None
+        return cls(runs / f"{identity_hash(experiment, begins_with)}-s{experiment.seed}")
 
     @classmethod
     def find(cls, path: Path) -> RunFolder:
@@ -131,8 +139,13 @@ class RunFolder:
     def create(self) -> None:
         """Makes the folder. Raises InputError if the file system takes none there."""
         try:
-            self.path.resolve().mkdir(parents=True, exist_ok=True)  # of a link, the folder that it points to
-        except FileNotFoundError as error:  # some file systems say it so: /proc
+            # Of a link, the folder that it points to is made.
+            Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise InputError(f"{self.path}: a link on the way leads to itself; choose another --workdir") from error
+            if error.errno != errno.ENOENT:  # which some file systems say: /proc
+                raise
             raise InputError(f"{self.path}: no folder can be made there; choose another --workdir") from error
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 
 from jaxmp.data.fingerprint import changed_rows
 from jaxmp.distributed import processes
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, Difference, differences
-from jaxmp.experiment.reachable import Comparison
+from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.runs.checkpoint import Checkpoints, describe, named_leaves
 from jaxmp.runs.folder import RunFolder, parse_step
 from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_patience
@@ -77,9 +78,24 @@ def refuse_other_rows(folder: RunFolder, config: Mapping[str, Any], now: Mapping
     if found:
         raise InputError(
             f"the data have changed since {folder.path} began: {_listed(found)}. It is never gone on with over other "
-            "data; bring them back, choose another --workdir (workdir=), or begin again with --overwrite "
-            "(overwrite=True)"
+            "data (a load that draws without a seed makes others in each process); bring them back, choose another "
+            "--workdir (workdir=), or begin again with --overwrite (overwrite=True)"
         )
+
+
+def refuse_other_rows_if_readable(folder: RunFolder, config: Mapping[str, Any], trainer: Trainer, log: Log) -> None:
+    """Refuses to give the results of a finished run for those of other data.
+
+    Says so where the data cannot be read any more: a finished run needs them no more.
+
+    Raises: InputError that names what differs in which split.
+    """
+    try:
+        now = trainer.fingerprints()
+    except InputError as error:
+        log(f"{str(error)[:200]}; whether the data have changed since {folder.path} began is not known")
+    else:
+        refuse_other_rows(folder, config, now)
 
 
 def other_rows(config: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -147,9 +163,25 @@ def with_session(config: dict[str, Any], step: int, changes: Iterable[Difference
     return config | {"sessions": [*config.get("sessions", ()), {"step": step, "changed": changed}]}
 
 
-def log_neighbours(folder: RunFolder, experiment: Experiment, origin: dict[str, Any] | None, log: Log) -> None:
-    """Says which runs beside this new one differ from it in one field alone, and what --continue would do with them."""
-    said = 0
+def log_neighbours(
+    folder: RunFolder,
+    trainer: Trainer,
+    fresh: TrainState,
+    rows: Mapping[str, Any],
+    origin: dict[str, Any] | None,
+    log: Log,
+) -> None:
+    """Says which runs beside this new one differ from it in one field alone, and what --continue would do with them.
+
+    Args:
+      folder: of the new run.
+      trainer: of the new run.
+      fresh: its first state, or the shapes of it.
+      rows: the fingerprints of its splits.
+      origin: what it begins with; runs that begin with something else are not compared.
+      log: takes the words.
+    """
+    said, experiment = 0, trainer.experiment
     for other in folder.beside():
         if said == NEIGHBOURS:
             return
@@ -162,16 +194,21 @@ def log_neighbours(folder: RunFolder, experiment: Experiment, origin: dict[str, 
             continue
         if len(found) == 1:
             said += 1
-            log(f"a new run: it differs from {other.path} in {found[0]} alone; {_would_do(other, found[0])}")
+            log(
+                f"a new run: it differs from {other.path} in {found[0]} alone; {_would_do(other, trainer, fresh, rows)}"
+            )
 
 
-def _would_do(other: RunFolder, difference: Difference) -> str:
-    steps = other.checkpoint_steps()
-    if not steps:
+def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mapping[str, Any]) -> str:
+    if not other.checkpoint_steps():
         return "that has no state yet with which --continue could go on"
-    if is_other_data(difference.path):
-        return f"--continue goes on over the same batches only; --init-from {other.path} takes its weights"
-    return f"--continue {other.path} goes on from its step {steps[-1]}, in a folder of its own, with all of its state"
+    try:
+        parent = Parent.find(other.path, "continue")
+        parent.check(trainer, rows)
+        parent.check_layout(trainer, fresh)
+    except InputError as error:
+        return f"it cannot be gone on with: {error}"
+    return f"--continue {other.path} goes on from its step {parent.step}, in a folder of its own, with all of its state"
 
 
 SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
@@ -234,7 +271,7 @@ class Parent:
         for pattern in only:
             if Pattern(pattern).by_class:
                 raise InputError(f"--init-only {pattern}: a weight has no class; expected a path such as **/kernel")
-        folder = RunFolder.find(Path(name))
+        folder = RunFolder.find(local_path(f"{option} RUN", name))
         config, steps = folder.read_config(), folder.checkpoint_steps()
         folder.refuse_earlier_version(config)
         step = parse_step(which, f"{option} {os.fspath(text)}")
@@ -270,7 +307,7 @@ class Parent:
     def check(self, trainer: Trainer, rows: Mapping[str, Any]) -> None:
         """Refuses what --continue cannot do, from what config.json says; `rows` are the trainer's fingerprints.
 
-        Raises: InputError if the rows of a step would be others, or no step is left.
+        Raises: InputError if the rows of a step would be others, code of both was edited, or no step is left.
         """
         if not self.takes_all:
             return
@@ -285,6 +322,12 @@ class Parent:
             raise InputError(
                 f"--continue {name}: {_listed(found)}: its steps would go over other data; --init-from {name} takes "
                 "its weights"
+            )
+        edited = self._edited(trainer.experiment)
+        if edited:
+            raise InputError(
+                f"--continue {name}: {_listed(edited)} has changed since, and its state would be gone on with by other "
+                f"code; take back the change, or take its weights alone: --init-from {name}"
             )
         if trainer.experiment.seed != self.config["seed"]:
             raise InputError(
@@ -302,6 +345,13 @@ class Parent:
                 f"--continue {name}: {trainer.experiment.loop.patience} evaluations in a row were no better, so that "
                 "loop.patience leaves nothing to do; expected a larger one, or None"
             )
+
+    def _edited(self, experiment: Experiment) -> list[str]:
+        """One's own functions and values that were edited since, and are not another choice of what is trained."""
+        recorded, now = self.config.get("made_by", {}), made_by(experiment)
+        parts = {field.name for field in dataclasses.fields(experiment)}
+        names = [name for name in recorded if name in now and re.split(r"[.\[]", name)[0] not in parts]
+        return Comparison(*({name: of[name] for name in names} for of in (recorded, now))).changed
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the parent up to the step, without those of the test split."""
@@ -339,12 +389,17 @@ class Parent:
         how = {"keep": trainer.experiment.loop.keep, "best_of": trainer.monitor.name, "mode": trainer.monitor.best}
         return Carried(self.lines(), states, how)
 
-    def _converted(
-        self, trainer: Trainer, fresh: TrainState, checkpoints: Checkpoints, step: int
-    ) -> tuple[Any, list[str]]:
-        """The state and metrics of a checkpoint in the layout of `fresh`, and what of them begins fresh."""
-        template: Any = {"state": fresh, "metrics": trainer.no_metrics}
-        saved, wanted = checkpoints.leaves(step), named_leaves(template)
+    def check_layout(self, trainer: Trainer, fresh: TrainState) -> None:
+        """Raises InputError, which names each, if leaves that have to be taken differ in path, shape or dtype."""
+        checkpoints = self.folder.checkpoints()
+        try:
+            self._taken(trainer, fresh, checkpoints.leaves(self.step))
+        finally:
+            checkpoints.close()
+
+    def _taken(self, trainer: Trainer, fresh: TrainState, saved: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+        """The saved path of each leaf that is taken, by its path in the new state; and what begins fresh."""
+        wanted = named_leaves({"state": fresh, "metrics": trainer.no_metrics})
         expected = {path: describe(leaf) for path, leaf in wanted.items()}
         same_scaler = self.config.get("scaler") == canonical(trainer.experiment.make_scaler(), "scaler")
         same_scaler = same_scaler and all(
@@ -353,7 +408,7 @@ class Parent:
         same_metrics = all(
             saved.get(path) == expected.get(path) for path in {*saved, *expected} if _part(path) == "metrics"
         )
-        takes: dict[str, str] = {}  # the saved path of each leaf that is taken
+        takes: dict[str, str] = {}
         began, wrong = [], []
         for path in expected:
             source = path
@@ -381,14 +436,23 @@ class Parent:
         ]
         if wrong:
             raise InputError(
-                f"--continue {self.folder.path}: its state of step {step} is of another model, optimizer or precision "
-                f"(--init-from takes weights alone):\n" + "\n".join(wrong)
+                f"--continue {self.folder.path}: its state of step {self.step} is of another model, optimizer or "
+                "precision (--init-from takes weights alone):\n" + "\n".join(wrong)
             )
         if not same_scaler:
             began.append("the loss scale")
+        return takes, list(dict.fromkeys(began))
+
+    def _converted(
+        self, trainer: Trainer, fresh: TrainState, checkpoints: Checkpoints, step: int
+    ) -> tuple[Any, list[str]]:
+        """The state and metrics of a checkpoint in the layout of `fresh`, and what of them begins fresh."""
+        template: Any = {"state": fresh, "metrics": trainer.no_metrics}
+        wanted = named_leaves(template)
+        takes, began = self._taken(trainer, fresh, checkpoints.leaves(step))
         read = checkpoints.read_leaves(step, {source: wanted[path] for path, source in takes.items()})
         leaves = [_as(read[takes[path]], leaf) if path in takes else leaf for path, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(template), leaves), list(dict.fromkeys(began))
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), began
 
     def _log(self, trainer: Trainer, state: TrainState, began: list[str], log: Log) -> None:
         """Says what goes on, with which learning rate, and what begins fresh."""

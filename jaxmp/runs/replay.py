@@ -75,7 +75,7 @@ class Past:
       run: the run; it is only read.
       log: takes each message about progress.
 
-    Raises: InputError if the run folder was not written by this version of jaxmp.
+    Raises: InputError if the run folder was not written by this version of jaxmp, or the data have changed since.
     """
 
     def __init__(self, run: Run, log: Callable[[str], None]):
@@ -85,6 +85,7 @@ class Past:
             )
         self.run, self.log = run, log
         self.trainer = run.trainer
+        run.source("train")  # refuses other rows, whose steps would be others
         self.feed = self.trainer.feed(fuse=run.config["fuse_steps"])
         devices = len(run.config.get("devices", ())) or self.trainer.devices.count
         if devices != self.trainer.devices.count:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
+from jaxmp.data.fingerprint import changed_rows, fingerprint
 from jaxmp.data.pipeline import batch_of, evaluation_batches
-from jaxmp.data.source import Columns
+from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -240,6 +241,22 @@ class Run:
 
         return outputs
 
+    def source(self, split: Split = "train") -> Source:
+        """The rows of a split after the host transforms.
+
+        Raises: InputError if there is no such split, or its rows are not those that the run began with; names what
+          differs.
+        """
+        source = self.trainer.source(split)
+        recorded = self.config.get("rows", {})
+        found = changed_rows(split, recorded[split], fingerprint(source)) if split in recorded else []
+        if found:
+            raise InputError(
+                f"the data have changed since {self.path} began: {', '.join(found)}. Bring them back, or give other "
+                "rows to jaxmp.Run(path).apply in Python"
+            )
+        return source
+
     def predict(
         self, rows: Split | Mapping[str, Any] = "test", state: TrainState | None = None
     ) -> dict[str, np.ndarray]:
@@ -254,10 +271,10 @@ class Run:
           is among them under its own name, where the rows have it.
 
         Raises:
-          InputError: there is no such split, or an input is missing.
+          InputError: an input is missing; of a split, as `source` does.
         """
         data, task = self.experiment.data, self.experiment.task
-        source = self.trainer.source(rows) if isinstance(rows, str) else _columns(data, rows)
+        source = self.source(rows) if isinstance(rows, str) else _columns(data, rows)
         found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         for batch in evaluation_batches(source, data.eval_batch_size):
             missing = [name for name in task.inputs if name not in batch]
@@ -276,11 +293,15 @@ class Run:
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
-        """The metrics of a whole split, under the policy and with the weights of `apply`."""
+        """The metrics of a whole split, under the policy and with the weights of `apply`.
+
+        Raises: InputError as `source` does.
+        """
+        source = self.source(split)
         state = self._last_state if state is None else state
         trainer = self.trainer
         placed = trainer.devices.get(trainer.devices.put_state(state))
-        return compute(trainer.evaluation(placed, trainer.source(split)))
+        return compute(trainer.evaluation(placed, source))
 
 
 def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:

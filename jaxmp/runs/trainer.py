@@ -82,9 +82,10 @@ class Trainer:
             self._sources[split] = self.experiment.data.read(split)
         return self._sources[split]
 
-    def fingerprints(self) -> dict[str, Any]:
-        """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`."""
-        return {split: fingerprint(self.source(split)) for split in self.splits}
+    def fingerprints(self, *, workers: int = 0) -> dict[str, Any]:
+        """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`. `workers` processes read train."""
+        readers = {"train": workers}
+        return {split: fingerprint(self.source(split), workers=readers.get(split, 0)) for split in self.splits}
 
     @functools.cached_property
     def batches(self) -> Batches:

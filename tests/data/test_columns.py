@@ -1,7 +1,9 @@
 """Columns as tables have them: what JAX cannot hold is left out or refused, and never wrapped."""
 
+import jax
 import numpy as np
 import pytest
+import scipy.sparse
 
 from jaxmp import Arrays, InputError
 from jaxmp.data.pipeline import check_values, left_out, resident
@@ -19,6 +21,13 @@ LEFT_OUT = {
     "none": None,
     "scalar": 3,
     "text": ["a", "b", "c"],
+    "keys": jax.random.split(jax.random.key(0), 3),
+    "list of keys": [jax.random.key(0)] * 3,
+    "sparse": scipy.sparse.eye(3).tocsr(),
+    "generator": (number for number in range(3)),
+    "dicts": [{"a": 1}] * 3,
+    "strings of any length": np.array(["a", "b" * 100, ""], np.dtypes.StringDType()),
+    "large whole numbers": [10**30] * 3,
 }
 
 
@@ -53,6 +62,30 @@ def test_values_that_jax_would_wrap_are_refused_by_name_and_value(column, value)
     if column.dtype.kind in "iu":
         with pytest.raises(InputError):
             check_values(source)
+    with pytest.raises(InputError, match="'x'"):
+        check_values(Streamed(source))
+
+
+class Streamed:
+    """A source of one's own, which is read by rows."""
+
+    def __init__(self, source):
+        self.rows = source
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        return self.rows[indices]
+
+
+@pytest.mark.parametrize("at", [0, 999])
+def test_a_streamed_source_is_sampled_with_its_first_and_last_row_before_training(at):
+    column = np.arange(1000)
+    check_values(Streamed(Columns({"x": column})))
+    column[at] = 2**40
+    with pytest.raises(InputError, match="1099511627776"):
+        check_values(Streamed(Columns({"x": column})))
 
 
 @pytest.mark.parametrize(

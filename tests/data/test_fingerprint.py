@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+
 import numpy as np
 import pytest
 
 from jaxmp.data import fingerprint as module
 from jaxmp.data.fingerprint import changed_rows, fingerprint
-from jaxmp.data.source import Columns
+from jaxmp.data.source import Columns, as_column
 
 
 def columns():
@@ -51,3 +53,55 @@ def test_a_large_split_is_sampled_and_says_so(monkeypatch):
     made = fingerprint(Columns(columns()))
     assert made["sampled"] == 256
     assert changed_rows("train", made, fingerprint(Columns(one_value(columns())))) != []  # the last row is among them
+
+
+def padded(value):
+    """A longdouble among bytes that mean nothing."""
+    column = np.full(3, 0xFF if value else 0, np.uint8).repeat(16).view(np.longdouble)
+    column[:] = 1
+    return column
+
+
+class Thing:
+    pass
+
+
+SAME_AGAIN = {
+    "objects of a class": lambda n: [Thing() for _ in range(3)],
+    "sets": lambda n: [set(["a", "b", "c"][:: 1 - 2 * n])] * 3,
+    "longdouble": padded,
+    "gaps in records": lambda n: np.full(48, 255 * n, np.uint8).view(np.dtype([("a", "u1"), ("b", "f8")], align=True)),
+    "long text": lambda n: np.array(["a" * 100] * 3, np.dtypes.StringDType()),
+}
+
+
+@pytest.mark.parametrize("kind", SAME_AGAIN)
+def test_what_means_nothing_is_not_compared(kind):
+    made = [as_column("odd", SAME_AGAIN[kind](n)) for n in (0, 1)]
+    if kind == "gaps in records":
+        for column in made:
+            column["a"], column["b"] = 1, 2.0
+    one, other = (fingerprint(Columns({"odd": column})) for column in made)
+    assert changed_rows("train", one, other) == []
+
+
+OTHER_OBJECTS = {
+    "the middle of a long array": lambda n: [np.arange(5000) == 2500 * n] * 2 + [np.ones(3)],
+    "a dtype in a list": lambda n: [[np.float32(1), [np.arange(2, dtype=(np.int32, np.int64)[n])]]] * 3,
+    "an entry of a dict": lambda n: [{"a": {"b": n}}] * 3,
+    "a date": lambda n: [datetime.date(2020, 1, 1 + n)] * 3,
+    "long text": lambda n: np.array(["a" * 100 + str(n)] * 3, np.dtypes.StringDType()),
+    "longdouble": lambda n: np.ones(3, np.longdouble) + n * np.finfo(np.longdouble).eps,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_OBJECTS)
+def test_objects_are_compared_by_value(kind):
+    one, other = (fingerprint(Columns({"odd": as_column("odd", OTHER_OBJECTS[kind](n))})) for n in (0, 1))
+    assert changed_rows("train", one, other) == ["column 'odd' of train has other values"]
+
+
+@pytest.mark.slow
+def test_a_split_is_read_by_the_processes_that_are_to_read_it():
+    columns = Columns({"x": np.arange(10_000), "text": np.array(["a", "bc"] * 5000)})
+    assert fingerprint(columns, workers=2) == fingerprint(columns)

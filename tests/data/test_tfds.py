@@ -138,6 +138,14 @@ def test_a_description_has_features_licence_and_citation(prepared):
     assert "Alpaydin" in description.citation
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_broken_description_of_the_features_is_bad_input(content, copy):
+    (copy / "features.json").write_text(content)
+    for read in (lambda: TFDS("copy").source("train"), lambda: catalog.describe("copy")):
+        with pytest.raises(InputError, match=r"features\.json .*cannot be read"):
+            read()
+
+
 def test_a_broken_description_is_bad_input(copy):
     (copy / "dataset_info.json").write_text("{")
     with pytest.raises(InputError, match=r"dataset_info\.json, the description of a dataset, cannot be read"):

@@ -222,3 +222,518 @@ def test_modules_of_ones_own_are_followed_by_what_is_taken_of_them(text, tmp_pat
     sys.modules.pop("mine_too", None)
     assert Comparison(results[0], results[1]).changed == ["mine_too.SCALE"]
     assert Comparison(results[0], results[2]).changed == []
+
+
+# A program, an edit of it: the result of `f` differs, without a difference in the code of `f`.
+FURTHER_EDITS = {
+    "local name like a global": (
+        """
+config = {'a': 1}
+def other():
+    config = {}
+    config['b'] = 2
+    return config
+def f(x):
+    return x * config['a'] + len(other())
+""",
+        "'a': 1",
+        "'a': 2",
+    ),
+    "enum": (
+        """
+import enum
+class M(enum.Enum):
+    A = 1
+def f(x): return x * M.A.value
+""",
+        "A = 1",
+        "A = 2",
+    ),
+    "intenum": (
+        """
+import enum
+class M(enum.IntEnum):
+    A = 1
+def f(x): return x * M.A
+""",
+        "A = 1",
+        "A = 2",
+    ),
+    "custom_vjp bwd": (
+        """
+import jax
+@jax.custom_vjp
+def g(x): return x
+def fwd(x): return x, None
+def bwd(r, d): return (d * 2,)
+g.defvjp(fwd, bwd)
+def f(x): return g(x)
+""",
+        "d * 2",
+        "d * 3",
+    ),
+    "custom_jvp": (
+        """
+import jax
+@jax.custom_jvp
+def g(x): return x
+@g.defjvp
+def rule(p, t): return p[0], t[0] * 2
+def f(x): return g(x)
+""",
+        "t[0] * 2",
+        "t[0] * 3",
+    ),
+    "slots": (
+        """
+class S:
+    __slots__ = ('a',)
+    def __init__(self): self.a = 1
+s = S()
+def f(x): return x * s.a
+""",
+        "self.a = 1",
+        "self.a = 2",
+    ),
+    "what a slot holds": (
+        """
+class S:
+    __slots__ = ('a',)
+    def __init__(self, a): self.a = a
+s = S(1)
+def f(x): return x * s.a
+""",
+        "S(1)",
+        "S(2)",
+    ),
+    "instance": (
+        """
+class S:
+    def __init__(self, a): self.a = a
+s = S(1)
+def f(x): return x * s.a
+""",
+        "S(1)",
+        "S(2)",
+    ),
+    "jitted method": (
+        """
+import jax
+class N:
+    __call__ = jax.jit(lambda self, x: x * 2)
+f = N()
+""",
+        "x * 2",
+        "x * 3",
+    ),
+    "partialmethod": (
+        """
+import functools
+class N:
+    def g(self, k, x): return x * k
+    h = functools.partialmethod(g, 2)
+    def __call__(self, x): return self.h(x)
+f = N()
+""",
+        "(g, 2)",
+        "(g, 3)",
+    ),
+    "regex": (
+        """
+import re
+P = re.compile('a+')
+def f(x): return P.sub('', x)
+""",
+        "a+",
+        "b+",
+    ),
+    "date": (
+        """
+import datetime
+P = datetime.date(2020, 1, 1)
+def f(x): return P
+""",
+        "1, 1",
+        "1, 2",
+    ),
+    "path": (
+        """
+import pathlib
+P = pathlib.Path('a')
+def f(x): return P
+""",
+        "'a'",
+        "'b'",
+    ),
+    "range": (
+        """
+P = range(3)
+def f(x): return P
+""",
+        "range(3)",
+        "range(4)",
+    ),
+    "slice": (
+        """
+P = slice(3)
+def f(x): return P
+""",
+        "slice(3)",
+        "slice(4)",
+    ),
+    "fraction": (
+        """
+from fractions import Fraction
+P = Fraction(1, 3)
+def f(x): return P
+""",
+        "1, 3",
+        "1, 4",
+    ),
+    "namedtuple": (
+        """
+from typing import NamedTuple
+class P(NamedTuple):
+    a: int = 1
+p = P()
+def f(x): return p.a
+""",
+        "= 1",
+        "= 2",
+    ),
+    "frozenset": (
+        """
+P = frozenset(['a', 'b'])
+def f(x): return P
+""",
+        "'b'",
+        "'c'",
+    ),
+    "bytearray": (
+        """
+P = bytearray(b'ab')
+def f(x): return P
+""",
+        "b'ab'",
+        "b'ac'",
+    ),
+    "deque": (
+        """
+import collections
+P = collections.deque([1, 2])
+def f(x): return P
+""",
+        "1, 2",
+        "1, 3",
+    ),
+    "defaultdict": (
+        """
+import collections
+P = collections.defaultdict(int, a=1)
+def f(x): return P
+""",
+        "a=1",
+        "a=2",
+    ),
+    "mappingproxy": (
+        """
+import types
+P = types.MappingProxyType({'a': 1})
+def f(x): return P
+""",
+        "'a': 1",
+        "'a': 2",
+    ),
+    "simplenamespace": (
+        """
+import types
+P = types.SimpleNamespace(a=1)
+def f(x): return P.a
+""",
+        "a=1",
+        "a=2",
+    ),
+    "dataclass default": (
+        """
+import dataclasses
+@dataclasses.dataclass
+class P:
+    a: int = 1
+    b: list = dataclasses.field(default_factory=lambda: [1])
+def f(x): return P().a
+""",
+        "a: int = 1",
+        "a: int = 2",
+    ),
+    "default_factory": (
+        """
+import dataclasses
+@dataclasses.dataclass
+class P:
+    b: list = dataclasses.field(default_factory=lambda: [1])
+def f(x): return P().b
+""",
+        "[1]",
+        "[2]",
+    ),
+    "singledispatch": (
+        """
+import functools
+@functools.singledispatch
+def g(x): return x
+@g.register(int)
+def _(x): return x * 2
+def f(x): return g(x)
+""",
+        "x * 2",
+        "x * 3",
+    ),
+    "optax chain": (
+        """
+import optax
+def mine(g, s, p=None): return g, s
+f = optax.chain(optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (g * 2, s)), optax.scale(1.0))
+""",
+        "g * 2",
+        "g * 3",
+    ),
+    "optax scale": (
+        """
+import optax
+f = optax.chain(optax.scale(1.0), optax.scale(3.0))
+""",
+        "3.0",
+        "4.0",
+    ),
+    "classmethod": (
+        """
+class A:
+    @classmethod
+    def k(cls): return 2
+def f(x): return x * A.k()
+""",
+        "return 2",
+        "return 3",
+    ),
+    "metaclass": (
+        """
+class Meta(type):
+    def k(cls): return 2
+class A(metaclass=Meta): pass
+def f(x): return x * A.k()
+""",
+        "return 2",
+        "return 3",
+    ),
+    "descriptor": (
+        """
+class D:
+    def __get__(self, o, t=None): return 2
+class A:
+    k = D()
+def f(x): return x * A.k
+""",
+        "return 2",
+        "return 3",
+    ),
+    "object array": (
+        """
+import numpy as np
+P = np.array([1, 'a'], object)
+def f(x): return P
+""",
+        "1, 'a'",
+        "2, 'a'",
+    ),
+    "jit static": (
+        """
+import jax, functools
+@functools.partial(jax.jit, static_argnums=1)
+def g(x, k): return x * k
+def f(x): return g(x, 2)
+""",
+        "x * k",
+        "x + k",
+    ),
+    "vmap": (
+        """
+import jax
+def g(x): return x * 2
+h = jax.vmap(g)
+def f(x): return h(x)
+""",
+        "x * 2",
+        "x * 3",
+    ),
+    "checkpoint": (
+        """
+import jax
+@jax.checkpoint
+def g(x): return x * 2
+def f(x): return g(x)
+""",
+        "x * 2",
+        "x * 3",
+    ),
+    "contextmanager": (
+        """
+import contextlib
+@contextlib.contextmanager
+def g():
+    yield 2
+def f(x):
+    with g() as k: return x * k
+""",
+        "yield 2",
+        "yield 3",
+    ),
+    "vectorize": (
+        """
+import numpy as np
+h = np.vectorize(lambda x: x * 2)
+def f(x): return h(x)
+""",
+        "x * 2",
+        "x * 3",
+    ),
+    "bound method": (
+        """
+class A:
+    def __init__(self, k): self.k = k
+    def g(self, x): return x * self.k
+f = A(2).g
+""",
+        "A(2)",
+        "A(3)",
+    ),
+    "alias of an installed function": (
+        """
+import flax.linen as nn
+act = nn.relu
+def f(x): return act(x)
+""",
+        "nn.relu",
+        "nn.tanh",
+    ),
+    "which of two functions": (
+        """
+def g(x): return x
+def h(x): return -x
+STAGES = {'a': g, 'b': h}
+def f(x): return STAGES['a'](x) + STAGES['b'](2 * x)
+""",
+        "'a': g, 'b': h",
+        "'a': h, 'b': g",
+    ),
+    "second of two closures": (
+        """
+def adding(n):
+    def add(x): return x + n
+    return add
+one, two = adding(4), adding(5)
+def f(x): return one(two(x))
+""",
+        "adding(5)",
+        "adding(6)",
+    ),
+    "value of a member": (
+        """
+import enum
+class M(enum.IntEnum):
+    A = 1
+CHOSEN = M.A
+def f(x): return x * CHOSEN
+""",
+        "A = 1",
+        "A = 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", FURTHER_EDITS)
+def test_an_edit_is_found_wherever_it_can_be_reached(edit):
+    source, old, new = FURTHER_EDITS[edit]
+    assert source.count(old) == 1
+    before, again, after = (made_by(Made(load(text).f)) for text in (source, source, source.replace(old, new)))
+    assert Comparison(before, again).changed == [] != Comparison(before, after).changed
+
+
+CHANGES_ITSELF = {
+    "closure": """
+def make():
+    kept = {}
+    def f(x):
+        kept[x] = x
+        return kept
+    return f
+f = make()
+""",
+    "counter": """
+def make():
+    n = 0
+    def f(x):
+        nonlocal n
+        n += 1
+    return f
+f = make()
+""",
+    "default": """
+def f(x, kept={}, *, more=[]):
+    kept[x] = x
+    more.append(x)
+""",
+    "attribute": """
+class Rows:
+    def __init__(self):
+        self.kept, self.calls = {}, 0
+    def read(self, x):
+        self.kept[x] = x
+        self.calls += 1
+READER = Rows()
+def f(x):
+    READER.read(x)
+""",
+    "generator": """
+import numpy as np
+RNG = np.random.default_rng(0)
+def f(x):
+    return RNG.normal()
+""",
+    "memo": """
+import functools
+@functools.lru_cache
+def g(x): return x
+def f(x):
+    return g(x)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES_ITSELF)
+def test_what_a_program_changes_as_it_runs_is_no_alarm(kind):
+    module = load(CHANGES_ITSELF[kind])
+    before = made_by(Made(module.f))
+    module.f(1)
+    assert Comparison(before, made_by(Made(module.f))).changed == []
+
+
+def test_a_local_variable_does_not_hide_a_global_of_its_name():
+    program = "config = {'a': 1}\ndef g():\n    config = {}\n    config['b'] = 2\ndef f(x): return config['a'], g()\n"
+    before, after = (made_by(Made(load(text).f)) for text in (program, program.replace("'a': 1", "'a': 2")))
+    assert Comparison(before, after).changed == ["mine.config['a']"]
+
+
+def test_a_module_that_a_closure_holds_is_followed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine_too", load(OTHER.replace("SCALE = 3", "SCALE = 4")))
+    sys.modules["mine_too"].__name__ = "mine_too"
+    program = "def make():\n    import mine_too\n    def f(x): return mine_too.rows(x)\n    return f\nf = make()\n"
+    assert made_by(Made(load(program).f))["mine_too.SCALE"] == {"value": 4}
+
+
+def test_what_a_package_made_is_compared_under_one_version_of_it_alone():
+    program = "import optax\nf = optax.chain(optax.scale(1.0), optax.scale(3.0))\n"
+    made = made_by(Made(load(program).f))
+    (inside,) = (name for name, of in made.items() if of == {"value": 3, "in": "optax"})
+    other = made | {"optax": {"version": "0.1"}, inside: {"value": 4, "in": "optax"}}
+    compared = Comparison(other, made)
+    assert compared.changed == [] and compared.packages == [f"optax {made['optax']['version']} (was 0.1)"]

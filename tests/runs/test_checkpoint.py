@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -112,6 +113,16 @@ def test_a_state_comes_back_to_the_bit_and_strongly_typed(tmp_path):
     assert isinstance(restored.params["numpy"], np.ndarray)
     assert jax.random.key_impl(restored.moments.mean) == "rbg"
     jax.random.normal(restored.key)
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a]", "a\\b", "a*?b", "mé %20 #<i>'\"&{a}\n:|@"])
+def test_any_name_of_a_folder_is_taken_as_it_is(tmp_path, name):
+    with contextlib.closing(Checkpoints(tmp_path / name / "checkpoints")) as checkpoints:
+        checkpoints.save(1, {"a": jnp.arange(3)})
+        checkpoints.wait()
+    with contextlib.closing(Checkpoints(tmp_path / name / "checkpoints")) as checkpoints:
+        step, tree = checkpoints.restore({"a": jnp.zeros(3, int)})
+    assert step == 1 and tree["a"].tolist() == [0, 1, 2]
 
 
 def test_a_template_of_shapes_is_enough(tmp_path):

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
+import numpy as np
 import pytest
+
+from jaxmp.data.arrays import Arrays
+from jaxmp.data.dataset import Dataset
+from jaxmp.data.source import Columns
+from jaxmp.errors import InputError
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.settings import Loop
+from jaxmp.runs.checks import check
+from jaxmp.runs.trainer import Trainer
+from jaxmp.tasks.classification import Classification
 
 SCRIPT = """
 import flax.linen as nn
@@ -55,3 +69,66 @@ def test_workers_from_a_script_without_a_guard_are_one_message(tmp_path):
 def test_workers_from_a_script_with_a_guard_train(tmp_path):
     done = run(tmp_path, 'if __name__ == "__main__":\n    jaxmp.fit(experiment)\n')
     assert done.returncode == 0, done.stderr
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x)
+
+
+def from_one(split):
+    return {"x": np.zeros((40, 3), np.float32), "label": 1 + np.arange(40) % 2}
+
+
+def from_zero(key, row):
+    return {**row, "label": row["label"] - 1}
+
+
+def on_the_host(rows):
+    return {**rows, "label": rows["label"] - 1}
+
+
+def larger(key, row):
+    return {**row, "x": row["x"] + 1, "label": row["label"] + 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Dataset):
+    least: int = 0
+
+    def source(self, split):
+        columns = Columns(from_one(split))
+        return Rows(columns, self.least - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    columns: Columns  # no mapping of columns: any attribute may have this name
+    shift: int
+
+    def __len__(self):
+        return len(self.columns)
+
+    def __getitem__(self, indices):
+        rows = self.columns[indices]
+        return {**rows, "label": rows["label"] + self.shift}
+
+
+@pytest.mark.parametrize(
+    ("data", "takes"),
+    [
+        (Arrays(from_one), False),
+        (Arrays(from_one, transforms=(from_zero,)), True),
+        (Arrays(from_one, transforms=(larger,)), False),
+        (Arrays(from_one, host_transforms=(on_the_host,)), True),
+        (Arrays(from_one, host_transforms=(on_the_host, on_the_host)), False),
+        (Streamed(), True),
+        (Streamed(least=1), False),
+    ],
+)
+def test_labels_are_checked_as_the_task_sees_them(data, takes):
+    data = dataclasses.replace(data, batch_size=10)
+    experiment = Experiment(Net(), data, Classification(inputs=("x",)), precision="float32", loop=Loop(steps=2))
+    with contextlib.nullcontext() if takes else pytest.raises(InputError, match="'label' of the train split: labels"):
+        check(Trainer(experiment))

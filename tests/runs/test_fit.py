@@ -137,9 +137,15 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
 
 
 def test_a_finished_run_is_only_read(finished, monkeypatch):
-    monkeypatch.setattr(Arrays, "source", lambda *_: pytest.fail("the data are not needed, and may be gone"))
+    def gone(*_):
+        raise FileNotFoundError("blobs.npz")
+
+    monkeypatch.setattr(Arrays, "source", gone)  # the data are not needed, and may be gone
     before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")}
-    again = fit(BASE, workdir=finished.path.parent.parent, name="blobs")
+    said = []
+    unread = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data))
+    again = fit(unread, workdir=finished.path.parent.parent, name="blobs", log=said.append)
+    assert len(said) == 1 and "blobs.npz" in said[0] and "whether the data have changed" in said[0]
     assert again.summary == finished.summary and not again.trained and finished.trained
     assert {p: p.stat().st_mtime_ns for p in finished.path.rglob("*")} == before
 
@@ -484,7 +490,7 @@ class Net(nn.Module):
 SCALE = 1.0
 
 def load(split):
-    return {"x": np.load(ROWS)[split], "label": np.arange(20) % 2}
+    return {"x": np.load(ROWS)[split], "label": np.arange(len(np.load(ROWS)[split])) % 2}
 """
 
 
@@ -519,19 +525,22 @@ def test_a_run_is_never_gone_on_with_or_returned_by_other_code(tmp_path):
             ("* SCALE", "/ SCALE", r"my_program\.Net\.__call__"),
             ("SCALE = 1.0", "SCALE = 2.0", r"my_program\.SCALE"),
             ("% 2}", "% 2 }  #", None),
-            ("np.arange(20) % 2", "np.arange(20) // 10", r"my_program\.load"),
+            (") % 2}", ") // 10}", r"my_program\.load"),
         ):
             if named is not None:
                 with pytest.raises(InputError, match=rf"{named} has changed since .* began.*workdir.*overwrite"):
                     fit(of_program(PROGRAM.replace(old, new), tmp_path / "rows.npz"), workdir=tmp_path / "runs")
 
 
-def test_an_unfinished_run_is_never_gone_on_with_over_other_data(tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_is_never_gone_on_with_or_returned_for_other_data(finished, tmp_path):
     path = tmp_path / "rows.npz"
     save_rows(path)
     first = fit(of_program(PROGRAM, path), workdir=tmp_path / "runs")
-    (first.path / "summary.json").unlink()
+    if not finished:
+        (first.path / "summary.json").unlink()
     for change, said in (
+        ({"rows": 30}, r"train has 30 rows \(was 20\), validation has 30 rows \(was 20\), test has 30"),
         ({"seed": 1}, "column 'x' of train has other values"),
         ({"dtype": np.float64}, r"column 'x' of train is float64\[3\] \(was float32\[3\]\)"),
         ({"last": 1.0}, "began: column 'x' of train has other values. It"),
@@ -539,8 +548,10 @@ def test_an_unfinished_run_is_never_gone_on_with_over_other_data(tmp_path):
         save_rows(path, **change)
         with pytest.raises(InputError, match=rf"the data have changed since .*{said}"):
             fit(of_program(PROGRAM, path), workdir=tmp_path / "runs")
+        with pytest.raises(InputError, match=r"the data have changed since .* train "):
+            Run(first.path, of_program(PROGRAM, path)).evaluate("train")
     save_rows(path)
-    assert fit(of_program(PROGRAM, path), workdir=tmp_path / "runs").trained
+    assert fit(of_program(PROGRAM, path), workdir=tmp_path / "runs").trained != finished
 
 
 @pytest.mark.slow

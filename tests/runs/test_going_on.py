@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,10 +23,12 @@ from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.identity import HASHED, field_kinds
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.going_on import Parent, log_neighbours
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
@@ -40,7 +47,7 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = nn.relu(nn.Dense(self.width)(x))
+        hidden = nn.relu(nn.Dense(self.width)(x.reshape(len(x), -1)))
         return nn.Dense(2)(hidden)
 
 
@@ -52,6 +59,24 @@ def rows(split):
 
 def other_rows(split):
     return rows(split)
+
+
+def pictures(split):
+    columns = rows(split)
+    x = columns["x"][:, :, None, None]
+    return {"x": x, "y": x[:, :2], "label": columns["label"], "other": 1 - columns["label"]}
+
+
+def other_pictures(split):
+    return pictures(split)
+
+
+def same(rows):
+    return rows
+
+
+def as_it_is(key, row):
+    return row
 
 
 BASE = Experiment(
@@ -140,6 +165,7 @@ OPERATES = [
     ("loop.max_consecutive_skips", 3),
     ("loop.steps_per_dispatch", 1),
     ("loop.ranges_every", 2),
+    ("loop.wandb", True),
     ("data.workers", 1),
     ("data.device_limit", 0),
 ]
@@ -147,6 +173,7 @@ ROUNDS = [
     ("parallel.mode", "pmap"),
     ("parallel.shard", "zero1"),
     ("parallel.remat", ("@Dense",)),
+    ("parallel.remat_policy", "dots_saveable"),
     ("data.eval_batch_size", 7),
 ]
 
@@ -155,18 +182,46 @@ def slow_but(first, cases):
     return [pytest.param(*case, marks=() if case[0] in first else pytest.mark.slow, id=case[0]) for case in cases]
 
 
-@pytest.mark.few_variants
-@pytest.mark.parametrize(("path", "value"), slow_but(("loop.keep", "loop.log_every"), OPERATES))
-def test_another_operating_value_goes_on_in_the_same_folder_to_the_same_bits(copied, finished, path, value):
+def test_every_field_has_a_value_here_that_it_is_tried_with():
+    """A new field of an experiment has to be entered in one of the tables."""
+    tried = {"operates": OPERATES, "rounds": ROUNDS, "apart": [("seed", 1)]}
+    for kind, cases in tried.items():
+        assert {path for path, of in field_kinds(PICTURED).items() if of == kind} == {path for path, _ in cases}
+    decides = {path for path, of in field_kinds(PICTURED).items() if of in HASHED}
+    parts = {path for path in decides if any(other.startswith(f"{path}.") for other in field_kinds(PICTURED))}
+    assert decides - parts - {"model.parent", "model.name"} == set(DECIDES_OR_CHOOSES)
+
+
+@pytest.fixture
+def sent_to_wandb(monkeypatch):
+    """What is logged to a module that stands in for wandb."""
+    logged: list[dict[str, Any]] = []
+    run = types.SimpleNamespace(define_metric=lambda *args, **kwargs: None, log=logged.append, finish=lambda: None)
+    errors = types.SimpleNamespace(Error=RuntimeError)
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: run, Settings=lambda **kwargs: None, errors=errors, Histogram=str
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return logged
+
+
+@pytest.mark.parametrize(("path", "value"), slow_but(("loop.keep", "loop.wandb"), OPERATES))
+def test_another_operating_value_goes_on_in_the_same_folder_to_the_same_bits(
+    copied, finished, path, value, sent_to_wandb
+):
     run = cut_back(copied, finished, 4)
     said: list[str] = []
     other = changed(BASE, path, value)
     again = fit(other, workdir=copied, name="small", log=said.append)
     assert again.path == run and bits(again, other) == bits(finished, BASE)
     assert again.summary["test"] == finished.summary["test"]
-    assert any(f"going on with {path} = {value}" in line and "no bit" in line for line in said)
+    assert any(f"going on with {path} = {json.dumps(value)}" in line and "no bit" in line for line in said)
     (session,) = config(run)["sessions"]
     assert session["step"] == 4 and session["changed"][path]["is"] == value
+    written = [(line["step"], f"{line['split']}/loss", line["loss"]) for line in lines(run) if "loss" in line]
+    sent = [(line["step"], name, of) for line in sent_to_wandb for name, of in line.items() if name.endswith("/loss")]
+    assert sent == (written if path == "loop.wandb" else [])  # the lines before it was switched on are the first
+    assert {line["session"] for line in sent_to_wandb} <= {1}
 
 
 @pytest.mark.parametrize(("path", "value"), slow_but(("data.eval_batch_size",), ROUNDS))
@@ -174,22 +229,73 @@ def test_another_rounding_value_goes_on_in_the_same_folder_within_rounding(copie
     run = cut_back(copied, finished, 4)
     said: list[str] = []
     other = changed(BASE, path, value)
+    if path == "parallel.remat_policy":  # without effect where nothing is recomputed
+        other = changed(other, "parallel.remat", ("@Dense",))
     again = fit(other, workdir=copied, name="small", log=said.append)
     assert again.path == run
     for mine, theirs in zip(leaves(Run(run, other).state()), leaves(Run(finished.path, BASE).state()), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
-    assert any(f"going on with {path}" in line and "last digits" in line for line in said)
+    for name, of in again.summary["test"].items():
+        assert of == pytest.approx(finished.summary["test"][name], rel=1e-5)
+    assert any(f"going on with {path} = " in line and "last digits" in line for line in said)
+    (session,) = config(run)["sessions"]
+    assert session["step"] == 4 and path in session["changed"]
+
+
+def content(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.slow
-@pytest.mark.few_variants
 @pytest.mark.parametrize(("path", "value"), [*OPERATES, *ROUNDS], ids=[path for path, _ in [*OPERATES, *ROUNDS]])
-def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, path, value):
+def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, path, value, sent_to_wandb):
     said: list[str] = []
+    before = content(copied)
     again = fit(changed(BASE, path, value), workdir=copied, name="small", log=said.append)
-    assert not again.trained and again.path.name == finished.path.name
+    assert not again.trained and again.path == copied / "small" / finished.path.name
+    assert again.summary == finished.summary and content(copied) == before and not sent_to_wandb
     assert len(said) == 1 and said[0].startswith(f"{path} = ") and "no effect" in said[0]
-    assert "sessions" not in config(again.path)
+
+
+ON_TWO_DEVICES = """
+import sys
+import jax
+from jaxmp.cli import main
+
+if __name__ == "__main__":
+    assert jax.device_count() == 2
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--parallel.shard", "zero1"), ("--parallel.shard", "fsdp")])
+def test_on_another_number_of_devices_a_run_goes_on_in_its_folder_within_rounding(tmp_path, options):
+    file, script = tmp_path / "net.py", tmp_path / "two.py"
+    file.write_text(PROGRAM)
+    script.write_text(ON_TWO_DEVICES)
+    command = ["train", str(file), "--loop.steps", "8", "--loop.save-every", "4", "--workdir"]
+    assert main([*command, str(tmp_path / "runs")]) == 0
+    run = RunFolder.find(tmp_path / "runs")
+    summary, state = run.read_summary(), leaves(Run(run.path).state())
+
+    def again():
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        done = [sys.executable, str(script), *command, str(tmp_path / "runs"), *options]
+        found = subprocess.run(done, env=environment, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    assert "devices = 2 (was 1) has no effect: the run is finished" in again()
+    assert run.read_summary() == summary
+    (run.path / "summary.json").unlink()
+    shutil.rmtree(run.path / "checkpoints/8")
+    assert "this run goes on on 2 devices, after 1: sums are rounded in another order" in again()
+    assert config(run.path)["sessions"][0]["changed"]["devices"] == {"was": 1, "is": 2}
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+    for mine, theirs in zip(leaves(Run(run.path).state()), state, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -206,16 +312,95 @@ def test_the_value_of_the_session_before_is_what_the_next_is_compared_with(copie
     ]
 
 
-DECIDES_OR_CHOOSES = [("loop.eval_every", 2), ("loop.patience", 3), ("optimizer.learning_rate", 0.5), ("loop.steps", 9)]
+PICTURED = dataclasses.replace(BASE, data=Arrays(pictures, batch_size=10, images=("x",)))
+GOES_ON, OTHER_ROWS, OTHER_LEAVES = (
+    "goes on from its step 4",
+    "go over other rows",
+    "Dense_0/kernel: float32[3, 4] there",
+)
+
+DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
+    "model.width": (5, OTHER_LEAVES),
+    "data.batch_size": (20, OTHER_ROWS),
+    "data.load": (other_pictures, OTHER_ROWS),
+    "data.host_transforms": ((same,), GOES_ON),
+    "data.transforms": ((as_it_is,), GOES_ON),
+    "data.images": ((), GOES_ON),
+    "data.mean": ((0.5,), GOES_ON),
+    "data.std": ((0.5,), GOES_ON),
+    "data.augment.rotation": (3.0, GOES_ON),
+    "data.augment.scale": (0.5, GOES_ON),
+    "data.augment.crop_padding": (1, GOES_ON),
+    "data.augment.flip": (True, GOES_ON),
+    "data.augment.cutout": (1, GOES_ON),
+    "task.inputs": (("y",), OTHER_LEAVES),
+    "task.target": ("other", GOES_ON),
+    "task.label_smoothing": (0.1, GOES_ON),
+    "optimizer.learning_rate": (0.5, GOES_ON),
+    "optimizer.schedule.warmup_steps": (1, GOES_ON),
+    "optimizer.clip_norm": (1.0, GOES_ON),
+    "optimizer.weight_decay": (0.1, GOES_ON),
+    "optimizer.decay": (("**/bias",), GOES_ON),
+    "optimizer.b1": (0.5, GOES_ON),
+    "optimizer.b2": (0.9, GOES_ON),
+    "optimizer.eps": (1e-3, GOES_ON),
+    "precision": ("mixed_float16", GOES_ON),
+    "scaler.kind": ("dynamic", GOES_ON),
+    "scaler.init_scale": (2.0, GOES_ON),
+    "scaler.growth_factor": (4.0, GOES_ON),
+    "scaler.backoff_factor": (0.25, GOES_ON),
+    "scaler.growth_interval": (5, GOES_ON),
+    "scaler.hysteresis": (2, GOES_ON),
+    "scaler.min_scale": (0.5, GOES_ON),
+    "scaler.max_scale": (2.0**20, GOES_ON),
+    "loop.epochs": (3, GOES_ON),
+    "loop.steps": (4, "it stands at step 4, and this run has 4 steps"),
+    "loop.eval_every": (2, GOES_ON),
+    "loop.monitor": ("loss", GOES_ON),
+    "loop.mode": ("min", GOES_ON),
+    "loop.patience": (3, GOES_ON),
+    "loop.accumulate_steps": (2, GOES_ON),
+    "loop.accumulate_overflow": ("microbatch", GOES_ON),
+    "loop.batch_norm": ("replica", GOES_ON),
+    "loop.ema_decay": (0.9, GOES_ON),
+}
+"""another value of each field that decides or chooses, and what is said that --continue does"""
 
 
-@pytest.mark.parametrize(("path", "value"), slow_but(("loop.steps",), DECIDES_OR_CHOOSES))
-def test_another_deciding_or_choosing_value_is_another_run_that_says_what_continue_does(copied, finished, path, value):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of PICTURED that stands at step 4."""
+    run = fit(PICTURED, workdir=tmp_path_factory.mktemp("runs"), name="small").path
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints/8")
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", DECIDES_OR_CHOOSES)
+def test_another_deciding_or_choosing_value_is_another_run_that_says_what_continue_does(stopped, path):
+    value, does = DECIDES_OR_CHOOSES[path]
+    trainer = Trainer(changed(PICTURED, path, value))
+    folder = RunFolder.of(trainer.experiment, stopped.parent.parent, "small")
+    assert folder.path.parent == stopped.parent and folder.path != stopped
     said: list[str] = []
-    other = fit(changed(BASE, path, value), workdir=copied, name="small", log=said.append)
+    log_neighbours(folder, trainer, trainer.state_spec, trainer.fingerprints(), None, said.append)
+    (word,) = said
+    assert word.startswith(f"a new run: it differs from {stopped} in {path} = ") and "alone" in word and does in word
+    if does == GOES_ON:
+        parent = Parent.find(stopped, "continue")
+        parent.check(trainer, trainer.fingerprints())
+        assert parent.carry_over(trainer, trainer.init(), said.append).states  # and so it does
+    else:
+        assert "it cannot be gone on with: --continue" in word
+
+
+def test_a_new_run_says_from_which_other_it_differs_in_one_field_alone(copied, finished):
+    said: list[str] = []
+    other = fit(changed(BASE, "loop.steps", 9), workdir=copied, name="small", log=said.append)
     assert other.path.parent == copied / "small" and other.path.name != finished.path.name
     (word,) = (line for line in said if "differs from" in line)
-    assert f"{path} = {value}" in word and "alone" in word
+    assert "loop.steps = 9 (was 8) alone" in word
     assert f"--continue {copied / 'small' / finished.path.name} goes on from its step 8" in word
 
 
@@ -271,6 +456,73 @@ def test_a_run_continued_to_twice_its_length_is_that_of_twice_the_length_at_once
     assert not again.trained and again.path == gone_on.path
     assert Run(gone_on.path, longer).experiment is longer
     assert lines(there) == lines(finished.path)  # the parent stays as it was
+
+
+WHOLE = """
+import flax.linen as nn
+import numpy as np
+from jaxmp import Adam, Arrays, Classification, Experiment, Loop, Scaling
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.Dropout(0.2, deterministic=not train)(nn.relu(x)))
+
+
+def load(split):
+    label = np.arange(45) % 2
+    x = np.random.default_rng(len(split)).normal(size=(45, 3)) + label[:, None]
+    return {"x": x.astype(np.float32), "label": label}
+
+
+def get_config():
+    data = Arrays(load, batch_size=10, images=())
+    loop = Loop(epochs=10, log_every=3, ema_decay=0.9)
+    task, scaler = Classification(inputs=("x",)), Scaling(init_scale=2.0**17, growth_interval=7)
+    return Experiment(Net(), data, task, Adam(1e-2, clip_norm=1.0), "mixed_float16", scaler, loop=loop)
+"""
+
+
+@pytest.mark.slow
+def test_ten_epochs_continued_to_twenty_are_twenty_at_once(tmp_path, capsys):
+    """Batch statistics, dropout, a moving average, a loss scale that moves, half a batch at the end of an epoch."""
+    (tmp_path / "net.py").write_text(WHOLE)
+
+    def train(workdir, *options):
+        code = main(["train", str(tmp_path / "net.py"), "--workdir", str(tmp_path / workdir), *options])
+        return code, capsys.readouterr()
+
+    assert train("runs")[0] == 0
+    ten = RunFolder.find(tmp_path / "runs").path
+    code, said = train("runs", "--loop.epochs", "20", "--continue", str(ten))
+    assert code == 0 and "going on from step 50" in said.out and "is 0.01 now" in said.out and "fresh" not in said.out
+    assert train("at_once", "--loop.epochs", "20")[0] == 0
+    (gone_on,) = (path for path in ten.parent.iterdir() if path != ten)
+    at_once = RunFolder.find(tmp_path / "at_once").path
+    assert lines(gone_on) == lines(at_once)
+    states = [Run(path).state() for path in (gone_on, at_once)]
+    assert [leaf.tobytes() for leaf in leaves(states[0])] == [leaf.tobytes() for leaf in leaves(states[1])]
+    first, second = (RunFolder(path).read_summary() for path in (gone_on, at_once))
+    assert {**first, "wall_seconds": 0} == {**second, "wall_seconds": 0} and first["skipped_steps"] > 5
+    for options, message in ((("--loop.epochs", "10"), "nothing is left to do"), (("--seed", "1"), "other rows")):
+        code, said = train("runs", "--continue", str(ten), *options)
+        assert code == 2 and message in said.err
+    assert len(list(ten.parent.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_from_any_step_and_by_what_was_continued(parent, tmp_path):
+    longer = changed(BASE, "loop.steps", 16)
+    at_once = fit(longer, workdir=tmp_path / "at_once")
+    from_4 = fit(longer, workdir=parent.parent.parent, name="small", continue_from=f"{parent}@4")
+    by_12, _ = go_on(parent, LONGER)
+    by_16, _ = go_on(by_12.path, longer)
+    from_8, _ = go_on(parent, longer)
+    for run in (from_4, from_8, by_16):
+        assert bits(run, longer) == bits(at_once, longer) and lines(run.path) == lines(at_once.path)
+    assert len({run.path for run in (from_4, from_8, by_12, by_16)}) == 4
 
 
 @pytest.fixture
@@ -386,9 +638,49 @@ def test_evaluations_that_its_own_loop_would_not_have_made_count_for_neither_bes
 
 
 @pytest.mark.slow
-def test_another_monitor_begins_the_best_anew(parent):
-    fitted, _ = go_on(parent, changed(LONGER, "loop.monitor", "loss"))
-    assert fitted.summary["best"]["step"] == 12 and "loss" in fitted.summary["best"]
+@pytest.mark.parametrize(
+    ("path", "value", "best"),
+    [
+        ("loop.monitor", "loss", {8, 12}),
+        ("loop.mode", "min", {12}),
+        ("task.label_smoothing", 0.1, {12}),
+        ("optimizer.clip_norm", 1.0, {4}),
+    ],
+)
+def test_another_task_monitor_or_mode_begins_the_best_anew(parent, path, value, best):
+    with_accuracy(parent, 4, 0.01 if path == "loop.mode" else 0.99)
+    fitted, _ = go_on(parent, changed(LONGER, path, value))
+    assert fitted.summary["best"]["step"] in best
+
+
+@pytest.mark.slow
+def test_another_number_of_rows_is_refused(tmp_path):
+    np.save(tmp_path / "rows.npy", 40)
+
+    def experiment(**loop):
+        data = Arrays(Loaded(tmp_path / "rows.npy"), batch_size=10, images=())
+        return dataclasses.replace(BASE, data=data, loop=dataclasses.replace(BASE.loop, **loop))
+
+    first = fit(experiment(), workdir=tmp_path, name="small")
+    np.save(tmp_path / "rows.npy", 30)
+    with pytest.raises(InputError, match=r"--continue .*train has 30 rows \(was 40\).*--init-from"):
+        go_on(first.path, experiment(steps=12))
+    assert fit(experiment(steps=12), workdir=tmp_path, name="small", init_from=first.path).trained
+
+
+@pytest.mark.slow
+def test_an_edited_model_is_not_continued_but_its_weights_are_taken(tmp_path, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(PROGRAM)
+    command = ["train", str(file), "--workdir", str(tmp_path / "runs"), "--loop.steps"]
+    assert main([*command, "2"]) == 0
+    run = str(RunFolder.find(tmp_path / "runs").path)
+    file.write_text(PROGRAM.replace("nn.relu", "nn.tanh"))
+    assert main([*command, "4", "--continue", run]) == 2
+    assert "jaxmp_configs.net.Net.__call__ has changed since" in capsys.readouterr().err
+    assert main([*command, "4", "--init-from", run]) == 0
+    file.write_text(PROGRAM.replace("Adam()", "Adam(1e-4, clip_norm=2.0)"))  # what is changed
+    assert main([*command, "4", "--continue", run]) == 0
 
 
 @pytest.mark.slow
