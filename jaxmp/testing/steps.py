@@ -15,17 +15,28 @@ from hypothesis import strategies as st
 from jaxmp.errors import InputError
 from jaxmp.jaxprs import COLLECTIVE_SUMS, equations
 from jaxmp.testing import faults
+from jaxmp.testing.chosen_gradients import (
+    dropped_window_is_empty,
+    finite_is_applied,
+    gradients_keep_their_bits,
+    growth_step_is_right,
+    loss_in_float32,
+    moments_in_float32,
+    norms_in_float32,
+    scale_does_not_matter,
+    scale_stands_in_a_window,
+    scale_stays_in_its_range,
+    small_gradients_take_small_steps,
+    tiny_gradients_are_felt,
+)
 from jaxmp.testing.faults import BadBatch, Clean, Fault
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
 from jaxmp.testing.scalers import is_sound_scale
 from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
 from jaxmp.testing.trial import (
-    GROWTH_SECONDS,
-    GROWTH_STEPS,
     NO_GRADIENT,
     Trial,
     compiles,
-    copied,
     copies,
     gross_difference,
     one_copy,
@@ -51,13 +62,17 @@ class StepAdapter:
     """`kept(state)`: all that a skipped step leaves as it was: parameters, moments, counts, statistics, EMA. By
     default, for a state with `jaxmp.loss_scaling` in it: all but the scaler's own state, and leaves called `step`"""
     loss_scale: Callable[[Any], Any] | None = None
-    """`loss_scale(state)`: the scale of the next loss; by default that of `jaxmp.loss_scaling`"""
+    """`loss_scale(state)`: the scale of the next loss, or a pytree of them; by default those of `jaxmp.loss_scaling`"""
     loss: Callable[[Any], Any] | None = None
     """`loss(out)`: the unscaled loss, from all that `step` returned"""
     stacked: bool = False
     """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
     microbatches: int = 1
-    """how many steps make one update"""
+    """how many steps make one update; `kept` then leaves out what sums the gradients of a window"""
+    min_scale: float | None = None
+    """floor of the scale; None if the step claims none"""
+    max_scale: float | None = None
+    """cap of the scale; None if the step claims none"""
     trace: Callable[[Any, Any], Any] | None = None
     """`trace(state, batch)`: the jaxpr of the step; needed only if `step` itself cannot be traced"""
 
@@ -91,6 +106,17 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
         scale_falls,
         skips_leave_no_trace,
         growth_step_is_right,
+        scale_stays_in_its_range,
+        scale_does_not_matter,
+        finite_is_applied,
+        loss_in_float32,
+        gradients_keep_their_bits,
+        tiny_gradients_are_felt,
+        small_gradients_take_small_steps,
+        norms_in_float32,
+        moments_in_float32,
+        scale_stands_in_a_window,
+        dropped_window_is_empty,
         random_numbers_advance,
         survives_saving,
         replicas_agree,
@@ -176,18 +202,22 @@ def scale_is_sound(trial: Trial) -> None:
 
     def counterexample(faulty: list[bool]) -> str | None:
         trace: Sequence[Fault] = [trial.any_fault if bad else Clean() for bad in faulty]
-        leaf = trial.scale_leaf(trial.run(trace))
-        after = f"after {words(trace)} the loss scale"
-        if not hasattr(leaf, "dtype"):
-            return f"{after} is a Python number, {leaf}: weakly typed, it multiplies a float16 loss in float16"
-        if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
-            return f"{after} is {leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
-        scale = float(leaf)
-        if not is_sound_scale(scale):
-            return f"{after} is {scale:g}, no power of two between 2**-126 and 2**126"
+        for name, leaf in trial.scale_leaves(trial.run(trace)).items():
+            if different := wrong(leaf):
+                return f"after {words(trace)} the loss scale{f' of {name}' * (len(trial.scalers) > 1)} is {different}"
         return None
 
-    trial.scale_leaf(trial.fresh())
+    def wrong(leaf: Any) -> str | None:
+        if not hasattr(leaf, "dtype"):
+            return f"a Python number, {leaf}: weakly typed, it multiplies a float16 loss in float16"
+        if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
+            return f"{leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
+        scale = float(leaf)
+        if not is_sound_scale(scale):
+            return f"{scale:g}, no power of two between 2**-126 and 2**126"
+        return None
+
+    trial.scale_leaves(trial.fresh())
     require(st.lists(st.booleans(), max_size=4), counterexample)
 
 
@@ -245,19 +275,20 @@ def scale_falls(trial: Trial) -> None:
     Rule 8 of a step.
     """
     fault = trial.any_fault
-    state = trial.fresh()
-    first = trial.scale(state)
-    for count in range(1, 9):
-        before, state = trial.scale(state), trial.step(state, fault)
-        if trial.scale(state) > before:
-            raise Broken(f"after {words([fault] * count)} the scale rose from {before:g} to {trial.scale(state):g}")
-    low = trial.scale(state)
-    applied = trial.step(state)
-    if trial.scale(applied) < low:
-        raise Broken(f"after a step that could be applied the scale fell from {low:g} to {trial.scale(applied):g}")
-    if low == first and first != 1:
-        if trial.growth:
-            raise Broken(f"8 overflows in a row leave the scale at {first:g}; {trial.growth} finite steps raise it")
+    for scaler in range(len(trial.scalers)):
+        state = trial.fresh()
+        first = trial.scale(state, scaler)
+        for count in range(1, 9):
+            before, state = trial.scale(state, scaler), trial.step(state, fault)
+            now = trial.scale(state, scaler)
+            if now > before:
+                raise Broken(f"after {words([fault] * count)} the scale rose from {before:g} to {now:g}")
+        low = trial.scale(state, scaler)
+        now = trial.scale(trial.step(state), scaler)
+        if now < low:
+            raise Broken(f"after a step that could be applied the scale fell from {low:g} to {now:g}")
+        if low == first and first != 1 and (growth := trial.growth_of(scaler)):
+            raise Broken(f"8 overflows in a row leave the scale at {first:g}; {growth} finite steps raise it")
 
 
 def skips_leave_no_trace(trial: Trial) -> None:
@@ -288,29 +319,6 @@ def skips_leave_no_trace(trial: Trial) -> None:
         return f"after {words(trace)}, unlike without what was skipped: {different}"
 
     require(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3)), counterexample)
-
-
-def growth_step_is_right(trial: Trial) -> None:
-    """The step on which the scale grows does what any other step does.
-
-    Defect B7: unscaled with the new scale, gradients are half of what they should be. The step is compared with the
-    same one after an overflow, on which the scale does not grow. Skipped if the step draws random numbers.
-    """
-    if trial.draws:
-        raise Skipped("the step draws random numbers, and a skipped step uses up its own")
-    if not trial.has_scale:
-        raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
-    count = trial.growth
-    if count is None:
-        raise Skipped(f"the scale does not grow within {GROWTH_STEPS} steps or {GROWTH_SECONDS:g} s on this batch")
-    if count == 1:
-        raise Skipped("the scale grows on every step; give the laws a step that grows on every second one")
-    state = trial.run([Clean()] * (count - 1))
-    start = copied(state)
-    usual = trial.step(trial.step(copied(state), trial.any_fault))
-    grown = trial.step(state)
-    if different := trial.compare(usual, grown, start):
-        raise Broken(f"on the step on which the scale grows, after {words([Clean()] * (count - 1))}: {different}")
 
 
 def random_numbers_advance(trial: Trial) -> None:

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +15,18 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxmp.jaxprs import equations
-from jaxmp.scaling.transform import LossScalingState, find_state
+from jaxmp.scaling.transform import LossScalingState
 from jaxmp.testing import faults
-from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
+from jaxmp.testing.draws import draws_from_state
+from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault, GradientLeaf, Observed
 from jaxmp.testing.laws import Broken, Skipped, calling, thorough
 from jaxmp.testing.snapshots import Snapshot, describe, first_difference, snapshot
 from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """Limits on how long a law waits for the scale to grow."""
+SOME = 8
+"""Number of parameters on which a law that needs steps for each of them is tested, unless thoroughly."""
 FLOAT16_BOUND = 0.1
 """If float16 gradients can underflow, half of the leaves may differ by this share of the distance they have moved. A
 wrong scale is wrong by a factor of two."""
@@ -64,7 +67,7 @@ class Trial:
         reader = self.read("kept")
         if reader is not None:
             return calling("the adapter's kept", reader, state)
-        if find_state(state) is None:
+        if not scaler_states(state):
             raise Broken(
                 "the adapter does not say what a skipped step has to keep; give it kept=, such as "
                 "kept=lambda state: (state.params, state.opt_state)"
@@ -74,19 +77,86 @@ class Trial:
     @property
     def has_scale(self) -> bool:
         """True if the loss scale can be read."""
-        return self.read("loss_scale") is not None or find_state(self._start) is not None
+        return self.read("loss_scale") is not None or bool(scaler_states(self._start))
 
-    def scale_leaf(self, state: Any) -> Any:
-        """Returns the loss scale as the state holds it, of the first replica. Raises Skipped if there is none."""
+    def scale_leaves(self, state: Any) -> dict[str, Any]:
+        """Returns the loss scale of each scaler as the state holds it, of the first replica, by the scaler's name.
+
+        Raises Skipped if there is none.
+        """
+        found = self._scale_leaves(state)
+        return {name: x[0] if self.read("stacked") and jnp.ndim(x) else x for name, x in found.items()}
+
+    def _scale_leaves(self, state: Any) -> dict[str, Any]:
         reader = self.read("loss_scale")
-        if reader is None and find_state(state) is None:
+        if reader is not None:
+            read = calling("the adapter's loss_scale", reader, state)
+            return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(read)}
+        found = {name: scaler.scaler.scale for name, scaler in scaler_states(state).items()}
+        if not found:
             raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
-        leaf = calling("the adapter's loss_scale", reader, state) if reader else find_state(state).scaler.scale  # type: ignore[union-attr]
-        return leaf[0] if self.read("stacked") and jnp.ndim(leaf) else leaf
+        return found
 
-    def scale(self, state: Any) -> float:
-        """Returns the loss scale."""
-        return float(self.scale_leaf(state))
+    @functools.cached_property
+    def scalers(self) -> list[str]:
+        """The names of the scalers in the state; usually of one."""
+        return list(self.scale_leaves(self._start))
+
+    def scale(self, state: Any, scaler: int = 0) -> float:
+        """Returns the loss scale of one of the scalers."""
+        return float(list(self.scale_leaves(state).values())[scaler])
+
+    @functools.cached_property
+    def _scale_places(self) -> list[int | None]:
+        """For each scaler, which leaf of the state is its scale: the one whose change changes what is read."""
+        leaves, structure = jax.tree.flatten(self._start)
+        found: list[int | None] = []
+        for i in range(len(self.scalers)):
+            scale, place = self.scale(self._start, i), None
+            for at, leaf in enumerate(leaves):
+                if isinstance(leaf, (bool, str)) or not (isinstance(leaf, float) or is_floating(leaf)):
+                    continue
+                if np.size(leaf) and np.all(np.asarray(leaf, np.float64) == scale):
+                    changed = jax.tree.unflatten(structure, [*leaves[:at], leaf / 2, *leaves[at + 1 :]])
+                    if self.scale(changed, i) == scale / 2:
+                        place = at
+                        break
+            found.append(place)
+        return found
+
+    def at_scale(self, state: Any, scale: float, scaler: int = 0) -> Any:
+        """Returns the state with another loss scale. Raises Skipped if the state does not hold the scale as it is."""
+        place = self._scale_places[scaler]
+        if place is None:
+            raise Skipped("no leaf of the state is the loss scale: the laws cannot set it")
+        leaves, structure = jax.tree.flatten(state)
+        old = leaves[place]
+        new = type(old)(scale) if isinstance(old, float) else jnp.full_like(old, scale)
+        if isinstance(old, jax.Array) and old.committed:  # where it is not, committing it would compile the step anew
+            new = jax.device_put(new, old.sharding)
+        return jax.tree.unflatten(structure, [*leaves[:place], new, *leaves[place + 1 :]])
+
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether overflows lower the scale: whether it is a dynamic one."""
+        state = self.fresh()
+        first = self.scale(state)
+        for _ in range(8 * self.window):
+            state = self.step(state, self.any_fault)
+            if self.scale(state) < first:
+                return True
+        return False
+
+    @functools.cached_property
+    def scales(self) -> list[float]:
+        """Scales to test at: the first one, and of a scale that moves, some up to 2**24 or the cap that is claimed."""
+        first = self.scale(self.fresh())
+        if not self.moves:
+            return [first]
+        least = self.read("min_scale") or min(first, 1.0)
+        most = self.read("max_scale") or max(first, 2.0**24)
+        wanted = [first, first / 4, least, 2.0**16, 2.0**20, most]
+        return list(dict.fromkeys(x for x in wanted if least <= x <= most and x == 2.0 ** round(math.log2(x))))
 
     # --- steps
 
@@ -101,9 +171,59 @@ class Trial:
         if isinstance(fault, BadBatch):
             batch = fault.apply(batch)
         if isinstance(fault, BadGradient):
-            with faults.bad_gradient(fault):
-                return calling("the adapter's step", self.adapter.step, state, batch, given=given)
+            return self._injected(state, batch, given, bad=fault)[0]
         return calling("the adapter's step", self.adapter.step, state, batch, given=given)
+
+    def _injected(self, state: Any, batch: Any, given: str, **what: Any) -> tuple[Any, Observed]:
+        with faults.injected(**what) as observed:
+            out = calling("the adapter's step", self.adapter.step, state, batch, given=given)
+            jax.block_until_ready(out)
+        return out, observed
+
+    def with_gradients(self, state: Any, chosen: Callable[[GradientLeaf], Any] | None) -> tuple[Any, Observed]:
+        """Returns what a step returns for gradients that the law chooses, and what was seen. May donate the state.
+
+        Args:
+          state: the state before.
+          chosen: the gradient of a leaf, without the loss scale; None for the step's own, as for `chosen=None`.
+        """
+
+        def scaled(leaf: GradientLeaf) -> Any:
+            value = None if chosen is None else chosen(leaf)
+            return None if value is None else np.asarray(value, _wide(leaf.dtype)) * scales[leaf.call]
+
+        scales = self._scale_of_call(state) if self.has_scale else dict.fromkeys((x.call for x in self.leaves), 1.0)
+        return self._injected(state, self.adapter.batch, "gradients chosen by the law", chosen=scaled)
+
+    def _scale_of_call(self, state: Any) -> dict[int, float]:
+        calls = {leaf.call for leaf in self.leaves}
+        scaler = self._scaler_of_call if len(self.scalers) > 1 else dict.fromkeys(calls, 0)
+        return {call: self.scale(state, scaler[call]) for call in calls}
+
+    @functools.cached_property
+    def _scaler_of_call(self) -> dict[int, int]:
+        """Which scaler scales the loss of each call of `jax.grad`: the one whose change changes that loss."""
+        usual = self._injected(self.fresh(), self.adapter.batch, "a step")[1].losses
+        found = dict.fromkeys((leaf.call for leaf in self.leaves), 0)
+        for i in range(len(self.scalers)):
+            state = self.at_scale(self.fresh(), self.scale(self.fresh(), i) / 2, i)
+            losses = self._injected(state, self.adapter.batch, "a step")[1].losses
+            found |= {call: i for call in found if call in losses and losses[call][0] * 2 == usual[call][0]}
+        return found
+
+    def chosen(self, state: Any, *choices: Callable[[GradientLeaf], Any]) -> Any:
+        """Returns the state after one step for each choice of gradients; with clean steps if none can be put in."""
+        for choice in choices:
+            if self.leaves:
+                state = self._state(self.with_gradients(state, choice)[0], self._start)
+            else:
+                state = self.step(state)
+        return state
+
+    @property
+    def window(self) -> int:
+        """How many steps make one update."""
+        return self.read("microbatches") or 1
 
     def _state(self, out: Any, before: Any) -> Any:
         if same_structure(out, before):
@@ -123,11 +243,15 @@ class Trial:
     @functools.cached_property
     def growth(self) -> int | None:
         """The number of finite steps until the scale grows; None if that takes longer than a law waits."""
+        return self.growth_of(0)
+
+    def growth_of(self, scaler: int) -> int | None:
+        """The same for one of several scalers."""
         state, started = self.fresh(), time.monotonic()
-        before = self.scale(state)
+        before = self.scale(state, scaler)
         for count in range(1, GROWTH_STEPS + 1):
             state = self.step(state)
-            scale = self.scale(state)
+            scale = self.scale(state, scaler)
             if scale > before:
                 return count
             before = scale
@@ -138,22 +262,24 @@ class Trial:
     # --- faults
 
     @functools.cached_property
-    def gradient_paths(self) -> list[str]:
-        """The paths of the parameters into whose gradients faults can be injected."""
+    def leaves(self) -> list[GradientLeaf]:
+        """The parameters whose gradients can be replaced."""
         return calling("the adapter's step", faults.differentiated, self.adapter.step, self.fresh(), self.adapter.batch)
 
     @functools.cached_property
+    def some_leaves(self) -> list[GradientLeaf]:
+        """At most `SOME` of the parameters, the first and the last among them; all under the thorough profile."""
+        leaves = [leaf for leaf in self.leaves if math.prod(leaf.shape)]
+        if thorough() or len(leaves) <= SOME:
+            return leaves
+        return [leaves[round(i * (len(leaves) - 1) / (SOME - 1))] for i in range(SOME)]
+
+    @functools.cached_property
     def bad_gradients(self) -> Sequence[Fault]:
-        """Faults in gradients. Each costs a compilation, so they are few unless the thorough profile is in force."""
-        paths = self.gradient_paths
-        if not thorough() and len(paths) > 4:
-            paths = [paths[round(i * (len(paths) - 1) / 3)] for i in range(4)]
-        values = (math.inf, math.nan)
-        if thorough():
-            return [BadGradient(path, value) for path in paths for value in (*values, -math.inf)]
-        # Each parameter with one of the two, the first one with both.
-        found = [BadGradient(path, values[i % 2]) for i, path in enumerate(paths)]
-        return [*found, BadGradient(paths[0], math.nan)] if paths else []
+        """Faults in gradients."""
+        values = (math.inf, math.nan, -math.inf) if thorough() else (math.inf, math.nan)
+        paths = list(dict.fromkeys(leaf.path for leaf in self.some_leaves))
+        return [BadGradient(path, value) for path in paths for value in values]
 
     @functools.cached_property
     def bad_batches(self) -> st.SearchStrategy[Fault] | None:
@@ -200,10 +326,10 @@ class Trial:
         operands = (v.aval for eqn, _ in equations(self.jaxpr) for v in eqn.invars)
         return {np.dtype(aval.dtype) for aval in operands if is_floating(aval)}
 
-    @property
+    @functools.cached_property
     def draws(self) -> bool:
-        """True if the step draws random numbers; deriving keys alone does not count."""
-        return self.jaxpr is not None and any(e.primitive.name == "random_bits" for e, _ in equations(self.jaxpr))
+        """True if the step draws random numbers that depend on its state or batch; constants of a model do not."""
+        return self.jaxpr is not None and draws_from_state(self.jaxpr)
 
     def compare(self, expected: Any, found: Any, start: Any) -> str | None:
         """Says where two states that should be equal differ: by a bit, or grossly if float16 is in the step."""
@@ -260,6 +386,16 @@ def words(trace: Sequence[Fault]) -> str:
             counted.append([fault, 1])
     shown = [str(f) if n == 1 else f"{n} times {f}" for f, n in counted]
     return ", then ".join(shown) or "no step"
+
+
+def scaler_states(state: Any) -> dict[str, LossScalingState]:
+    """Finds all states of `loss_scaling` in a state, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, LossScalingState))
+    return {jax.tree_util.keystr(path): x for path, x in leaves if isinstance(x, LossScalingState)}
+
+
+def _wide(dtype: Any) -> Any:
+    return np.complex128 if np.issubdtype(dtype, np.complexfloating) else np.float64
 
 
 def _without_scaler(state: Any) -> Any:
