@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmp.jaxprs import COLLECTIVE_SUMS, equations
@@ -206,8 +207,16 @@ def loss_in_float32(trial: Trial) -> None:
         seen_values = np.unique(np.concatenate([_f64(x).ravel() for x in losses]) if losses else np.zeros(0))
         seen_values = seen_values[np.isfinite(seen_values) & (seen_values != 0)]
         for bits, name in ((8, "bfloat16"), (11, "float16")):
-            if len(seen_values) >= 3 and np.all(_on_grid(seen_values, bits)):
+            if len(seen_values) < 3:
+                continue
+            if np.all(_on_grid(seen_values, bits)):
                 raise Broken(f"{what} is a number of {name} in every step: {seen_values[0]:.9g}, {seen_values[1]:.9g}")
+            for weight in _weights(trial):
+                if np.all(_near_grid(seen_values * weight, bits)):
+                    raise Broken(
+                        f"{what}, times {weight:g}, is a number of {name} in every step: "
+                        f"{seen_values[0] * weight:.9g}, {seen_values[1] * weight:.9g}. A sum was rounded"
+                    )
     if trial.has_scale and len(trial.scalers) == 1:
         _require_scaled(trial, state)
 
@@ -267,7 +276,7 @@ def growth_step_is_right(trial: Trial) -> None:
 def scale_stays_in_its_range(trial: Trial) -> None:
     """A loss scale falls to its floor and grows to its cap: always a power of two, and never beyond what is claimed.
 
-    Rule 8, defect B10, trap T10. At the floor, finite steps are applied as they are anywhere.
+    Rule 8, defect B10, trap T10. At floor and cap, overflows are skipped and finite steps applied as anywhere.
     """
     if not trial.has_scale:
         raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
@@ -288,10 +297,82 @@ def scale_stays_in_its_range(trial: Trial) -> None:
                 break
         if least is not None and len(trial.scalers) == 1 and before > least:
             raise Broken(f"the scale stays at {before:g}, where overflows have brought it; claimed: down to {least:g}")
+        if len(trial.scalers) == 1:
+            _require_obeyed(trial, state, f"under the scale {before:g}, where overflows have brought it")
         if trial.moves:
             _require_growth(trial, state, scaler, "from its floor")
     for scale in (most, most and most / 2) if most is not None and len(trial.scalers) == 1 and trial.moves else ():
-        _require_growth(trial, trial.at_scale(trial.fresh(), scale), 0, "")
+        state = trial.at_scale(trial.fresh(), scale)
+        _require_obeyed(trial, state, f"under the scale {scale:g}, near its cap")
+        _require_growth(trial, state, 0, "")
+
+
+def scale_moves_as_claimed(trial: Trial) -> None:
+    """The scale grows after as many applied updates in a row, and falls after as many overflows, as the step claims.
+
+    torch's rule: both counts begin anew after an overflow, and after an applied update.
+    """
+    if not trial.has_scale:
+        raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
+    interval, hysteresis = trial.read("growth_interval"), trial.read("hysteresis")
+    if interval is None and hysteresis is None:
+        raise Skipped("the adapter claims neither growth_interval nor hysteresis")
+    row = hysteresis or 1
+
+    def require_moves(before: str, after: str, expected: int) -> None:
+        """Requires that the last of the updates `after`, and none before, moves the scale: up, not at all, or down."""
+        state = _updates(trial, trial.fresh(), before)
+        for at in range(len(after)):
+            scale, state = trial.scale(state), _updates(trial, state, after[at])
+            found = int(np.sign(trial.scale(state) - scale))
+            wanted = expected if at == len(after) - 1 else 0
+            if found != wanted:
+                words = {1: "rises", 0: "stays", -1: "falls"}
+                raise Broken(
+                    f"after the updates {before + after[: at + 1]!r} (g: applied, o: overflow) the scale "
+                    f"{words[found]} from {scale:g} to {trial.scale(state):g}; claimed: it {words[wanted]}"
+                )
+
+    if interval is not None and interval <= 200:
+        fall = "o" * row
+        for before in ("", fall, "g" * interval, fall + "g" * interval, "g" * (interval - 1) + "o"):
+            require_moves(before, "g" * interval, 1)
+    if hysteresis is not None:
+        for before in ("", "g", "o" * row + "g", *["o" * (row - 1) + "g"] * (row > 1)):
+            require_moves(before, "o" * row, -1)
+        if row > 1 and (interval is None or interval > 1):
+            require_moves("", "o" * (row - 1) + "g" + "o" * (row - 1), 0)
+
+
+def complex_parameters_descend(trial: Trial) -> None:
+    """A complex parameter moves by both parts of its gradient in the same direction.
+
+    Trap T24: JAX's gradient of a real loss is the conjugate of the direction in which the loss rises, so that a step
+    that does not conjugate it descends in the real part and ascends in the imaginary one.
+    """
+    leaves = [leaf for leaf in trial.some_leaves if np.issubdtype(leaf.dtype, np.complexfloating)]
+    if not leaves:
+        raise Skipped("the step trains no complex parameter")
+    generic = _generic(trial, 11, NORM)
+    for leaf in leaves:
+
+        def only(factor: complex, leaf: GradientLeaf = leaf) -> Snapshot:
+            same = lambda other: (other.call, other.path) == (leaf.call, leaf.path)  # noqa: E731
+            return _run(trial, lambda other: generic(other).real * (factor if same(other) else 0))
+
+        none, real, imaginary = only(0), only(1), only(1j)
+        grads = generic(leaf).real
+        for at in _own(leaf, none):
+            if none.leaves[at].dtype.kind == "c":
+                along = [
+                    float(np.sum(factor * grads * (run.leaves[at] - none.leaves[at])).real)
+                    for factor, run in ((1, real), (1j, imaginary))
+                ]
+                if along[0] * along[1] < 0:
+                    raise Broken(
+                        f"leaf {none.paths[at]} moves {'with' if along[0] > 0 else 'against'} a real gradient and "
+                        f"{'with' if along[1] > 0 else 'against'} an imaginary one: the gradient is not conjugated"
+                    )
 
 
 def _require_growth(trial: Trial, state: Any, scaler: int, where: str) -> None:
@@ -337,7 +418,7 @@ def dropped_window_is_empty(trial: Trial) -> None:
     if trial.draws:
         raise Skipped("the step draws random numbers, and a skipped step uses up its own")
     _require_leaves(trial)
-    fault, kept = trial.any_fault, _kept(trial)
+    fault, kept = trial.any_fault, _updated(trial)
     one = lambda leaf: _generic(trial, 1, NORM, bits=8)(leaf)  # noqa: E731
     two = _generic(trial, 2, NORM)
     for bad in range(window):
@@ -361,6 +442,30 @@ def dropped_window_is_empty(trial: Trial) -> None:
 # --- parts of laws
 
 
+def generic_gradients(trial: Trial, count: int) -> list[Choice]:
+    """Returns random gradients for some steps in a row, whose bits do not depend on the loss scale."""
+    return [_generic(trial, seed, NORM) for seed in range(count)]
+
+
+def _updates(trial: Trial, state: Any, kinds: str) -> Any:
+    """The state after some updates: a "g" with chosen gradients, an "o" with an overflow in each of its steps."""
+    for kind in kinds:
+        for _ in range(trial.window):
+            state = trial.step(state, trial.any_fault) if kind == "o" else trial.chosen(state, _generic(trial, 0, NORM))
+    return state
+
+
+def _require_obeyed(trial: Trial, state: Any, where: str) -> None:
+    """Requires that an overflow is skipped and that finite gradients are applied. The state is kept."""
+    start = _kept(trial)(state)
+    bad = _updates(trial, copied(state), "o")
+    if different := first_difference(start, _kept(trial)(bad)):
+        if trial.window == 1:
+            raise Broken(f"{where}, an overflow is not skipped: {different}")
+    if trial.leaves and not first_difference(start, _kept(trial)(_updates(trial, copied(state), "g"))):
+        raise Broken(f"{where}, a step with small finite gradients is not applied")
+
+
 def _window(trial: Trial) -> int:
     if trial.window == 1:
         raise Skipped("every step is an update: no window of microbatches")
@@ -371,7 +476,7 @@ def _window(trial: Trial) -> int:
 
 def _drops(trial: Trial) -> str:
     """What an overflow in the first microbatch drops: the "window", or the "microbatch", whose place the next takes."""
-    kept, fault = _kept(trial), trial.any_fault
+    kept, fault = _updated(trial), trial.any_fault
     state = trial.step(trial.fresh(), fault)
     for _ in range(trial.window - 1):
         state = trial.step(state)
@@ -381,6 +486,20 @@ def _drops(trial: Trial) -> str:
 
 def _kept(trial: Trial) -> Callable[[Any], Snapshot]:
     return lambda state: snapshot(trial.kept(state))
+
+
+def _updated(trial: Trial) -> Callable[[Any], Snapshot]:
+    """What a state keeps, but for what moves with each microbatch of a window: batch statistics and counts."""
+    start = snapshot(trial.kept(trial.fresh()))
+    inside = snapshot(trial.kept(trial.run([Clean()] * (trial.window - 1))))
+    still = [np.array_equal(a, b, equal_nan=True) for a, b in zip(start.leaves, inside.leaves, strict=True)]
+
+    def kept(state: Any) -> Snapshot:
+        whole = snapshot(trial.kept(state))
+        places = [i for i, here in enumerate(still) if here]
+        return Snapshot([whole.paths[i] for i in places], [whole.leaves[i] for i in places])
+
+    return kept
 
 
 def _require_leaves(trial: Trial) -> None:
@@ -524,6 +643,22 @@ def _steps(x: np.ndarray, old: np.ndarray) -> int:
 def _rounded(x: np.ndarray, bits: int) -> np.ndarray:
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def _weights(trial: Trial) -> list[float]:
+    """What a sum over the batch may have been divided by: numbers of rows and of elements, and sums of weights."""
+    found: set[float] = set()
+    for leaf in jax.tree.leaves(trial.adapter.batch):
+        if np.ndim(leaf) and np.size(leaf):
+            found |= {float(np.shape(leaf)[0]), float(np.size(leaf))}
+            if np.ndim(leaf) == 1 and np.asarray(leaf).dtype.kind in "fiub":
+                found.add(float(np.sum(np.asarray(leaf, np.float64))))
+    return sorted(weight for weight in found if math.isfinite(weight) and weight > 0)
+
+
+def _near_grid(x: np.ndarray, bits: int) -> np.ndarray:
+    """Which numbers are within the rounding of float32 of one with a significand of at most `bits` bits."""
+    return np.asarray(np.abs(_rounded(x, bits) - x) <= 2.0**-23 * np.abs(x))
 
 
 def _on_grid(x: np.ndarray, bits: int) -> np.ndarray:

@@ -59,8 +59,8 @@ class BadGradient(NamedTuple):
 
     path: str
     """path of the parameter"""
-    value: float
-    """value that replaces the number"""
+    value: complex
+    """value that replaces the number; of a complex one, both parts"""
 
     def __str__(self) -> str:
         return f"a step with {self.value} in the gradient of {self.path}"
@@ -100,7 +100,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.chosen: Chosen = lambda leaf: None
-        self.last: Callable[[GradientLeaf], float | None] = lambda leaf: None
+        self.last: Callable[[GradientLeaf], complex | None] = lambda leaf: None
         self.observed = Observed({}, {})
         self.seen: dict[tuple[int, str], GradientLeaf] = {}
         self.calls = 0
@@ -199,7 +199,7 @@ def _backward(leaves: tuple[GradientLeaf, ...], _: None, grads: list[Any]) -> tu
             arrays,
             np.array([value is not None for value in chosen]),
             np.array([value is not None for value in last]),
-            np.array([0.0 if value is None else value for value in last], np.float32),
+            np.array([0.0 if value is None else value for value in last], np.complex64),
         )
 
     count = len(leaves)
@@ -207,14 +207,14 @@ def _backward(leaves: tuple[GradientLeaf, ...], _: None, grads: list[Any]) -> tu
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
         jax.ShapeDtypeStruct((count,), np.bool_),
         jax.ShapeDtypeStruct((count,), np.bool_),
-        jax.ShapeDtypeStruct((count,), np.float32),
+        jax.ShapeDtypeStruct((count,), np.complex64),
     )
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in grads]))
     arrays, replace, poison, last = jax.pure_callback(read, shapes, finite, vmap_method="sequential")
 
     def one(i: int, g: Any) -> Any:
         g = jnp.where(replace[i], arrays[i], g)
-        bad = last[i].astype(g.real.dtype).astype(g.dtype)
+        bad = last[i] if jnp.iscomplexobj(g) else last[i].real.astype(g.dtype)
         return jnp.where(poison[i], g.ravel().at[-1].set(bad).reshape(g.shape), g) if g.size else g
 
     return ([one(i, g) for i, g in enumerate(grads)],)

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxmp.jaxprs import equations
-from jaxmp.scaling.transform import LossScalingState
+from jaxmp.scaling.transform import LossScalingState, consecutive_skips, skipped_steps
 from jaxmp.testing import faults
 from jaxmp.testing.draws import draws_from_state
 from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault, GradientLeaf, Observed
@@ -180,12 +180,15 @@ class Trial:
             jax.block_until_ready(out)
         return out, observed
 
-    def with_gradients(self, state: Any, chosen: Callable[[GradientLeaf], Any] | None) -> tuple[Any, Observed]:
+    def with_gradients(
+        self, state: Any, chosen: Callable[[GradientLeaf], Any] | None, batch: Any = None
+    ) -> tuple[Any, Observed]:
         """Returns what a step returns for gradients that the law chooses, and what was seen. May donate the state.
 
         Args:
           state: the state before.
           chosen: the gradient of a leaf, without the loss scale; None for the step's own, as for `chosen=None`.
+          batch: the batch; the adapter's by default.
         """
 
         def scaled(leaf: GradientLeaf) -> Any:
@@ -193,7 +196,8 @@ class Trial:
             return None if value is None else np.asarray(value, _wide(leaf.dtype)) * scales[leaf.call]
 
         scales = self._scale_of_call(state) if self.has_scale else dict.fromkeys((x.call for x in self.leaves), 1.0)
-        return self._injected(state, self.adapter.batch, "gradients chosen by the law", chosen=scaled)
+        batch = self.adapter.batch if batch is None else batch
+        return self._injected(state, batch, "gradients chosen by the law", chosen=scaled)
 
     def _scale_of_call(self, state: Any) -> dict[int, float]:
         calls = {leaf.call for leaf in self.leaves}
@@ -219,6 +223,20 @@ class Trial:
             else:
                 state = self.step(state)
         return state
+
+    @property
+    def counts_skips(self) -> bool:
+        """True if the state counts skipped steps where the laws can read it."""
+        return any(self.counted(name, self._start) is not None for name in ("skipped_steps", "consecutive_skips"))
+
+    def counted(self, name: str, state: Any) -> int | None:
+        """Returns what the state counts under a name of the adapter's, of the first replica; None if it does not."""
+        reader = self.read(name)
+        found = {"skipped_steps": skipped_steps, "consecutive_skips": consecutive_skips}
+        if reader is None and len(scaler_states(state)) != 1:
+            return None
+        count = calling(f"the adapter's {name}", reader or found[name], state)
+        return int(np.ravel(count)[0])
 
     @property
     def window(self) -> int:
@@ -277,9 +295,13 @@ class Trial:
     @functools.cached_property
     def bad_gradients(self) -> Sequence[Fault]:
         """Faults in gradients."""
-        values = (math.inf, math.nan, -math.inf) if thorough() else (math.inf, math.nan)
-        paths = list(dict.fromkeys(leaf.path for leaf in self.some_leaves))
-        return [BadGradient(path, value) for path in paths for value in values]
+        found = []
+        for leaf in {leaf.path: leaf for leaf in self.some_leaves}.values():
+            values: list[complex] = [math.inf, math.nan, -math.inf]
+            if np.issubdtype(leaf.dtype, np.complexfloating):
+                values += [complex(0, math.inf), complex(0, math.nan)]
+            found += [BadGradient(leaf.path, value) for value in values]
+        return found
 
     @functools.cached_property
     def bad_batches(self) -> st.SearchStrategy[Fault] | None:
@@ -352,28 +374,47 @@ def copied(state: Any) -> Any:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, (jax.Array, np.ndarray)) else x, state)
 
 
-def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound: float) -> str | None:
+def gross_difference(
+    expected: Snapshot, found: Snapshot, start: Snapshot, bound: float, parameters: Sequence[str] = ()
+) -> str | None:
     """Says where integers differ, or half of the leaves by more than `bound` times the distance they have moved.
 
     Half of the leaves, because an optimizer that normalises turns rounding errors into steps of full length, for a
-    parameter whose true gradient is 0.
+    parameter whose true gradient is 0. Four times the bound is allowed to each kind of leaves, such as the first
+    moments of all parameters: to all of them together, or to half of them.
+
+    Args:
+      expected: what the leaves ought to be.
+      found: what they are.
+      start: what they were before the steps.
+      bound: the share of the distance.
+      parameters: the paths of the parameters, with which the paths of their moments end.
     """
-    errors = []
+    errors: list[tuple[float, str]] = []
+    kinds: dict[str, list[tuple[float, float, str]]] = {}
     for path, a, b, s in zip(expected.paths, expected.leaves, found.leaves, start.leaves, strict=True):
-        if not is_floating(a):
+        if a.dtype.kind != "c" and not is_floating(a):
             if not np.array_equal(a, b):
                 return f"leaf {path} is {b}, and ought to be {a}"
             continue
-        x, y, z = (np.asarray(v, np.float64) for v in (a, b, s))
+        x, y, z = (np.asarray(v, np.complex128 if a.dtype.kind == "c" else np.float64) for v in (a, b, s))
         if not np.all(np.isfinite(y)):
             return f"leaf {path} is not finite"
-        moved = np.linalg.norm(x - z)
-        if moved and np.isfinite(moved):
-            errors.append((float(np.linalg.norm(y - x) / moved), path))
-    if not errors or statistics.median(e for e, _ in errors) <= bound:
-        return None
-    worst, path = max(errors)
-    return f"leaf {path} is off by {worst:.3g} of the distance that it has moved (half of the leaves by over {bound:g})"
+        moved, off = float(np.linalg.norm(x - z)), float(np.linalg.norm(y - x))
+        if moved and math.isfinite(moved):
+            errors.append((off / moved, path))
+            parameter = max((p for p in parameters if p and path.endswith(p)), key=len, default="")
+            kinds.setdefault(path.removesuffix(parameter), []).append((off, moved, path))
+    if errors and statistics.median(e for e, _ in errors) > bound:
+        worst, path = max(errors)
+        share = f"{worst:.3g} of the distance that it has moved"
+        return f"leaf {path} is off by {share} (half of the leaves by over {bound:g})"
+    for leaves in kinds.values():
+        together = math.hypot(*(off for off, _, _ in leaves)) / math.hypot(*(moved for _, moved, _ in leaves))
+        if min(together, statistics.median(off / moved for off, moved, _ in leaves)) > 4 * bound:
+            worst, path = max((off / moved, path) for off, moved, path in leaves)
+            return f"leaf {path}, like the others of its kind, is off by {worst:.3g} of the distance that it has moved"
+    return None
 
 
 def words(trace: Sequence[Fault]) -> str:
