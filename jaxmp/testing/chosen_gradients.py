@@ -56,25 +56,38 @@ def scale_does_not_matter(trial: Trial) -> None:
 def finite_is_applied(trial: Trial) -> None:
     """A step with a finite loss and finite gradients is applied, at every loss scale.
 
-    Rule 4: large is not an overflow. Gradients of the step's own, and given ones up to 2**60 when scaled.
+    Rule 4: large is not an overflow. Gradients of the step's own, and given ones up to 2**60 when scaled; and given
+    gradients beside a large loss, from large numbers in the batch.
     """
     _require_leaves(trial)
     start = snapshot(trial.kept(trial.fresh()))
+
+    def applied(scale: float, choice: Choice | None, batch: Any = None) -> bool:
+        """Whether a window is applied; True if its loss is not finite, or its gradients where they are its own."""
+        state = trial.fresh()
+        if scale != trial.scale_or_one(state):
+            state = trial.at_scale(state, scale)
+        fits = True
+        for _ in range(trial.window):
+            out, seen = trial.with_gradients(state, choice, batch)
+            state = trial._state(out, trial._start)
+            fits &= choice is not None or all(all(flags) for flags in seen.finite.values())
+            fits &= all(np.all(np.isfinite(_f64(x))) for found in seen.losses.values() for x in found)
+            reader = trial.read("loss")
+            fits &= reader is None or bool(np.all(np.isfinite(_f64(calling("the adapter's loss", reader, out)))))
+        return not fits or bool(first_difference(start, snapshot(trial.kept(state))))
+
     for scale in _scales(trial):
-        for top in (None, 2.0**15, 2.0**20, 2.0**40, 2.0**60):
-            state = trial.at_scale(trial.fresh(), scale) if scale != trial.scale(trial.fresh()) else trial.fresh()
-            choice: Choice | None = None if top is None else functools.partial(_largest, top=top, scale=scale)
-            fits = True
-            for _ in range(trial.window):
-                out, seen = trial.with_gradients(state, choice)
-                state = trial._state(out, trial._start)
-                fits &= top is not None or all(all(flags) for flags in seen.finite.values())
-                fits &= all(np.all(np.isfinite(_f64(x))) for found in seen.losses.values() for x in found)
-                reader = trial.read("loss")
-                fits &= reader is None or bool(np.all(np.isfinite(_f64(calling("the adapter's loss", reader, out)))))
-            if fits and not first_difference(start, snapshot(trial.kept(state))):
-                which = "its own gradients, all finite" if top is None else f"gradients that are {top:g} when scaled"
-                raise Broken(f"under the scale {scale:g}, a step with {which}, is not applied")
+        under = f"under the scale {scale:g}, a step with"
+        if not applied(scale, None):
+            raise Broken(f"{under} its own gradients, all finite, is not applied")
+        for top in (2.0**15, 2.0**20, 2.0**40, 2.0**60):
+            if not applied(scale, functools.partial(_largest, top=top, scale=scale)):
+                raise Broken(f"{under} gradients that are {top:g} when scaled, is not applied")
+    first = trial.scale_or_one(trial.fresh())
+    for fault in trial.large_batches:
+        if not applied(first, _generic(trial, 0, NORM), fault.apply(trial.adapter.batch)):
+            raise Broken(f"{fault}, whose loss is finite, and with small gradients, is not applied")
 
 
 def gradients_keep_their_bits(trial: Trial) -> None:
@@ -103,6 +116,7 @@ def small_gradients_take_small_steps(trial: Trial) -> None:
     """Smaller gradients do not move a parameter further.
 
     Trap T14: a second moment in half precision is 0 for gradients below 2**-12, and the step is divided by its root.
+    Where it is always 0, the step is thousands of times as long as the gradient.
     """
     _require_leaves(trial)
     runs = [_run(trial, _sized(trial, size)) for size in (0.0, 2.0**-3, 2.0**-13)]
@@ -114,6 +128,8 @@ def small_gradients_take_small_steps(trial: Trial) -> None:
             if not np.all(np.isfinite(little)):
                 raise Broken(f"with gradients of 2**-13, leaf {runs[0].paths[at]} is not finite")
             moved, allowed = np.linalg.norm(little - none), 1.5 * np.linalg.norm(large - none)
+            if allowed > 2.0**10:
+                raise Broken(f"leaf {runs[0].paths[at]} moves by {allowed / 1.5:.3g} for gradients of 2**-3")
             rounding = 16 * np.linalg.norm(np.abs(none)) * float(np.finfo(np.float32).eps)
             if runs[0].leaves[at].dtype.itemsize > 2 and moved > allowed + rounding:
                 raise Broken(
@@ -129,16 +145,16 @@ def norms_in_float32(trial: Trial) -> None:
     """
     _require_leaves(trial)
     sizes = 2.0**10, 2.0**11, 1.375 * 2.0**10
-    scale = trial.scale(trial.fresh()) if trial.has_scale else 1.0
+    scale = trial.scale_or_one(trial.fresh())
     if any(leaf.dtype == np.float16 and scale * 2.0**11 > 2.0**15 for leaf in trial.leaves):
         raise Skipped("float16 gradients of the size that the law needs overflow under this scale")
     start = snapshot(trial.kept(trial.fresh()))
-    runs = [_run(trial, _sized(trial, size, powers=True)) for size in sizes]
+    none, *runs = [_run(trial, _sized(trial, size, powers=True)) for size in (0.0, *sizes)]
     for leaf in trial.some_leaves:
         felt = False
         for at in _own(leaf, start):
             old, one, two, other = (_f64(s.leaves[at]) for s in (start, *runs))
-            felt |= bool(np.any(one != old))
+            felt |= bool(np.any(one != _f64(none.leaves[at])))
             wide = start.leaves[at].dtype.itemsize > 2
             if wide and np.any(one != old) and np.array_equal(one, two):
                 error = np.abs(other - one)
@@ -150,7 +166,7 @@ def norms_in_float32(trial: Trial) -> None:
                         f"but {other.ravel()[i]:.9g} for 1.375 * 2**10"
                     )
         if _own(leaf, start) and not felt:
-            raise Broken(f"a gradient of 2**10 for {leaf.path} changes neither the parameter nor what is kept for it")
+            raise Broken(f"a gradient of 2**10 for {leaf.path}, like one of 0, changes nothing that is kept for it")
 
 
 def moments_in_float32(trial: Trial) -> None:
@@ -161,7 +177,9 @@ def moments_in_float32(trial: Trial) -> None:
     _require_leaves(trial)
     start = snapshot(trial.kept(trial.fresh()))
     count = 3 * trial.window
-    choices = [[_generic(trial, seed + shift, NORM) for seed in range(count)] for shift in (0, 100)]
+    # Where float16 gradients do not overflow, some are so large that half precision does not lose their squares.
+    norms = NORM, NORM if any(leaf.dtype == np.float16 for leaf in trial.leaves) else 2.0**3
+    choices = [[_generic(trial, seed + 100 * run, norm) for seed in range(count)] for run, norm in enumerate(norms)]
     one, other = (snapshot(trial.kept(trial.chosen(trial.fresh(), *some))) for some in choices)
     gradient = {at for leaf in trial.leaves for at in _own(leaf, start)}
     for at, (path, leaf) in enumerate(zip(one.paths, one.leaves, strict=True)):
@@ -183,6 +201,73 @@ def moments_in_float32(trial: Trial) -> None:
             if np.all(_on_grid(moving, bits)) or (summed and np.mean(_on_grid(moving, bits + 3)) >= 0.5):
                 raise Broken(
                     f"what changes in the float32 leaf {path} is rounded to {name}: {value(leaf, 0)}, for example"
+                )
+
+
+def updates_in_float32(trial: Trial) -> None:
+    """An update is not rounded to half precision on its way to a float32 parameter.
+
+    Trap T14. A small change of the gradients moves most numbers of a leaf for which larger changes show that there is
+    room. Leaves of which the optimizer keeps anything in half are left out.
+    """
+    _require_leaves(trial)
+
+    def run(change: float) -> Snapshot:
+        """After three updates, with the gradients of the last one changed."""
+        choices = [_generic(trial, seed, NORM) for seed in (0, 1)]
+        last = _generic(trial, 2, NORM)
+        choices.append(lambda leaf: last(leaf) * (1 + change))
+        state = trial.fresh()
+        for choice in choices:
+            state = trial.chosen(state, *[choice] * trial.window)
+        return snapshot(trial.kept(state))
+
+    large, less = 2.0**-4, 2.0**-5
+    usual, most, half = run(0), run(large), run(less)
+    changes = [2.0**-n for n in (14, 12, 10, 8)]
+    small = functools.cache(run)
+    for leaf in trial.leaves:
+        places = _own(leaf, usual)
+        if leaf.dtype in HALF or any(usual.leaves[at].dtype not in (np.float32, np.complex64) for at in places):
+            continue
+        for at in places:
+            a, b, c = (_f64(s.leaves[at]) for s in (usual, most, half))
+            linear = np.abs((b - a) - 2 * (c - a)) <= 0.25 * np.abs(b - a)
+            unit = np.spacing(np.maximum(np.abs(a), 2.0**-100).astype(np.float32)).astype(np.float64)
+            for change in changes:
+                room = linear & (np.abs(b - a) * (change / large) > 8 * unit)
+                if np.count_nonzero(room) < 4:
+                    continue
+                if np.mean((_f64(small(change).leaves[at]) == a)[room]) > 0.5:
+                    raise Broken(
+                        f"gradients changed by {change:g} of themselves leave most of leaf {usual.paths[at]} as it is, "
+                        f"though a change by {large:g} moves it by {np.max(np.abs(b - a)):.3g}"
+                    )
+                break
+
+
+def second_moments_decay(trial: Trial) -> None:
+    """An average of squared gradients forgets them.
+
+    Trap T14: b2 = .999 is 1 in bfloat16. Of what begins at 0 and takes a share below one half of each squared gradient,
+    two equal gradients leave less than twice what one leaves. A sum of squares, as Adagrad's, takes all of it.
+    """
+    _require_leaves(trial)
+    size = _generic(trial, 4, NORM)
+    choose = lambda factor: lambda leaf: size(leaf) * factor  # noqa: E731
+    start = snapshot(trial.kept(trial.fresh()))
+    once, larger = (_kept(trial)(trial.chosen(trial.fresh(), *[choose(f)] * trial.window)) for f in (1.0, 2.0))
+    twice = _kept(trial)(trial.chosen(trial.fresh(), *[choose(1.0)] * (2 * trial.window)))
+    for leaf in trial.some_leaves:
+        for at in _own(leaf, start):
+            old, one, four, two = (_f64(s.leaves[at]) for s in (start, once, larger, twice))
+            if np.any(old) or not np.all(one) or not np.allclose(four, 4 * one, rtol=1e-3):
+                continue
+            shares = one / np.abs(size(leaf)) ** 2 if one.shape == leaf.shape else np.ones(1)
+            if np.all(np.abs(shares) < 0.5) and np.all(two >= 2 * one * (1 - 2.0**-20)):
+                raise Broken(
+                    f"leaf {start.paths[at]} takes {np.abs(shares).ravel()[0]:.3g} of a squared gradient and forgets "
+                    f"none of it: {value(once.leaves[at], 0)} after one, {value(twice.leaves[at], 0)} after two"
                 )
 
 
@@ -300,23 +385,30 @@ def scale_stays_in_its_range(trial: Trial) -> None:
         if len(trial.scalers) == 1:
             _require_obeyed(trial, state, f"under the scale {before:g}, where overflows have brought it")
         if trial.moves:
-            _require_growth(trial, state, scaler, "from its floor")
-    for scale in (most, most and most / 2) if most is not None and len(trial.scalers) == 1 and trial.moves else ():
-        state = trial.at_scale(trial.fresh(), scale)
-        _require_obeyed(trial, state, f"under the scale {scale:g}, near its cap")
-        _require_growth(trial, state, 0, "")
+            _require_growth(trial, state, scaler, "from its floor of")
+    if most is not None and len(trial.scalers) == 1 and trial.moves:
+        _require_obeyed(trial, trial.at_scale(trial.fresh(), most), f"under the scale {most:g}, its cap")
+        _require_growth(trial, trial.at_scale(trial.fresh(), most), 0, "")
+        factor = trial.growth_factor
+        if factor is not None and _wrong(most / factor, least, most) is None:
+            last = _require_growth(trial, trial.at_scale(trial.fresh(), most / factor), 0, "to its cap from")
+            if last is not None and last != most:
+                raise Broken(f"the scale grows from {most / factor:g} to {last:g}; claimed: up to {most:g}")
 
 
 def scale_moves_as_claimed(trial: Trial) -> None:
-    """The scale grows after as many applied updates in a row, and falls after as many overflows, as the step claims.
+    """The scale grows after as many applied updates in a row, falls after as many overflows, and by as much as claimed.
 
-    torch's rule: both counts begin anew after an overflow, and after an applied update.
+    torch's rule: both counts begin anew after an overflow, and after an applied update. A growth that would exceed the
+    cap is left out, and a fall ends at the floor.
     """
     if not trial.has_scale:
         raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
     interval, hysteresis = trial.read("growth_interval"), trial.read("hysteresis")
     if interval is None and hysteresis is None:
         raise Skipped("the adapter claims neither growth_interval nor hysteresis")
+    up, down = trial.read("growth_factor"), trial.read("backoff_factor")
+    least, most = trial.read("min_scale"), trial.read("max_scale")
     row = hysteresis or 1
 
     def require_moves(before: str, after: str, expected: int) -> None:
@@ -326,12 +418,17 @@ def scale_moves_as_claimed(trial: Trial) -> None:
             scale, state = trial.scale(state), _updates(trial, state, after[at])
             found = int(np.sign(trial.scale(state) - scale))
             wanted = expected if at == len(after) - 1 else 0
+            if (wanted > 0 and most is not None and scale * (up or 2.0) > most) or (wanted < 0 and scale == least):
+                wanted = 0
             if found != wanted:
                 words = {1: "rises", 0: "stays", -1: "falls"}
                 raise Broken(
                     f"after the updates {before + after[: at + 1]!r} (g: applied, o: overflow) the scale "
                     f"{words[found]} from {scale:g} to {trial.scale(state):g}; claimed: it {words[wanted]}"
                 )
+            factor = up if found > 0 else down if found < 0 else None
+            if factor is not None and trial.scale(state) != max(scale * factor, least or 0.0):
+                raise Broken(f"the scale moves from {scale:g} to {trial.scale(state):g}; claimed: {factor:g} times it")
 
     if interval is not None and interval <= 200:
         fall = "o" * row
@@ -368,6 +465,8 @@ def complex_parameters_descend(trial: Trial) -> None:
                     float(np.sum(factor * grads * (run.leaves[at] - none.leaves[at])).real)
                     for factor, run in ((1, real), (1j, imaginary))
                 ]
+                if along[0] and not along[1]:
+                    raise Broken(f"leaf {none.paths[at]} moves by a real gradient, and by an imaginary one it does not")
                 if along[0] * along[1] < 0:
                     raise Broken(
                         f"leaf {none.paths[at]} moves {'with' if along[0] > 0 else 'against'} a real gradient and "
@@ -375,12 +474,12 @@ def complex_parameters_descend(trial: Trial) -> None:
                     )
 
 
-def _require_growth(trial: Trial, state: Any, scaler: int, where: str) -> None:
-    """Requires that a scale grows soundly, if it is known how soon, three times in a row."""
+def _require_growth(trial: Trial, state: Any, scaler: int, where: str) -> float | None:
+    """Requires that a scale grows soundly, if it is known how soon, three times in a row. Returns the last scale."""
     least, most = trial.read("min_scale"), trial.read("max_scale")
     count = trial.growth_of(scaler)
     if count is None or count > 100:
-        return
+        return None
     low = before = trial.scale(state, scaler)
     for _ in range(3 * (count + 1) * trial.window):
         state = trial.chosen(state, _generic(trial, 0, NORM))
@@ -391,7 +490,8 @@ def _require_growth(trial: Trial, state: Any, scaler: int, where: str) -> None:
             raise Broken(f"a finite step lowers the scale from {before:g} to {scale:g}")
         before = scale
     if where and before == low:
-        raise Broken(f"the scale does not grow {where}, {low:g}, though it grew after {count} steps at first")
+        raise Broken(f"the scale does not grow {where} {low:g}, though it grew after {count} steps at first")
+    return before
 
 
 def scale_stands_in_a_window(trial: Trial) -> None:
@@ -559,7 +659,7 @@ def _too_small(trial: Trial, leaf: GradientLeaf, size: float) -> bool:
     """Whether a gradient of this size, scaled, is below the normal range of its dtype."""
     if leaf.dtype != np.float16:
         return False
-    scale = trial.scale(trial.fresh()) if trial.has_scale else 1.0
+    scale = trial.scale_or_one(trial.fresh())
     return size * (max(scale, 2.0**14) if trial.has_scale and trial.moves else scale) < 2.0**-14
 
 

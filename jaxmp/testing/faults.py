@@ -61,9 +61,12 @@ class BadGradient(NamedTuple):
     """path of the parameter"""
     value: complex
     """value that replaces the number; of a complex one, both parts"""
+    once: bool = False
+    """whether only one of the gradients has the fault, where a step takes several: of one replica, or one microbatch"""
 
     def __str__(self) -> str:
-        return f"a step with {self.value} in the gradient of {self.path}"
+        where = " of one replica" if self.once else ""
+        return f"a step with {self.value} in the gradient of {self.path}{where}"
 
 
 Fault = Clean | BadBatch | BadGradient
@@ -100,7 +103,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.chosen: Chosen = lambda leaf: None
-        self.last: Callable[[GradientLeaf], complex | None] = lambda leaf: None
+        self.last: Callable[[GradientLeaf, int], complex | None] = lambda leaf, count: None
         self.observed = Observed({}, {})
         self.seen: dict[tuple[int, str], GradientLeaf] = {}
         self.calls = 0
@@ -122,7 +125,9 @@ def injected(chosen: Chosen | None = None, bad: BadGradient | None = None) -> It
       bad: a fault in one leaf.
     """
     _slot.chosen = chosen or (lambda leaf: None)
-    _slot.last = lambda leaf: bad.value if bad is not None and leaf.path == bad.path else None
+    _slot.last = lambda leaf, count: (
+        bad.value if bad is not None and leaf.path == bad.path and not (bad.once and count) else None
+    )
     _slot.observed, _slot.calls = Observed({}, {}), 0
     old = jax.grad, jax.value_and_grad
     jax.grad, jax.value_and_grad = _patched(jax.grad), _patched(jax.value_and_grad)
@@ -132,7 +137,7 @@ def injected(chosen: Chosen | None = None, bad: BadGradient | None = None) -> It
     finally:
         jax.effects_barrier()
         jax.grad, jax.value_and_grad = old
-        _slot.chosen, _slot.last = (lambda leaf: None), (lambda leaf: None)
+        _slot.chosen, _slot.last = (lambda leaf: None), (lambda leaf, count: None)
 
 
 def _patched(transform: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,7 +195,7 @@ def _backward(leaves: tuple[GradientLeaf, ...], _: None, grads: list[Any]) -> tu
         seen = _slot.observed.finite.setdefault(leaves[0].call, [])
         seen.append(bool(np.all(finite)))
         chosen = [_slot.chosen(leaf) for leaf in leaves]
-        last = [_slot.last(leaf) for leaf in leaves]
+        last = [_slot.last(leaf, len(seen) - 1) for leaf in leaves]
         arrays = [
             np.zeros(leaf.shape, leaf.dtype) if value is None else np.asarray(value, leaf.dtype).reshape(leaf.shape)
             for leaf, value in zip(leaves, chosen, strict=True)

@@ -29,10 +29,12 @@ from jaxmp.testing.chosen_gradients import (
     scale_moves_as_claimed,
     scale_stands_in_a_window,
     scale_stays_in_its_range,
+    second_moments_decay,
     small_gradients_take_small_steps,
     tiny_gradients_are_felt,
+    updates_in_float32,
 )
-from jaxmp.testing.faults import BadBatch, Clean, Fault
+from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
 from jaxmp.testing.scalers import is_sound_scale
 from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
@@ -77,6 +79,10 @@ class StepAdapter:
     """floor of the scale; None if the step claims none"""
     max_scale: float | None = None
     """cap of the scale; None if the step claims none"""
+    growth_factor: float | None = None
+    """factor by which the scale grows; None if the step claims none"""
+    backoff_factor: float | None = None
+    """factor by which the scale falls; None if the step claims none"""
     growth_interval: int | None = None
     """applied updates in a row before the scale grows; None if the step claims no number"""
     hysteresis: int | None = None
@@ -129,6 +135,8 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
         small_gradients_take_small_steps,
         norms_in_float32,
         moments_in_float32,
+        second_moments_decay,
+        updates_in_float32,
         sums_in_float32,
         complex_parameters_descend,
         scale_stands_in_a_window,
@@ -418,7 +426,9 @@ def replicas_agree(trial: Trial) -> None:
     stacked = bool(trial.read("stacked"))
     if len(copies(trial.fresh(), stacked)) < 2:
         raise Skipped("there is one replica; jaxmp.testing.replicated makes several, and so do several devices")
-    strategy = st.lists(st.one_of(st.just(Clean()), _faults(trial)), max_size=2)
+    bad: list[Fault] = [fault._replace(once=True) for fault in trial.bad_gradients if isinstance(fault, BadGradient)]
+    kinds = [st.just(Clean()), _faults(trial), *[st.sampled_from(bad)] * bool(bad)]
+    strategy = st.lists(st.one_of(*kinds), max_size=2)
 
     def counterexample(trace: Sequence[Fault]) -> str | None:
         first, *others = copies(trial.run(trace), stacked)

@@ -106,6 +106,10 @@ class Trial:
         """Returns the loss scale of one of the scalers."""
         return float(list(self.scale_leaves(state).values())[scaler])
 
+    def scale_or_one(self, state: Any) -> float:
+        """Returns the loss scale; 1 if the state has none."""
+        return self.scale(state) if self.has_scale else 1.0
+
     @functools.cached_property
     def _scale_places(self) -> list[int | None]:
         """For each scaler, which leaf of the state is its scale: the one whose change changes what is read."""
@@ -277,6 +281,15 @@ class Trial:
                 break
         return None
 
+    @functools.cached_property
+    def growth_factor(self) -> float | None:
+        """By how much the scale grows at first; None if that takes longer than a law waits."""
+        if self.growth is None:
+            return None
+        state = self.run([Clean()] * (self.growth - 1))
+        before = self.scale(state)
+        return self.scale(self.step(state)) / before
+
     # --- faults
 
     @functools.cached_property
@@ -318,6 +331,13 @@ class Trial:
                 BadBatch, st.just(path), st.integers(0, sizes[path] - 1), st.sampled_from([math.nan, math.inf])
             )
         )
+
+    @property
+    def large_batches(self) -> list[BadBatch]:
+        """Batches with one large number, in the first leaves that hold floats."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.adapter.batch)
+        floats = [(jax.tree_util.keystr(path), x.size) for path, x in leaves if is_castable(x) and x.size]
+        return [BadBatch(path, size - 1, value) for path, size in floats[:SOME] for value in (2.0**4, 2.0**8, 2.0**12)]
 
     @property
     def any_fault(self) -> Fault:

@@ -1,6 +1,7 @@
 """A plain train step in float16 with loss scaling, and faulty variants of it, each of which breaks a rule.
 
-The variants were written from the contract alone, before the laws that have to find them were changed.
+The variants were written from the contract alone, before the laws that have to find them were read or changed; only
+`ImaginaryPartDropped` came later.
 Each is a subclass of `PlainStep` that overrides the one place where its fault is.
 """
 
@@ -420,6 +421,17 @@ class DirectionOfAscentForComplex(PlainStep):
 
     def unscale(self, grads, scale, new_scale):
         return jax.tree.map(jnp.conj, super().unscale(grads, scale, new_scale))
+
+
+@mutant
+class ImaginaryPartDropped(PlainStep):
+    """T24: the imaginary part of a complex gradient is dropped."""
+
+    def unscale(self, grads, scale, new_scale):
+        def real(leaf):
+            return jnp.real(leaf).astype(leaf.dtype)
+
+        return jax.tree.map(real, super().unscale(grads, scale, new_scale))
 
 
 # ------------------------------------------------------------------- the flag
