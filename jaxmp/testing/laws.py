@@ -64,8 +64,8 @@ class LawResult(NamedTuple):
 class Laws:
     """The laws of one subject, each checked when it is first asked for: by pytest, `print`, iteration or `laws[name]`.
 
-    Printed, it is a table. Iteration gives a `LawResult` for each law. pytest makes one test for each law of a `Laws`
-    under a module attribute whose name begins with `test`.
+    Printed, it is a table of names, verdicts and statements. Iteration gives a `LawResult` for each law. pytest makes
+    one test for each law of a `Laws` under a module attribute whose name begins with `test`.
     """
 
     def __init__(self, title: str, laws: Iterable[Law]):
@@ -120,8 +120,11 @@ class Laws:
         results = list(self)
         lines = [self.title]
         heads = table([(result.law, result.verdict) for result in results], indent=2).splitlines()
+        column = max(map(len, heads), default=0) + 2
         for head, result in zip(heads, results, strict=True):
-            lines += [head, *textwrap.wrap(result.words, 116, initial_indent="      ", subsequent_indent="      ")]
+            first, *others = textwrap.wrap(result.statement, max(120 - column, 40)) or [""]
+            lines += [f"{head:{column}}{first}".rstrip(), *(" " * column + line for line in others)]
+            lines += textwrap.wrap(result.words, 116, initial_indent="      ", subsequent_indent="      ")
         count = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("holds", "broken", "skipped")}
         return "\n".join([*lines, f"  {count['holds']} hold, {count['broken']} broken, {count['skipped']} skipped"])
 

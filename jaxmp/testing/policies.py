@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +22,11 @@ from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
 from jaxmp.testing.snapshots import describe, first_difference, snapshot
 from jaxmp.testing.strategies import odd_trees
+from jaxmp.testing.sums import SUMS, terms
 from jaxmp.trees import is_castable, is_floating, is_inexact, same_structure, upcast
 
 MULTIPLE = 64
 """Unit roundoffs of the coarsest dtype by which outputs and gradients may differ from float64."""
-SUMS = ("reduce_sum", "cumsum", "cumlogsumexp", "scatter-add", "psum", "reduce_window_sum")
 NORMS = ("LayerNorm", "BatchNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
@@ -430,7 +429,7 @@ def sums_in_float32(subject: _Subject) -> None:
         if name not in SUMS or equation.invars[0].aval.dtype not in (jnp.float16, jnp.bfloat16):
             continue
         operand = equation.invars[0].aval
-        count = _terms(equation)
+        count = terms(equation)
         if count < 2:
             continue  # such as pooling over windows of one element
         way = "backward, " if "transpose" in names else ""
@@ -495,16 +494,6 @@ def gradients_near_float64(subject: _Subject) -> None:
 
 
 # --- parts of laws
-
-
-def _terms(equation: Any) -> int:
-    """How many numbers a sum adds up for one number of its result, at most."""
-    name, size = equation.primitive.name, equation.invars[0].aval.size
-    if name == "reduce_window_sum":
-        return math.prod(equation.params["window_dimensions"])
-    if name == "scatter-add":
-        return equation.invars[-1].aval.size
-    return size // max(1, equation.outvars[0].aval.size) if name == "reduce_sum" else size
 
 
 def _unfit(subject: _Subject, path: str, values: Any, exact: Any) -> str | None:

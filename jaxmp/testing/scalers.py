@@ -11,9 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from hypothesis import strategies as st
 
-from jaxmp.scaling.scalers import LARGEST, SMALLEST
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.scaling.historical import DeepSpeedScaler, FairseqScaler, FlaxScaler, MegatronScaler
+from jaxmp.scaling.scalers import LARGEST, SMALLEST, Scaling
+from jaxmp.scaling.transform import loss_scaling, scale_loss
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
 from jaxmp.testing.snapshots import describe, first_difference, restored, snapshot, type_difference
 from jaxmp.testing.strategies import Steps, float_bits, leaves_without_gradient, overflow_traces
@@ -42,14 +46,19 @@ class ScalerAdapter:
     """floor of the scale; None if the scaler claims none"""
     max_scale: float | None = None
     """cap of the scale; None if the scaler claims none"""
+    hysteresis: int | None = None
+    """number of overflows in a row from which on the scale is lowered; None if the scaler claims none"""
 
 
 def scaler_laws(adapter: Any) -> Laws:
     """Returns the laws of a loss scaler: a table when printed, tests when pytest collects them.
 
     Args:
-      adapter: a `ScalerAdapter`, or any object with its methods and, if it claims them, `growth_interval`, `min_scale`
-        and `max_scale`. `from_value_and_grad` makes one for a library that has all of it in one function.
+      adapter: a `ScalerAdapter`, or any object with its methods and, if it claims them, `growth_interval`, `min_scale`,
+        `max_scale` and `hysteresis`. `from_value_and_grad` makes one for a library that has all of it in one function.
+        Or what `Experiment(scaler=)` takes: a scaler such as `DynamicScaler()`, or `Scaling("dynamic")`, of which
+        "auto" means the scaler of a float16 policy. It is tested as `loss_scaling` uses it, and claims what its fields
+        say.
 
     Raises:
       InputError: the adapter lacks a method.
@@ -67,6 +76,12 @@ def scaler_laws(adapter: Any) -> Laws:
     >>> laws["leaves_without_gradient_stay"].words
     "unscale turned {'w': float32[1], 'x': int32[]} into {'w': float32[1], 'x': float32[]}: leaf ['x'] was int32[]"
     """
+    name = "the scaler" if isinstance(adapter, ScalerAdapter) else type(adapter).__name__
+    if isinstance(adapter, Scaling):
+        adapter = adapter.make(PolicyTree.parse("mixed_float16"))
+        name = f"{name}, a {type(adapter).__name__}"
+    if callable(getattr(adapter, "update", None)) and not callable(getattr(adapter, "adjust", None)):
+        adapter = _in_loss_scaling(adapter)
     subject = _Subject(adapter)
     checks = (
         types_stay,
@@ -77,15 +92,39 @@ def scaler_laws(adapter: Any) -> Laws:
         right_direction,
         falls_and_recovers,
         growth_interval,
+        bounds_are_reached,
+        hysteresis,
         loss_in_float32,
         unscaling_is_exact,
         unscales_in_float32,
+        scalars_and_complex_are_unscaled,
         leaves_without_gradient_stay,
         fp8_leaves_stay,
     )
     laws = [Law.of(check, subject) for check in checks]
     require_methods("scaler_laws", adapter, METHODS, laws)
-    return Laws("the scaler" if isinstance(adapter, ScalerAdapter) else type(adapter).__name__, laws)
+    return Laws(name, laws)
+
+
+def _in_loss_scaling(scaler: Any) -> ScalerAdapter:
+    """Makes the adapter of one of jaxmp's scalers, or of a scaler with its two methods, inside `loss_scaling`."""
+    tx = loss_scaling(optax.identity(), scaler)
+
+    def claim(name: str, *unless: type) -> Any:
+        return None if isinstance(scaler, unless) else getattr(scaler, name, None)
+
+    return ScalerAdapter(
+        init=lambda: tx.init({}),
+        scale=lambda state, loss: scale_loss(loss, state),
+        unscale=lambda state, grads: tx.update(grads, state, grads)[0],
+        # A gradient so small that a scaler which looks at its size may grow.
+        adjust=lambda state, finite: tx.update(jnp.where(finite, jnp.float32(2.0**-100), jnp.inf), state)[1],
+        # What these count is not in a row, or one step more: see their docstrings.
+        growth_interval=claim("growth_interval", FlaxScaler, DeepSpeedScaler, FairseqScaler),
+        min_scale=claim("min_scale"),
+        max_scale=claim("max_scale"),
+        hysteresis=claim("hysteresis", MegatronScaler, DeepSpeedScaler),
+    )
 
 
 def from_value_and_grad(
@@ -399,6 +438,60 @@ def growth_interval(subject: _Subject) -> None:
             raise Broken(f"after {steps} the scale {ended}; claimed: {interval}")
 
 
+def bounds_are_reached(subject: _Subject) -> None:
+    """Overflows bring the scale to the floor that the scaler claims, and finite steps to its cap; there it stays.
+
+    From the floor it grows again, after as many finite steps as it claims.
+    """
+    least, most = (getattr(subject.adapter, name, None) for name in ("min_scale", "max_scale"))
+    if least is None:
+        subject.claim("max_scale")
+    low = subject.after(Steps([(False, 1)] * 1200))
+    floor = float(subject.scale_of(low))
+    if least is not None and floor > least and not _next(least, floor):
+        raise Broken(f"after 1200 overflows the scale is {floor:g}; claimed: down to {least:g}")
+    if subject.scale_of(subject.adjust(low, False)) != floor:
+        raise Broken(f"at {floor:g}, where 1200 overflows have brought it, one more moves the scale")
+    scales = subject.longest_run[1]
+    rises = scales[1:] > scales[:-1]
+    if most is None or not np.any(rises):
+        return
+    factor = float(np.max(scales[1:][rises] / scales[:-1][rises]))
+    top = float(scales[-1])
+    # A rule that would need more finite steps than these has not been refuted.
+    if top * factor <= most and not np.any(rises[-len(rises) // 4 :]):
+        raise Broken(f"after {MANY} finite steps the scale is {top:g}, and no longer grows; claimed: up to {most:g}")
+    interval = getattr(subject.adapter, "growth_interval", None)
+    if interval is not None and interval <= 5000:
+        for _ in range(interval):
+            low = subject.adjust(low, True)
+        if not subject.scale_of(low) > floor:
+            raise Broken(f"at its floor of {floor:g} the scale does not grow after {interval} finite steps")
+
+
+def hysteresis(subject: _Subject) -> None:
+    """The scale is lowered from as many overflows in a row on as the scaler claims, and a finite step ends the row."""
+    claimed = subject.claim("hysteresis")
+    row = Steps([(False, claimed - 1)])
+
+    def require_scale(before: Steps, steps: Steps, lower: bool) -> None:
+        first = subject.scale_of(subject.after(before))
+        now = subject.scale_of(functools.reduce(subject.adjust, steps, subject.after(before)))
+        if (now < first) != lower:
+            words = "does not lower the scale" if lower else "lowers the scale"
+            raise Broken(f"after {before}, {steps} {words}: {first:g}, then {now:g}; claimed: {claimed} in a row")
+
+    starts = [Steps(), Steps([(True, 1)]), Steps([(False, claimed), (True, 1)])]
+    interval = getattr(subject.adapter, "growth_interval", None)
+    if interval is not None and interval <= 5000:
+        starts.append(Steps([(True, interval)]))
+    for before in starts:
+        require_scale(before, row, False)
+        require_scale(before, Steps([(False, claimed)]), True)
+        require_scale(before, Steps([(False, claimed - 1), (True, 1), (False, claimed - 1)]), False)
+    require_scale(Steps([(False, claimed)]), Steps([(False, 1)]), True)
+
+
 def loss_in_float32(subject: _Subject) -> None:
     """The loss is scaled in float32, whatever its dtype.
 
@@ -483,6 +576,27 @@ def unscales_in_float32(subject: _Subject) -> None:
         require(float_bits(dtype).filter(lambda x: np.isfinite(x.astype(np.float32))), counterexample)
 
 
+def scalars_and_complex_are_unscaled(subject: _Subject) -> None:
+    """Scalars and complex leaves are unscaled like all others, to the bit: both parts of a complex number."""
+    values = {
+        "scalar": jnp.float32(1.2345678),
+        "complex": jnp.array([1.2345678 - 0.7654321j, 3j], jnp.complex64),
+        "complex scalar": jnp.complex64(-0.1234567 + 1.2345678j),
+        "half scalar": jnp.float16(0.0625),
+    }
+    for name, state in subject.states.items():
+        scale = subject.scale_of(state)
+        for kind, true in values.items():
+            if kind.startswith("half") and not 2.0**-8 <= scale <= 2.0**15:
+                continue
+            scaled = true * jnp.asarray(scale, jnp.float16 if kind.startswith("half") else jnp.float32)
+            if not np.all(np.isfinite(np.asarray(scaled))) or np.any(np.abs(np.asarray(scaled)) < 2.0**-14):
+                continue
+            found = subject.unscale(state, {"w": scaled})["w"]
+            if not np.array_equal(np.asarray(found), np.asarray(true)):
+                raise Broken(f"{name}, under the scale {scale:g}: the {kind} gradient {true} came back as {found}")
+
+
 def leaves_without_gradient_stay(subject: _Subject) -> None:
     """Unscaling keeps integers, bools, PRNG keys and float0.
 
@@ -514,6 +628,11 @@ def _kept(subject: _Subject, leaf: Any) -> str | None:
 def is_sound_scale(scale: float) -> bool:
     """True for a power of two from 2**-126 to 2**126: it and its inverse are normal float32 numbers."""
     return math.isfinite(scale) and SMALLEST <= scale <= LARGEST and math.frexp(scale)[0] == 0.5
+
+
+def _next(least: float, floor: float) -> bool:
+    """Whether a floor is the smallest power of two above the one that is claimed."""
+    return floor / 2 < least and math.frexp(floor)[0] == 0.5
 
 
 def _changes(scales: np.ndarray) -> list[int]:

@@ -15,23 +15,40 @@ from hypothesis import strategies as st
 from jaxmp.errors import InputError
 from jaxmp.jaxprs import COLLECTIVE_SUMS, equations
 from jaxmp.testing import faults
-from jaxmp.testing.faults import BadBatch, Clean, Fault
+from jaxmp.testing.chosen_gradients import (
+    complex_parameters_descend,
+    dropped_window_is_empty,
+    finite_is_applied,
+    generic_gradients,
+    gradients_keep_their_bits,
+    growth_step_is_right,
+    loss_in_float32,
+    moments_in_float32,
+    norms_in_float32,
+    scale_does_not_matter,
+    scale_moves_as_claimed,
+    scale_stands_in_a_window,
+    scale_stays_in_its_range,
+    second_moments_decay,
+    small_gradients_take_small_steps,
+    tiny_gradients_are_felt,
+    updates_in_float32,
+)
+from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
 from jaxmp.testing.scalers import is_sound_scale
 from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
+from jaxmp.testing.sums import SUMS, terms
 from jaxmp.testing.trial import (
-    GROWTH_SECONDS,
-    GROWTH_STEPS,
     NO_GRADIENT,
     Trial,
     compiles,
-    copied,
     copies,
     gross_difference,
     one_copy,
     words,
 )
-from jaxmp.trees import is_castable, is_floating
+from jaxmp.trees import HALF, is_castable, is_floating
 
 REFERENCE_BOUND = {np.dtype(np.float32): 2.0**-14, np.dtype(np.float16): 2.0**-5, np.dtype(jnp.bfloat16): 2.0**-2}
 """the same between two programs: 1024 unit roundoffs of float32, 64 of a half"""
@@ -51,13 +68,29 @@ class StepAdapter:
     """`kept(state)`: all that a skipped step leaves as it was: parameters, moments, counts, statistics, EMA. By
     default, for a state with `jaxmp.loss_scaling` in it: all but the scaler's own state, and leaves called `step`"""
     loss_scale: Callable[[Any], Any] | None = None
-    """`loss_scale(state)`: the scale of the next loss; by default that of `jaxmp.loss_scaling`"""
+    """`loss_scale(state)`: the scale of the next loss, or a pytree of them; by default those of `jaxmp.loss_scaling`"""
     loss: Callable[[Any], Any] | None = None
     """`loss(out)`: the unscaled loss, from all that `step` returned"""
     stacked: bool = False
     """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
     microbatches: int = 1
-    """how many steps make one update"""
+    """how many steps make one update; `kept` then leaves out what sums the gradients of a window"""
+    min_scale: float | None = None
+    """floor of the scale; None if the step claims none"""
+    max_scale: float | None = None
+    """cap of the scale; None if the step claims none"""
+    growth_factor: float | None = None
+    """factor by which the scale grows; None if the step claims none"""
+    backoff_factor: float | None = None
+    """factor by which the scale falls; None if the step claims none"""
+    growth_interval: int | None = None
+    """applied updates in a row before the scale grows; None if the step claims no number"""
+    hysteresis: int | None = None
+    """number of overflows in a row from which on the scale is lowered; None if the step claims none"""
+    skipped_steps: Callable[[Any], Any] | None = None
+    """`skipped_steps(state)`: number of skipped steps so far; by default that of `jaxmp.loss_scaling`"""
+    consecutive_skips: Callable[[Any], Any] | None = None
+    """`consecutive_skips(state)`: number of skipped steps in a row; by default that of `jaxmp.loss_scaling`"""
     trace: Callable[[Any, Any], Any] | None = None
     """`trace(state, batch)`: the jaxpr of the step; needed only if `step` itself cannot be traced"""
 
@@ -89,8 +122,25 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
         bad_batch_is_skipped,
         bad_loss_is_skipped,
         scale_falls,
+        skips_are_counted,
         skips_leave_no_trace,
         growth_step_is_right,
+        scale_stays_in_its_range,
+        scale_moves_as_claimed,
+        scale_does_not_matter,
+        finite_is_applied,
+        loss_in_float32,
+        gradients_keep_their_bits,
+        tiny_gradients_are_felt,
+        small_gradients_take_small_steps,
+        norms_in_float32,
+        moments_in_float32,
+        second_moments_decay,
+        updates_in_float32,
+        sums_in_float32,
+        complex_parameters_descend,
+        scale_stands_in_a_window,
+        dropped_window_is_empty,
         random_numbers_advance,
         survives_saving,
         replicas_agree,
@@ -176,18 +226,22 @@ def scale_is_sound(trial: Trial) -> None:
 
     def counterexample(faulty: list[bool]) -> str | None:
         trace: Sequence[Fault] = [trial.any_fault if bad else Clean() for bad in faulty]
-        leaf = trial.scale_leaf(trial.run(trace))
-        after = f"after {words(trace)} the loss scale"
-        if not hasattr(leaf, "dtype"):
-            return f"{after} is a Python number, {leaf}: weakly typed, it multiplies a float16 loss in float16"
-        if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
-            return f"{after} is {leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
-        scale = float(leaf)
-        if not is_sound_scale(scale):
-            return f"{after} is {scale:g}, no power of two between 2**-126 and 2**126"
+        for name, leaf in trial.scale_leaves(trial.run(trace)).items():
+            if different := wrong(leaf):
+                return f"after {words(trace)} the loss scale{f' of {name}' * (len(trial.scalers) > 1)} is {different}"
         return None
 
-    trial.scale_leaf(trial.fresh())
+    def wrong(leaf: Any) -> str | None:
+        if not hasattr(leaf, "dtype"):
+            return f"a Python number, {leaf}: weakly typed, it multiplies a float16 loss in float16"
+        if leaf.dtype != jnp.float32 or getattr(leaf, "weak_type", False):
+            return f"{leaf.dtype.name}{', weakly typed' * bool(getattr(leaf, 'weak_type', False))}"
+        scale = float(leaf)
+        if not is_sound_scale(scale):
+            return f"{scale:g}, no power of two between 2**-126 and 2**126"
+        return None
+
+    trial.scale_leaves(trial.fresh())
     require(st.lists(st.booleans(), max_size=4), counterexample)
 
 
@@ -230,13 +284,19 @@ def bad_loss_is_skipped(trial: Trial) -> None:
     for path, size in paths:
         for value in (1e18, 1e25, 1e38):
             fault = BadBatch(path, size - 1, value)
-            state = trial.fresh()
-            before = snapshot(trial.kept(state))
-            out = trial.out(state, fault)
-            loss = np.asarray(calling("the adapter's loss", reader, out), np.float64)
-            different = first_difference(before, snapshot(trial.kept(trial._state(out, trial._start))))
-            if different and not np.all(np.isfinite(loss)):
-                raise Broken(f"after {fault} the loss is {loss.ravel()[0]}, and yet {different}")
+            for given in (False, *[True] * bool(trial.leaves)):
+                state = trial.fresh()
+                before = snapshot(trial.kept(state))
+                if not given:
+                    out = trial.out(state, fault)
+                else:  # the gradients are finite whatever the loss is
+                    choice = lambda leaf: np.full(leaf.shape, 2.0**-10)  # noqa: E731
+                    out = trial.with_gradients(state, choice, fault.apply(trial.adapter.batch))[0]
+                loss = np.asarray(calling("the adapter's loss", reader, out), np.float64)
+                different = first_difference(before, snapshot(trial.kept(trial._state(out, trial._start))))
+                if different and not np.all(np.isfinite(loss)):
+                    which = f"{fault}{', and finite gradients' * given}"
+                    raise Broken(f"after {which}, the loss is {loss.ravel()[0]}, and yet {different}")
 
 
 def scale_falls(trial: Trial) -> None:
@@ -245,27 +305,53 @@ def scale_falls(trial: Trial) -> None:
     Rule 8 of a step.
     """
     fault = trial.any_fault
-    state = trial.fresh()
-    first = trial.scale(state)
-    for count in range(1, 9):
-        before, state = trial.scale(state), trial.step(state, fault)
-        if trial.scale(state) > before:
-            raise Broken(f"after {words([fault] * count)} the scale rose from {before:g} to {trial.scale(state):g}")
-    low = trial.scale(state)
-    applied = trial.step(state)
-    if trial.scale(applied) < low:
-        raise Broken(f"after a step that could be applied the scale fell from {low:g} to {trial.scale(applied):g}")
-    if low == first and first != 1:
-        if trial.growth:
-            raise Broken(f"8 overflows in a row leave the scale at {first:g}; {trial.growth} finite steps raise it")
+    for scaler in range(len(trial.scalers)):
+        state = trial.fresh()
+        first = trial.scale(state, scaler)
+        for count in range(1, 9):
+            before, state = trial.scale(state, scaler), trial.step(state, fault)
+            now = trial.scale(state, scaler)
+            if now > before:
+                raise Broken(f"after {words([fault] * count)} the scale rose from {before:g} to {now:g}")
+        low = trial.scale(state, scaler)
+        now = trial.scale(trial.step(state), scaler)
+        if now < low:
+            raise Broken(f"after a step that could be applied the scale fell from {low:g} to {now:g}")
+        if low == first and first != 1 and (growth := trial.growth_of(scaler)):
+            raise Broken(f"8 overflows in a row leave the scale at {first:g}; {growth} finite steps raise it")
+
+
+def skips_are_counted(trial: Trial) -> None:
+    """Skipped steps are counted, in all and in a row.
+
+    Rule 8 of a step: an applied step ends the row.
+    """
+    if not trial.counts_skips:
+        raise Skipped("the adapter has neither skipped_steps nor consecutive_skips")
+    if trial.window > 1:
+        raise Skipped("several microbatches make an update, and either may be counted")
+    fault = trial.any_fault
+    trace = [Clean(), fault, fault, Clean(), fault, Clean()]
+    # The scale may have to fall until a clean step is applied, so that what is applied is read from what is kept.
+    state, total, row = trial.fresh(), 0, 0
+    for count, given in enumerate(trace, 1):
+        before = snapshot(trial.kept(state))
+        state = trial.step(state, given)
+        skipped = isinstance(given, Clean) is False or (
+            trial.window == 1 and not first_difference(before, snapshot(trial.kept(state)))
+        )
+        total, row = total + skipped, row + 1 if skipped else 0
+        for name, expected in (("skipped_steps", total), ("consecutive_skips", row)):
+            found = trial.counted(name, state)
+            if found is not None and found != expected:
+                raise Broken(f"after {words(trace[:count])} {name} is {found}; expected: {expected}")
 
 
 def skips_leave_no_trace(trial: Trial) -> None:
     """After skipped steps, training goes on as without them.
 
     Rules 5 and 6: a scale lower by a power of two changes nothing; nor do schedules, decay or clipping move on. To the
-    bit; with float16 in the step, where gradients can underflow, within FLOAT16_BOUND. Skipped if the step draws random
-    numbers, which a skipped step uses up.
+    bit, with gradients that the law chooses. Skipped if the step draws random numbers, which a skipped step uses up.
     """
     if trial.draws:
         raise Skipped("the step draws random numbers, and a skipped step uses up its own")
@@ -274,43 +360,26 @@ def skips_leave_no_trace(trial: Trial) -> None:
     if many > 1:
         raise Skipped("an overflow among several microbatches may drop what they have summed")
 
-    @functools.cache
-    def without(count: int) -> Snapshot:
-        return snapshot(trial.kept(trial.run([Clean()] * count)))
+    choices = generic_gradients(trial, 5)
+
+    def run(before: int, bad: int, after: int) -> Snapshot:
+        state = trial.chosen(trial.fresh(), *choices[:before])
+        for _ in range(bad):
+            state = trial.step(state, fault)
+        return snapshot(trial.kept(trial.chosen(state, *choices[before : before + after])))
+
+    without = functools.cache(lambda count: run(count, 0, 0))
 
     def counterexample(counts: tuple[int, int, int]) -> str | None:
         before, bad, after = counts
         trace = [Clean()] * before + [fault] * bad + [Clean()] * after
-        found = snapshot(trial.kept(trial.run(trace)))
-        different = trial.compare_kept(without(before + after), found, without(0))
+        compare = first_difference if trial.leaves else functools.partial(trial.compare_kept, start=without(0))
+        different = compare(without(before + after), run(before, bad, after))
         if not different:
             return None
         return f"after {words(trace)}, unlike without what was skipped: {different}"
 
     require(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3)), counterexample)
-
-
-def growth_step_is_right(trial: Trial) -> None:
-    """The step on which the scale grows does what any other step does.
-
-    Defect B7: unscaled with the new scale, gradients are half of what they should be. The step is compared with the
-    same one after an overflow, on which the scale does not grow. Skipped if the step draws random numbers.
-    """
-    if trial.draws:
-        raise Skipped("the step draws random numbers, and a skipped step uses up its own")
-    if not trial.has_scale:
-        raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
-    count = trial.growth
-    if count is None:
-        raise Skipped(f"the scale does not grow within {GROWTH_STEPS} steps or {GROWTH_SECONDS:g} s on this batch")
-    if count == 1:
-        raise Skipped("the scale grows on every step; give the laws a step that grows on every second one")
-    state = trial.run([Clean()] * (count - 1))
-    start = copied(state)
-    usual = trial.step(trial.step(copied(state), trial.any_fault))
-    grown = trial.step(state)
-    if different := trial.compare(usual, grown, start):
-        raise Broken(f"on the step on which the scale grows, after {words([Clean()] * (count - 1))}: {different}")
 
 
 def random_numbers_advance(trial: Trial) -> None:
@@ -357,7 +426,9 @@ def replicas_agree(trial: Trial) -> None:
     stacked = bool(trial.read("stacked"))
     if len(copies(trial.fresh(), stacked)) < 2:
         raise Skipped("there is one replica; jaxmp.testing.replicated makes several, and so do several devices")
-    strategy = st.lists(st.one_of(st.just(Clean()), _faults(trial)), max_size=2)
+    bad: list[Fault] = [fault._replace(once=True) for fault in trial.bad_gradients if isinstance(fault, BadGradient)]
+    kinds = [st.just(Clean()), _faults(trial), *[st.sampled_from(bad)] * bool(bad)]
+    strategy = st.lists(st.one_of(*kinds), max_size=2)
 
     def counterexample(trace: Sequence[Fault]) -> str | None:
         first, *others = copies(trial.run(trace), stacked)
@@ -385,6 +456,23 @@ def reduced_in_float32(trial: Trial) -> None:
                 raise Broken(f"{equation.primitive.name} sums {operand.aval.str_short()} over replicas in float16")
 
 
+def sums_in_float32(trial: Trial) -> None:
+    """Sums run in float32: over rows, of squares, of norms, in the forward and in the backward pass.
+
+    Traps T2, T4 and T5. Sums over replicas are looked at by themselves. Skipped if the step cannot be traced.
+    """
+    if trial.jaxpr is None:
+        raise Skipped("the step cannot be traced as a whole")
+    for equation, names in equations(trial.jaxpr):
+        name = equation.primitive.name
+        if name not in SUMS or name in COLLECTIVE_SUMS:
+            continue
+        operand = equation.invars[0].aval
+        if operand.dtype in HALF and terms(equation) > 1:
+            where = f", in {names}" if names else ""
+            raise Broken(f"a {name} adds up {terms(equation)} numbers of {operand.str_short()} in half{where}")
+
+
 def _as_reference(reference: Any, trial: Trial) -> None:
     """One and several devices, jit and pmap, k microbatches and one batch: within the dtype's bound."""
     if reference is None:
@@ -406,7 +494,8 @@ def _as_reference(reference: Any, trial: Trial) -> None:
     bound = max(REFERENCE_BOUND.get(d, 0.0) for d in trial.float_dtypes | other.float_dtypes)
     if len(a.leaves) != len(b.leaves):
         raise Broken(f"the reference keeps {len(a.leaves)} leaves, the step {len(b.leaves)}")
-    if different := gross_difference(a, Snapshot(a.paths, b.leaves), start, bound):
+    names = [leaf.path for leaf in trial.leaves]
+    if different := gross_difference(a, Snapshot(a.paths, b.leaves), start, bound, names):
         raise Broken(f"after 3 steps, unlike in the reference: {different}")
 
 

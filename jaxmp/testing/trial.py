@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +15,18 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxmp.jaxprs import equations
-from jaxmp.scaling.transform import LossScalingState, find_state
+from jaxmp.scaling.transform import LossScalingState, consecutive_skips, skipped_steps
 from jaxmp.testing import faults
-from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
+from jaxmp.testing.draws import draws_from_state
+from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault, GradientLeaf, Observed
 from jaxmp.testing.laws import Broken, Skipped, calling, thorough
 from jaxmp.testing.snapshots import Snapshot, describe, first_difference, snapshot
 from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """Limits on how long a law waits for the scale to grow."""
+SOME = 8
+"""Number of parameters on which a law that needs steps for each of them is tested, unless thoroughly."""
 FLOAT16_BOUND = 0.1
 """If float16 gradients can underflow, half of the leaves may differ by this share of the distance they have moved. A
 wrong scale is wrong by a factor of two."""
@@ -64,7 +67,7 @@ class Trial:
         reader = self.read("kept")
         if reader is not None:
             return calling("the adapter's kept", reader, state)
-        if find_state(state) is None:
+        if not scaler_states(state):
             raise Broken(
                 "the adapter does not say what a skipped step has to keep; give it kept=, such as "
                 "kept=lambda state: (state.params, state.opt_state)"
@@ -74,19 +77,90 @@ class Trial:
     @property
     def has_scale(self) -> bool:
         """True if the loss scale can be read."""
-        return self.read("loss_scale") is not None or find_state(self._start) is not None
+        return self.read("loss_scale") is not None or bool(scaler_states(self._start))
 
-    def scale_leaf(self, state: Any) -> Any:
-        """Returns the loss scale as the state holds it, of the first replica. Raises Skipped if there is none."""
+    def scale_leaves(self, state: Any) -> dict[str, Any]:
+        """Returns the loss scale of each scaler as the state holds it, of the first replica, by the scaler's name.
+
+        Raises Skipped if there is none.
+        """
+        found = self._scale_leaves(state)
+        return {name: x[0] if self.read("stacked") and jnp.ndim(x) else x for name, x in found.items()}
+
+    def _scale_leaves(self, state: Any) -> dict[str, Any]:
         reader = self.read("loss_scale")
-        if reader is None and find_state(state) is None:
+        if reader is not None:
+            read = calling("the adapter's loss_scale", reader, state)
+            return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(read)}
+        found = {name: scaler.scaler.scale for name, scaler in scaler_states(state).items()}
+        if not found:
             raise Skipped("the adapter has no loss_scale: nothing to say about the scale")
-        leaf = calling("the adapter's loss_scale", reader, state) if reader else find_state(state).scaler.scale  # type: ignore[union-attr]
-        return leaf[0] if self.read("stacked") and jnp.ndim(leaf) else leaf
+        return found
 
-    def scale(self, state: Any) -> float:
-        """Returns the loss scale."""
-        return float(self.scale_leaf(state))
+    @functools.cached_property
+    def scalers(self) -> list[str]:
+        """The names of the scalers in the state; usually of one."""
+        return list(self.scale_leaves(self._start))
+
+    def scale(self, state: Any, scaler: int = 0) -> float:
+        """Returns the loss scale of one of the scalers."""
+        return float(list(self.scale_leaves(state).values())[scaler])
+
+    def scale_or_one(self, state: Any) -> float:
+        """Returns the loss scale; 1 if the state has none."""
+        return self.scale(state) if self.has_scale else 1.0
+
+    @functools.cached_property
+    def _scale_places(self) -> list[int | None]:
+        """For each scaler, which leaf of the state is its scale: the one whose change changes what is read."""
+        leaves, structure = jax.tree.flatten(self._start)
+        found: list[int | None] = []
+        for i in range(len(self.scalers)):
+            scale, place = self.scale(self._start, i), None
+            for at, leaf in enumerate(leaves):
+                if isinstance(leaf, (bool, str)) or not (isinstance(leaf, float) or is_floating(leaf)):
+                    continue
+                if np.size(leaf) and np.all(np.asarray(leaf, np.float64) == scale):
+                    changed = jax.tree.unflatten(structure, [*leaves[:at], leaf / 2, *leaves[at + 1 :]])
+                    if self.scale(changed, i) == scale / 2:
+                        place = at
+                        break
+            found.append(place)
+        return found
+
+    def at_scale(self, state: Any, scale: float, scaler: int = 0) -> Any:
+        """Returns the state with another loss scale. Raises Skipped if the state does not hold the scale as it is."""
+        place = self._scale_places[scaler]
+        if place is None:
+            raise Skipped("no leaf of the state is the loss scale: the laws cannot set it")
+        leaves, structure = jax.tree.flatten(state)
+        old = leaves[place]
+        new = type(old)(scale) if isinstance(old, float) else jnp.full_like(old, scale)
+        if isinstance(old, jax.Array) and old.committed:  # where it is not, committing it would compile the step anew
+            new = jax.device_put(new, old.sharding)
+        return jax.tree.unflatten(structure, [*leaves[:place], new, *leaves[place + 1 :]])
+
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether overflows lower the scale: whether it is a dynamic one."""
+        state = self.fresh()
+        first = self.scale(state)
+        for _ in range(8 * self.window):
+            state = self.step(state, self.any_fault)
+            if self.scale(state) < first:
+                return True
+        return False
+
+    @functools.cached_property
+    def scales(self) -> list[float]:
+        """Scales to test at: the first one, and of a scale that moves, some up to 2**24 or the cap that is claimed."""
+        first = self.scale(self.fresh())
+        if not self.moves:
+            return [first]
+        least = self.read("min_scale") or min(first, 1.0)
+        most = self.read("max_scale") or max(first, 2.0**24)
+        wanted = [first, first / 4, least, 2.0**16, 2.0**20, most]
+        return list(dict.fromkeys(x for x in wanted if least <= x <= most and x == 2.0 ** round(math.log2(x))))
 
     # --- steps
 
@@ -101,9 +175,77 @@ class Trial:
         if isinstance(fault, BadBatch):
             batch = fault.apply(batch)
         if isinstance(fault, BadGradient):
-            with faults.bad_gradient(fault):
-                return calling("the adapter's step", self.adapter.step, state, batch, given=given)
+            return self._injected(state, batch, given, bad=fault)[0]
         return calling("the adapter's step", self.adapter.step, state, batch, given=given)
+
+    def _injected(self, state: Any, batch: Any, given: str, **what: Any) -> tuple[Any, Observed]:
+        with faults.injected(**what) as observed:
+            out = calling("the adapter's step", self.adapter.step, state, batch, given=given)
+            jax.block_until_ready(out)
+        return out, observed
+
+    def with_gradients(
+        self, state: Any, chosen: Callable[[GradientLeaf], Any] | None, batch: Any = None
+    ) -> tuple[Any, Observed]:
+        """Returns what a step returns for gradients that the law chooses, and what was seen. May donate the state.
+
+        Args:
+          state: the state before.
+          chosen: the gradient of a leaf, without the loss scale; None for the step's own, as for `chosen=None`.
+          batch: the batch; the adapter's by default.
+        """
+
+        def scaled(leaf: GradientLeaf) -> Any:
+            value = None if chosen is None else chosen(leaf)
+            return None if value is None else np.asarray(value, _wide(leaf.dtype)) * scales[leaf.call]
+
+        scales = self._scale_of_call(state) if self.has_scale else dict.fromkeys((x.call for x in self.leaves), 1.0)
+        batch = self.adapter.batch if batch is None else batch
+        return self._injected(state, batch, "gradients chosen by the law", chosen=scaled)
+
+    def _scale_of_call(self, state: Any) -> dict[int, float]:
+        calls = {leaf.call for leaf in self.leaves}
+        scaler = self._scaler_of_call if len(self.scalers) > 1 else dict.fromkeys(calls, 0)
+        return {call: self.scale(state, scaler[call]) for call in calls}
+
+    @functools.cached_property
+    def _scaler_of_call(self) -> dict[int, int]:
+        """Which scaler scales the loss of each call of `jax.grad`: the one whose change changes that loss."""
+        usual = self._injected(self.fresh(), self.adapter.batch, "a step")[1].losses
+        found = dict.fromkeys((leaf.call for leaf in self.leaves), 0)
+        for i in range(len(self.scalers)):
+            state = self.at_scale(self.fresh(), self.scale(self.fresh(), i) / 2, i)
+            losses = self._injected(state, self.adapter.batch, "a step")[1].losses
+            found |= {call: i for call in found if call in losses and losses[call][0] * 2 == usual[call][0]}
+        return found
+
+    def chosen(self, state: Any, *choices: Callable[[GradientLeaf], Any]) -> Any:
+        """Returns the state after one step for each choice of gradients; with clean steps if none can be put in."""
+        for choice in choices:
+            if self.leaves:
+                state = self._state(self.with_gradients(state, choice)[0], self._start)
+            else:
+                state = self.step(state)
+        return state
+
+    @property
+    def counts_skips(self) -> bool:
+        """True if the state counts skipped steps where the laws can read it."""
+        return any(self.counted(name, self._start) is not None for name in ("skipped_steps", "consecutive_skips"))
+
+    def counted(self, name: str, state: Any) -> int | None:
+        """Returns what the state counts under a name of the adapter's, of the first replica; None if it does not."""
+        reader = self.read(name)
+        found = {"skipped_steps": skipped_steps, "consecutive_skips": consecutive_skips}
+        if reader is None and len(scaler_states(state)) != 1:
+            return None
+        count = calling(f"the adapter's {name}", reader or found[name], state)
+        return int(np.ravel(count)[0])
+
+    @property
+    def window(self) -> int:
+        """How many steps make one update."""
+        return self.read("microbatches") or 1
 
     def _state(self, out: Any, before: Any) -> Any:
         if same_structure(out, before):
@@ -123,11 +265,15 @@ class Trial:
     @functools.cached_property
     def growth(self) -> int | None:
         """The number of finite steps until the scale grows; None if that takes longer than a law waits."""
+        return self.growth_of(0)
+
+    def growth_of(self, scaler: int) -> int | None:
+        """The same for one of several scalers."""
         state, started = self.fresh(), time.monotonic()
-        before = self.scale(state)
+        before = self.scale(state, scaler)
         for count in range(1, GROWTH_STEPS + 1):
             state = self.step(state)
-            scale = self.scale(state)
+            scale = self.scale(state, scaler)
             if scale > before:
                 return count
             before = scale
@@ -135,25 +281,40 @@ class Trial:
                 break
         return None
 
+    @functools.cached_property
+    def growth_factor(self) -> float | None:
+        """By how much the scale grows at first; None if that takes longer than a law waits."""
+        if self.growth is None:
+            return None
+        state = self.run([Clean()] * (self.growth - 1))
+        before = self.scale(state)
+        return self.scale(self.step(state)) / before
+
     # --- faults
 
     @functools.cached_property
-    def gradient_paths(self) -> list[str]:
-        """The paths of the parameters into whose gradients faults can be injected."""
+    def leaves(self) -> list[GradientLeaf]:
+        """The parameters whose gradients can be replaced."""
         return calling("the adapter's step", faults.differentiated, self.adapter.step, self.fresh(), self.adapter.batch)
 
     @functools.cached_property
+    def some_leaves(self) -> list[GradientLeaf]:
+        """At most `SOME` of the parameters, the first and the last among them; all under the thorough profile."""
+        leaves = [leaf for leaf in self.leaves if math.prod(leaf.shape)]
+        if thorough() or len(leaves) <= SOME:
+            return leaves
+        return [leaves[round(i * (len(leaves) - 1) / (SOME - 1))] for i in range(SOME)]
+
+    @functools.cached_property
     def bad_gradients(self) -> Sequence[Fault]:
-        """Faults in gradients. Each costs a compilation, so they are few unless the thorough profile is in force."""
-        paths = self.gradient_paths
-        if not thorough() and len(paths) > 4:
-            paths = [paths[round(i * (len(paths) - 1) / 3)] for i in range(4)]
-        values = (math.inf, math.nan)
-        if thorough():
-            return [BadGradient(path, value) for path in paths for value in (*values, -math.inf)]
-        # Each parameter with one of the two, the first one with both.
-        found = [BadGradient(path, values[i % 2]) for i, path in enumerate(paths)]
-        return [*found, BadGradient(paths[0], math.nan)] if paths else []
+        """Faults in gradients."""
+        found = []
+        for leaf in {leaf.path: leaf for leaf in self.some_leaves}.values():
+            values: list[complex] = [math.inf, math.nan, -math.inf]
+            if np.issubdtype(leaf.dtype, np.complexfloating):
+                values += [complex(0, math.inf), complex(0, math.nan)]
+            found += [BadGradient(leaf.path, value) for value in values]
+        return found
 
     @functools.cached_property
     def bad_batches(self) -> st.SearchStrategy[Fault] | None:
@@ -170,6 +331,13 @@ class Trial:
                 BadBatch, st.just(path), st.integers(0, sizes[path] - 1), st.sampled_from([math.nan, math.inf])
             )
         )
+
+    @property
+    def large_batches(self) -> list[BadBatch]:
+        """Batches with one large number, in the first leaves that hold floats."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.adapter.batch)
+        floats = [(jax.tree_util.keystr(path), x.size) for path, x in leaves if is_castable(x) and x.size]
+        return [BadBatch(path, size - 1, value) for path, size in floats[:SOME] for value in (2.0**4, 2.0**8, 2.0**12)]
 
     @property
     def any_fault(self) -> Fault:
@@ -200,10 +368,10 @@ class Trial:
         operands = (v.aval for eqn, _ in equations(self.jaxpr) for v in eqn.invars)
         return {np.dtype(aval.dtype) for aval in operands if is_floating(aval)}
 
-    @property
+    @functools.cached_property
     def draws(self) -> bool:
-        """True if the step draws random numbers; deriving keys alone does not count."""
-        return self.jaxpr is not None and any(e.primitive.name == "random_bits" for e, _ in equations(self.jaxpr))
+        """True if the step draws random numbers that depend on its state or batch; constants of a model do not."""
+        return self.jaxpr is not None and draws_from_state(self.jaxpr)
 
     def compare(self, expected: Any, found: Any, start: Any) -> str | None:
         """Says where two states that should be equal differ: by a bit, or grossly if float16 is in the step."""
@@ -226,28 +394,47 @@ def copied(state: Any) -> Any:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, (jax.Array, np.ndarray)) else x, state)
 
 
-def gross_difference(expected: Snapshot, found: Snapshot, start: Snapshot, bound: float) -> str | None:
+def gross_difference(
+    expected: Snapshot, found: Snapshot, start: Snapshot, bound: float, parameters: Sequence[str] = ()
+) -> str | None:
     """Says where integers differ, or half of the leaves by more than `bound` times the distance they have moved.
 
     Half of the leaves, because an optimizer that normalises turns rounding errors into steps of full length, for a
-    parameter whose true gradient is 0.
+    parameter whose true gradient is 0. Four times the bound is allowed to each kind of leaves, such as the first
+    moments of all parameters: to all of them together, or to half of them.
+
+    Args:
+      expected: what the leaves ought to be.
+      found: what they are.
+      start: what they were before the steps.
+      bound: the share of the distance.
+      parameters: the paths of the parameters, with which the paths of their moments end.
     """
-    errors = []
+    errors: list[tuple[float, str]] = []
+    kinds: dict[str, list[tuple[float, float, str]]] = {}
     for path, a, b, s in zip(expected.paths, expected.leaves, found.leaves, start.leaves, strict=True):
-        if not is_floating(a):
+        if a.dtype.kind != "c" and not is_floating(a):
             if not np.array_equal(a, b):
                 return f"leaf {path} is {b}, and ought to be {a}"
             continue
-        x, y, z = (np.asarray(v, np.float64) for v in (a, b, s))
+        x, y, z = (np.asarray(v, np.complex128 if a.dtype.kind == "c" else np.float64) for v in (a, b, s))
         if not np.all(np.isfinite(y)):
             return f"leaf {path} is not finite"
-        moved = np.linalg.norm(x - z)
-        if moved and np.isfinite(moved):
-            errors.append((float(np.linalg.norm(y - x) / moved), path))
-    if not errors or statistics.median(e for e, _ in errors) <= bound:
-        return None
-    worst, path = max(errors)
-    return f"leaf {path} is off by {worst:.3g} of the distance that it has moved (half of the leaves by over {bound:g})"
+        moved, off = float(np.linalg.norm(x - z)), float(np.linalg.norm(y - x))
+        if moved and math.isfinite(moved):
+            errors.append((off / moved, path))
+            parameter = max((p for p in parameters if p and path.endswith(p)), key=len, default="")
+            kinds.setdefault(path.removesuffix(parameter), []).append((off, moved, path))
+    if errors and statistics.median(e for e, _ in errors) > bound:
+        worst, path = max(errors)
+        share = f"{worst:.3g} of the distance that it has moved"
+        return f"leaf {path} is off by {share} (half of the leaves by over {bound:g})"
+    for leaves in kinds.values():
+        together = math.hypot(*(off for off, _, _ in leaves)) / math.hypot(*(moved for _, moved, _ in leaves))
+        if min(together, statistics.median(off / moved for off, moved, _ in leaves)) > 4 * bound:
+            worst, path = max((off / moved, path) for off, moved, path in leaves)
+            return f"leaf {path}, like the others of its kind, is off by {worst:.3g} of the distance that it has moved"
+    return None
 
 
 def words(trace: Sequence[Fault]) -> str:
@@ -260,6 +447,16 @@ def words(trace: Sequence[Fault]) -> str:
             counted.append([fault, 1])
     shown = [str(f) if n == 1 else f"{n} times {f}" for f, n in counted]
     return ", then ".join(shown) or "no step"
+
+
+def scaler_states(state: Any) -> dict[str, LossScalingState]:
+    """Finds all states of `loss_scaling` in a state, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, LossScalingState))
+    return {jax.tree_util.keystr(path): x for path, x in leaves if isinstance(x, LossScalingState)}
+
+
+def _wide(dtype: Any) -> Any:
+    return np.complex128 if np.issubdtype(dtype, np.complexfloating) else np.float64
 
 
 def _without_scaler(state: Any) -> Any:
