@@ -163,7 +163,8 @@ class Audit:
 
     def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[ModulePolicy] | None = None) -> Audit:
         """Returns this audit checked against `policy`; for `modules` see `audit`. Nothing is traced again."""
-        table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
+        # The power iteration of a spectral norm is arithmetic of norms, which belongs in float32 (T5).
+        table = None if modules is None else {row.module: _full_norm(row) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
 
     def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
@@ -584,6 +585,10 @@ def _decides(eqn: Any, given: list[_Facts]) -> bool:
     logical = ("and", "or", "not", "reduce_and", "reduce_or", "reduce_min", "reduce_max", "eq", "ne", "lt", "select_n")
     kept = name in logical or name in _TRANSPARENT or name in COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
     return kept and any(facts.flag for facts in given)
+
+
+def _full_norm(row: ModulePolicy) -> Policy:
+    return parse_policy("float32" if row.type in ("SpectralNorm", "WeightNorm") else row.policy)
 
 
 def _dot_flops(eqn: Any) -> int:
