@@ -26,12 +26,14 @@ import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from jaxmp.instruments import numbers
+from jaxmp.instruments.finding import Counted, Finding, found
+from jaxmp.instruments.numbers import Number
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.jaxprs import (
     COLLECTIVE_SUMS,
     SAME_VALUES,
-    Place,
     bare,
     interpret,
     module_path,
@@ -66,27 +68,6 @@ _CALLBACKS = {
 }
 _WITH_SCALAR_FUNCTIONS = {"reduce", "reduce_window", "select_and_scatter", "scatter", "scatter-mul", "sort"} | _SCATTERS
 """Operations that hold a function of single numbers, of which each is one operation."""
-
-
-class Finding(NamedTuple):
-    """One fault, or one needless cost, that `audit` found."""
-
-    rule: str
-    """name of the rule, such as "half accumulation" """
-    what: str
-    """what happens there, in words"""
-    path: str
-    """path of the Flax modules or named scopes around it; for arguments and results, their path in the pytree"""
-    source: str
-    """file:line of the user's code, or "" """
-    dtype: str
-    """name of the dtype in which it happens, or "" """
-    times: int
-    """how many times one call does it"""
-
-    def __str__(self) -> str:
-        where = " at ".join(filter(None, (self.path, self.source)))
-        return f"{self.rule}: {self.what}" + (f" ({self.times} times)" if self.times > 1 else "") + f" [{where}]"
 
 
 class Dot(NamedTuple):
@@ -182,7 +163,8 @@ class Audit:
 
     def under(self, policy: Policy | PolicyTree | str | None, modules: Iterable[ModulePolicy] | None = None) -> Audit:
         """Returns this audit checked against `policy`; for `modules` see `audit`. Nothing is traced again."""
-        table = None if modules is None else {row.module: parse_policy(row.policy) for row in modules}
+        # The power iteration of a spectral norm is arithmetic of norms, which belongs in float32 (T5).
+        table = None if modules is None else {row.module: _full_norm(row) for row in modules}
         return dataclasses.replace(self, policy=None if policy is None else as_tree(policy), modules=table)
 
     def assert_clean(self, policy: Policy | PolicyTree | str | None = None) -> None:
@@ -249,7 +231,14 @@ def audit(
     - half unscaling: a gradient in float16 multiplied or divided by one number, such as 1 / loss scale
     - half loss: a differentiated loss narrower than float32
     - float32 dot: a product in float32 where the policy computes in half
-    - vanished constant: an eps that is 0 in half, or a decay that is 1
+    - half position: positions, or other whole numbers, in half above those that it can count
+    - half count: the number of elements of a mask in half, above those that it can count
+    - half angle: the sine of an angle that is too large for the half that it was rounded to
+    - half whole number: whole numbers made of what was rounded to half
+    - half probability: log(p) or log(1 - p) of a sigmoid or softmax p that was rounded to half, and its kin
+    - half random draw: random numbers drawn in half
+    - vanished constant: a constant that is 0 in half and guards a divisor (eps) or is a factor, a bound or a decay that
+      is 1, or a constant that vanishes beside another
     - weakly typed: an argument or result whose dtype is that of a Python number
     - compiles twice: a state that comes out with another dtype or weak type than it went in
     - not donated: a state that a jitted function replaces but does not donate
@@ -293,9 +282,10 @@ def audit(
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     platform = "cuda" if target is not None else jax.default_backend()
     walk, whole = _Walk(platform), _Walk(platform)
-    whole.function(jaxpr, [_Facts(weight=True, kept=True)] * len(jaxpr.invars), _Place())
+    constants = [_Facts(weight=True, number=numbers.of_array(x)) for x in getattr(traced.jaxpr, "consts", ())]
+    whole.function(jaxpr, [_ARGUMENT] * len(jaxpr.invars), Counted(), constants)
     jaxpr = live
-    out = walk.function(jaxpr, [_Facts(weight=True, kept=True)] * len(jaxpr.invars), _Place())
+    out = walk.function(jaxpr, [_ARGUMENT] * len(jaxpr.invars), Counted(), constants)
     boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
     # A loss of which only the gradient is wanted is not computed, but its dtype is that in which the gradient begins.
     losses = [f for f in whole.findings if f.rule == "half loss" and whole.differentiated]
@@ -334,20 +324,18 @@ class _Facts:
     """over how many terms this is a sum"""
     exponential: Finding | None = None
     """the exponential in half that this is"""
-    eps: Finding | None = None
-    """the constant that vanished when it was added to this"""
     unit: Finding | None = None
     """the constant that was rounded to 1 when this was multiplied by it"""
+    number: Number = Number()
+    """the numbers in it"""
 
 
 _NOTHING = _Facts()
+_ARGUMENT = _Facts(weight=True, kept=True, number=Number(position=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place(Place):
-    """Where an equation stands, and how many times a call runs it."""
-
-    times: int = 1
+def _literal(v: Any) -> _Facts:
+    return _Facts(number=numbers.of_array(v.val))
 
 
 class _Walk:
@@ -361,29 +349,42 @@ class _Walk:
         self.notes: set[str] = set()
         self.differentiated = False
 
-    def function(self, jaxpr: Any, given: Sequence[_Facts], place: _Place) -> list[_Facts]:
-        """What is known of the results of `jaxpr`, for arguments of which `given` is known."""
-        constants = [_Facts(weight=True)] * len(jaxpr.constvars)
+    def function(
+        self, jaxpr: Any, given: Sequence[_Facts], place: Counted, constants: Sequence[_Facts] = ()
+    ) -> list[_Facts]:
+        """What is known of the results of `jaxpr`, for arguments and constants of which this is known."""
+        constants = [*constants, *[_ARGUMENT] * len(jaxpr.constvars)][: len(jaxpr.constvars)]
 
         def equation(eqn: Any, operands: list[_Facts]) -> list[_Facts]:
             return self._equation(eqn, operands, place.at(eqn))
 
-        return interpret(jaxpr, [*constants, *given], equation, lambda _: _NOTHING)
+        return interpret(jaxpr, [*constants, *given], equation, _literal)
 
-    def _equation(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+    def _equation(self, eqn: Any, given: list[_Facts], place: Counted) -> list[_Facts]:
         self.differentiated |= "transpose(" in place.names
         name = eqn.primitive.name
         if name in ("pallas_call", "ffi_call") or "dot_product_attention" in name:  # the last: cuDNN's
             self.notes.add(f"what is inside of {name} is not counted")
         elif name not in _WITH_SCALAR_FUNCTIONS and (inner := list(jaxprs_in_params(eqn.params))):
             return self._nested(eqn, inner, given, place)
+        given = [
+            dataclasses.replace(f, number=numbers.of_aval(v.aval, f.number))
+            for v, f in zip(eqn.invars, given, strict=True)
+        ]
         self._count(eqn, place)
         self._find(eqn, given, place)
-        return [self._facts(eqn, v, given, place) for v in eqn.outvars]
+        if not eqn.outvars:
+            return []
+        operands = [facts.number for facts in given]
+        self.findings += numbers.find(eqn, operands, place)
+        return [
+            dataclasses.replace(self._facts(eqn, v, given, place), number=numbers.follow(eqn, i, operands, place))
+            for i, v in enumerate(eqn.outvars)
+        ]
 
     # Nested functions
 
-    def _nested(self, eqn: Any, inner: list[Any], given: list[_Facts], place: _Place) -> list[_Facts]:
+    def _nested(self, eqn: Any, inner: list[Any], given: list[_Facts], place: Counted) -> list[_Facts]:
         name = eqn.primitive.name
         if name == "scan":
             return self._scan(eqn, given, place)
@@ -399,7 +400,7 @@ class _Walk:
             results = results or (out if len(out) == len(eqn.outvars) else [])
         return results or [_NOTHING] * len(eqn.outvars)
 
-    def _scan(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+    def _scan(self, eqn: Any, given: list[_Facts], place: Counted) -> list[_Facts]:
         jaxpr = bare(eqn.params["jaxpr"])
         consts, carries = scan_counts(eqn.params)
         place = dataclasses.replace(place, times=place.times * eqn.params["length"])
@@ -407,7 +408,7 @@ class _Walk:
         adding = self._carries(jaxpr, jaxpr.invars[consts : consts + carries], place, eqn.params["length"])
         return self._loop(jaxpr, own, start, slices, place, adding)
 
-    def _while(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+    def _while(self, eqn: Any, given: list[_Facts], place: Counted) -> list[_Facts]:
         self.notes.add("the body of a while loop is counted once")
         body, n = bare(eqn.params["body_jaxpr"]), eqn.params["cond_nconsts"]
         consts = eqn.params["body_nconsts"]
@@ -416,10 +417,10 @@ class _Walk:
         return self._loop(body, own, start, [], place, self._carries(body, body.invars[consts:], place, 0))
 
     def _loop(
-        self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: _Place, adding: set[int]
+        self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: Counted, adding: set[int]
     ) -> list[_Facts]:
         """One turn. A carry is a weight in the first turn alone."""
-        carried = [dataclasses.replace(f, weight=False, kept=True) for f in start]
+        carried = [dataclasses.replace(f, weight=False, kept=True, number=Number()) for f in start]
         before = len(self.findings)
         out = self.function(jaxpr, [*own, *carried, *rest], place)
         sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
@@ -430,7 +431,7 @@ class _Walk:
         ]
         return out
 
-    def _carries(self, jaxpr: Any, invars: Sequence[Any], place: _Place, length: int) -> set[int]:
+    def _carries(self, jaxpr: Any, invars: Sequence[Any], place: Counted, length: int) -> set[int]:
         """Which carries are sums over the turns and nothing else; those in half are found."""
         adding = {i for i, v in enumerate(invars) if _only_added_to(jaxpr, v, jaxpr.outvars[i])}
         for i in sorted(adding):
@@ -442,7 +443,7 @@ class _Walk:
                 self._found("half accumulation", what, aval.dtype, place.at(eqn))
         return adding
 
-    def _cond(self, eqn: Any, given: list[_Facts], place: _Place) -> list[_Facts]:
+    def _cond(self, eqn: Any, given: list[_Facts], place: Counted) -> list[_Facts]:
         branches, results = [], []
         for branch in self._possible(eqn):
             walk = _Walk(self.platform)
@@ -469,10 +470,10 @@ class _Walk:
 
     # Single operations
 
-    def _found(self, rule: str, what: str, dtype: Any, place: _Place) -> None:
-        self.findings.append(_finding(rule, what, dtype, place))
+    def _found(self, rule: str, what: str, dtype: Any, place: Counted) -> None:
+        self.findings.append(found(rule, what, dtype, place))
 
-    def _count(self, eqn: Any, place: _Place) -> None:
+    def _count(self, eqn: Any, place: Counted) -> None:
         name, path = eqn.primitive.name, place.module
         if name in _FLOPS and not _sums_nothing(eqn):
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
@@ -485,7 +486,7 @@ class _Walk:
                 cast = Cast(before.dtype.name, after.dtype.name, after.size, path, place.source, place.times)
                 self.casts.append(cast)
 
-    def _find(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
+    def _find(self, eqn: Any, given: list[_Facts], place: Counted) -> None:
         name = eqn.primitive.name
         if name in _CALLBACKS:
             self._found("host callback", f"{name} waits for Python in each call", "", place)
@@ -514,15 +515,13 @@ class _Walk:
             terms = _terms(eqn)
             if terms >= LONG:
                 self.findings.append(exponential._replace(what=f"{exponential.what}, summed over {terms} terms"))
-        divisor = {"div": 1, "rsqrt": 0, "log": 0}.get(name, 0 if eqn.params.get("y", 0) < 0 else None)
-        if divisor is not None and (eps := given[divisor].eps):
-            self.findings.append(eps)
         if name == "add":
             self.findings += [facts.unit for facts in given if facts.unit]
 
-    def _find_in_half(self, eqn: Any, given: list[_Facts], place: _Place) -> None:
+    def _find_in_half(self, eqn: Any, given: list[_Facts], place: Counted) -> None:
         name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
-        if _is_sum(eqn) and not given[0].mask and _terms(eqn) > 1:
+        counted = given[0].mask or (given[0].number.whole and math.isfinite(given[0].number.largest))
+        if _is_sum(eqn) and not (counted and given[0].number.known is None) and _terms(eqn) > 1:
             self._found("half accumulation", f"{name} over {_terms(eqn)} terms in {dtype.name}", dtype, place)
         elif name in _SCATTERS and not eqn.params.get("unique_indices") and not _disjoint(eqn):
             self._found("half accumulation", f"{name} in {dtype.name}", dtype, place)
@@ -535,7 +534,7 @@ class _Walk:
             if "transpose(" not in place.names and any(_is_number(v, eqn) for v in eqn.invars):
                 self._found("half unscaling", f"a gradient in float16, {name} by one number", dtype, place)
 
-    def _facts(self, eqn: Any, v: Any, given: list[_Facts], place: _Place) -> _Facts:
+    def _facts(self, eqn: Any, v: Any, given: list[_Facts], place: Counted) -> _Facts:
         name, aval = eqn.primitive.name, v.aval
         shared: dict[str, Any] = {"guarded": any(facts.guarded for facts in given), "flag": _decides(eqn, given)}
         if "transpose(" in place.names:
@@ -558,29 +557,25 @@ class _Walk:
             shared["total"] = aval.shape == () and any(facts.total for facts in given)
             if name == "abs":  # of logsumexp
                 shared["terms"] = given[0].terms
-            if name == "sqrt":
-                shared["eps"] = given[0].eps
         if _half(aval):
-            shared |= _vanishing(eqn, given, place)
+            shared["unit"] = _decay(eqn, given, place)
             if name in ("exp", "exp2"):
                 what = f"{name} in {aval.dtype.name}"
-                shared["exponential"] = _finding("half exponential", what, aval.dtype, place)
+                shared["exponential"] = found("half exponential", what, aval.dtype, place)
         return _Facts(**shared)
 
 
-def _vanishing(eqn: Any, given: list[_Facts], place: _Place) -> dict[str, Any]:
-    """The fact that a constant of this operation came out as 0 or 1 in half; its use says whether that matters."""
+def _decay(eqn: Any, given: list[_Facts], place: Counted) -> Finding | None:
+    """The finding that a constant was rounded to 1 in half, of state that was multiplied by it."""
     name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
-    constants = [v.val for v in eqn.invars if isinstance(v, Literal)]
-    if len(constants) != 1 or len(eqn.invars) != 2 or np.ndim(constants[0]):
-        return {}
-    if name == "add" and float(constants[0]) == 0:
-        what = f"a constant that is 0 in {dtype.name} is added to a divisor (eps?)"
-        return {"eps": _finding("vanished constant", what, dtype, place)}
-    if name == "mul" and float(constants[0]) == 1 and any(facts.kept for facts in given):
-        what = f"a factor that is 1 in {dtype.name}, of state that is added to (b2?)"
-        return {"unit": _finding("vanished constant", what, dtype, place)}
-    return {}
+    constants = [facts.number.known for facts in given if facts.number.known is not None]
+    if name != "mul" or len(constants) != 1 or not any(facts.kept for facts in given):
+        return None
+    if float(np.float64(constants[0]).astype(dtype)) != 1:
+        return None
+    return found(
+        "vanished constant", f"a factor that is 1 in {dtype.name}, of state that is added to (b2?)", dtype, place
+    )
 
 
 def _decides(eqn: Any, given: list[_Facts]) -> bool:
@@ -590,6 +585,10 @@ def _decides(eqn: Any, given: list[_Facts]) -> bool:
     logical = ("and", "or", "not", "reduce_and", "reduce_or", "reduce_min", "reduce_max", "eq", "ne", "lt", "select_n")
     kept = name in logical or name in _TRANSPARENT or name in COLLECTIVE_SUMS or name in ("pmin", "pmax", "min", "max")
     return kept and any(facts.flag for facts in given)
+
+
+def _full_norm(row: ModulePolicy) -> Policy:
+    return parse_policy("float32" if row.type in ("SpectralNorm", "WeightNorm") else row.policy)
 
 
 def _dot_flops(eqn: Any) -> int:
@@ -796,11 +795,6 @@ def _module_of(operation: str) -> str:
 
 
 # Names
-
-
-def _finding(rule: str, what: str, dtype: Any, place: _Place) -> Finding:
-    name = np.dtype(dtype).name if dtype != "" else ""
-    return Finding(rule, what, place.module, place.source, name, place.times)
 
 
 def _merged(findings: Any) -> list[Finding]:

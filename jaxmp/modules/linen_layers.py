@@ -6,6 +6,7 @@ its rows are cast (T15), attention takes its softmax in float32 (T4), a recurren
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def run_method(
     values: dict[str, Any] = {"dtype": dtype} if has_dtype else {"param": param}
     if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
         values |= _softmax_in_float32(module, dtype)
+    if type(module) is nn.OptimizedLSTMCell and method == "__call__" and not sum_in_half:
+        values |= _gates_with_biases(module, wide)
     if isinstance(module, nn.BatchNorm) and module.axis_name is None:
         values["axis_name"] = axis_name
     if isinstance(module, nn.Embed) and not sum_in_half:
@@ -75,6 +78,8 @@ def run_method(
             y = call(**values, use_bias=False)
             return y + jnp.broadcast_to(bias.astype(wide), y.shape).astype(y.dtype)
     y = call(**values)
+    if isinstance(getattr(module.parent, "gate_fn", None), _Gate) and method == "__call__":
+        return y[0], None if y[1] is None else jnp.zeros_like(y[1])  # the gates add it
     if isinstance(module, nn.RNNCellBase) and method == "__call__":
         # The carry of a scan keeps its dtype: that of the initial carry, float32 in Flax's RNN.
         return jax.tree.map(lambda new, old: new.astype(old.dtype), y[0], args[0]), cast_floats(y[1], dtype)
@@ -129,6 +134,32 @@ def _softmax_in_float32(module: nn.MultiHeadDotProductAttention, dtype: Any) -> 
         return nn.dot_product_attention(*args, **kwargs)
 
     return {"force_fp32_for_softmax": True, "attention_fn": attention}
+
+
+@dataclasses.dataclass
+class _Gate:
+    """The activation of a recurrent cell's gates; its first calls add a bias each, broadcast in a wide dtype (T2)."""
+
+    function: Callable[..., Any]
+    biases: list[Any]
+    wide: Any
+
+    def __call__(self, x: Any) -> Any:
+        if self.biases:
+            x += jnp.broadcast_to(self.biases.pop(0).astype(self.wide), x.shape).astype(x.dtype)
+        return self.function(x)
+
+
+def _gates_with_biases(module: nn.OptimizedLSTMCell, wide: Any) -> dict[str, Any]:
+    """Attributes by which a cell that joins its biases adds them in its gates: i, f, o, and g before the new carry."""
+    stored = {gate: _stored(module, f"h{gate}") for gate in "ifgo"}
+    if any(params is None for params in stored.values()):
+        return {}  # there are none yet
+    biases = {gate: params["bias"] for gate, params in stored.items()}
+    return {
+        "gate_fn": _Gate(module.gate_fn, [biases[gate] for gate in "ifo"], wide),
+        "activation_fn": _Gate(module.activation_fn, [biases["g"]], wide),
+    }
 
 
 def _stored(module: nn.Module, name: str) -> Any:

@@ -31,6 +31,15 @@ class FromNNX:
     make: Callable[..., Any]
     """`make(rngs)`, a function that constructs the module with `nnx.Rngs`"""
 
+    def __post_init__(self) -> None:
+        """Refuses a module that is made already: its parameters would be no arguments."""
+        if isinstance(self.make, nnx.Module):
+            name = type(self.make).__name__
+            raise InputError(
+                f"from_nnx: given a {name}; expected a function that makes one: from_nnx(lambda rngs: {name}(..., "
+                "rngs=rngs))"
+            )
+
     def init(self, key: jax.Array, *inputs: Any, train: bool = False) -> dict[str, Any]:
         """Fresh `{"params": ..., "state": ...}`, from the key alone: NNX modules know the shapes of their inputs."""
         del inputs, train
@@ -80,6 +89,8 @@ def from_nnx(make: Callable[..., Any]) -> FromNNX:
 
     Args:
       make: `make(rngs)`, with `nnx.Rngs`, returns the `nnx.Module`.
+
+    Raises: InputError if `make` is a module; when it is called, if it returns none.
     """
     return FromNNX(make)
 

@@ -319,6 +319,19 @@ def test_a_weight_tied_between_1000_calls_gets_the_whole_gradient_t1():
     assert gradient(Repeated(), "mixed_bfloat16", variables, x)(variables["params"])["Dense_0"]["kernel"] == 300
 
 
+@pytest.mark.parametrize("gate", "ifgo")
+def test_the_biases_that_an_lstm_cell_joins_are_summed_in_float32_and_go_to_their_gates_t2(gate):
+    cell, carry, x = nn.OptimizedLSTMCell(4), (jnp.full((3, 4), 0.5), jnp.full((3, 4), 0.25)), jnp.ones((3, 2))
+    variables = cell.init(KEY, carry, x)
+    variables["params"][f"h{gate}"]["bias"] += jnp.array([0.5, -1, 2, 0.25])
+    found = with_policy(cell.apply, "mixed_bfloat16")(variables, carry, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(cell.apply(variables, carry, x)), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.02)
+    jaxpr, _ = traced_gradient(cell, "mixed_bfloat16", variables, carry, x)
+    sums = [e.invars[0].aval for e in equations(jaxpr.jaxpr) if e.primitive.name == "reduce_sum"]
+    assert len(sums) >= 4 and {aval.dtype for aval in sums if aval.ndim > 1} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("layer", "shape"),

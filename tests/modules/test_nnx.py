@@ -180,6 +180,8 @@ def test_what_only_layers_can_do_is_refused(text):
 def test_a_constructor_of_something_else_is_refused():
     with pytest.raises(InputError, match=r"returned a int; expected an nnx\.Module"):
         from_nnx(lambda rngs: 3).init(jax.random.key(0), X)
+    with pytest.raises(InputError, match=r"given a Linear; expected a function that makes one: .*Linear\(\.\.\., rngs"):
+        from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
 
 def test_explain_shows_the_model_as_one():
