@@ -5,6 +5,7 @@ Source: A. Vaswani et al., Attention Is All You Need, NeurIPS 2017, https://arxi
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ class Attention(nn.Module):
     """base of the rotary position embedding, 10,000 say; None: no rotation"""
     qk_norm: bool = False
     """whether queries and keys pass an RMSNorm over a head (Henry et al. 2020, https://arxiv.org/abs/2010.04245)"""
+    epsilon: float = 1e-6
+    """epsilon of these RMSNorms"""
     context: int = 1024
     """number of positions that the cache of decoding has room for"""
     kernel: Literal["auto", "einsum", "cudnn"] = "auto"
@@ -83,7 +86,8 @@ class Attention(nn.Module):
 
         query, key, value = project("query", self.heads), project("key", kv_heads), project("value", kv_heads)
         if self.qk_norm:
-            query, key = nn.RMSNorm(name="query_norm")(query), nn.RMSNorm(name="key_norm")(key)
+            norm = functools.partial(nn.RMSNorm, epsilon=self.epsilon)
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         if self.rope is not None:
             positions = jnp.arange(length) + (0 if start is None else start)
             query, key = (rotate(each, positions, base=self.rope) for each in (query, key))

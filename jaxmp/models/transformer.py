@@ -324,6 +324,7 @@ class Llama(nn.Module):
             bias=False,
             rope=self.rope,
             qk_norm=self.qk_norm,
+            epsilon=self.epsilon,
             context=self.context,
             init=NORMAL,
             out_init=out_init,
