@@ -47,9 +47,9 @@ class Attention(nn.Module):
     kernel: Literal["auto", "einsum", "cudnn"] = "auto"
     """implementation: "einsum"; "cudnn", of NVIDIA GPUs, in half precision and without dropout; or "auto": where there
     is such a GPU, "cudnn" for what it supports, else "einsum" """
-    init: Any = nn.initializers.lecun_normal()
+    kernel_init: Any = nn.initializers.lecun_normal()
     """initialiser of the kernels of query, key and value"""
-    out_init: Any = nn.initializers.lecun_normal()
+    out_kernel_init: Any = nn.initializers.lecun_normal()
     """initialiser of the kernel of the last Dense layer"""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         head_width, kv_heads = width // self.heads, self.kv_heads or self.heads
 
         def project(name: str, heads: int) -> jax.Array:
-            y = nn.Dense(heads * head_width, use_bias=self.bias, kernel_init=self.init, name=name)(x)
+            y = nn.Dense(heads * head_width, use_bias=self.bias, kernel_init=self.kernel_init, name=name)(x)
             return y.reshape(batch, length, heads, head_width)
 
         query, key, value = project("query", self.heads), project("key", kv_heads), project("value", kv_heads)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         if start is not None:
             # What does not fit into the cache has overwritten the last positions: let it be seen.
             y = jnp.where(start + length <= self.context, y, jnp.nan)
-        return nn.Dense(width, use_bias=self.bias, kernel_init=self.out_init, name="out")(y.reshape(x.shape))
+        return nn.Dense(width, use_bias=self.bias, kernel_init=self.out_kernel_init, name="out")(y.reshape(x.shape))
 
     def _cached(self, name: str, new: jax.Array, start: jax.Array) -> jax.Array:
         """All keys or values in the cache, (batch, context, heads, width), with the new ones from `start` on."""

@@ -17,13 +17,13 @@ class Broadcast(nn.Module):
 
     shape: tuple[int, ...]
     """shape of the array"""
-    init: Any = nn.initializers.zeros
+    array_init: Any = nn.initializers.zeros
     """its initialiser"""
 
     @nn.compact
     def __call__(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """The array (..., *self.shape), broadcast to `shape` in its own dtype, in `dtype`."""
-        self.param("array", self.init, self.shape)
+        self.param("array", self.array_init, self.shape)
         # As it is kept: what `param` returns is cast already, under a policy.
         array = nn.unbox(self.get_variable("params", "array"))
         return jnp.broadcast_to(array, shape).astype(dtype)

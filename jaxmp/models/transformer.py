@@ -42,9 +42,9 @@ class Block(nn.Module):
     """whether Dense layers and LayerNorms have a bias"""
     dropout: float = 0.0
     """dropout rate of what is added to the residual connection, during training"""
-    init: Any = nn.initializers.lecun_normal()
+    kernel_init: Any = nn.initializers.lecun_normal()
     """initialiser of the kernel of the first Dense layer"""
-    out_init: Any = nn.initializers.lecun_normal()
+    out_kernel_init: Any = nn.initializers.lecun_normal()
     """initialiser of the kernel of the second Dense layer"""
 
     @nn.compact
@@ -58,9 +58,9 @@ class Block(nn.Module):
             return attention(x, mask, start=start, train=train)
 
         def feed_forward(x: jax.Array) -> jax.Array:
-            y = nn.Dense(self.hidden, use_bias=self.bias, kernel_init=self.init, name="up")(x)
+            y = nn.Dense(self.hidden, use_bias=self.bias, kernel_init=self.kernel_init, name="up")(x)
             y = nn.gelu(y, approximate=not self.exact_gelu)
-            return nn.Dense(x.shape[-1], use_bias=self.bias, kernel_init=self.out_init, name="down")(y)
+            return nn.Dense(x.shape[-1], use_bias=self.bias, kernel_init=self.out_kernel_init, name="down")(y)
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=self.epsilon, use_bias=self.bias, name=name)
@@ -111,7 +111,7 @@ class BERT(nn.Module):
         self.tokens, self.positions, self.types = embed(self.vocabulary), embed(self.context), embed(self.segments)
         self.embedding_norm = nn.LayerNorm(epsilon=1e-12)
         self.embedding_dropout = nn.Dropout(self.dropout)
-        init: dict[str, Any] = {"init": TRUNCATED, "out_init": TRUNCATED}
+        init: dict[str, Any] = {"kernel_init": TRUNCATED, "out_kernel_init": TRUNCATED}
         attention = functools.partial(Attention, heads=self.heads, dropout=self.dropout, **init)
         self.blocks = [
             Block(attention, self.hidden, norm="after", epsilon=1e-12, exact_gelu=True, dropout=self.dropout, **init)
@@ -232,7 +232,10 @@ class GPT2(nn.Module):
         x = embed(tokens) + positions(_positions(tokens, start))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         # What is added to the residual stream begins the smaller the more layers add to it (section 2.3).
-        init: dict[str, Any] = {"init": NORMAL, "out_init": nn.initializers.normal(0.02 / math.sqrt(2 * self.layers))}
+        init: dict[str, Any] = {
+            "kernel_init": NORMAL,
+            "out_kernel_init": nn.initializers.normal(0.02 / math.sqrt(2 * self.layers)),
+        }
         attention = functools.partial(
             Attention, heads=self.heads, causal=True, bias=self.bias, dropout=self.dropout, context=self.context, **init
         )
@@ -253,7 +256,7 @@ class LlamaBlock(nn.Module):
     """width of the gate"""
     epsilon: float
     """epsilon of the RMSNorms"""
-    out_init: Any
+    out_kernel_init: Any
     """initialiser of the kernel of the last Dense layer"""
 
     @nn.compact
@@ -265,7 +268,7 @@ class LlamaBlock(nn.Module):
         x = x + attention(y, start=start, train=train)
         y = nn.RMSNorm(epsilon=self.epsilon, name="mlp_norm")(x)
         y = nn.silu(dense(self.hidden, name="gate")(y)) * dense(self.hidden, name="up")(y)
-        return x + dense(x.shape[-1], kernel_init=self.out_init, name="down")(y)
+        return x + dense(x.shape[-1], kernel_init=self.out_kernel_init, name="down")(y)
 
 
 class Llama(nn.Module):
@@ -326,8 +329,8 @@ class Llama(nn.Module):
             qk_norm=self.qk_norm,
             epsilon=self.epsilon,
             context=self.context,
-            init=NORMAL,
-            out_init=out_init,
+            kernel_init=NORMAL,
+            out_kernel_init=out_init,
         )
         x = embed(tokens)
         for index in range(self.layers):

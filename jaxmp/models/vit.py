@@ -62,7 +62,7 @@ class ViT(nn.Module):
         x = x + Broadcast(x.shape[1:], nn.initializers.normal(0.02), name="positions")(x.shape, x.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         xavier = nn.initializers.xavier_uniform()
-        init: dict[str, Any] = {"init": xavier, "out_init": xavier}
+        init: dict[str, Any] = {"kernel_init": xavier, "out_kernel_init": xavier}
         attention = functools.partial(Attention, heads=self.heads, qk_norm=self.qk_norm, **init)
         for index in range(self.layers):
             x = Block(
