@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp.errors import InputError
+from jaxmp.models.rnn import SequenceClassifier, reverse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["simple", "lstm", "gru"])
+def test_padding_changes_nothing_and_a_sequence_of_no_steps_is_zeros(cell):
+    model = SequenceClassifier(cell, 6, 2, bidirectional=True, classes=3)
+    sequence, length = jax.random.normal(jax.random.key(0), (4, 7, 5)), jnp.array([7, 4, 1, 0])
+    variables = jax.jit(model.init)(jax.random.key(1), sequence, length)
+    apply = jax.jit(model.apply)
+    logits = apply(variables, sequence, length)
+    padding = jnp.arange(7)[:, None] >= length[:, None, None]
+    np.testing.assert_array_equal(apply(variables, jnp.where(padding, 9.0, sequence), length), logits)
+    np.testing.assert_allclose(logits[1], apply(variables, sequence[1:2, :4])[0], atol=1e-6)
+    np.testing.assert_array_equal(logits[3], variables["params"]["head"]["bias"])
+    assert len({tuple(x) for x in np.asarray(logits).tolist()}) == 4
+
+
+def test_a_sequence_turned_round_twice_is_itself():
+    x, length = jnp.arange(24.0).reshape(3, 4, 2), jnp.array([4, 2, 0])
+    turned = reverse(x, length)
+    np.testing.assert_array_equal(turned[0], x[0, ::-1])
+    np.testing.assert_array_equal(turned[1], x[1, jnp.array([1, 0, 2, 3])])
+    np.testing.assert_array_equal(turned[2], x[2])
+    np.testing.assert_array_equal(reverse(turned, length), x)
+
+
+@pytest.mark.slow
+def test_an_image_is_a_sequence_of_its_rows():
+    model = SequenceClassifier("gru", 6)
+    image = jax.random.normal(jax.random.key(0), (2, 4, 3, 2))
+    variables = jax.jit(model.init)(jax.random.key(1), image)
+    rows = image.reshape(2, 4, 6)
+    np.testing.assert_array_equal(jax.jit(model.apply)(variables, image), jax.jit(model.apply)(variables, rows))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "dtype", "names"),
+    [
+        ({"cell": "rnn"}, (1, 2, 3), float, "cell='rnn': expected simple or lstm or gru"),
+        ({"width": 0}, (1, 2, 3), float, "width=0: expected 1 or more"),
+        ({"vocabulary": 0}, (1, 2), int, "vocabulary=0: expected 1 or more"),
+        ({"dropout": -0.5}, (1, 2, 3), float, "dropout=-0.5: expected 0 or more, below 1"),
+        ({}, (1, 2), float, "the sequence is float32[1, 2]; expected features"),
+        ({}, (1, 2, 3), int, "the sequence is int32[1, 2, 3]; expected features"),
+        ({"vocabulary": 5}, (1, 2), float, "the sequence is float32[1, 2]; expected tokens"),
+    ],
+)
+def test_a_sequence_that_does_not_fit_is_refused(fields, shape, dtype, names):
+    with pytest.raises(InputError) as error:
+        jax.eval_shape(SequenceClassifier(**fields).init, jax.random.key(0), jnp.zeros(shape, dtype))
+    assert names in str(error.value)
