@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.modules.linen import explain, with_policy
     from jaxmp.modules.nnx import from_nnx
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
-    from jaxmp.precision.formats import DelayedScaling, Format, fake_quantize, parse_format, quantize
+    from jaxmp.precision.blocks import BlockFormat, PackedBlocks, from_ml_dtypes, pack, parse_block_format, quantize
+    from jaxmp.precision.formats import DelayedScaling, Format, fake_quantize, parse_format
     from jaxmp.precision.policy import Policy, parse_policy
     from jaxmp.precision.policy_tree import PolicyTree
     from jaxmp.precision.rounding import apply_updates

@@ -42,6 +42,7 @@ from jaxmp.jaxprs import (
     scan_counts,
     tracing,
 )
+from jaxmp.precision.blocks import is_block_format
 from jaxmp.precision.formats import parse_format
 from jaxmp.text_table import table
 from jaxmp.trees import is_inexact, path_name
@@ -697,12 +698,16 @@ def _magnitudes(name: str, x: Any, format: str = "") -> Magnitudes:
         shape=host.shape,
         smallest=float(np.min(finite, where=finite > 0, initial=np.inf)) if np.any(finite) else 0.0,
         largest=float(np.max(finite, initial=0.0)),
-        limit=parse_format(format).max if format else float(jnp.finfo(host.dtype).max),
+        limit=float(jnp.finfo(host.dtype).max) if not format or _has_blocks(format) else parse_format(format).max,
         zeros=int(np.sum(wide == 0)),
         inf=int(np.sum(infinite & ~negative)),
         minus_inf=int(np.sum(infinite & negative)),
         nan=int(np.sum(np.isnan(wide))),
     )
+
+
+def _has_blocks(format: str) -> bool:
+    return is_block_format(format.replace("-", ":"))  # as the scope spells it
 
 
 def _argument_names(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[str]:

@@ -267,8 +267,8 @@ def quantize(
         three (float64 would be rounded twice, first to float32), or cannot represent every number of `format`.
     """
     format = _as_format(format)
-    x = _checked(x, format)
-    return _quantize(x, _noise(x, rounding, key), format, _saturates(format, saturate))
+    x = check_carrier(x, format)
+    return _quantize(x, rounding_noise(x, rounding, key), format, _saturates(format, saturate))
 
 
 def fake_quantize(
@@ -306,7 +306,7 @@ def fake_quantize(
     if backward is None:
         return jnp.asarray(x)
     backward = _as_format(backward)
-    x = _checked(x, backward)
+    x = check_carrier(x, backward)
     _check_rounding(backward_rounding, backward_key)
     return _round_cotangent(x, backward_key, backward, backward_rounding, _saturates(backward, saturate))
 
@@ -405,7 +405,7 @@ _CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16")
 def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
     with jax.named_scope(f"quantize_{format}"):  # profiles and `blame` show it as one operation
-        return _from_float32_bits(_round_bits(float32_bits(x), noise, format, saturate), x.dtype)
+        return from_float32_bits(round_bits(float32_bits(x), noise, format, saturate), x.dtype)
 
 
 @_quantize.defjvp
@@ -425,19 +425,19 @@ def _keep_key(x: jax.Array, key: jax.Array | None, *_: Any) -> tuple[jax.Array, 
 def _round_back(
     format: Format, rounding: str, saturate: bool, key: jax.Array | None, cotangent: jax.Array
 ) -> tuple[jax.Array, None]:
-    return _quantize(cotangent, _noise(cotangent, rounding, key), format, saturate), None
+    return _quantize(cotangent, rounding_noise(cotangent, rounding, key), format, saturate), None
 
 
 _round_cotangent.defvjp(_keep_key, _round_back)
 
 
-def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
+def round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
     """Rounds float32 bits to a neighbour in `format`; returns float32 bits."""
     sign, magnitude = bits & _SIGN, bits & ~_SIGN
     mantissa_bits, min_exponent = format.mantissa_bits, format.min_exponent
     if min_exponent == -126:  # the format has float32's exponents: dropping low bits of the code rounds it
         drop = jnp.uint32(23 - mantissa_bits)
-        rounded = _drop_bits(magnitude, drop, noise) << drop
+        rounded = drop_bits(magnitude, drop, noise) << drop
     else:
         # x is significand * 2^(exponent - 23); it is rounded to a whole number of quanta, each 2^quantum.
         stored = (magnitude >> 23).astype(jnp.int32)
@@ -447,7 +447,7 @@ def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, satura
         drop = quantum - (exponent - 23)
         # 32 random bits can decide about 31 dropped bits; bits below those are ignored.
         significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)
-        quanta = _drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
+        quanta = drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
         # float32 holds the count exactly; the quantum is added to its exponent.
         product = bitcast_convert_type(quanta.astype(jnp.int32).astype(jnp.float32), jnp.int32) + (quantum << 23)
         rounded = jnp.where(quanta > 0, product.astype(jnp.uint32), jnp.uint32(0))
@@ -464,7 +464,7 @@ def _round_bits(bits: jax.Array, noise: jax.Array | None, format: Format, satura
     return sign | result
 
 
-def _drop_bits(value: jax.Array, count: jax.Array, noise: jax.Array | None) -> jax.Array:
+def drop_bits(value: jax.Array, count: jax.Array, noise: jax.Array | None) -> jax.Array:
     """Rounds `value / 2^count` to a whole number. `count` is at most 31; `value` must leave room for the carry."""
     dropped = (jnp.uint32(1) << count) - 1
     if noise is not None:
@@ -493,7 +493,7 @@ def float32_bits(x: jax.Array) -> jax.Array:
     return sign | result
 
 
-def _from_float32_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+def from_float32_bits(bits: jax.Array, dtype: Any) -> jax.Array:
     """Converts float32 bits to an array of `dtype`, which must be able to represent the numbers."""
     if dtype == jnp.bfloat16:
         return bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
@@ -508,15 +508,15 @@ def _saturates(format: Format, saturate: bool | None) -> bool:
     return format.bits <= 8 if saturate is None else bool(saturate)
 
 
-def _checked(x: Any, format: Format) -> jax.Array:
-    """Returns `x` as an array; raises InputError if its dtype cannot be rounded to `format`."""
+def check_carrier(x: Any, format: Any) -> jax.Array:
+    """Returns `x` as an array; raises InputError if its dtype cannot be rounded to `format`, a `Format` or another."""
     x = jnp.asarray(x)
     if x.dtype not in _CARRIERS:
         raise InputError(
             f"quantize to {format}: x is {x.dtype.name}; expected float32, bfloat16 or float16 (float64 would be "
             "rounded twice; cast it to float32 first if you accept that)"
         )
-    if not parse_format(x.dtype.name).contains(format):
+    if isinstance(format, Format) and not parse_format(x.dtype.name).contains(format):
         raise InputError(
             f"quantize to {format}: x is {x.dtype.name}, which cannot hold every number of {format}; cast it to float32"
         )
@@ -532,7 +532,7 @@ def _check_rounding(rounding: str, key: jax.Array | None) -> None:
         raise InputError("rounding='stochastic' without a key: expected key=, a PRNG key such as jax.random.key(0)")
 
 
-def _noise(x: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array | None:
+def rounding_noise(x: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array | None:
     """Draws 32 random bits per number of `x`; returns None for rounding to nearest."""
     _check_rounding(rounding, key)
     return None if rounding == "nearest" or key is None else jax.random.bits(key, x.shape, jnp.uint32)
