@@ -15,7 +15,21 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxmp.commands import audit, blame, compare, configs, data, doctor, eval, find_policy, predict, report, runs, train
+from jaxmp.commands import (
+    audit,
+    blame,
+    compare,
+    configs,
+    data,
+    doctor,
+    eval,
+    find_lr,
+    find_policy,
+    predict,
+    report,
+    runs,
+    train,
+)
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
 
@@ -29,6 +43,7 @@ COMMANDS: dict[str, Command] = {
         blame.COMMAND,
         compare.COMMAND,
         find_policy.COMMAND,
+        find_lr.COMMAND,
         report.COMMAND,
         runs.COMMAND,
         configs.COMMAND,
