@@ -228,6 +228,7 @@ def test_there_are_100_bad_inputs_of_25_kinds():
     assert len(cases(CONFIGS) + cases(COMMANDS)) >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("expression", "words"), cases(CONFIGS))
 def test_a_config_that_cannot_train_is_one_message(expression, words, folder, capsys):
     (folder / "my.py").write_text(CONFIG.replace("EXPRESSION", expression))

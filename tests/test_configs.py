@@ -49,6 +49,7 @@ def slow(names):
     return [name if name == "digits_mlp" else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow(CONFIGS))
 def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(name, tmp_path):
     experiment = four_steps(shipped(name))

@@ -66,6 +66,7 @@ def test_a_function_whose_closure_holds_a_module_can_be_named(module):
     assert experiment(load).to_json()["data"]["load"]["closure"]["module"] == {"module": module.__name__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [("validation",), ("test",), ("validation", "test")])
 def test_a_run_without_other_splits_trains_and_is_reported(missing, tmp_path):
     said = []
@@ -79,6 +80,7 @@ def test_a_run_without_other_splits_trains_and_is_reported(missing, tmp_path):
         run.evaluate(missing[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", ["run", "experiment", "workdir"])
 def test_a_linked_folder_is_overwritten_where_it_points_to(link, tmp_path):
     path = fit(experiment(), workdir=tmp_path / "runs", log=str).path
@@ -196,6 +198,7 @@ class Noisy(nn.Module):
         return nn.Dense(3)(x) + jax.random.normal(self.make_rng("noise"), (len(x), 3))
 
 
+@pytest.mark.slow
 def test_evaluation_draws_from_the_key_and_the_step_of_the_state(tmp_path):
     fitted = fit(experiment(model=Noisy(), save_every=1, keep=4), workdir=tmp_path, log=str)
     run = Run(fitted.path, experiment(model=Noisy(), save_every=1, keep=4))
@@ -205,6 +208,7 @@ def test_evaluation_draws_from_the_key_and_the_step_of_the_state(tmp_path):
     assert not jnp.array_equal(*map(jax.random.key_data, keys))
 
 
+@pytest.mark.slow
 def test_each_label_of_a_row_has_the_weight_of_its_row():
     logits = jnp.zeros((2, 3, 4)).at[1].set(jnp.array([9.0, 0, 0, 0]))
     batch = {"label": jnp.zeros((2, 3), int), "weight": jnp.array([0.0, 1.0])}

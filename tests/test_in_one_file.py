@@ -220,6 +220,7 @@ def test_it_trains_and_is_read_back(trained):
     assert np.all(np.isfinite(run.apply(data.source("test")[np.arange(3)])))
 
 
+@pytest.mark.slow
 def test_fit_makes_the_same_run_of_it(trained, tmp_path):
     _, file, run, _ = trained
     experiment = ConfigFile.find(str(file)).experiment()

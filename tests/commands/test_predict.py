@@ -52,6 +52,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_split_and_a_file_with_its_rows_are_predicted_alike(trained, capsys):
     for output, more in (("a.npz", []), ("b.csv", []), ("c.parquet", ["--input", str(trained / "rows.csv")])):
         x = np.linspace(-1, 1, 40, dtype=np.float32)
@@ -66,6 +67,7 @@ def test_a_split_and_a_file_with_its_rows_are_predicted_alike(trained, capsys):
     assert a["probability"].tolist() == b["probability"].tolist() == c["probability"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -33,6 +33,7 @@ def test_augmentation_keeps_shape_and_dtype_and_is_a_function_of_the_key():
     assert not np.array_equal(first, change(jax.random.key(1), IMAGE))
 
 
+@pytest.mark.slow
 def test_a_crop_is_a_shift_by_up_to_the_padding_with_zeros_from_outside():
     padded = np.pad(IMAGE, ((2, 2), (2, 2), (0, 0)))
     shifts = {(y, x): padded[y : y + 9, x : x + 7] for y in range(5) for x in range(5)}
@@ -50,6 +51,7 @@ def test_a_flip_mirrors_left_and_right_half_of_the_time():
     assert 150 < sum(flipped) < 250
 
 
+@pytest.mark.slow
 def test_cutout_zeroes_one_square_that_may_reach_over_the_edge():
     blank = draws(lambda key: cutout(key, IMAGE, 3), 400)[..., 0] == 0
     sizes = blank.any(2).sum(1) * blank.any(1).sum(1)
@@ -74,6 +76,7 @@ def test_warp_by_a_factor_enlarges_about_the_centre():
     assert larger.sum() > 1.5
 
 
+@pytest.mark.slow
 def test_rotation_and_scale_stay_within_their_bounds():
     wheel = jnp.zeros((41, 41, 1)).at[20, 38].set(1.0)  # a spot 18 pixels right of the centre
     spots = draws(lambda key: Augment(rotation=30.0, scale=0.2)(key, wheel), 200)[..., 0].reshape(200, -1)

@@ -132,6 +132,7 @@ def test_a_resumed_run_with_transforms_equals_an_unbroken_one(words, change, tmp
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_run_applies_the_host_transforms_to_rows_of_its_data(words, resident):
     run = Run(resident.path, words)
     rows = words.data.source("test")[np.arange(7)]

@@ -88,6 +88,7 @@ def test_images_that_are_none_are_bad_input(settings, message):
         Arrays(load, **settings).prepare(train=True)(batch_of(np.arange(4)), KEY)
 
 
+@pytest.mark.slow
 def test_a_draw_comes_from_the_step_and_the_place_in_the_batch_and_nothing_else():
     batch = batch_of(np.arange(4))
     image, ready = batch["image"], augmented(batch, KEY, jnp.arange(8, 12))["image"]

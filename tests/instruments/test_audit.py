@@ -643,6 +643,7 @@ class Normed(nn.Module):
         return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_guarded_like_the_rest_of_the_state():
     model, x = Normed(), jnp.ones((4, 5))
     variables, tx = model.init(jax.random.key(0), x), jaxmp.loss_scaling(optax.adam(1e-3))

@@ -89,6 +89,7 @@ def test_counts_are_those_of_numpy_with_subnormals_zeros_infinities_and_nan(jitt
     assert fields(Range.read(count(jnp.asarray(x)))) == fields(found)  # without jit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_a_format_loses_is_what_rounding_to_it_loses(jitted, format):
     x = numbers(np.float32)
@@ -108,6 +109,7 @@ def test_what_a_format_loses_is_what_rounding_to_it_loses(jitted, format):
     np.testing.assert_array_equal(ours[finite] == 0, rounded[finite] == 0)
 
 
+@pytest.mark.slow
 def test_the_smallest_may_be_a_subnormal_of_float32():
     for size in (5, 2**14):
         found = Range.read(count(jnp.asarray(np.array([3 * 2.0**-149, 2.0**-140] + [0.0] * (size - 2), np.float32))))
@@ -257,6 +259,7 @@ def looked(tmp_path_factory):
     return [jaxmp.fit(experiment(every), workdir=folder / str(every)).path for every in (5, None)]
 
 
+@pytest.mark.slow
 def test_ranges_change_no_bit_of_a_run_and_not_its_name(looked):
     with_ranges, without = (Run(path, experiment()) for path in looked)
     assert with_ranges.path.name == without.path.name
@@ -290,6 +293,7 @@ def test_a_run_has_what_was_seen_of_the_first_step_and_every_fifth_after(looked)
     assert seen["updates"]["Dense_0/kernel"]["lost_updates"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_seen_of_a_step_are_the_numbers_of_that_step(looked):
     from jaxmp.runs.trainer import Trainer
 
@@ -307,6 +311,7 @@ def test_what_is_seen_of_a_step_are_the_numbers_of_that_step(looked):
         assert seen["updates"][path]["largest"] == pytest.approx(moved.max(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_without_ranges_is_looked_at_afterwards(looked):
     run = Run(looked[1], experiment())
     (line,) = run.count_ranges(6)
@@ -375,6 +380,7 @@ def test_ranges_every_has_to_be_a_number_of_steps():
 # In a report.
 
 
+@pytest.mark.slow
 def test_the_report_has_the_figure_of_activation_gradients(looked):
     import xml.etree.ElementTree as ElementTree
 

@@ -37,6 +37,7 @@ def convolutions(kernel, *channels):
     return sum(kernel * kernel * a * b for a, b in itertools.pairwise(channels))
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("model", "shapes", "published"),
     [
@@ -64,11 +65,13 @@ def test_a_model_has_as_many_parameters_as_was_published(model, shapes, publishe
     assert parameters(model, shapes) == published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
 def test_a_cifar_resnet_has_as_many_parameters_as_the_papers_table_6_says(depth, millions):
     assert round(parameters(CifarResNet(depth), CIFAR) / 1e6, 1 if depth == 110 else 2) == millions
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("model", "shapes", "expected"),
     [

@@ -152,6 +152,7 @@ def test_the_parts_of_a_batch_draw_what_the_whole_draws():
     np.testing.assert_array_equal(np.concatenate(parts(Dropped(), x, 2)), applied(Dropped(), x))
 
 
+@pytest.mark.slow
 def test_what_nn_jit_has_traced_serves_no_other_places():
     x, global_index = inputs(), jnp.arange(ROWS)
     first, second = (jax.jit(lambda x, at, c=c: compiled(Jitted()).__wrapped__({}, x, at) + c) for c in (0, 0.0))
@@ -165,7 +166,7 @@ def test_the_share_that_is_dropped_is_the_rate():
     np.testing.assert_array_equal(np.unique(out), [0, 2])
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Dropped((0,)), Dropped((-3, -2)), Attention(broadcast_dropout=True)], ids=repr)
 def test_a_mask_that_the_examples_share_is_the_same_everywhere(model):
     x = jnp.broadcast_to(inputs()[:1], (ROWS, 5, 16))
@@ -173,6 +174,7 @@ def test_a_mask_that_the_examples_share_is_the_same_everywhere(model):
     assert len({row.tobytes() for out in outs for row in out}) == 1
 
 
+@pytest.mark.slow
 def test_what_a_module_draws_by_itself_differs_between_parts():
     x = jnp.zeros((ROWS, 4))
     model = Noisy()
@@ -180,6 +182,7 @@ def test_what_a_module_draws_by_itself_differs_between_parts():
     np.testing.assert_array_equal(applied(model, x), model.apply({}, x, rngs={"params": KEY}))  # of the whole: Flax's
 
 
+@pytest.mark.slow
 def test_dropout_along_no_axis_of_examples_differs_between_parts():
     outs = [(out != 0).tobytes() for out in parts(Odd(), jnp.ones((ROWS, 31)), 4)]
     assert len(set(outs)) == 4

@@ -82,6 +82,7 @@ def test_a_module_without_state_has_an_empty_one():
         assert state == {} == new and out.shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_module_outputs_are_those_of_each_module_in_training():
     class Twice(nn.Module):
         @nn.compact
@@ -100,6 +101,7 @@ def test_module_outputs_are_those_of_each_module_in_training():
     assert as_model(MODELS[1]).module_outputs(*as_model(MODELS[1]).init(KEY, X), X, key=KEY) == {}
 
 
+@pytest.mark.slow
 def test_replicas_of_an_nnx_module_draw_from_keys_of_their_own():
     model = as_model(MODELS[1])
     params, state = model.init(KEY, X)

@@ -367,6 +367,7 @@ def test_gradients_match_float64(model, dtype):
 # Traps of the numerics contract.
 
 
+@pytest.mark.slow
 def test_t1_weight_used_in_a_scan_gets_the_sum_of_its_gradients():
     def loss(w, xs):
         return lax.scan(lambda c, x: (c + jnp.dot(x, w), None), jnp.float32(0), xs)[0]

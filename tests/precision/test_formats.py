@@ -398,6 +398,7 @@ def test_four_devices_give_the_bits_of_one():
     subprocess.run([sys.executable, "-c", FOUR_DEVICES], check=True, cwd=root, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward_rounding", ["nearest", "stochastic"])
 def test_the_gradient_is_the_cotangent_rounded_to_its_own_format(backward_rounding):
     key = jax.random.key(5)
@@ -417,6 +418,7 @@ def test_the_gradient_is_the_cotangent_rounded_to_its_own_format(backward_roundi
     np.testing.assert_array_equal(bits(gradient), bits(want))
 
 
+@pytest.mark.slow
 def test_either_direction_can_be_left_as_it_is():
     x, cotangent = jnp.asarray(X[0]), jnp.asarray(X[1])
     y, vjp = jax.vjp(lambda x: fake_quantize(x, "e4m3"), x)

@@ -182,6 +182,7 @@ class Auxiliary(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["aux", "@LayerNorm"])
 def test_a_rule_for_what_only_training_calls_is_no_error_in_evaluation(rule):
     variables = Auxiliary().init(KEY, X, train=True)
@@ -387,6 +388,7 @@ def test_true_float32_and_tensorfloat32_are_in_force_where_their_rules_are():
 # --- parameters
 
 
+@pytest.mark.slow
 def test_a_rule_may_keep_its_parameters_in_half():
     params = Net().init(KEY, X)["params"]
     cast = cast_to_param(Net(), PolicyTree.parse("@Block=bfloat16; mixed_float16"), params, X)

@@ -45,6 +45,7 @@ def repeated(params, updates, rounding, *, steps):
     return jax.lax.fori_loop(0, steps, body, start)
 
 
+@pytest.mark.slow
 def test_1000_small_updates_of_a_bfloat16_one_are_lost_to_nearest_and_kept_by_kahan_and_on_average_by_stochastic():
     one, update = jnp.bfloat16(1), jnp.float32(1e-3)
     assert float(repeated(one, update, "nearest", steps=1000)[0]) == 1.0

@@ -513,6 +513,7 @@ def save_rows(path, rows=20, seed=0, dtype=np.float32, last=0.0):
     np.savez(path, **splits)
 
 
+@pytest.mark.slow
 def test_a_run_is_never_gone_on_with_or_returned_by_other_code(tmp_path):
     save_rows(tmp_path / "rows.npz")
     first = fit(of_program(PROGRAM, tmp_path / "rows.npz"), workdir=tmp_path / "runs")
@@ -532,6 +533,7 @@ def test_a_run_is_never_gone_on_with_or_returned_by_other_code(tmp_path):
                     fit(of_program(PROGRAM.replace(old, new), tmp_path / "rows.npz"), workdir=tmp_path / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_is_never_gone_on_with_or_returned_for_other_data(finished, tmp_path):
     path = tmp_path / "rows.npz"

@@ -414,6 +414,7 @@ def test_a_run_that_differs_in_two_fields_says_nothing_of_the_other(copied):
 # What is recorded.
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_evaluated_on_the_test_split_as_well(tmp_path):
     experiment = changed(changed(BASE, "loop.eval_every", 1), "optimizer.learning_rate", 1.0)
     said: list[str] = []
@@ -701,6 +702,7 @@ def test_the_two_learning_rates_are_said(tmp_path):
     assert f"the learning rate at its end was {rate[0]:.3g}, and is {rate[1]:.3g} now" in said
 
 
+@pytest.mark.slow
 def test_the_best_weights_of_the_parent_go_with_it(parent):
     with_accuracy(parent, 4, 0.99)
     checkpoints = RunFolder(parent).checkpoints(best_of="accuracy")
@@ -735,6 +737,7 @@ TINY_RATE = dataclasses.replace(BASE, optimizer=Adam(0.0), loop=Loop(steps=1), s
 """trains nothing, so that the weights at the end are those at the start"""
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(parent):
     fitted, said = begin_with(parent, TINY_RATE)
     mine, theirs = Run(fitted.path, TINY_RATE).state(), Run(parent, BASE).state()

@@ -66,7 +66,7 @@ def slow_unless(quick, names):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_unless({"adam", "rmsprop", "novograd", "muon"}, NAN_IN_FLOAT16))
 def test_a_zero_gradient_in_float16_gives_no_nan_t14(name):
     def step(tx):
@@ -306,6 +306,7 @@ def test_the_norm_is_right_wherever_float32_can_hold_it(values, exponent):
     assert norm == pytest.approx(exact_norm(leaves), rel=20 * 2.0**-24, abs=2.0**-126)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
 def test_the_norm_of_a_million_numbers(scale):
     x = np.random.default_rng(0).normal(size=10**6).astype(np.float32) * np.float32(scale)

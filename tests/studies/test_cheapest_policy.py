@@ -198,6 +198,7 @@ def exact_gradient(p, x):
     return x.T @ (x @ p) / len(x)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_float64_arithmetic_in_units_of_the_noise(data, found_by_hand):
     """The gradient of a dot of rounded operands, in NumPy and float64, with float16 where JAX rounds."""
     _, _, [(params, _)] = by_hand(data)
@@ -229,6 +230,7 @@ def test_what_overflows_at_the_loss_scale_is_outside_the_budget(data):
         jaxmp.find_policy(*by_hand(data), loss_scale=2.0**24)
 
 
+@pytest.mark.slow
 def test_modules_are_taken_by_their_error_as_long_as_the_budget_lasts(data):
     """Errors of which each fits, those of a and b together as well, and all three do not: all in one direction."""
     loss, explain, points = by_hand(data)

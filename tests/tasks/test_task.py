@@ -90,6 +90,7 @@ def trained(tmp_path_factory):
     return fitted, out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_best_of_a_metric_of_which_less_is_better_is_the_least(trained):
     fitted, _ = trained
     step, values = Run(fitted.path, experiment()).curve("deviation", "validation")
@@ -174,6 +175,7 @@ def test_a_metric_in_a_file_of_ones_own_is_monitored_shown_and_reported(tmp_path
     assert ">surprise, kg</text>" in (run.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_fields_of_a_line_that_are_no_metrics_are_all_known(trained):
     fitted, _ = trained
     fields = {name for line in Run(fitted.path).metrics for name in line}

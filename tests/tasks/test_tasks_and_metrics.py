@@ -299,6 +299,7 @@ def test_a_loss_is_a_float32_sum_and_a_weight_and_depends_on_the_key_alone(noisy
     assert loss_fn(params, model_state, batch, jax.random.key(2))[0] != total
 
 
+@pytest.mark.slow
 def test_evaluation_has_no_randomness_and_changes_no_state(noisy):
     params, model_state, batch = noisy
     loss_fn = make_loss(Noisy(), Classification(), "mixed_float16", train=False)

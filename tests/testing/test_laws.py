@@ -296,6 +296,7 @@ def test_laws_can_be_asked_twice_of_one_compiled_step():
     assert [step_laws(adapter)["bad_gradient_is_skipped"].verdict for _ in range(2)] == ["holds", "holds"]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_faults_do_not_reach_is_skipped_with_the_reason():
     gradient = jax.grad(lambda w, x: jnp.sum((x @ w) ** 2))  # made before the laws can put a fault into it
     step = jax.jit(lambda w, x: w - 0.01 * gradient(w, x))

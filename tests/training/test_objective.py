@@ -289,6 +289,7 @@ def test_every_second_step_chosen_by_a_conditional_or_by_a_program_for_each_set_
     assert all(program("in_turn", 2, due)[1]._cache_size() == 1 for due in (("a",), ("a", "b")))
 
 
+@pytest.mark.slow
 def test_all_of_the_state_of_several_objectives_is_donated():
     objectives = two(2)
     state = start_of_two(objectives)

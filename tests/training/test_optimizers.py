@@ -110,7 +110,7 @@ def test_the_optimizer_follows_its_schedule():
     np.testing.assert_allclose(moved, [1 / 2, 1, 1, 2 / 3, 1 / 3], rtol=1e-6)
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -140,6 +140,7 @@ def test_an_optimizer_is_optax_with_kernels_and_embeddings_decaying(ours, theirs
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), a, b)
 
 
+@pytest.mark.slow
 def test_weight_decay_shrinks_what_it_names_and_nothing_else(params):
     still = jax.tree.map(jnp.zeros_like, params)
     ones = jax.tree.map(jnp.ones_like, params)

@@ -114,6 +114,7 @@ def modes_agree(model):
             assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_jit_pmap_and_one_device_agree_on_an_mlp():
     modes_agree(MLP())

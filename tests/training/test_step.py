@@ -166,6 +166,7 @@ def test_the_moving_average_follows_its_formula():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rounding", "expected", "error"), [("nearest", 1, 0), ("kahan", 1.1, 2**-8), ("stochastic", 1.1, 0)]
 )
