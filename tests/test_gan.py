@@ -22,9 +22,11 @@ from jax.sharding import AxisType
 
 import jaxmp
 from jaxmp.cli import main
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Parallel
 from jaxmp.reports.run_report import report
+from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.training.metrics import compute
@@ -34,7 +36,6 @@ FILE = Path(__file__).parent / "configs" / "gan.py"
 BOTH = ("discriminator", "generator")
 
 
-@functools.cache
 def gan(**changed):
     """The experiment of the file, with other values of `Task`, `Loop` and `Experiment`."""
     experiment = ConfigFile.find(str(FILE)).experiment()
@@ -274,3 +275,89 @@ def test_ranges_are_of_each_objective_that_runs_and_of_what_it_trains(trained):
     for (_, name), line in found.items():
         for kind in ("parameters", "gradients", "updates"):
             assert all(path.startswith(name) for path in line["ranges"][kind])
+
+
+@pytest.mark.slow
+def test_it_is_continued_to_the_bit_and_says_the_learning_rate_of_each_objective(trained, tmp_path):
+    run, _ = trained
+    said: list[str] = []
+    longer = {"workdir": tmp_path, "log": said.append}
+    more = fit(gan(steps=32), continue_from=run.path, **longer)
+    rate = "the learning rate of generator at its end was 0.002, and is 0.002 now"
+    assert rate in said and not any(line.startswith("fresh") for line in said)
+    whole = fit(gan(steps=32), **longer)
+    assert bits(Run(more.path, gan(steps=32)).state()) == bits(Run(whole.path, gan(steps=32)).state())
+
+
+@pytest.mark.slow
+def test_too_many_skips_in_a_row_are_of_one_objective_and_the_message_names_it(tmp_path):
+    never = {"discriminator": jaxmp.StaticScaler(2.0), "generator": jaxmp.StaticScaler(2.0**100)}
+    with pytest.raises(RunFailed, match=r"^4 steps of generator in a row were skipped, the last of them step 7\. "):
+        fit(gan(scaler=never, max_consecutive_skips=3), workdir=tmp_path, log=lambda message: None)
+
+
+@pytest.mark.slow
+def test_blame_and_find_policy_are_of_the_objective_that_is_named(trained, capsys):
+    run, _ = trained
+    found = jaxmp.blame(run, 1, objective="discriminator", log=lambda message: None)
+    assert found.objective == "discriminator" and found.scale == 2.0**24 and found.found is not None
+    assert all(path.startswith("gradients/discriminator") for path in found.found.reaches)
+    found = jaxmp.blame(run, 1, objective="generator", log=lambda message: None)
+    gradients = [each for each in found.deviations if each.what != "output"]
+    assert found.found is None and {each.module.partition("/")[0] for each in gradients} == {"generator"}
+    last = jaxmp.blame(run, log=lambda message: None)
+    assert last.found is not None and last.objective in BOTH
+    folder = str(run.path)
+    for command, message in (
+        (["blame", folder, "--step", "1"], "expected --objective, one of discriminator, generator"),
+        (["blame", folder, "--objective", "generatr"], "did you mean 'generator'"),
+        (["blame", folder, "--step", "2", "--objective", "generator"], "in this step discriminator runs"),
+        (["find-policy", str(FILE)], "expected --objective, one of discriminator, generator"),
+        (["compare", str(FILE), "--gradients", "1"], "--gradients takes a single objective"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_audit_sees_both_objectives_and_memory_is_of_the_one_that_holds_most():
+    report = jaxmp.audit(gan())
+    report.assert_clean("mixed_float16")
+    assert report.dot_flops_by_dtype["float16"] == sum(report.dot_flops_by_dtype.values())
+    gradients = jaxmp.memory(gan()).nbytes("gradients")
+    state = trainer_of().state_spec
+    assert gradients == max(sum(4 * leaf.size for leaf in jax.tree.leaves(state.params[name])) for name in BOTH)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": {"generator": jaxmp.Adam()}}, "optimizer has nothing for the objective 'discriminator'"),
+        (
+            {"optimizer": {**dict.fromkeys(BOTH, jaxmp.Adam()), "generatr": jaxmp.Adam()}},
+            r"optimizer\['generatr'\]: Adversarial has no such objective; .*did you mean 'generator'",
+        ),
+        ({"optimizer": {**dict.fromkeys(BOTH, jaxmp.Adam()), "generator": 3}}, r"optimizer\['generator'\] = 3"),
+        ({"scaler": {"discriminator": jaxmp.NoScaler(), "generator": "none"}}, r"scaler\['generator'\] = 'none'"),
+        ({"trains": ("generator",)}, "the objectives of Adversarial say what each of them trains"),
+        ({"trains": "generator"}, r"trains = 'generator': expected a tuple"),
+        ({"task": jaxmp.Classification()}, "optimizer has values for .*: Classification has a single objective"),
+    ],
+)
+def test_an_experiment_refuses_parts_of_no_objective(changed, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(gan(), **changed)
+
+
+def test_the_order_and_the_share_of_the_steps_of_objectives_are_part_of_the_identity():
+    hashes = [gan().hash, gan(every=1).hash, gan(order="at_once").hash, gan(optimizer=jaxmp.Adam()).hash]
+    assert len(set(hashes)) == len(hashes)
+    turned = dataclasses.replace(gan().task)
+    object.__setattr__(turned, "__class__", _turned(type(turned)))
+    assert dataclasses.replace(gan(), task=turned).hash != gan().hash
+
+
+def _turned(kind):
+    """The class of a task, under the same name, whose objectives run in the other order."""
+    both = property(lambda self: dict(reversed(kind.objectives.fget(self).items())))
+    return type(kind.__name__, (kind,), {"objectives": both, "__module__": kind.__module__})
