@@ -408,7 +408,7 @@ class Parent:
         opt_state, every = state.opt_state, 1
         if name is not None:
             opt_state, every = opt_state[name], trainer.objectives[name].every
-            was = was if isinstance(was, dict) and "class" in was else was[name]
+            was = was if not isinstance(was, dict) or "class" in was else was.get(name)
             is_ = trainer.experiment.optimizer_of(name)
         steps = self.config.get("steps")
         applied = -(-int(state.step) // every) - int(skipped_steps(opt_state))
