@@ -471,7 +471,10 @@ class _Session:
         A skipped step left the state as it was, but for the loss scale. Of several objectives, that is so for the last
         that ran.
         """
-        *_, name = self.trainer.due(step - 1)
+        due = self.trainer.due(step - 1)
+        if not due:
+            return None
+        name = due[-1]
         opt_state = state.opt_state if name is None else state.opt_state[name]
         scaling = find_state(opt_state)
         if scaling is None or not int(consecutive_skips(opt_state)):

@@ -401,7 +401,8 @@ class Parent:
         """The saved path of each leaf that is taken, by its path in the new state; and what begins fresh."""
         wanted = named_leaves({"state": fresh, "metrics": trainer.no_metrics})
         expected = {path: describe(leaf) for path, leaf in wanted.items()}
-        same_scaler = self.config.get("scaler") == canonical(trainer.experiment.make_scaler(), "scaler")
+        scaler = trainer.experiment.make_scalers() or trainer.experiment.make_scaler()
+        same_scaler = self.config.get("scaler") == canonical(scaler, "scaler")
         same_scaler = same_scaler and all(
             saved.get(path) == expected.get(path) for path in {*saved, *expected} if _of_scaler(path)
         )
@@ -457,13 +458,26 @@ class Parent:
     def _log(self, trainer: Trainer, state: TrainState, began: list[str], log: Log) -> None:
         """Says what goes on, with which learning rate, and what begins fresh."""
         log(f"going on from step {self.step} of {self.folder.path}")
-        applied = int(state.step) - int(skipped_steps(state.opt_state))
-        then = _rate_of_json(self.config["experiment"]["optimizer"], self.config.get("steps"), applied)
-        now = _rate(trainer.experiment.optimizer, trainer.steps, applied)
-        if then is not None or now is not None:
-            log(f"the learning rate at its end was {_shown(then)}, and is {_shown(now)} now")
+        for name in trainer.objectives or (None,):
+            then, now = self._rates(trainer, state, name)
+            of = "" if name is None else f" of {name}"
+            if then is not None or now is not None:
+                log(f"the learning rate{of} at its end was {_shown(then)}, and is {_shown(now)} now")
         if began:
             log(f"fresh: {', '.join(began)}")
+
+    def _rates(self, trainer: Trainer, state: TrainState, name: str | None) -> tuple[float | None, float | None]:
+        """The learning rate of an objective at the parent's end, and now; None where it is not known."""
+        was, is_ = self.config["experiment"]["optimizer"], trainer.experiment.optimizer
+        opt_state, every = state.opt_state, 1
+        if name is not None:
+            opt_state, every = opt_state[name], trainer.objectives[name].every
+            was = was if not isinstance(was, dict) or "class" in was else was.get(name)
+            is_ = trainer.experiment.optimizer_of(name)
+        steps = self.config.get("steps")
+        applied = -(-int(state.step) // every) - int(skipped_steps(opt_state))
+        then = _rate_of_json(was, None if steps is None else -(-steps // every), applied)
+        return then, _rate(is_, -(-trainer.steps // every), applied)
 
     # The weights alone.
 

@@ -367,9 +367,12 @@ class Console:
             self._progress.stop()
 
     def _numbers(self, record: Record) -> str:
+        several = any(name.startswith("loss_scale/") for name in record)
+
         def mean(value: float, digits: int) -> str:
-            # Skipped steps are no part of a mean over training: it is NaN where all steps were.
-            nothing = math.isnan(value) and record["split"] == "train" and record.get("skipped_steps")
+            # Skipped steps are no part of a mean over training, nor those in which one of several objectives did not
+            # run: it is NaN where all steps were such.
+            nothing = math.isnan(value) and record["split"] == "train" and (record.get("skipped_steps") or several)
             return "-" if nothing else f"{value:.{digits}f}"
 
         def metric(name: str, digits: int) -> Callable[[Any], str]:

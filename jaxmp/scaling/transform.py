@@ -14,11 +14,13 @@ with it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.interpreters import partial_eval
 
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
 from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
@@ -58,6 +60,9 @@ def loss_scaling(
     decay, accumulation (`optax.MultiSteps`), schedules. Leaves without a gradient (integers, bools, PRNG keys, float0,
     fp8, and fp8 metadata under Flax's `_overwrite_with_gradient`) are replaced by a scalar 0 for `inner`, and their
     updates are zero.
+
+    A gradient that `inner` does not read, such as that of a leaf frozen by `optax.set_to_zero`, has no say: even if it
+    is not finite, the step is applied (trap T26).
 
     The returned transformation has `update(scaled_grads, state, params=None, value=None, overflowed=None, **extra)`,
     which returns the updates and the new state. The updates are float32; on a skipped step they are -0.0, since adding
@@ -111,16 +116,18 @@ def loss_scaling(
         **extra: Any,
     ) -> tuple[Any, LossScalingState]:
         grads = inner_view(scaled_grads)
-        finite = all_finite(grads)
+        inner_params = None if params is None else inner_view(params)
+        if value is not None:
+            extra["value"] = value
+        read = read_leaves(lambda g: inner.update(g, state.inner_state, inner_params, **extra), grads)
+        finite = all_finite(read)
         if value is not None:
             finite &= jnp.all(jnp.isfinite(value))
-            extra["value"] = value
         scale_fits = finite if overflowed is None else finite & ~overflowed
-        grad_max = jnp.where(scale_fits, largest_magnitude(grads).astype(jnp.float32), jnp.inf)  # computed where used
+        grad_max = jnp.where(scale_fits, largest_magnitude(read).astype(jnp.float32), jnp.inf)  # computed where used
         # The scale of this step, not the one that `scaler.update` returns; a power of two, so 1/S is exact.
         unscale = 1 / state.scaler.scale
         grads = jax.tree.map(lambda g: g * unscale.astype(g.dtype), grads)
-        inner_params = None if params is None else inner_view(params)
         updates, inner_state = inner.update(grads, state.inner_state, inner_params, **extra)
 
         like = scaled_grads if params is None else params
@@ -136,6 +143,20 @@ def loss_scaling(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def read_leaves(function: Callable[[Any], Any], tree: Any) -> list[jax.Array]:
+    """Returns the leaves of `tree` on whose values the result of `function(tree)` may depend.
+
+    All of them if `function` cannot be traced.
+    """
+    leaves = jax.tree.leaves(tree)
+    try:
+        jaxpr = jax.make_jaxpr(function)(tree).jaxpr
+    except Exception:  # one that works with concrete numbers only
+        return leaves
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return [leaf for leaf, is_used in zip(leaves, used, strict=True) if is_used]
 
 
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:

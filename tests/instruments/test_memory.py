@@ -209,6 +209,28 @@ def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name
     assert predicted.nbytes("gradients") == pytest.approx(compiled_gradients(trainer), rel=0.05)
 
 
+@pytest.mark.slow
+def test_memory_falls_by_what_is_frozen_as_the_compiler_confirms():
+    whole = of_config("digits_mlp", "mixed_float16").experiment
+    found = []
+    for trains in (("**",), ("Dense_1",)):
+        trainer = Trainer(dataclasses.replace(whole, trains=trains, data=dataclasses.replace(whole.data, workers=0)))
+        step, arguments = trainer.program()
+        compiled = step.lower(*arguments).compile().memory_analysis()
+        predicted = memory(trainer.experiment)
+        state = predicted.nbytes(*STATE, "frozen parameters")
+        assert state == pytest.approx(compiled.alias_size_in_bytes, rel=0.05)
+        found.append((trainer, predicted, compiled))
+    (trainer, before, whole_step), (_, after, frozen_step) = found
+    frozen = sum(4 * leaf.size for leaf in jax.tree.leaves(trainer.state_spec.params["Dense_0"]))
+    assert after.nbytes("frozen parameters") == frozen
+    assert before.nbytes("gradients") - after.nbytes("gradients") == frozen
+    assert before.nbytes("moments") - after.nbytes("moments") == 2 * frozen
+    argument_sizes = [step.argument_size_in_bytes for step in (whole_step, frozen_step)]
+    assert argument_sizes[0] - argument_sizes[1] == pytest.approx(2 * frozen, rel=0.01)
+    assert frozen_step.temp_size_in_bytes < whole_step.temp_size_in_bytes
+
+
 def test_weights_that_are_cast_in_each_turn_of_a_scan_are_weights():
     def loss(weights, x):
         def layer(x, w):

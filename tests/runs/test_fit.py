@@ -39,7 +39,8 @@ from jaxmp.scaling.transform import find_state, loss_scale, loss_scaling
 from jaxmp.studies.overflow import blame_run
 from jaxmp.tasks.classification import Classification
 from jaxmp.training.metrics import compute
-from jaxmp.training.optimizers import SGD, Adam
+from jaxmp.training.optimizers import SGD, Adam, AdamW
+from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("fit")  # one worker: the fixtures train
 
@@ -654,3 +655,22 @@ def test_a_loop_that_cannot_run_is_refused(field):
 
 def test_the_mean_of_nothing_is_nan():
     assert math.isnan(compute(Trainer(BASE).no_metrics)["loss"])
+
+
+@pytest.mark.slow
+def test_a_run_that_names_what_it_trains_leaves_the_rest_to_the_bit_and_says_so(tmp_path):
+    said: list[str] = []
+    experiment = dataclasses.replace(BASE, trains=("Dense_1", "**/bias"), optimizer=AdamW(1e-2))
+    fitted = fit(with_loop(experiment, steps=10), workdir=tmp_path, log=said.append)
+    assert "not trained: 296 of the parameters, BatchNorm_0/scale, Dense_0/kernel" in " ".join(said)
+    assert fitted.summary["parameters"] - fitted.summary["trained_parameters"] == 8 + 36 * 8
+    state, start = Run(fitted.path, with_loop(experiment, steps=10)).state(), Trainer(experiment).init()
+    for path, leaf in by_path(state.params).items():
+        frozen = path in ("BatchNorm_0/scale", "Dense_0/kernel")
+        assert np.array_equal(leaf, by_path(start.params)[path]) == frozen
+    biases = dataclasses.replace(experiment, trains=("**/bias",))
+    assert list(Trainer(biases).frozen())[1:] == [
+        "weight decay: no trained parameter matches **/*kernel or **/*embedding"
+    ]
+    fit(with_loop(experiment, steps=10), workdir=tmp_path, log=said.append)
+    assert fit(with_loop(biases, steps=10), workdir=tmp_path, log=said.append).path != fitted.path

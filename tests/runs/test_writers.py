@@ -306,6 +306,13 @@ def test_a_mean_over_no_applied_step_is_a_dash():
     assert "loss -  accuracy -  scale" in screen.getvalue()
 
 
+def test_the_numbers_of_each_objective_are_shown_and_a_dash_for_one_that_did_not_run():
+    screen, specs = io.StringIO(), {"a/loss": MetricSpec("min"), "b/loss": MetricSpec("min")}
+    of_two = {"a/loss": 0.5, "b/loss": float("nan"), "loss_scale/a": 8.0, "loss_scale/b": 2.0, "skipped_steps": 0}
+    Console(100, 10, specs, RichConsole(file=screen, width=140)).write({"step": 20, "split": "train", **of_two})
+    assert "a/loss 0.5000  b/loss -  scale a 8  scale b 2  skipped 0" in screen.getvalue()
+
+
 def test_a_resumed_run_does_not_count_the_steps_before_it_as_done_in_no_time():
     console = Console(1000, 10, SPECS, RichConsole(force_terminal=True, file=io.StringIO(), width=140))
     console.write(record(900))

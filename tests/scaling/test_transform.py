@@ -369,8 +369,20 @@ def test_inner_sees_float32_parameters_and_gradients_t17():
     tx = loss_scaling(optax.GradientTransformation(init, update))
     half = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float16)}
     tx.update(half, tx.init(half), half)
-    assert len(seen) == 3
+    assert len(seen) == 5  # `update` is traced once more, to see which gradients it reads
     assert {x.dtype for x in jax.tree.leaves(seen)} == {jnp.dtype("float32")}
+
+
+def test_a_gradient_that_the_inner_optimizer_does_not_read_has_no_say_t26():
+    params, grads = {"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.full(2, jnp.inf)}
+    frozen = optax.multi_transform({"adam": optax.adam(0.1), "none": optax.set_to_zero()}, {"a": "adam", "b": "none"})
+    for inner, skips in ((frozen, 0), (optax.chain(optax.clip_by_global_norm(1.0), frozen), 1)):  # clipping reads all
+        tx = loss_scaling(inner, DynamicScaler())
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, state = update(grads, tx.init(params), params)
+            assert jaxmp.skipped_steps(state) == skips
+            assert jaxmp.loss_scale(state) == 2.0 ** (15 - skips)
+            assert np.isfinite(updates["a"]).all() and not np.any(updates["b"])
 
 
 # --- leaves without a gradient

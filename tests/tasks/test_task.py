@@ -15,9 +15,11 @@ from jaxmp import Arrays, Classification, Experiment, InputError, Loop, Mean, Me
 from jaxmp.cli import main
 from jaxmp.commands.dry_run import dry_run
 from jaxmp.reports.run_report import report
-from jaxmp.tasks.task import Monitor, find_monitor, metric_specs
+from jaxmp.tasks.loss import make_loss
+from jaxmp.tasks.task import Monitor, find_monitor, metric_specs, objective_metric_specs, objectives_of
 from jaxmp.training.feed import HIDDEN_METRICS
 from jaxmp.training.metrics import BOOKKEEPING
+from jaxmp.training.objective import ObjectiveSpec
 
 
 class Line(nn.Module):
@@ -276,3 +278,54 @@ def test_classification_is_monitored_by_accuracy_and_checks_shapes_without_value
 def test_a_spec_that_says_nothing_is_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         MetricSpec(**fields)
+
+
+# Several objectives.
+
+
+def of_two(**fields):
+    """A task with objectives a and b, of which b measures its recall."""
+    objectives = {"a": ObjectiveSpec(("body",)), "b": ObjectiveSpec(("head",), every=2)}
+    return type("Two", (Task,), {"inputs": ("x",), "objectives": objectives, **fields})()
+
+
+def test_metrics_of_several_objectives_are_declared_for_one_or_for_each():
+    declared = {
+        "b/recall": MetricSpec("max", "%"),
+        "loss": MetricSpec("min", "nats"),
+        "b/loss": MetricSpec("min", "kg"),
+    }
+    specs = objective_metric_specs(of_two(metrics=declared), {"a": ["size"], "b": ["recall"]})
+    assert list(specs) == ["a/loss", "a/size", "b/loss", "b/recall"]
+    assert [spec.unit for spec in specs.values()] == ["nats", "", "kg", "%"]
+    with pytest.raises(InputError, match=r"Two\.monitor='loss' is nothing that is measured; expected one of a/loss, "):
+        find_monitor(of_two(), specs)
+    assert find_monitor(of_two(monitor="b/recall"), specs).best == "max"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objectives": ("a", "b")}, r"Two\.objectives = \('a', 'b'\): expected a mapping"),
+        ({"objectives": {"a": ("body",)}}, r"Two\.objectives\['a'\] = \('body',\): expected an ObjectiveSpec"),
+        ({"objectives": {"a/b": ObjectiveSpec()}}, "objective 'a/b': expected a name without / and blanks"),
+        ({"objectives": {"loss_scale": ObjectiveSpec()}}, "'loss_scale' is a field of metrics.jsonl"),
+        ({"order": "at_onec"}, "expected in_turn or at_once; did you mean 'at_once'"),
+        ({"metrics": {"b/recal": MetricSpec()}}, "declares 'b/recal', .*did you mean 'b/recall'"),
+        ({"metrics": {"b/recall": "max"}}, r"Two\.metrics\['recall'\] = 'max': expected a MetricSpec"),
+    ],
+)
+def test_a_task_refuses_objectives_and_metrics_that_do_not_fit(fields, message):
+    task = of_two(**fields)
+    with pytest.raises(InputError, match=message):
+        objectives_of(task)
+        objective_metric_specs(task, {"a": [], "b": ["recall"]})
+
+
+def test_a_loss_is_of_one_of_several_objectives():
+    for objective, message in (
+        (None, "make_loss without objective= takes a single objective; Two has 2: a, b"),
+        ("c", r"Two\.objectives: there is no objective 'c'; there are a, b"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_loss(None, of_two(), "float32", objective=objective)
