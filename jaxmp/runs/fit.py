@@ -44,6 +44,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import SPLITS, Trainer
+from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
@@ -126,6 +127,7 @@ def _dispatches(
         feed.close()
 
 
+@escaped_output()
 def fit(
     experiment: Experiment,
     *,
@@ -285,6 +287,8 @@ def _recorded(
             f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
+    if not folder.has_ended:
+        folder.refuse_earlier_version(config)
     refuse_other_code(folder, config, program, log)
     return config
 
