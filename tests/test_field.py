@@ -183,6 +183,7 @@ def test_what_an_output_cannot_encode_is_escaped_and_ends_no_run(encoding, monke
     assert stream.buffer.getvalue() == b"\\u2603 \\udce9\n" and stream.errors == "strict"
 
 
+@pytest.mark.slow
 def test_fit_says_what_its_output_cannot_encode(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stream)
