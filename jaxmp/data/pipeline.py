@@ -160,7 +160,7 @@ def stream(
 
 
 def read_whole(source: Source, size: int, *, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all rows of `source` in order, `size` at a time, with the columns that hold no numbers.
+    """Yields all rows of `source` in order, `size` at a time, columns of text and objects too.
 
     `workers` processes read ahead; with 0, this thread reads. Raises as `stream` does.
     """

@@ -294,7 +294,8 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
         self._session = session
         self._sent = identity.with_name("last_step")
-        last = int(self._sent.read_text()) if self._sent.exists() else -1
+        text = self._sent.read_text() if self._sent.exists() else ""
+        last = int(text) if text.isdecimal() else -1  # a kill may have left nothing in it
         for record in (record for record in past if record["step"] > last):
             self.write({name: math.nan if value is None else value for name, value in record.items()})
 

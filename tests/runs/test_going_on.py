@@ -682,7 +682,11 @@ def test_an_edited_model_is_not_continued_but_its_weights_are_taken(tmp_path, ca
     assert "jaxmp_configs.net.Net.__call__ has changed since" in capsys.readouterr().err
     assert main([*command, "4", "--init-from", run]) == 0
     file.write_text(PROGRAM.replace("Adam()", "Adam(1e-4, clip_norm=2.0)"))  # what is changed
+    recorded = config(Path(run))
+    recorded["made_by"]["flax"] = {"version": "0.1"}
+    (Path(run) / "config.json").write_text(json.dumps(recorded))
     assert main([*command, "4", "--continue", run]) == 0
+    assert "that run began with other versions: flax " in capsys.readouterr().out
 
 
 @pytest.mark.slow
