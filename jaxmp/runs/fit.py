@@ -30,6 +30,7 @@ from jaxmp.runs.checks import check, check_targets, reading_processes
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
+    DEVICES,
     Parent,
     changed_settings,
     log_changes,
@@ -176,7 +177,7 @@ def fit(
     )
     if summary is not None:
         trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count())
-        if any(change.kind == "rounds" for change in changes):
+        if any(change.kind == "rounds" and change.path != DEVICES for change in changes):
             check(trainer)  # the rest was checked before it was trained
         processes.from_first(lambda: refuse_other_rows_if_readable(folder, recorded, trainer, log))
         log_without_effect(changes, log)

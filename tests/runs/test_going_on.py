@@ -259,6 +259,15 @@ def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, 
     assert len(said) == 1 and said[0].startswith(f"{path} = ") and "no effect" in said[0]
 
 
+def test_a_finished_run_is_read_on_any_number_of_devices(copied, finished):
+    path = copied / "small" / finished.path.name
+    recorded = config(path)
+    (path / "config.json").write_text(json.dumps(recorded | {"devices": ["cpu"] * 3}))
+    said: list[str] = []
+    assert not fit(BASE, workdir=copied, name="small", log=said.append).trained
+    assert said == ["devices = 1 (was 3) has no effect: the run is finished"]
+
+
 ON_TWO_DEVICES = """
 import sys
 import jax
