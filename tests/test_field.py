@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from jaxmp.reports.page import Page
 from jaxmp.reports.run_report import report
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import Parent
+from jaxmp.runs.writers import escaped_output
 from jaxmp.training.evaluation import evaluation_key
 
 
@@ -172,6 +174,26 @@ def test_no_name_in_the_data_of_a_page_is_read_as_markup(text):
 def test_a_path_that_is_not_utf_8_is_written_to_a_page(tmp_path):
     Page("\udce9").write(tmp_path / "page.html")
     assert "\\udce9" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_output_cannot_encode_is_escaped_and_ends_no_run(encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with escaped_output():
+        print("\N{SNOWMAN} \udce9", flush=True)
+    assert stream.buffer.getvalue() == b"\\u2603 \\udce9\n" and stream.errors == "strict"
+
+
+@pytest.mark.slow
+def test_fit_says_what_its_output_cannot_encode(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    missing = experiment(lambda split: rows(split) if split == "train" else None)
+    assert fit(missing, workdir=tmp_path / "\N{SNOWMAN}").trained
+    fit(dataclasses.replace(missing, loop=Loop(epochs=2)), workdir=tmp_path / "\N{SNOWMAN}")
+    stream.flush()
+    assert rb"\u2603" in stream.buffer.getvalue()
 
 
 def test_configs_import_what_is_beside_them_from_any_folder(tmp_path, monkeypatch):

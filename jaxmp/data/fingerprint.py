@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmp.data.pipeline import read_whole
 from jaxmp.data.source import Source
+from jaxmp.data.transforms import HostTransformed, read_rows
 
 WHOLE_BYTES = 64 * 2**20
 """a split of at most so many bytes goes by all of them"""
@@ -33,10 +34,10 @@ def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
       `rows`, the number of rows; `sampled`, the number of rows that were read, None if all; and `columns`: the dtype,
       the shape of a row and a digest of the bytes of each column, by name.
     """
-    source = getattr(source, "source", source)  # of HostTransformed
+    source = source.source if isinstance(source, HostTransformed) else source
     rows = len(source)
     spread = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))
-    sample = source[spread]
+    sample = read_rows(source, spread)
     size = sum(map(_nbytes, sample.values())) / len(spread) * rows
     digests = {name: hashlib.sha256() for name in sample}
     for part in (sample,) if size > WHOLE_BYTES else read_whole(source, CHUNK_ROWS, workers=workers):

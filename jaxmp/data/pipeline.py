@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
 from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric
-from jaxmp.data.transforms import apply_host_transforms
+from jaxmp.data.transforms import apply_host_transforms, read_rows
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
 
@@ -83,17 +83,17 @@ def _epoch_rows(batches: Batches, epoch: int) -> np.ndarray:
 
 def resident(source: Source) -> dict[str, np.ndarray]:
     """All rows of `source` as arrays, without the columns that hold no numbers."""
-    return _numeric(source[np.arange(len(source))])
+    return _numeric(read_rows(source, np.arange(len(source))))
 
 
 def nbytes(source: Source) -> int:
     """The size in bytes of what `resident` would return, computed from one row."""
-    return sum(column.nbytes for column in _numeric(source[np.arange(1)]).values()) * len(source)
+    return sum(column.nbytes for column in _numeric(read_rows(source, np.arange(1))).values()) * len(source)
 
 
 def left_out(source: Source) -> dict[str, str]:
     """The columns of `source` that hold no numbers that JAX has, and what they hold, by name: no batch has them."""
-    first = source[np.arange(1)]
+    first = read_rows(source, np.arange(1))
     kinds = {name: _kind(column) for name, column in first.items() if not is_numeric(column)}
     return {**getattr(source, "left_out", {}), **kinds}
 
@@ -119,7 +119,8 @@ def sample(source: Source) -> dict[str, np.ndarray]:
     Raises: InputError as `for_device` does.
     """
     rows = len(source)
-    return _numeric(source[np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))])
+    spread = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64)
+    return _numeric(read_rows(source, np.unique(spread)))
 
 
 def _kind(column: np.ndarray) -> str:
@@ -159,7 +160,7 @@ def stream(
 
 
 def read_whole(source: Source, size: int, *, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all rows of `source` in order, `size` at a time, with the columns that hold no numbers.
+    """Yields all rows of `source` in order, `size` at a time, columns of text and objects too.
 
     `workers` processes read ahead; with 0, this thread reads. Raises as `stream` does.
     """
@@ -225,11 +226,11 @@ def _read(source: Source, step: int, *, batches: Batches, global_index: np.ndarr
     rows, weight = batches.rows(step)
     if global_index is not None:
         rows, weight = rows[global_index], weight[global_index]
-    return _Batch(_numeric(source[rows]) | {"weight": weight})
+    return _Batch(_numeric(read_rows(source, rows)) | {"weight": weight})
 
 
 def _read_part(source: Source, part: int, *, size: int) -> _Batch:
-    return _Batch(source[np.arange(part * size, min((part + 1) * size, len(source)))])
+    return _Batch(read_rows(source, np.arange(part * size, min((part + 1) * size, len(source)))))
 
 
 def evaluation_batches(
@@ -243,7 +244,7 @@ def evaluation_batches(
     global_index = np.arange(batch_size) if global_index is None else global_index
     for start in range(0, examples, batch_size):
         rows = start + global_index
-        yield _numeric(source[rows % examples]) | {"weight": (rows < examples).astype(np.float32)}
+        yield _numeric(read_rows(source, rows % examples)) | {"weight": (rows < examples).astype(np.float32)}
 
 
 def check_splits(dataset: Dataset, train: Source, others: Mapping[Split, Source], columns: Sequence[str]) -> None:
@@ -257,9 +258,9 @@ def check_splits(dataset: Dataset, train: Source, others: Mapping[Split, Source]
       others: the rows of other splits, by the split's name.
       columns: the columns that the task asks for; prepared training batches have them.
     """
-    raw, prepared = train[np.arange(1)], batch_shapes(dataset, train, 1, train=True)
+    raw, prepared = read_rows(train, np.arange(1)), batch_shapes(dataset, train, 1, train=True)
     for split, source in others.items():
-        _check_columns(split, source[np.arange(1)], raw, columns)
+        _check_columns(split, read_rows(source, np.arange(1)), raw, columns)
         _check_columns(split, batch_shapes(dataset, source, 1, train=False), prepared, columns)
 
 
@@ -293,7 +294,7 @@ def batch_shapes(dataset: Dataset, source: Source, size: int, *, train: bool) ->
 
     Raises InputError if a transform fails while it is traced.
     """
-    row = _numeric(source[np.arange(1)]) | {"weight": np.ones(1, np.float32)}
+    row = _numeric(read_rows(source, np.arange(1))) | {"weight": np.ones(1, np.float32)}
     raw = {
         name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
         for name, column in row.items()

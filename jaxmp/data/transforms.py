@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.data.source import Source, as_column, is_numeric
+from jaxmp.data.source import Columns, Source, as_column, is_numeric
 from jaxmp.errors import InputError
 
 Rows = dict[str, np.ndarray]
@@ -34,6 +34,8 @@ def errors_named(call: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{call}: {error}") from error
+    except MemoryError:  # it is the machine's, and no bad input
+        raise
     except Exception as error:  # a user's function can raise anything
         where = _own_line(error)
         raise InputError(f"{call} raised {type(error).__name__}: {error}{where}") from error
@@ -46,6 +48,29 @@ def _own_line(error: Exception) -> str:
         if not frame.filename.startswith(foreign) and "-packages" not in frame.filename:
             return f" ({Path(frame.filename).name}, line {frame.lineno})"
     return ""
+
+
+def read_rows(source: Source, indices: np.ndarray) -> Rows:
+    """Returns `source[indices]`, the rows of a source that may be one's own.
+
+    Raises: InputError if the source raised, or returned no dict of arrays with a row for each index.
+    """
+    if isinstance(source, Columns | HostTransformed):  # which checks what it reads
+        return source[indices]
+    call = f"{type(source).__name__}[indices]"
+    with errors_named(call):
+        rows = source[indices]
+    if not isinstance(rows, Mapping):
+        raise InputError(f"{call} returned {_described(rows)}; expected a dict of arrays, {{name: array}}")
+    for name, column in rows.items():
+        if not (hasattr(column, "dtype") and hasattr(column, "shape")):
+            raise InputError(f"{call} returned {_described(column)} as {name!r}; expected an array")
+        if column.shape[:1] != (len(indices),):
+            raise InputError(
+                f"{call} returned {name!r} of shape {tuple(column.shape)} for {len(indices)} indices; expected a row "
+                "for each of them"
+            )
+    return dict(rows)
 
 
 def apply_host_transforms(transforms: Sequence[HostTransform], rows: Mapping[str, Any]) -> Rows:
@@ -99,7 +124,7 @@ class HostTransformed:
         return rows
 
     def _transformed(self, indices: np.ndarray) -> Rows:
-        return apply_host_transforms(self.transforms, self.source[indices])
+        return apply_host_transforms(self.transforms, read_rows(self.source, indices))
 
     @staticmethod
     def _layout(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:

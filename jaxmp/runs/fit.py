@@ -30,6 +30,7 @@ from jaxmp.runs.checks import check, check_targets, reading_processes
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
+    DEVICES,
     Parent,
     changed_settings,
     log_changes,
@@ -44,6 +45,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import SPLITS, Trainer
+from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
@@ -127,6 +129,7 @@ def _dispatches(
         feed.close()
 
 
+@escaped_output()
 def fit(
     experiment: Experiment,
     *,
@@ -175,7 +178,7 @@ def fit(
     )
     if summary is not None:
         trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count())
-        if any(change.kind == "rounds" for change in changes):
+        if any(change.kind == "rounds" and change.path != DEVICES for change in changes):
             check(trainer)  # the rest was checked before it was trained
         processes.from_first(lambda: refuse_other_rows_if_readable(folder, recorded, trainer, log))
         log_without_effect(changes, log)
@@ -286,6 +289,8 @@ def _recorded(
             f"{folder.path} belongs to another experiment: hash {config['hash']}, expected {expected}; choose "
             "another --workdir, or --overwrite"
         )
+    if not folder.has_ended:
+        folder.refuse_earlier_version(config)
     refuse_other_code(folder, config, program, log)
     return config
 

@@ -207,7 +207,9 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
         parent.check(trainer, rows)
         parent.check_layout(trainer, fresh)
     except InputError as error:
-        return f"it cannot be gone on with: {error}"
+        first, *leaves = str(error).splitlines()
+        more = [f"  and {len(leaves) - 2} more"] if len(leaves) > 2 else []
+        return "\n".join([f"it cannot be gone on with: {first}", *leaves[:2], *more])
     return f"--continue {other.path} goes on from its step {parent.step}, in a folder of its own, with all of its state"
 
 
@@ -323,7 +325,7 @@ class Parent:
                 f"--continue {name}: {_listed(found)}: its steps would go over other data; --init-from {name} takes "
                 "its weights"
             )
-        edited = self._edited(trainer.experiment)
+        edited = self._compared(trainer.experiment).changed
         if edited:
             raise InputError(
                 f"--continue {name}: {_listed(edited)} has changed since, and its state would be gone on with by other "
@@ -346,12 +348,12 @@ class Parent:
                 "loop.patience leaves nothing to do; expected a larger one, or None"
             )
 
-    def _edited(self, experiment: Experiment) -> list[str]:
-        """One's own functions and values that were edited since, and are not another choice of what is trained."""
+    def _compared(self, experiment: Experiment) -> Comparison:
+        """What was edited of the functions and values that both are made by, beyond what the experiment chooses."""
         recorded, now = self.config.get("made_by", {}), made_by(experiment)
         parts = {field.name for field in dataclasses.fields(experiment)}
         names = [name for name in recorded if name in now and re.split(r"[.\[]", name)[0] not in parts]
-        return Comparison(*({name: of[name] for name in names} for of in (recorded, now))).changed
+        return Comparison(*({name: of[name] for name in names} for of in (recorded, now)))
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the parent up to the step, without those of the test split."""
@@ -458,6 +460,9 @@ class Parent:
     def _log(self, trainer: Trainer, state: TrainState, began: list[str], log: Log) -> None:
         """Says what goes on, with which learning rate, and what begins fresh."""
         log(f"going on from step {self.step} of {self.folder.path}")
+        packages = self._compared(trainer.experiment).packages
+        if packages:
+            log(f"that run began with other versions: {_listed(packages)}")
         for name in trainer.objectives or (None,):
             then, now = self._rates(trainer, state, name)
             of = "" if name is None else f" of {name}"

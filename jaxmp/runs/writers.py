@@ -27,11 +27,13 @@ value that is not finite is written as each format writes it.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import secrets
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +48,20 @@ if TYPE_CHECKING:
     from jaxmp.training.metrics import MetricSpec
 
 Record = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def escaped_output() -> Iterator[None]:
+    """Context manager: what the output's encoding does not have is escaped, and ends no run."""
+    stream, before = sys.stdout, getattr(sys.stdout, "errors", None)
+    if not isinstance(stream, io.TextIOWrapper) or before != "strict":
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 class Writer(Protocol):
@@ -240,7 +256,7 @@ class WeightsAndBiases:
       name: the run's name on the page.
       config: the experiment as JSON, shown beside it.
       session: how often the run was gone on with before.
-      past: the records so far; written first if there is no W&B run of this folder yet.
+      past: the records so far; those that W&B was not sent, since it was switched off, are written first.
     """
 
     def __init__(
@@ -263,8 +279,7 @@ class WeightsAndBiases:
         identity = Path(folder) / "wandb" / "run_id"
         with _or_input_error(identity):
             identity.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not identity.exists() or not identity.read_text()
-            if is_new:
+            if not identity.exists() or not identity.read_text():
                 identity.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
@@ -283,7 +298,10 @@ class WeightsAndBiases:
         # Their own step may only grow; ours goes back when a run is resumed, and has a record for each split.
         self._run.define_metric("*", step_metric="step")
         self._session = session
-        for record in past if is_new else ():
+        self._sent = identity.with_name("last_step")
+        text = self._sent.read_text() if self._sent.exists() else ""
+        last = int(text) if text.isdecimal() else -1  # a kill may have left nothing in it
+        for record in (record for record in past if record["step"] > last):
             self.write({name: math.nan if value is None else value for name, value in record.items()})
 
     def write(self, record: Record) -> None:
@@ -300,6 +318,8 @@ class WeightsAndBiases:
                 np_histogram=(np.array(counts), np.array([*exponents, exponents[-1] + 1]))
             )
         self._run.log(fields)
+        with _or_input_error(self._sent):
+            self._sent.write_text(str(record["step"]))
 
     def close(self) -> None:
         """Ends the run and, where online, waits for the upload."""

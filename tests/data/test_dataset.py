@@ -183,6 +183,32 @@ def test_a_source_that_gives_no_rows_is_bad_input(rows, message):
         Given(rows).read("test")
 
 
+@dataclass(frozen=True)
+class Opens(jaxmp.Dataset):
+    path: str = ""
+
+    def source(self, split):
+        if self.path == "refused":
+            raise InputError("expected a path")
+        return Columns({"x": np.load(self.path)[split]})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "nothing.npy",
+            r"Opens.source\('train'\) raised FileNotFoundError: .*nothing.npy.* \(test_dataset.py, line \d+\)",
+        ),
+        (__file__, r"Opens.source\('train'\) raised (ValueError|UnpicklingError): "),
+        ("refused", "^expected a path$"),
+    ],
+)
+def test_a_dataset_that_cannot_be_opened_is_one_message(path, message):
+    with pytest.raises(InputError, match=message):
+        Opens(path=path).read("train")
+
+
 @pytest.mark.parametrize("field", ["host_transforms", "transforms"])
 @pytest.mark.parametrize("value", [print, [print], (print, 3)])
 def test_transforms_that_are_no_tuple_of_functions_are_bad_input(field, value):

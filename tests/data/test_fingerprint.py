@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from jaxmp.data import fingerprint as module
 from jaxmp.data.fingerprint import changed_rows, fingerprint
+from jaxmp.data.pipeline import check_values
 from jaxmp.data.source import Columns, as_column
 
 
@@ -46,6 +48,25 @@ def test_what_changed_is_named(change):
 def test_equal_rows_are_equal_in_whatever_order_the_columns_come():
     reordered = dict(reversed(columns().items()))
     assert changed_rows("train", fingerprint(Columns(columns())), fingerprint(Columns(reordered))) == []
+
+
+@dataclasses.dataclass
+class Named:
+    """A source of one's own with an attribute that is called like one of jaxmp's."""
+
+    columns: str = "x"
+    source: str = "rows.bin"
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, indices):
+        return {"x": indices}
+
+
+def test_attributes_of_ones_own_source_may_have_any_name():
+    assert fingerprint(Named())["rows"] == 300
+    check_values(Named())
 
 
 def test_a_large_split_is_sampled_and_says_so(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from jaxmp import InputError, RunFailed
 from jaxmp.data.pipeline import Batches, stream
 from jaxmp.data.source import Columns
+from jaxmp.data.transforms import HostTransformed
 from jaxmp.data.workers import sendable
 
 
@@ -106,3 +107,44 @@ def test_a_killed_worker_is_one_message_and_leaves_no_shared_memory(ends, messag
         list(stream(Killed((os.getpid(), ends)), Batches(10, 5, 0), 0, 20, workers=2))
     cloudpickle.unregister_pickle_by_value(module)
     assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")} == set()
+
+
+def fails(indices):
+    raise OSError("bad sector")
+
+
+READS = {
+    "raises": (fails, r"Reads\[indices\] raised OSError: bad sector \(test_workers.py, line \d+\)"),
+    "no dict": (lambda indices: [indices], r"Reads\[indices\] returned list; expected a dict of arrays"),
+    "None": (lambda indices: None, "returned None; expected a dict"),
+    "a list": (lambda indices: {"x": list(indices)}, "returned list as 'x'; expected an array"),
+    "one row": (
+        lambda indices: {"x": indices[:1]},
+        r"returned 'x' of shape \(1,\) for 5 indices; expected a row for each",
+    ),
+    "a number": (lambda indices: {"x": np.float32(1)}, r"returned 'x' of shape \(\) for 5 indices"),
+    "out of range": (lambda indices: {"x": np.arange(3)[indices]}, "raised IndexError"),
+}
+
+
+class Reads(Rows):
+    def __getitem__(self, indices):
+        return self.held(indices)
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_a_source_that_cannot_be_read_is_one_message_with_its_own_line(kind):
+    read, message = READS[kind]
+    for source in (Reads(read), HostTransformed(Rows(None), ())):
+        if isinstance(source, HostTransformed):
+            source.source = Reads(read)
+        with pytest.raises(InputError, match=message):
+            list(stream(source, Batches(10, 5, 0), 0, 2))
+
+
+def test_a_source_without_memory_is_no_bad_input():
+    def read(indices):
+        raise MemoryError("10 GiB")
+
+    with pytest.raises(MemoryError):
+        list(stream(Reads(read), Batches(10, 5, 0), 0, 2))

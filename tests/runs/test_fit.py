@@ -31,6 +31,7 @@ from jaxmp.models.mlp import MLP
 from jaxmp.runs import fit as loop
 from jaxmp.runs.fit import fit, steps
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.historical import DeepSpeedScaler
@@ -553,6 +554,8 @@ def test_a_run_is_never_gone_on_with_or_returned_for_other_data(finished, tmp_pa
             fit(of_program(PROGRAM, path), workdir=tmp_path / "runs")
         with pytest.raises(InputError, match=r"the data have changed since .* train "):
             Run(first.path, of_program(PROGRAM, path)).evaluate("train")
+        with pytest.raises(InputError, match=r"the data have changed since .* train "):
+            Past(Run(first.path, of_program(PROGRAM, path)), print)
     save_rows(path)
     assert fit(of_program(PROGRAM, path), workdir=tmp_path / "runs").trained != finished
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,11 +25,12 @@ from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, field_kinds
+from jaxmp.experiment.reachable import PYTHON
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
 from jaxmp.runs.folder import RunFolder
-from jaxmp.runs.going_on import Parent, log_neighbours
+from jaxmp.runs.going_on import Parent, log_neighbours, refuse_other_code
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
@@ -255,6 +257,15 @@ def test_a_finished_run_says_that_another_value_has_no_effect(copied, finished, 
     assert not again.trained and again.path == copied / "small" / finished.path.name
     assert again.summary == finished.summary and content(copied) == before and not sent_to_wandb
     assert len(said) == 1 and said[0].startswith(f"{path} = ") and "no effect" in said[0]
+
+
+def test_a_finished_run_is_read_on_any_number_of_devices(copied, finished):
+    path = copied / "small" / finished.path.name
+    recorded = config(path)
+    (path / "config.json").write_text(json.dumps(recorded | {"devices": ["cpu"] * 3}))
+    said: list[str] = []
+    assert not fit(BASE, workdir=copied, name="small", log=said.append).trained
+    assert said == ["devices = 1 (was 3) has no effect: the run is finished"]
 
 
 ON_TWO_DEVICES = """
@@ -681,7 +692,11 @@ def test_an_edited_model_is_not_continued_but_its_weights_are_taken(tmp_path, ca
     assert "jaxmp_configs.net.Net.__call__ has changed since" in capsys.readouterr().err
     assert main([*command, "4", "--init-from", run]) == 0
     file.write_text(PROGRAM.replace("Adam()", "Adam(1e-4, clip_norm=2.0)"))  # what is changed
+    recorded = config(Path(run))
+    recorded["made_by"]["flax"] = {"version": "0.1"}
+    (Path(run) / "config.json").write_text(json.dumps(recorded))
     assert main([*command, "4", "--continue", run]) == 0
+    assert "that run began with other versions: flax " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -783,6 +798,30 @@ def test_what_names_no_state_is_refused(parent, how, message):
 
 
 # Other code, other data.
+
+
+NOW = {"net.f": {"bytecode": "1", "python": PYTHON}, "net.K": {"value": 1}, "flax": {"version": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("was", "finished", "message"),
+    [
+        ({"net.f": {"bytecode": "0", "python": "3.9"}}, False, None),
+        ({"net.f": {"bytecode": "0", "python": PYTHON}}, True, r"net\.f has changed since .* other code"),
+        ({"net.f": {"syntax": "0"}, "net.K": {"value": 2}}, False, r"net\.K, net\.f has changed since"),
+        ({"net.g": {"syntax": "0"}}, False, r"net\.g \(not reached any more\)"),
+        ({"flax": {"version": "1"}}, False, r"flax 2 \(was 1\): .* install that version"),
+        ({"flax": {"version": "1"}}, True, None),
+    ],
+)
+def test_what_a_run_was_made_by_and_is_not_any_more_is_named(was, finished, message, tmp_path):
+    if finished:
+        (tmp_path / "summary.json").write_text("{}")
+    said: list[str] = []
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        refuse_other_code(RunFolder(tmp_path), {"made_by": NOW | was}, NOW, said.append)
+    unknown = was.get("net.f", {}).get("python") == "3.9"
+    assert bool(said) == unknown and all("net.f: kept as bytecode of another version of Python" in of for of in said)
 
 
 PROGRAM = """

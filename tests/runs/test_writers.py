@@ -229,14 +229,19 @@ def test_weights_and_biases_switched_on_late_is_filled_from_the_lines_first(tmp_
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(fake, "Histogram", None, raising=False)
     past = [{"step": 1, "split": "train", "loss": 0.5}, {"step": 1, "split": "validation", "loss": None}]
-    for session in (2, 3):
+    for session in (2, 3, 5):  # switched off in session 4
         writer = WeightsAndBiases(tmp_path, "name", {}, session=session, past=past)
         writer.write({"step": session, "split": "train", "loss": 0.25})
+        past.append({"step": session, "split": "train", "loss": 0.25})
+        if session == 3:
+            past.append({"step": 4, "split": "train", "loss": 0.125})
     assert logged == [
         {"session": 2, "step": 1, "train/loss": 0.5},
         pytest.approx({"session": 2, "step": 1, "validation/loss": float("nan")}, nan_ok=True),
         {"session": 2, "step": 2, "train/loss": 0.25},
         {"session": 3, "step": 3, "train/loss": 0.25},
+        {"session": 5, "step": 4, "train/loss": 0.125},
+        {"session": 5, "step": 5, "train/loss": 0.25},
     ]
 
 
