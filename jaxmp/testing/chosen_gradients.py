@@ -566,7 +566,10 @@ def _require_obeyed(trial: Trial, state: Any, where: str) -> None:
     if different := first_difference(start, _kept(trial)(bad)):
         if trial.window == 1:
             raise Broken(f"{where}, an overflow is not skipped: {different}")
-    if trial.leaves and not first_difference(start, _kept(trial)(_updates(trial, copied(state), "g"))):
+    # Where the scaled gradients underflow, what is applied may change nothing.
+    half = any(leaf.dtype == np.float16 for leaf in trial.leaves)
+    fits = trial.scale_or_one(state) * _element(trial, NORM) > (2.0**-14 if half else 2.0**-120)
+    if trial.leaves and fits and not first_difference(start, _kept(trial)(_updates(trial, copied(state), "g"))):
         raise Broken(f"{where}, a step with small finite gradients is not applied")
 
 
@@ -667,9 +670,14 @@ def _too_small(trial: Trial, leaf: GradientLeaf, size: float) -> bool:
     return size * (max(scale, 2.0**14) if trial.has_scale and trial.moves else scale) < 2.0**-14
 
 
+def _element(trial: Trial, norm: float) -> float:
+    """The root mean square of the elements of gradients of this norm, over all parameters."""
+    return norm / math.sqrt(max(1, sum(math.prod(leaf.shape) for leaf in trial.leaves)))
+
+
 def _generic(trial: Trial, seed: int, norm: float, *, bits: int = 24) -> Choice:
     """Chooses random gradients of this norm. Float32 ones have all their bits; at every scale, they have the same."""
-    size = norm / math.sqrt(sum(max(math.prod(leaf.shape), 1) for leaf in trial.leaves))
+    size = _element(trial, norm)
 
     def choose(leaf: GradientLeaf) -> np.ndarray:
         random = np.random.default_rng([seed, zlib.crc32(leaf.path.encode()), leaf.call])
@@ -703,7 +711,7 @@ def _scales(trial: Trial) -> list[float]:
         return [1.0]
     if len(trial.scalers) > 1:
         return [trial.scale(trial.fresh())]
-    size = NORM / math.sqrt(sum(max(math.prod(leaf.shape), 1) for leaf in trial.leaves))
+    size = _element(trial, NORM)
     half = any(leaf.dtype == np.float16 for leaf in trial.leaves)
     return [s for s in trial.scales if not half or (s * size * 2 < 2.0**15 and s * TINY / NORM * size > 2.0**-14)] or [
         trial.scale(trial.fresh())

@@ -144,7 +144,7 @@ def step(
 
         if is_("norm summed in half"):
             squares = [jnp.ravel(g.astype(F16) ** 2) for g in jax.tree.leaves(grads)]
-            clip_norm = sum(jax.lax.reduce(x, F16(0), jax.lax.add, (0,)) for x in squares).astype(F32)
+            clip_norm = sum(jax.lax.reduce(x, np.float16(0), jax.lax.add, (0,)) for x in squares).astype(F32)
             grads = tree_map(lambda g: g / jnp.maximum(clip_norm, 1), grads)
         dtype = F16 if is_("norm in half") else BF16 if is_("norm in bfloat16") else F32
         grads = jax.tree_util.tree_map_with_path(unscale, grads)
