@@ -5,7 +5,9 @@
 
 Each file in `systems` has a function `subjects()`. It returns adapters for one system, used as in its documentation or
 its examples. Systems are tested in the installed version; systems that are not installed are left out, with a line that
-says so. "holds" means that hypothesis found no counterexample with the examples of its quick profile.
+says so. Where the output file has rows of such a system, of an earlier run, they stay, each with the command, revision
+and versions of that run as its `measured`. "holds" means that hypothesis found no counterexample with the examples of
+its quick profile.
 """
 
 from __future__ import annotations
@@ -76,6 +78,20 @@ def run(system: str) -> dict[str, Any]:
     return {"rows": rows, "versions": versions, "left_out": None}
 
 
+def earlier_rows(output: Path | None, tested: set[str]) -> list[dict[str, Any]]:
+    """Returns the rows that the output file has of systems that were not tested now, each with what it was measured by.
+
+    Args:
+        output: JSON file of an earlier run; there may be none.
+        tested: Names of the systems that were tested now.
+    """
+    if output is None or not output.exists():
+        return []
+    old = json.loads(output.read_text())
+    measured = {name: old[name] for name in ("command", "git", "versions")}
+    return [{"measured": measured} | row for row in old["rows"] if row["system"] not in tested]
+
+
 def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | None = None) -> None:
     """Runs the laws and prints the table.
 
@@ -92,6 +108,7 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, max_tasks_per_child=1) as pool:
         found = dict(zip(systems, pool.map(run, systems), strict=True))
     rows = [row for result in found.values() for row in result["rows"]]
+    rows += earlier_rows(output, {row["system"] for row in rows})
     print("| system | version | law | verdict | smallest counterexample, or why skipped |\n|---|---|---|---|---|")
     print("\n".join(map(line, rows)))
     if output is not None:

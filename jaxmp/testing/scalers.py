@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,6 +49,10 @@ class ScalerAdapter:
     """cap of the scale; None if the scaler claims none"""
     hysteresis: int | None = None
     """number of overflows in a row from which on the scale is lowered; None if the scaler claims none"""
+    growth_factor: float | None = None
+    """factor by which the scale grows; None if the scaler claims none"""
+    backoff_factor: float | None = None
+    """factor by which the scale falls; None if the scaler claims none"""
 
 
 def scaler_laws(adapter: Any) -> Laws:
@@ -55,10 +60,11 @@ def scaler_laws(adapter: Any) -> Laws:
 
     Args:
       adapter: a `ScalerAdapter`, or any object with its methods and, if it claims them, `growth_interval`, `min_scale`,
-        `max_scale` and `hysteresis`. `from_value_and_grad` makes one for a library that has all of it in one function.
+        `max_scale`, `hysteresis`, `growth_factor` and `backoff_factor`. `from_value_and_grad` makes one for a library
+        that has all of it in one function.
         Or what `Experiment(scaler=)` takes: a scaler such as `DynamicScaler()`, or `Scaling("dynamic")`, of which
-        "auto" means the scaler of a float16 policy. It is tested as `loss_scaling` uses it, and claims what its fields
-        say.
+        "auto" means the scaler of a float16 policy; or a mapping of several by name. Each is tested as `loss_scaling`
+        uses it, and claims what its fields say.
 
     Raises:
       InputError: the adapter lacks a method.
@@ -76,6 +82,11 @@ def scaler_laws(adapter: Any) -> Laws:
     >>> laws["leaves_without_gradient_stay"].words
     "unscale turned {'w': float32[1], 'x': int32[]} into {'w': float32[1], 'x': float32[]}: leaf ['x'] was int32[]"
     """
+    if isinstance(adapter, Mapping):
+        each = {name: scaler_laws(scaler) for name, scaler in adapter.items()}
+        all_laws = [(name, law) for name in each for law in each[name].laws.values()]
+        laws = [dataclasses.replace(law, name=f"{name}/{law.name}") for name, law in all_laws]
+        return Laws(f"the scalers {', '.join(each)}", laws)
     name = "the scaler" if isinstance(adapter, ScalerAdapter) else type(adapter).__name__
     if isinstance(adapter, Scaling):
         adapter = adapter.make(PolicyTree.parse("mixed_float16"))
@@ -94,6 +105,7 @@ def scaler_laws(adapter: Any) -> Laws:
         growth_interval,
         bounds_are_reached,
         hysteresis,
+        factors,
         loss_in_float32,
         unscaling_is_exact,
         unscales_in_float32,
@@ -124,6 +136,8 @@ def _in_loss_scaling(scaler: Any) -> ScalerAdapter:
         min_scale=claim("min_scale"),
         max_scale=claim("max_scale"),
         hysteresis=claim("hysteresis", MegatronScaler, DeepSpeedScaler),
+        growth_factor=claim("growth_factor"),
+        backoff_factor=claim("backoff_factor"),
     )
 
 
@@ -138,7 +152,7 @@ def from_value_and_grad(
       init: `init()` returns the state before the first step.
       value_and_grad: `value_and_grad(state, loss_fn, params)` returns the unscaled loss, the unscaled gradients and the
         next state.
-      claims: `growth_interval`, `min_scale` and `max_scale`, as in `ScalerAdapter`.
+      claims: `growth_interval`, `min_scale` and so on, as in `ScalerAdapter`.
     """
 
     @jax.custom_vjp
@@ -490,6 +504,27 @@ def hysteresis(subject: _Subject) -> None:
         require_scale(before, Steps([(False, claimed)]), True)
         require_scale(before, Steps([(False, claimed - 1), (True, 1), (False, claimed - 1)]), False)
     require_scale(Steps([(False, claimed)]), Steps([(False, 1)]), True)
+
+
+def factors(subject: _Subject) -> None:
+    """The scale grows and falls by the factors that the scaler claims, but for its floor and its cap."""
+    up, down = (getattr(subject.adapter, name, None) for name in ("growth_factor", "backoff_factor"))
+    if up is None and down is None:
+        subject.claim("growth_factor")
+    least, most = (getattr(subject.adapter, name, None) for name in ("min_scale", "max_scale"))
+
+    def check(scales: Any, factor: float | None, ends: tuple[Any, ...], words: str) -> None:
+        for old, new in itertools.pairwise(scales):
+            if factor is not None and new != old and new != old * factor and new not in ends:
+                raise Broken(f"{words} moves the scale from {old:g} to {new:g}; claimed: {factor:g} times it")
+
+    scales = subject.longest_run[1]
+    check([subject.scale_of(subject.init()), *scales[_changes(scales)]], up, (most,), "a finite step")
+    state, falling = subject.init(), []
+    for _ in range(200):
+        falling.append(float(subject.scale_of(state)))
+        state = subject.adjust(state, False)
+    check(falling, down, (least, SMALLEST), "an overflow")
 
 
 def loss_in_float32(subject: _Subject) -> None:

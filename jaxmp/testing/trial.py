@@ -27,6 +27,8 @@ GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """Limits on how long a law waits for the scale to grow."""
 SOME = 8
 """Number of parameters on which a law that needs steps for each of them is tested, unless thoroughly."""
+WRONG_SHARE = 0.25
+"""A share of the distance moved that rounding does not explain, in most leaves of one kind."""
 FLOAT16_BOUND = 0.1
 """If float16 gradients can underflow, half of the leaves may differ by this share of the distance they have moved. A
 wrong scale is wrong by a factor of two."""
@@ -307,13 +309,16 @@ class Trial:
 
     @functools.cached_property
     def bad_gradients(self) -> Sequence[Fault]:
-        """Faults in gradients."""
-        found = []
-        for leaf in {leaf.path: leaf for leaf in self.some_leaves}.values():
-            values: list[complex] = [math.inf, math.nan, -math.inf]
-            if np.issubdtype(leaf.dtype, np.complexfloating):
-                values += [complex(0, math.inf), complex(0, math.nan)]
-            found += [BadGradient(leaf.path, value) for value in values]
+        """Faults in gradients: an inf or a NaN for each parameter; for some of them, all that is not finite."""
+        found: list[Fault] = []
+        some = {leaf.path for leaf in self.some_leaves}
+        for i, leaf in enumerate({leaf.path: leaf for leaf in self.leaves if math.prod(leaf.shape)}.values()):
+            values: list[complex] = [math.inf, math.nan] if i % 2 == 0 else [math.nan, math.inf]
+            if leaf.path in some:
+                values.append(-math.inf)
+                if np.issubdtype(leaf.dtype, np.complexfloating):
+                    values += [complex(0, math.inf), complex(0, math.nan)]
+            found += [BadGradient(leaf.path, value) for value in (values if leaf.path in some else values[:1])]
         return found
 
     @functools.cached_property
@@ -400,8 +405,8 @@ def gross_difference(
     """Says where integers differ, or half of the leaves by more than `bound` times the distance they have moved.
 
     Half of the leaves, because an optimizer that normalises turns rounding errors into steps of full length, for a
-    parameter whose true gradient is 0. Four times the bound is allowed to each kind of leaves, such as the first
-    moments of all parameters: to all of them together, or to half of them.
+    parameter whose true gradient is 0. Four times the bound, and at least `WRONG_SHARE`, is allowed to each kind of
+    leaves, such as the first moments of all parameters: to all of them together, or to half of them.
 
     Args:
       expected: what the leaves ought to be.
@@ -431,7 +436,7 @@ def gross_difference(
         return f"leaf {path} is off by {share} (half of the leaves by over {bound:g})"
     for leaves in kinds.values():
         together = math.hypot(*(off for off, _, _ in leaves)) / math.hypot(*(moved for _, moved, _ in leaves))
-        if min(together, statistics.median(off / moved for off, moved, _ in leaves)) > 4 * bound:
+        if min(together, statistics.median(off / moved for off, moved, _ in leaves)) > max(4 * bound, WRONG_SHARE):
             worst, path = max((off / moved, path) for off, moved, path in leaves)
             return f"leaf {path}, like the others of its kind, is off by {worst:.3g} of the distance that it has moved"
     return None

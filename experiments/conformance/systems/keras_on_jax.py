@@ -105,7 +105,12 @@ def subjects() -> list[Subject]:
     """Returns the optimizer and the step."""
     packages = ("keras",)
     lists = "Keras takes lists of float gradients, not trees"
-    not_asked = {"leaves_without_gradient_stay": lists, "fp8_leaves_stay": lists}
+    real = "the optimizer's variables are float32 here: Keras has no complex ones"
+    not_asked = {
+        "leaves_without_gradient_stay": lists,
+        "fp8_leaves_stay": lists,
+        "scalars_and_complex_are_unscaled": real,
+    }
     return [
         Subject("Keras, LossScaleOptimizer", packages, scaler_laws(scaler()), not_asked),
         Subject("Keras, train_step in mixed_float16", packages, step_laws(step())),
