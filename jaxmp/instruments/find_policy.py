@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.instruments.audit import Dot, audit
+from jaxmp.instruments.float64 import draws, in_float64
 from jaxmp.instruments.gradient_error import float64_arrays
 from jaxmp.precision.policy import Policy, parse_policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule
@@ -224,11 +225,12 @@ def find_policy(
         explain = lambda tree: jaxmp.explain(model, tree, x)
         print(jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])]))
 
-    Values that the loss or the model itself casts to float32 are float32 in the reference too.
+    Values that the loss or the model itself casts to float32 are float32 in the reference too, unless it draws random
+    numbers: then the float64 gradient is that of all its operations, with the numbers that it draws in float32.
 
     Args:
       loss: `loss(tree)` returns the loss under a tree, `loss(tree)(params, *batch)`: a scalar, a mean over the batch.
-        It depends on its arguments alone: no random masks, which would differ in float64.
+        Random numbers in it come of one key, the same for all trees.
       explain: `explain(tree)` returns the modules and the policy of each, as `jaxmp.explain` does.
       points: where gradients are taken: float32 parameters, with at least two batches for each. They are read only
         after all other arguments were checked.
@@ -337,8 +339,10 @@ def _module(dot: Dot, model: str, modules: Mapping[str, int]) -> str | None:
     scopes = dot.path.split("/")
     if model not in scopes:
         return None
-    within = "/".join(scopes[scopes.index(model) + 1 :])
-    return next((path for path in reversed(path_and_above(within)) if path in modules), "")
+    names = scopes[scopes.index(model) + 1 :]
+    # The path is one of calls: a cell that stands beside its nn.RNN is called within it.
+    called = ("/".join(names[start:end]) for end in range(len(names), 0, -1) for start in range(end))
+    return next((path for path in called if path in modules), "")
 
 
 def _gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -359,9 +363,7 @@ class _Measure:
 
     def __init__(self, loss: Any, points: Sequence[Point], loss_scale: float, unit: str):
         self._loss, self._points, self._scale = loss, points, loss_scale
-        with jax.enable_x64(True):
-            exact = self._compile(_EXACT, 1.0)
-            self._exact = [list(exact(Point(*_in_float64(point)))) for point in points]
+        self._exact = self._in_float64(PolicyTree((), _FULL))
         gradients = [[grads for _, grads in exact] for exact in self._exact]
         self._norms = [_root_mean_square(each) for each in gradients]
         float32 = self._compile(PolicyTree((), _FULL), loss_scale)
@@ -382,6 +384,18 @@ class _Measure:
                 "find_policy: the gradient of every parameter is rounding noise in float32 already; expected points "
                 "where the loss has a gradient"
             )
+
+    def _in_float64(self, full: PolicyTree) -> list[list[tuple[float, dict[str, np.ndarray]]]]:
+        """The loss and the exact gradients of each batch, at each point."""
+        gradient, first = _gradient(self._loss(full)), self._points[0]
+        if not draws(gradient, first.params, *first.batches[0]):
+            with jax.enable_x64(True):
+                exact = self._compile(_EXACT, 1.0)
+                return [list(exact(Point(*_in_float64(point)))) for point in self._points]
+        # Under a policy for float64 it would draw others.
+        same = in_float64(gradient)
+        found = [[same(point.params, *batch) for batch in point.batches] for point in self._points]
+        return [[(float(value), float64_arrays(grads)) for grads, value in batches] for batches in found]
 
     def of(self, tree: PolicyTree) -> Gap:
         """The errors under a tree."""

@@ -59,8 +59,8 @@ def find_policy_of(
 ) -> FoundPolicy:
     """Finds the PolicyTree with the most FLOPs in half precision that keeps an experiment's gradients within a budget.
 
-    See `jaxmp.find_policy` for the search, `half`, `budget` and `unit`. Gradients are taken as in training; if the
-    model draws random numbers, as in evaluation, since dropout would draw other masks in float64. The experiment's own
+    See `jaxmp.find_policy` for the search, `half`, `budget` and `unit`. Gradients are those of the training loss,
+    with one key for all random draws: the same masks and noise under each tree and in float64. The experiment's own
     precision is ignored.
 
     Args:
@@ -85,10 +85,8 @@ def find_policy_of(
     experiment = dataclasses.replace(experiment, precision="float32", parallel=Parallel("jit"))
     trainer = Trainer(experiment)
     trains = trainer.by_name[objective].trains
-    train = not _draws(_loss(experiment, experiment.policy, objective, True), trainer)
 
     def points() -> Iterator[Point]:
-        log(f"gradients as in {'training' if train else 'evaluation: the model draws random numbers in training'}")
         feed = trainer.feed(fuse=False)
         for state in _states(trainer, warmup_steps, run):
             first = int(state.step)
@@ -98,7 +96,7 @@ def find_policy_of(
             yield Point(own, [(frozen, state.model_state, feed.batch(first + i)) for i in range(batches)])
 
     return instrument.find_policy(
-        lambda tree: _loss(experiment, tree, objective, train),
+        lambda tree: _loss(experiment, tree, objective),
         lambda tree: explain(experiment.model, tree, tuple(trainer.inputs)),
         points(),
         half=half,
@@ -115,10 +113,9 @@ def save(found: FoundPolicy, name: str, path: Path) -> None:
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _loss(experiment: Experiment, policy: PolicyTree, objective: str | None, train: bool) -> Callable[..., jax.Array]:
+def _loss(experiment: Experiment, policy: PolicyTree, objective: str | None) -> Callable[..., jax.Array]:
     """`(trained parameters, frozen parameters, model_state, batch) -> loss`, with None in place of the others."""
-    loss_fn = make_loss(experiment.model, experiment.task, policy, objective=objective, train=train)
-
+    loss_fn = make_loss(experiment.model, experiment.task, policy, objective=objective)
     mean_loss = scaled_mean_loss(loss_fn)
 
     def loss(own: Any, frozen: Any, model_state: Any, batch: Any) -> jax.Array:
@@ -126,13 +123,6 @@ def _loss(experiment: Experiment, policy: PolicyTree, objective: str | None, tra
         return mean_loss(params, model_state, jnp.float32(1), batch, jax.random.key(0))[0]
 
     return loss
-
-
-def _draws(loss: Callable[..., jax.Array], trainer: Trainer) -> bool:
-    """Whether the loss depends on a random key."""
-    state = trainer.state_spec
-    nothing = jax.tree.map(lambda _: None, state.params)
-    return "random_bits" in str(jax.make_jaxpr(loss)(state.params, nothing, state.model_state, trainer.batch_spec))
 
 
 def _states(trainer: Trainer, warmup_steps: int, run: str | Path | Run | None) -> Iterator[TrainState]:

@@ -17,7 +17,7 @@ import jaxmp
 from jaxmp.cli import main
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.instruments.find_policy import shortest_tree
+from jaxmp.instruments.find_policy import Point, _flops, find_policy, shortest_tree
 from jaxmp.modules.linen import ModulePolicy
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
@@ -339,6 +339,85 @@ def test_a_recurrent_cell_can_have_a_policy_of_its_own():
 
 
 FULL_TREE = PolicyTree((), FULL)
+
+
+class Cells(nn.Module):
+    """A recurrent model whose cells stand beside the layers that scan them."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.RNN(nn.SimpleCell(6), name="rnn")(x)
+        return nn.Dense(2)(nn.RNN(nn.GRUCell(5))(h))
+
+
+class InSetup(nn.Module):
+    def setup(self):
+        self.cell = nn.SimpleCell(6)
+        self.rnn = nn.RNN(self.cell)
+
+    def __call__(self, x):
+        return self.rnn(x)
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Bidirectional(nn.RNN(nn.SimpleCell(6), name="rnn"), nn.RNN(nn.SimpleCell(6)))(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "cells"),
+    [
+        (Cells(), {"SimpleCell_0": 60, "GRUCell_0": 3 * 55}),
+        (InSetup(), {"cell": 60}),
+        (Both(), {"SimpleCell_0": 60, "SimpleCell_1": 60}),
+    ],
+    ids=["Cells", "InSetup", "Both"],
+)
+def test_the_flops_of_a_recurrent_layer_are_those_of_its_cell(model, cells):
+    x = jax.ShapeDtypeStruct((3, 5, 4), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params}, x))
+
+    flops = _flops(loss, list(jaxmp.explain(model, FULL_TREE, x)), Point(params, [(x,)]))
+    for cell, weights in cells.items():
+        # Of the first layer's two products one is not differentiated by its input.
+        inside = sum(n for path, n in flops.items() if path.split("/")[0] == cell)
+        assert 2 * 2 * 3 * 5 * weights < inside <= 3 * 2 * 3 * 5 * weights, flops
+    assert not any(n for path, n in flops.items() if path in ("", "rnn") or path.startswith("RNN"))
+
+
+class Sampling(nn.Module):
+    """Noise and dropout, as in a variational autoencoder."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        h = nn.Dense(4, name="mean")(x)
+        if train:
+            h += 0.1 * jax.random.normal(self.make_rng("noise"), h.shape)
+        return nn.Dense(3, name="head")(nn.Dropout(0.25, deterministic=not train)(h))
+
+
+@pytest.mark.slow
+def test_random_draws_are_the_same_under_each_tree_and_in_float64():
+    data = list(batches())
+    params = jax.jit(Sampling().init)(jax.random.key(0), data[0][0])["params"]
+
+    def loss(tree):
+        def of(params, x, y):
+            rngs = {name: jax.random.key(1) for name in ("noise", "dropout")}
+            logits = jaxmp.with_policy(Sampling().apply, tree)({"params": params}, x, train=True, rngs=rngs)
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+        return of
+
+    explain = lambda tree: jaxmp.explain(Sampling(), tree, data[0][0])  # noqa: E731
+    found = find_policy(loss, explain, [(params, data)], budget=0.5, unit="gradient")
+    # Another mask or noise would be an error of the size of the gradient.
+    assert found.float32.relative_error < 1e-5 and found.gap.relative_error < 1e-2 and found.gap.overflow == 0
+    assert found.half_flops_share == 1
 
 
 # The command.
