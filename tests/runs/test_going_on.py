@@ -355,7 +355,7 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "optimizer.b1": (0.5, GOES_ON),
     "optimizer.b2": (0.9, GOES_ON),
     "optimizer.eps": (1e-3, GOES_ON),
-    "trains": (("Dense_1/**",), GOES_ON),
+    "trains": (("Dense_1/**",), OTHER_LEAVES),
     "precision": ("mixed_float16", GOES_ON),
     "scaler.kind": ("dynamic", GOES_ON),
     "scaler.init_scale": (2.0, GOES_ON),
