@@ -6,9 +6,10 @@ and falls to 1e-4 along a cosine; weight decay 0.1, gradients clipped at norm 1.
 the last 10 % of the text. Here a token is one of 256 bytes rather than of 65 characters, windows do not overlap, and
 the validation split is the first half of these 10 %.
 
-Command:   JAXMP_DATA=FOLDER jaxmp train shakespeare_gpt
-Hardware:
-Expected:
+Command:   jaxmp data prepare tiny_shakespeare && jaxmp train shakespeare_gpt
+Hardware:  2 CPU cores, 8 minutes, while other programs ran
+Expected:  validation loss 1.864 nats, test loss 1.898, which is the other half of the 10 %: 1.881 on both; float32, one
+           seed
 """
 
 from __future__ import annotations
