@@ -244,6 +244,7 @@ def test_cudnns_kernel_is_given_the_same_attention(name, monkeypatch):
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "names"),
     [
