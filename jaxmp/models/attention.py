@@ -71,12 +71,14 @@ class Attention(nn.Module):
           x: the tokens' vectors.
           mask: bool or 0 and 1, (batch, length): False for tokens that none may see; None: all are seen.
           start: of decoding with a cache: position of the first token, an int32 scalar. Keys and values go to the
-            collection "cache", and the tokens see what is there up to their own positions.
+            collection "cache", and the tokens see what is there up to their own positions. There is no `mask` then.
           train: whether dropout drops.
         """
         batch, length, width = x.shape
         if width % self.heads:
             raise InputError(f"Attention: a width of {width}: expected a multiple of heads={self.heads}")
+        if start is not None and mask is not None:
+            raise InputError("Attention: a mask beside start: expected none in decoding")
         if start is not None and length > self.context:
             raise InputError(f"Attention: {length} tokens at once: expected at most context={self.context}")
         head_width, kv_heads = width // self.heads, self.kv_heads or self.heads

@@ -256,6 +256,7 @@ def test_cudnns_kernel_is_given_the_same_attention(name, monkeypatch):
             lambda: init(Attention(2, kernel="cudnn"), normal(0, 1, 2, 8)),
             "2 tokens, heads of 4 float32s",
         ),
+        (lambda: decode_with_a_mask(), "a mask beside start: expected none in decoding"),
         (lambda: init(Attention(2, rope=1e4), normal(0, 1, 2, 6)), "heads of 3: expected an even width"),
         (lambda: GPT2(width=100), "width=100: expected a multiple of heads=12"),
         (lambda: GPT2(dropout=1.0), "dropout=1.0"),
@@ -272,3 +273,7 @@ def test_attention_that_cannot_be_is_refused_by_name(make, names):
 
 def init(model, x):
     return jax.eval_shape(model.init, jax.random.key(0), x)
+
+
+def decode_with_a_mask():
+    Attention(2).init(jax.random.key(0), normal(0, 1, 2, 8), jnp.ones((1, 2)), start=jnp.int32(0))

@@ -37,7 +37,8 @@ def array(name, shape):
         return np.float32(1 + 0.1 * np.abs(normal))
     if len(shape) < 2:
         return np.float32(0.1 * normal + (name.endswith("weight") and "norm" in name.lower()))
-    return np.float32(normal / np.sqrt(max(np.prod(shape[1:]), 1)))
+    fan_in = min(shape) if len(shape) == 2 else np.prod(shape[1:])  # kernels are kept in both orders
+    return np.float32(normal / np.sqrt(fan_in))
 
 
 def weights(shapes):
@@ -249,13 +250,13 @@ def ours(case, tensors):
     return jax.tree.leaves(jax.jit(case.model.apply)(variables, *case.inputs))
 
 
-def assert_equal(ours, theirs):
+def assert_equal(ours, theirs, *, within=1e-5):
     assert len(ours) == len(theirs)
     for x, y in zip(ours, theirs, strict=True):
         y = np.asarray(y)
         assert x.shape == y.shape
         assert np.abs(y).max() > 0.1
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=0, atol=within * max(1, np.abs(y).max()))
 
 
 def kept():
@@ -270,7 +271,8 @@ QUICK = ("bert", "gpt2", "resnet", "vit", "lstm")
 )
 def test_a_small_model_returns_what_the_library_returned(name):
     vector = kept()[name]
-    assert_equal(ours(CASES[name], weights(vector["shapes"])), vector["outputs"])
+    # By which GELU's two forms can be told apart.
+    assert_equal(ours(CASES[name], weights(vector["shapes"])), vector["outputs"], within=2e-6)
 
 
 @pytest.mark.slow
