@@ -324,14 +324,18 @@ def test_a_safetensors_file_is_read_as_the_library_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("data", "names"),
     [
-        (safetensors(FEW)[:-1], "'n' should have 8 bytes, and has 7: the file is cut off"),
+        (safetensors(FEW)[:-1], "'n' should have 8 bytes, and has 7: the file is corrupt or cut off"),
         (safetensors(FEW)[:40], "begins with the size of a header"),
         (b"", "begins with the size of a header"),
         (b"PK\x03\x04 a zip file of pickles", "begins with the size of a header"),
         (safetensors(FEW).replace(b'"BF16"', b'"F4_E"'), "'b.c' is of dtype F4_E; expected one of F64, F32"),
+        (
+            safetensors(FEW).replace(b'"dtype": "BF16"', b'"dtypo": "BF16"'),
+            "'b.c' is {'dtypo': 'BF16'.*; expected its dtype",
+        ),
         (None, "no such file"),
     ],
-    ids=["cut_off", "cut_off_header", "empty", "another_format", "dtype", "missing"],
+    ids=["cut_off", "cut_off_header", "empty", "another_format", "dtype", "entry", "missing"],
 )
 def test_a_file_that_is_no_safetensors_file_is_refused(data, names, tmp_path):
     if data is not None:
