@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.text import TextBytes
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.fit import fit
@@ -25,16 +26,23 @@ def shipped(name):
 
 
 def four_steps(experiment):
-    """The same with 32 random images of the same shape, and a checkpoint half way."""
+    """The same with 32 random rows of the same shape, and a checkpoint half way."""
 
     def load(split):
         rng = np.random.default_rng(0)
+        if isinstance(experiment.data, TextBytes):
+            tokens = rng.integers(0, 256, (2, 32, experiment.data.length)).astype(np.int32)
+            return dict(zip(("tokens", "next_tokens"), tokens, strict=True))
         image = rng.integers(0, 256, (32, *IMAGES[experiment.data.name])).astype(np.uint8)
         return {"image": image, "label": rng.integers(0, 10, 32)}
 
-    fields = {field.name: getattr(experiment.data, field.name) for field in dataclasses.fields(Arrays(load))[:-1]}
+    names = [field.name for field in dataclasses.fields(Arrays(load))[:-1]]
+    fields = {name: getattr(experiment.data, name) for name in names if hasattr(experiment.data, name)}
     data = Arrays(**{**fields, "load": load, "batch_size": 8})
-    return dataclasses.replace(experiment, data=data, loop=Loop(steps=4, save_every=2))
+    schedule = experiment.optimizer.schedule
+    schedule = dataclasses.replace(schedule, warmup_steps=min(schedule.warmup_steps, 4))
+    optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
+    return dataclasses.replace(experiment, data=data, optimizer=optimizer, loop=Loop(steps=4, save_every=2))
 
 
 def bits(tree):
@@ -67,7 +75,7 @@ def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(
     assert bits(states[0]) == bits(states[1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)])
 def test_mean_and_std_are_those_of_the_train_split(name):
     data = shipped(name).data
     if data.name != "digits" and "JAXMP_DATA" not in os.environ:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -46,7 +47,7 @@ class Attention(nn.Module):
     """number of positions that the cache of decoding has room for"""
     kernel: Literal["auto", "einsum", "cudnn"] = "auto"
     """implementation: "einsum"; "cudnn", of NVIDIA GPUs, in half precision and without dropout; or "auto": where there
-    is such a GPU, "cudnn" for what it supports, else "einsum" """
+    is such a GPU, "cudnn" for what it supports, else "einsum". Decoding is always by "einsum" """
     kernel_init: Any = nn.initializers.lecun_normal()
     """initialiser of the kernels of query, key and value"""
     out_kernel_init: Any = nn.initializers.lecun_normal()
@@ -70,12 +71,14 @@ class Attention(nn.Module):
           x: the tokens' vectors.
           mask: bool or 0 and 1, (batch, length): False for tokens that none may see; None: all are seen.
           start: of decoding with a cache: position of the first token, an int32 scalar. Keys and values go to the
-            collection "cache", and the tokens see what is there up to their own positions.
+            collection "cache", and the tokens see what is there up to their own positions. There is no `mask` then.
           train: whether dropout drops.
         """
         batch, length, width = x.shape
         if width % self.heads:
             raise InputError(f"Attention: a width of {width}: expected a multiple of heads={self.heads}")
+        if start is not None and mask is not None:
+            raise InputError("Attention: a mask beside start: expected none in decoding")
         if start is not None and length > self.context:
             raise InputError(f"Attention: {length} tokens at once: expected at most context={self.context}")
         head_width, kv_heads = width // self.heads, self.kv_heads or self.heads
@@ -97,7 +100,9 @@ class Attention(nn.Module):
             at = start + jnp.arange(length)
             causal, seen = False, (jnp.arange(self.context) <= at[:, None])[None, None]
         drops = train and self.dropout > 0
-        if self._is_cudnn(query, drops):
+        if start is None and self._is_cudnn(query, masked=seen is not None, drops=drops):
+            # A mask becomes a bias of the logits there, which has to have both of their axes.
+            seen = None if seen is None else jnp.broadcast_to(seen, (batch, 1, length, length))
             y = jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=causal, implementation="cudnn")
         else:
             weights = attention_weights(query, key, mask=seen, causal=causal).astype(value.dtype)
@@ -116,17 +121,25 @@ class Attention(nn.Module):
         cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new.astype(cache.value.dtype), start, axis=1)
         return cache.value.astype(new.dtype)
 
-    def _is_cudnn(self, query: jax.Array, drops: bool) -> bool:
+    def _is_cudnn(self, query: jax.Array, *, masked: bool, drops: bool) -> bool:
         """Whether cuDNN's kernel computes it; raises InputError where it is asked for and cannot."""
-        half = query.dtype in (jnp.float16, jnp.bfloat16)
-        supported = half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and not drops
+        width = query.shape[-1]
+        supported = query.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128 and not drops
+        supported = supported and not (masked and query.shape[1] % 2)
         if self.kernel == "cudnn" and not supported:
             raise InputError(
-                f"Attention: kernel='cudnn': heads of {query.shape[-1]} {query.dtype}s"
-                f"{', with dropout' if drops else ''}; expected float16 or bfloat16, at most 128 in a head, a multiple "
-                "of 8, and no dropout in attention"
+                f"Attention: kernel='cudnn': {query.shape[1]} tokens, heads of {width} {query.dtype}s"
+                f"{', a mask' if masked else ''}{', dropout' if drops else ''}; expected float16 or bfloat16, at most "
+                "128 in a head, a multiple of 8, no dropout in attention, and with a mask an even number of tokens"
             )
-        return self.kernel == "cudnn" or (self.kernel == "auto" and supported and jax.default_backend() == "gpu")
+        return self.kernel == "cudnn" or (self.kernel == "auto" and supported and has_cudnn_attention())
+
+
+def has_cudnn_attention() -> bool:
+    """Whether the devices are NVIDIA GPUs that have cuDNN's attention: Ampere, compute capability 8.0, or later."""
+    device = jax.devices()[0]
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))  # of AMD's: gfx90a
+    return device.platform in ("gpu", "cuda") and capability is not None and int(capability[1]) >= 8
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, mask: jax.Array | None, causal: bool) -> jax.Array:

@@ -59,17 +59,20 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            raise InputError(f"{path}: {name!r} is of dtype {entry['dtype']}; expected one of {known}")
-        dtype, (begin, end) = np.dtype(_DTYPES[entry["dtype"]]), entry["data_offsets"]
-        size = math.prod(entry["shape"]) * dtype.itemsize
-        if start + end > len(data) or end - begin != size:
+        try:
+            kind, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: {name!r} is {entry!r:.80}; expected its dtype, shape and data_offsets") from None
+        if kind not in _DTYPES:
+            raise InputError(f"{path}: {name!r} is of dtype {kind}; expected one of {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[kind])
+        size = math.prod(shape) * dtype.itemsize
+        if begin < 0 or start + end > len(data) or end - begin != size:
             there = max(0, min(len(data) - start, end) - begin)
             raise InputError(
-                f"{path}: {name!r} should have {size} bytes, and has {there}: the file is cut off or corrupt"
+                f"{path}: {name!r} should have {size} bytes, and has {there}: the file is corrupt or cut off"
             )
-        tensors[name] = data[start + begin : start + end].view(dtype).reshape(entry["shape"])
+        tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
     return tensors
 
 

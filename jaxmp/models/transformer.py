@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ class Block(nn.Module):
     """makes its attention: `Attention` with all fields but the name"""
     hidden: int
     """width between the two Dense layers"""
-    norm: str = "before"
+    norm: Literal["before", "after"] = "before"
     """whether each LayerNorm stands "before" its layers (GPT-2, ViT) or "after" the residual connection (BERT)"""
     epsilon: float = 1e-5
     """epsilon of the LayerNorms"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -134,6 +135,26 @@ class Mean(NamedTuple):
         """The mean, float32 scalar; NaN if the weight is 0."""
         return self.total / self.weight
 
+    @staticmethod
+    def value(mean: float) -> float:
+        """The metric's value, made of its mean."""
+        return mean
+
+
+class ExpOfMean(Mean):
+    """A mean that is shown as its exponential: the perplexity, of a mean cross-entropy in nats."""
+
+    __slots__ = ()
+
+    def compute(self) -> jax.Array:
+        """The exponential of the mean, float32 scalar; NaN if the weight is 0."""
+        return jnp.exp(self.total / self.weight)
+
+    @staticmethod
+    def value(mean: float) -> float:
+        """The exponential of the mean; inf where float64 has no such number."""
+        return math.exp(mean) if mean < 709 else math.inf if mean >= 709 else mean
+
 
 Metrics = dict[str, Mean]
 """Metrics of a step or an evaluation, by name."""
@@ -153,5 +174,6 @@ def compute(metrics: Metrics) -> dict[str, float]:
     """Fetches metrics from the device, and divides in float64; NaN where the weight is 0."""
     values = jax.device_get(metrics)
     return {
-        name: float(mean.total) / float(mean.weight) if mean.weight else float("nan") for name, mean in values.items()
+        name: mean.value(float(mean.total) / float(mean.weight)) if mean.weight else float("nan")
+        for name, mean in values.items()
     }

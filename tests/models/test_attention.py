@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmp.models.attention
 from jaxmp.errors import InputError
 from jaxmp.models.attention import Attention, attention_weights, rotate
 from jaxmp.models.transformer import BERT, GPT2, Llama
@@ -210,37 +211,40 @@ def test_padding_changes_nothing_that_an_encoder_says_of_the_rest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_cudnns_kernel_is_given_the_same_attention(name, monkeypatch):
-    model, given = DECODERS[name], tokens(2, 12)
-    variables, half = made(model, given), with_policy(model.apply, "mixed_bfloat16")
-    expected = jax.jit(half)(variables, given)
+    model = {**DECODERS, "bert": BERT(hidden=24, dropout=0.0, **SMALL)}[name]
+    given = (tokens(2, 12), jnp.arange(12) < jnp.array([[9], [12]])) if name == "bert" else (tokens(2, 12),)
+    variables, half = made(model, given[0]), with_policy(model.apply, "mixed_bfloat16")
+    expected = jax.tree.leaves(jax.jit(half)(variables, *given))
     calls = []
 
-    def attention(*arrays, implementation, **how):
+    def attention(query, *arrays, mask, implementation, **how):
         calls.append(implementation)
-        return original(*arrays, implementation="xla", **how)
+        assert mask is None or mask.shape == (2, 1, 12, 12)  # which it wants whole
+        return original(query, *arrays, mask=mask, implementation="xla", **how)
 
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    whole = jax.jit(lambda *args: half(*args))(variables, given)
-    assert set(calls) == {"cudnn"}
+    monkeypatch.setattr(jaxmp.models.attention, "has_cudnn_attention", lambda: True)
+    whole = jax.tree.leaves(jax.jit(lambda *args: half(*args))(variables, *given))
+    assert calls == ["cudnn"] * 2
+    for x, y in zip(whole, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=0.03 * float(jnp.abs(y).max()))
     calls.clear()
-    parts, _ = decoded(decoder(model, "mixed_bfloat16"), variables, given, [8])
-    assert set(calls) == {"cudnn"}
-    for logits in (whole, parts):
-        np.testing.assert_allclose(logits, expected, atol=0.03 * float(jnp.abs(expected).max()))
-    calls.clear()
-    # It computes neither in float32 nor with dropout.
-    jax.eval_shape(lambda *args: model.apply(*args), variables, given)
+    # It computes neither in float32, nor with dropout, nor masks of an odd number of tokens.
+    jax.eval_shape(lambda *args: model.apply(*args), variables, *given)
     if name == "gpt2":
         train = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
-        jax.eval_shape(lambda *args: half(*args, **train), variables, given)
+        jax.eval_shape(lambda *args: half(*args, **train), variables, *given)
+    if name == "bert":
+        jax.eval_shape(lambda *args: half(*args), variables, *(x[:, :11] for x in given))
+    else:
+        jax.eval_shape(decoder(model, "mixed_bfloat16"), variables, *given)
     assert not calls
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "names"),
     [
@@ -248,7 +252,11 @@ def test_cudnns_kernel_is_given_the_same_attention(name, monkeypatch):
         (lambda: Attention(4, kv_heads=3), "heads=4: expected a multiple of kv_heads=3"),
         (lambda: Attention(4, kernel="flash"), "kernel='flash': expected auto or einsum or cudnn"),
         (lambda: init(Attention(3), normal(0, 1, 2, 8)), "a width of 8: expected a multiple of heads=3"),
-        (lambda: init(Attention(2, kernel="cudnn"), normal(0, 1, 2, 8)), "heads of 4 float32s; expected float16 or"),
+        (
+            lambda: init(Attention(2, kernel="cudnn"), normal(0, 1, 2, 8)),
+            "2 tokens, heads of 4 float32s",
+        ),
+        (lambda: decode_with_a_mask(), "a mask beside start: expected none in decoding"),
         (lambda: init(Attention(2, rope=1e4), normal(0, 1, 2, 6)), "heads of 3: expected an even width"),
         (lambda: GPT2(width=100), "width=100: expected a multiple of heads=12"),
         (lambda: GPT2(dropout=1.0), "dropout=1.0"),
@@ -265,3 +273,7 @@ def test_attention_that_cannot_be_is_refused_by_name(make, names):
 
 def init(model, x):
     return jax.eval_shape(model.init, jax.random.key(0), x)
+
+
+def decode_with_a_mask():
+    Attention(2).init(jax.random.key(0), normal(0, 1, 2, 8), jnp.ones((1, 2)), start=jnp.int32(0))

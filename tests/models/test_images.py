@@ -108,6 +108,7 @@ def test_a_pixel_of_a_unet_sees_as_far_as_its_levels_reach_and_keeps_its_place()
     assert (abs(where.mean(0) - 16) < 3).all() and abs(where - 16).max() <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "names"),
     [

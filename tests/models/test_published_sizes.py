@@ -42,21 +42,21 @@ def convolutions(kernel, *channels):
     ("model", "shapes", "published"),
     [
         # torchvision's numbers
-        (resnet18(), IMAGENET, 11_689_512),
-        (resnet34(), IMAGENET, 21_797_672),
+        pytest.param(resnet18(), IMAGENET, 11_689_512, marks=pytest.mark.slow),
+        pytest.param(resnet34(), IMAGENET, 21_797_672, marks=pytest.mark.slow),
         (resnet50(), IMAGENET, 25_557_032),
-        (resnet101(), IMAGENET, 44_549_160),
-        (VGG((1, 1, 2, 2, 2)), IMAGENET, 132_863_336),
+        pytest.param(resnet101(), IMAGENET, 44_549_160, marks=pytest.mark.slow),
+        pytest.param(VGG((1, 1, 2, 2, 2)), IMAGENET, 132_863_336, marks=pytest.mark.slow),
         (VGG(), IMAGENET, 138_357_544),
-        (VGG((2, 2, 4, 4, 4)), IMAGENET, 143_667_240),
+        pytest.param(VGG((2, 2, 4, 4, 4)), IMAGENET, 143_667_240, marks=pytest.mark.slow),
         (vit_base(), IMAGENET, 86_567_656),
         # timm's deit_tiny_patch16_224 and deit_small_patch16_224
-        (vit_tiny(), IMAGENET, 5_717_416),
-        (vit_small(), IMAGENET, 22_050_664),
+        pytest.param(vit_tiny(), IMAGENET, 5_717_416, marks=pytest.mark.slow),
+        pytest.param(vit_small(), IMAGENET, 22_050_664, marks=pytest.mark.slow),
         # transformers: GPT2LMHeadModel, the output tied; BertModel, with its pooler; BertForMaskedLM, without it
         (GPT2(), TEXT, 124_439_808),
         (BERT(), TEXT, 109_482_240),
-        (BERTMaskedLM(), TEXT, 109_514_298),
+        pytest.param(BERTMaskedLM(), TEXT, 109_514_298, marks=pytest.mark.slow),
         # the U-Net with batch normalisation that is in general use (milesial/Pytorch-UNet), one class
         (UNet(classes=1), CIFAR, 31_037_633),
     ],
@@ -65,13 +65,13 @@ def test_a_model_has_as_many_parameters_as_was_published(model, shapes, publishe
     assert parameters(model, shapes) == published
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+@pytest.mark.few_variants
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85), (110, 1.7), (44, 0.66), (32, 0.46)])
 def test_a_cifar_resnet_has_as_many_parameters_as_the_papers_table_6_says(depth, millions):
     assert round(parameters(CifarResNet(depth), CIFAR) / 1e6, 1 if depth == 110 else 2) == millions
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shapes", "expected"),
     [

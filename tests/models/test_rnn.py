@@ -24,6 +24,7 @@ def test_padding_changes_nothing_and_a_sequence_of_no_steps_is_zeros(cell):
     assert len({tuple(x) for x in np.asarray(logits).tolist()}) == 4
 
 
+@pytest.mark.slow
 def test_a_sequence_turned_round_twice_is_itself():
     x, length = jnp.arange(24.0).reshape(3, 4, 2), jnp.array([4, 2, 0])
     turned = reverse(x, length)
@@ -42,6 +43,7 @@ def test_an_image_is_a_sequence_of_its_rows():
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, image), jax.jit(model.apply)(variables, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "shape", "dtype", "names"),
     [

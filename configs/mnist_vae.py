@@ -1,0 +1,29 @@
+"""MNIST with a variational autoencoder of 20 latent variables.
+
+Source: D. Kingma and M. Welling, Auto-Encoding Variational Bayes, ICLR 2014, https://arxiv.org/abs/1312.6114, section
+5: 500 hidden units in encoder and decoder, batches of 100. Here the optimizer is Adam rather than Adagrad, and the
+pixels are the grey values, so that the loss is not the negative of a bound on a likelihood.
+
+Command:   jaxmp data prepare mnist && jaxmp train mnist_vae
+Hardware:  2 CPU cores, 3 to 4 minutes, while other programs ran
+Expected:  test loss 105.14 nats in mixed_float16 (6 of 11,000 steps skipped), 105.24 in mixed_bfloat16, 105.24 in
+           float32, of which 26.0 are the divergence from the prior; one seed
+"""
+
+from __future__ import annotations
+
+from jaxmp import TFDS, Adam, CosineDecay, Experiment, Loop
+from jaxmp.models.vae import VAE
+from jaxmp.tasks.variational import EvidenceBound
+
+
+def get_config() -> Experiment:
+    """Dense 500 tanh, 20 latent variables, Dense 500 tanh; Adam at 1e-3 with a cosine schedule, 20 epochs."""
+    return Experiment(
+        model=VAE(image=(28, 28, 1), hidden=(500,), latent=20),
+        data=TFDS(name="mnist", train="train[:55000]", validation="train[55000:]", test="test", batch_size=100),
+        task=EvidenceBound(),
+        optimizer=Adam(1e-3, schedule=CosineDecay()),
+        precision="mixed_float16",
+        loop=Loop(epochs=20),
+    )
