@@ -18,8 +18,8 @@ from jaxmp.precision.blocks import BlockFormat, Integer, is_block_format, parse_
 from jaxmp.precision.formats import Format, parse_format
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
 
-DRAWS = 400
-"""keys with which stochastic rounding is drawn"""
+DRAWS, NUMBERS = 400, 2**22
+"""keys with which stochastic rounding is drawn: `DRAWS`, or fewer if that would be more numbers than `NUMBERS`"""
 TOLERANCE = 2.0**-18
 """relative error that scales with a float32 factor may have, against exact arithmetic"""
 
@@ -284,9 +284,9 @@ class _Subject:
 
     @functools.cached_property
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers, and what `DRAWS` keys make of them: float64 (draws, rows, columns)."""
+        """Numbers, and what keys 0, 1, ... make of them: float64 (draws, rows, columns)."""
         x = _example(self.reference, "normal", 0, 7)
-        return x, np.stack([self(x, key) for key in range(DRAWS)])
+        return x, np.stack([self(x, key) for key in range(min(DRAWS, NUMBERS // x.size))])
 
     def need_nearest(self) -> None:
         if self.stochastic:
@@ -600,13 +600,15 @@ def unbiased(subject: _Subject) -> None:
     error = np.stack([_divided(y, scale) for y in draws]).mean(0) - mean
     slack = 0 if subject.reference.exact else 4 * TOLERANCE * np.maximum(np.abs(mean), 1)
     error = np.sign(error) * np.maximum(np.abs(error) - slack, 0)
-    seldom = DRAWS * share * (1 - share) < 5  # too seldom for a normal distribution: judged together with the others
-    sigma = np.sqrt(variance / DRAWS)
+    seldom = (
+        len(draws) * share * (1 - share) < 5
+    )  # too seldom for a normal distribution: judged together with the others
+    sigma = np.sqrt(variance / len(draws))
     off = np.where(seldom, 0, np.abs(error) / np.where(sigma > 0, sigma, 1))
     if off.max() > 5.5:
         index = _first(off == off.max())
         raise Broken(
-            f"{_number(subject, x, index)}: the mean of {DRAWS} keys is "
+            f"{_number(subject, x, index)}: the mean of {len(draws)} keys is "
             f"{float((mean + error)[index] * scale[index])!r}, {off.max():.1f} standard errors from it"
         )
     # Together: outwards from zero, and by how far the number is on its way to the next.
@@ -615,11 +617,11 @@ def unbiased(subject: _Subject) -> None:
     for low in (0, 0.25, 0.5, 0.75):
         groups.append((f"numbers {low:g} to {low + 0.25:g} of the way", (share > low) & (share <= low + 0.25)))
     for name, chosen in groups:
-        spread = math.sqrt(np.sum(variance[chosen]) / DRAWS)
+        spread = math.sqrt(np.sum(variance[chosen]) / len(draws))
         together = float(np.sum(outwards[chosen]))
         if spread and abs(together) > 4 * spread:
             raise Broken(
-                f"{name} to their larger neighbour ({chosen.sum()}): the mean of {DRAWS} keys is off by "
+                f"{name} to their larger neighbour ({chosen.sum()}): the mean of {len(draws)} keys is off by "
                 f"{together / chosen.sum():+.3g} of a scale, outwards from zero: {abs(together) / spread:.1f} standard "
                 "errors"
             )
@@ -642,7 +644,7 @@ def uncorrelated(subject: _Subject) -> None:
         if abs(ratio - 1) > 0.1 + 6 * math.sqrt(2 / sums.size):
             raise Broken(
                 f"the sum of a {name}'s errors has {ratio:.2f} times the variance of independent ones "
-                f"({DRAWS} keys, {int(count.max())} numbers a {name})"
+                f"({len(draws)} keys, {int(count.max())} numbers a {name})"
             )
 
 
@@ -653,8 +655,8 @@ def keys(subject: _Subject) -> None:
     for key in (0, 1):
         if not np.array_equal(subject(x, key), draws[key], equal_nan=True):
             raise Broken(f"two calls with key({key}) differ")
-    if len({y.tobytes() for y in draws}) < DRAWS:
-        raise Broken(f"{DRAWS} keys gave {len({y.tobytes() for y in draws})} different results")
+    if len({y.tobytes() for y in draws}) < len(draws):
+        raise Broken(f"{len(draws)} keys gave {len({y.tobytes() for y in draws})} different results")
     mean, _, share, scale = _moments(subject, x)
     clear = (share > 0.2) & (share < 0.8)
     nearest = np.where(share > 0.5, 1, 0)

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.linen import fp8_ops
 
 from jaxmp.errors import InputError
 from jaxmp.precision.blocks import PRESETS, quantize
 from jaxmp.testing import quantizer_laws
 
-OURS = [
-    *PRESETS,
-    *("mxfp8:rceil", "mxfp6_e3m2:rceil", "mxfp4:rceil", "mxfp4:ceil", "mxfp8:even", "mxint8:rceil", "nvfp4:torchao"),
-    *("int4:channel", "int4:group64", "e3m4:block20:e8m0", "e2m1:block16x16:e8m0"),
-]
+OURS = ["mxfp8", "mxfp6_e2m3", "mxfp4:rceil", "mxint8", "nvfp4", "block128", "int4:channel", "e2m1:block16x16:e8m0"]
+UNBIASED = [*PRESETS, *(f"{name}:rceil" for name in PRESETS if name.startswith("mx")), "nvfp4:torchao", "mxfp8:even"]
 
 
 def nearest_as(name):
@@ -83,6 +81,14 @@ def test_gfloat_obeys_all_laws():
 
     laws = quantizer_laws(mxfp4, "mxfp4")
     assert laws.broken == [], str(laws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in UNBIASED if name not in OURS])
+def test_stochastic_rounding_is_unbiased_in_every_format_and_under_both_scale_rules(name):
+    laws = quantizer_laws(stochastic_as(name), name)
+    for law in ("between_neighbours", "unbiased", "uncorrelated"):
+        assert laws[law].verdict == "holds", laws[law].words
 
 
 # Mutants: each is found by the law that is about it
@@ -234,7 +240,7 @@ NEAREST = {
     "some headroom is left at each call": (lambda x: quantize(x, "block128") * 0.99, "block128", "idempotent"),
     "infinity is clipped": (lambda x: quantize(jnp.clip(x, -3e38, 3e38), "mxfp8"), "mxfp8", "not_finite_survives"),
     "NaN becomes 0": (lambda x: quantize(jnp.nan_to_num(x, posinf=jnp.inf), "mxfp8"), "mxfp8", "not_finite_survives"),
-    "-0 becomes 0": (lambda x: jnp.abs(y := quantize(x, "mxfp8")) * jnp.sign(y), "mxfp8", "negative_zero"),
+    "-0 becomes 0": (lambda x: jnp.where((y := quantize(x, "mxfp8")) == 0, 0.0, y), "mxfp8", "negative_zero"),
     "amax has a floor": (amax_with_a_floor, "mxfp8", "scale_equivariant"),
     "a ragged block is filled up with large numbers": (filled_up_with_100, "mxfp4", "ragged_shapes"),
     "square blocks are not square": (nearest_as("e2m1:block8x32:e8m0"), "e2m1:block16x16:e8m0", "transposes"),
@@ -273,12 +279,64 @@ STOCHASTIC = {
 MUTANTS = {**NEAREST, **STOCHASTIC}
 
 
+# Published quantisers
+
+
+def flax_qdq(x):
+    return fp8_ops.qdq(x, jnp.float8_e4m3fn, jnp.ones(1), jnp.float32)
+
+
+def scaled_dot(x, mode):
+    """jax.nn's product with the identity, whose numbers every format has: what it makes of `x`."""
+    configs = [jax.nn.get_scaled_dot_general_config(mode)] * 3
+    return jax.nn.scaled_dot_general(x, jnp.eye(x.shape[1]), (((1,), (1,)), ((), ())), configs=configs)
+
+
+def scaled_dot_backward(g, mode):
+    """What the gradient of that product makes of the cotangent `g`."""
+    return jax.vjp(lambda x: scaled_dot(x, mode), jnp.ones_like(g))[1](g)[0]
+
+
+def qwix_rounded(x, qtype, block=None, key=None):
+    from qwix._src.core import qarray, stochastic_rounding
+
+    noise = None if key is None else stochastic_rounding.get_noise_fn("uniform", key)
+    tiles = {1: block} if block else {}
+    how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=[0], tiled_axes=tiles, noise_fn=noise)
+    return qarray.dequantize(qarray.quantize(x, how))
+
+
+PUBLISHED = {
+    "B20 qwix, mxfp4": (lambda x, key: qwix_rounded(x, "mxfp4", 32, key), "mxfp4:rceil", "keys"),
+    "B20 qwix, int3": (lambda x, key: qwix_rounded(x, "int3", key=key), "int3:channel", "keys"),
+    "B21 qwix, int8": (lambda x, key: qwix_rounded(x, jnp.int8, key=key), "int8:channel", "uncorrelated"),
+    "B22 qwix, nvfp4": (lambda x: qwix_rounded(x, "nvfp4", 16), "nvfp4", "scale_equivariant"),
+    "B23 qwix, nvfp4": (lambda x: qwix_rounded(x, "nvfp4", 16), "nvfp4", "not_finite_survives"),
+    "B23 jax.nn, nvfp4": (lambda x: scaled_dot(x, "nvfp4"), "nvfp4", "not_finite_survives"),
+    "B24 jax.nn, nvfp4": (lambda x: scaled_dot(x, "nvfp4"), "nvfp4", "scale_equivariant"),
+    "B24 jax.nn, nvfp4 backward": (lambda g: scaled_dot_backward(g, "nvfp4"), "nvfp4", "on_grid"),
+    "B25 jax.nn, mxfp8 backward": (lambda g: scaled_dot_backward(g, "mxfp8"), "mxfp8:rceil", "ragged_shapes"),
+    "B26 Flax, fp8_ops.qdq": (flax_qdq, "e4m3", "not_finite_survives"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(PUBLISHED))
+def test_the_defects_of_published_quantisers_are_found(case):
+    if "qwix" in case:
+        pytest.importorskip("qwix")
+    fn, format, law = PUBLISHED[case]
+    result = quantizer_laws(fn, format, title=case)[law]
+    assert result.verdict == "broken"
+    assert ("raised AssertionError" if "B25" in case else "") in result.words and "NameError" not in result.words
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", list(MUTANTS))
 def test_each_mutant_breaks_the_law_that_is_about_it(mutant):
     fn, format, law = MUTANTS[mutant]
     result = quantizer_laws(fn, format, title=mutant)[law]
-    assert result.verdict == "broken", mutant
+    assert result.verdict == "broken" and "raised" not in result.words, result.words
 
 
 def test_a_law_of_the_quick_suite_finds_noise_that_is_drawn_once_a_row_and_a_rule_that_is_another():
