@@ -84,7 +84,7 @@ def compare(case, x, want):
     skip = np.zeros(scales.shape, bool)
     if case.startswith("torchao mx"):
         skip = scales == 0
-        assert skip.mean() < 0.15
+        assert skip.mean() < 0.25
     if case.startswith("torchao") and format.rule == "rceil":
         ratio = amax / format.element.max / np.exp2(scales_wanted.astype(np.float64) - 127)
         log_rounded = (scales == scales_wanted + 1) & (ratio > 1) & (ratio < 1 + 2.0**-16)
