@@ -572,18 +572,18 @@ class _Scale(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize_blocks(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
-    return _rounded(x, noise, format, axes)
+    with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
+        return _rounded(x, noise, format, axes)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit, one call instead of a hundred
 def _rounded(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
-    with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
-        layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-        scaling = _scaling(bits & ~_SIGN, layout, format)
-        magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
-        scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
-        result = layout.ungrouped(_decode(magnitudes, scale, format.element))
-        return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
+    layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
+    scaling = _scaling(bits & ~_SIGN, layout, format)
+    magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
+    scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    result = layout.ungrouped(_decode(magnitudes, scale, format.element))
+    return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
 
 
 @_quantize_blocks.defjvp

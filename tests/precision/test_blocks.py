@@ -318,6 +318,13 @@ def test_what_cannot_be_done_is_said_in_one_message(call, message):
 
 
 @pytest.mark.slow
+def test_blame_names_the_block_format_that_rounded_a_number_up_to_infinity():
+    x = np.full(32, np.finfo(np.float32).max)
+    found = jaxmp.blame(lambda x: quantize(x, "e4m3:block32:e8m0:rceil").sum(), x)
+    assert found.primitive == "quantize_mxfp8_e4m3-rceil"
+
+
+@pytest.mark.slow
 def test_the_public_quantize_takes_float_formats_too():
     x = gaussian(8)
     np.testing.assert_array_equal(jaxmp.quantize(x, "e4m3"), jaxmp.precision.formats.quantize(x, "e4m3"))
