@@ -607,7 +607,7 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Sca
         return _Scaling(stored, None, None, 127 - code, bad)
     largest = to_bits(format.element.max)
     if format.scale == "f32":
-        # Multiplying by 1 / e instead would overflow below 2^-126, and trap T10 flush the scale.
+        # With this limit the scale is a normal number, which others can multiply by without losing it (trap T10).
         encode = _once(jnp.minimum(divide(largest, amax), to_bits(2.0**126)))
         scale = bitcast_convert_type(_once(divide(to_bits(1), encode)), jnp.float32)
         return _Scaling(jnp.where(bad, jnp.float32(jnp.nan), scale), None, *significand_and_exponent(encode), bad)
@@ -699,9 +699,8 @@ def _encode(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, element
     quantum = jnp.maximum(exponent, min_exponent) - mantissa_bits
     drop = quantum - (exponent - 23)
     significand = (scaled_bits & MANTISSA) | LEADING
-    significand = jnp.where(scaled_bits > 0, significand, jnp.uint32(0)) >> jnp.clip(drop - 31, 0, 31).astype(
-        jnp.uint32
-    )
+    significand = jnp.where(scaled_bits > 0, significand, jnp.uint32(0))
+    significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)  # 32 random bits can decide about 31 dropped bits
     quanta = drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
     binade = jnp.minimum(quantum + mantissa_bits - min_exponent, 512).astype(jnp.uint32)
     code = quanta + (binade << mantissa_bits)

@@ -242,40 +242,36 @@ class _Subject:
         self.fn, self.reference, self.axis = fn, reference, axis
         self.stochastic = _required(fn) == 2
         self._jitted = jax.jit(fn)
-        self._runs_in_jax: bool | None = None
 
     def given(self, x: np.ndarray) -> np.ndarray:
         """The array with its blocks along the axis of the quantiser."""
         return x.T if self.axis == 0 else x
 
-    @property
+    @functools.cached_property
     def runs_in_jax(self) -> bool:
         """Whether it can be traced; a function of NumPy cannot."""
-        if self._runs_in_jax is None:
-            shape = jax.ShapeDtypeStruct(self.given(np.zeros(self.reference.shape)).shape, jnp.float32)
-            try:
-                jax.eval_shape(self.fn, shape, *([jax.random.key(0)] if self.stochastic else []))
-            except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-                self._runs_in_jax = False
-            except Exception:  # a law says so, with what it was given
-                self._runs_in_jax = True
-            else:
-                self._runs_in_jax = True
-        return self._runs_in_jax
+        shape = jax.ShapeDtypeStruct(self.given(np.zeros(self.reference.shape)).shape, jnp.float32)
+        try:
+            jax.eval_shape(self.fn, shape, *([jax.random.key(0)] if self.stochastic else []))
+        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+            return False
+        except Exception:
+            return True  # the first law says what it raised, and what it was given
+        return True
 
-    def raw(self, x: np.ndarray, key: int = 1, *, jit: bool = True) -> Any:
+    def raw(self, x: np.ndarray, key: int = 1) -> Any:
         """What the quantiser returns."""
         x = np.ascontiguousarray(self.given(np.asarray(x, np.float32)))
-        function = self._jitted if jit and self.runs_in_jax else self.fn
+        function = self._jitted if self.runs_in_jax else self.fn
         arguments = [jnp.asarray(x) if self.runs_in_jax else x]
         if self.stochastic:
             arguments.append(jax.random.key(key))
         with np.errstate(all="ignore"):
             return calling("the quantiser", function, *arguments, given=f"an array of shape {x.shape}")
 
-    def __call__(self, x: np.ndarray, key: int = 1, *, jit: bool = True) -> np.ndarray:
+    def __call__(self, x: np.ndarray, key: int = 1) -> np.ndarray:
         """The rounded numbers, float64 with the shape of `x`."""
-        y = self.raw(x, key, jit=jit)
+        y = self.raw(x, key)
         y = np.asarray(y[0] if isinstance(y, tuple) else y)
         y = y.T if self.axis == 0 else y
         if y.shape != np.shape(x):

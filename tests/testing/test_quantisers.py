@@ -91,6 +91,16 @@ def test_stochastic_rounding_is_unbiased_in_every_format_and_under_both_scale_ru
         assert laws[law].verdict == "holds", laws[law].words
 
 
+@pytest.mark.slow
+def test_blocks_may_run_along_rows_and_infinities_may_be_counted():
+    def counting(x):
+        return quantize(jnp.nan_to_num(x), "mxfp4", axis=0), (~jnp.isfinite(x)).sum()
+
+    laws = quantizer_laws(counting, "mxfp4", axis=0)
+    for law in ("scale_by_rule", "nearest", "ragged_shapes", "same_in_jit_vmap_and_scan", "not_finite_survives"):
+        assert laws[law].verdict == "holds", laws[law].words
+
+
 # Mutants: each is found by the law that is about it
 
 
