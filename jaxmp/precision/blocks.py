@@ -572,18 +572,18 @@ class _Scale(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize_blocks(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
-    return _rounded(x, noise, format, axes)
+    with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
+        return _rounded(x, noise, format, axes)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit, one call instead of a hundred
 def _rounded(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
-    with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
-        layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-        scaling = _scaling(bits & ~_SIGN, layout, format)
-        magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
-        scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
-        result = layout.ungrouped(_decode(magnitudes, scale, format.element))
-        return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
+    layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
+    scaling = _scaling(bits & ~_SIGN, layout, format)
+    magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
+    scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    result = layout.ungrouped(_decode(magnitudes, scale, format.element))
+    return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
 
 
 @_quantize_blocks.defjvp
@@ -607,9 +607,9 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Sca
         return _Scaling(stored, None, None, 127 - code, bad)
     largest = to_bits(format.element.max)
     if format.scale == "f32":
-        # Multiplying by 1 / e instead would overflow below 2^-126, and trap T10 flush the scale.
-        encode = jnp.minimum(divide(largest, amax), to_bits(2.0**126))
-        scale = bitcast_convert_type(divide(to_bits(1), encode), jnp.float32)
+        # With this limit the scale is a normal number, which others can multiply by without losing it (trap T10).
+        encode = _once(jnp.minimum(divide(largest, amax), to_bits(2.0**126)))
+        scale = bitcast_convert_type(_once(divide(to_bits(1), encode)), jnp.float32)
         return _Scaling(jnp.where(bad, jnp.float32(jnp.nan), scale), None, *significand_and_exponent(encode), bad)
     scale_code, tensor_scale, encode = _e4m3_scaling(amax, jnp.max(amax, initial=0), format)
     stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), scale_code.astype(jnp.uint8))
@@ -633,23 +633,33 @@ def _e4m3_scaling(amax: jax.Array, tensor_amax: jax.Array, format: BlockFormat) 
     one, largest, product = to_bits(1), to_bits(format.element.max), to_bits(448 * format.element.max)
     if format.rule == "te":
         encode_tensor = jnp.minimum(divide(product, tensor_amax), _LARGEST)
-        tensor_scale = divide(one, encode_tensor)
-        multiplier = multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max))))
-        code, scale = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
-        return code, tensor_scale, jnp.minimum(divide(one, multiply(scale, tensor_scale)), _LARGEST)
-    tensor_scale = divide(tensor_amax, product)
+        tensor_scale = _once(divide(one, encode_tensor))
+        multiplier = _once(multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max)))))
+        scale, code = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
+        return code, tensor_scale, _once(jnp.minimum(divide(one, multiply(scale, tensor_scale)), _LARGEST))
+    tensor_scale = _once(divide(tensor_amax, product))
     ratio = jnp.where(amax > 0, divide(divide(amax, largest), tensor_scale), jnp.uint32(0))
-    code, scale = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))
-    return code, tensor_scale, jnp.minimum(divide(divide(one, tensor_scale), scale), _LARGEST)
+    scale, code = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))
+    return code, tensor_scale, _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
+
+
+def _once(bits: jax.Array) -> jax.Array:
+    """Returns `bits` of positive numbers such that XLA computes them once, not in each operation that uses them.
+
+    XLA:CPU fuses what is computed for a block into the loop over its numbers, unless it ends with a division: nvfp4 of
+    2^20 numbers would take 43 ms instead of 3. (It drops optimization barriers before.) Positive numbers have no sign
+    bit; XLA does not know that, and keeps this division by 1.
+    """
+    return jax.lax.div(bits, (bits >> 31) + 1)
 
 
 def _to_e4m3(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds positive numbers to e4m3; returns codes and float32 bits."""
-    rounded = round_bits(bits, None, _E4M3, True)
+    """Rounds positive numbers to e4m3; returns float32 bits and codes."""
+    rounded = _once(round_bits(bits, None, _E4M3, True))
     quanta = bitcast_convert_type(rounded, jnp.float32) * np.float32(1 / _E4M3.smallest_subnormal)
     normal = (rounded >> 20) - np.uint32((127 - _E4M3.bias) << 3)
     small = rounded < to_bits(_E4M3.smallest_normal)
-    return jnp.where(small, quanta.astype(jnp.uint32), normal), rounded
+    return rounded, jnp.where(small, quanta.astype(jnp.uint32), normal)
 
 
 def _decoded_scale(stored: jax.Array, tensor_scale: jax.Array | None, format: BlockFormat) -> _Scale:
@@ -665,7 +675,7 @@ def _decoded_scale(stored: jax.Array, tensor_scale: jax.Array | None, format: Bl
         bits = jnp.where(code < 8, bitcast_convert_type(quanta, jnp.uint32), normal)
         bad = code == _NAN_CODES["e4m3"]
         assert tensor_scale is not None
-        product = multiply(bits, bitcast_convert_type(tensor_scale, jnp.uint32))
+        product = _once(multiply(bits, bitcast_convert_type(tensor_scale, jnp.uint32)))
         return _Scale(*significand_and_exponent(product), bad, product == 0)
     return _Scale(*significand_and_exponent(bits), bits >= INFINITY, bits == 0)
 
@@ -689,9 +699,8 @@ def _encode(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, element
     quantum = jnp.maximum(exponent, min_exponent) - mantissa_bits
     drop = quantum - (exponent - 23)
     significand = (scaled_bits & MANTISSA) | LEADING
-    significand = jnp.where(scaled_bits > 0, significand, jnp.uint32(0)) >> jnp.clip(drop - 31, 0, 31).astype(
-        jnp.uint32
-    )
+    significand = jnp.where(scaled_bits > 0, significand, jnp.uint32(0))
+    significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)  # 32 random bits can decide about 31 dropped bits
     quanta = drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
     binade = jnp.minimum(quantum + mantissa_bits - min_exponent, 512).astype(jnp.uint32)
     code = quanta + (binade << mantissa_bits)

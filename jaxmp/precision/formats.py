@@ -4,6 +4,9 @@
     fake_quantize(x, "e4m3", "e5m2")              # also rounds the gradient, to e5m2
     quantize(x, "e3m4", rounding="stochastic", key=key)
 
+Formats with a scale for each block of numbers are in `jaxmp.precision.blocks`, whose `quantize`, exported as
+`jaxmp.quantize`, takes both kinds.
+
 The name `e4m3` means 4 exponent bits and 3 mantissa bits. Emulation works on the bits of float32 with integer
 operations. So XLA cannot remove it, as it can remove a cast (trap T6: between two 16-bit operations XLA may keep the
 unrounded value); it handles float32's subnormals, which XLA flushes to zero in float arithmetic (trap T10); and it

@@ -22,6 +22,7 @@ except ModuleNotFoundError:
 
 from jaxmp.testing.laws import Broken, LawResult, Laws
 from jaxmp.testing.policies import policy_laws
+from jaxmp.testing.quantisers import quantizer_laws
 from jaxmp.testing.replicas import replicated
 from jaxmp.testing.scalers import ScalerAdapter, from_value_and_grad, scaler_laws
 from jaxmp.testing.steps import StepAdapter, step_laws
@@ -34,6 +35,7 @@ __all__ = [
     "StepAdapter",
     "from_value_and_grad",
     "policy_laws",
+    "quantizer_laws",
     "replicated",
     "scaler_laws",
     "step_laws",

@@ -41,6 +41,8 @@ def inputs(count: int, seed: int = 0) -> np.ndarray:
     normal = random.standard_normal(shape) * np.exp2(random.randint(-20, 20, (rows, 8, 1)))
     log_uniform = sign * np.exp2(random.uniform(-126, 127.9, shape))
     narrow = sign * np.exp2(random.uniform(-22, 0, shape) + random.randint(-100, 120, (rows, 8, 1)))
+    # The largest of a block just below a power of two: every rule that rounds or clips it differs from the next.
+    narrow[..., 0] = sign[..., 0] * (2 - 2.0**-9) * np.exp2(random.randint(-100, 120, (rows, 8)))
     # All numbers and midpoints of the small formats, and the float32 numbers beside them.
     mantissa = random.randint(16, 32, shape) / 16.0
     grid = sign * mantissa * np.exp2(random.randint(-8, 9, shape) + random.randint(-30, 30, (rows, 8, 1)))
@@ -59,12 +61,25 @@ def inputs(count: int, seed: int = 0) -> np.ndarray:
 def tensor_inputs(count: int, seed: int = 1) -> np.ndarray:
     """Numbers for formats with a scale of the tensor, in which amax of the blocks vary by 2^24, float32 (..., 256)."""
     random = np.random.RandomState(seed)
-    shape = (count // 256, 8, 32)
-    normal = random.standard_normal(shape) * np.exp2(random.randint(-18, 4, (count // 256, 8, 1)))
-    ties = random.randint(-13, 14, shape) / 4.0 * np.exp2(random.randint(-6, 2, (count // 256, 8, 1)))
+    shape = (count // 256, 16, 16)
+    normal = random.standard_normal(shape) * np.exp2(random.randint(-18, 4, (count // 256, 16, 1)))
+    ties = random.randint(-13, 14, shape) / 4.0 * np.exp2(random.randint(-6, 2, (count // 256, 16, 1)))
     zeros = np.where(random.uniform(size=shape) < 0.95, 0.0, normal)
-    kind = random.choice(3, (count // 256, 1, 1), p=[0.6, 0.3, 0.1])
-    return np.choose(np.broadcast_to(kind, shape), [normal, ties, zeros]).astype(np.float32).reshape(-1, 256)
+    # Where the order of multiplications shows: elements, or scales, that are halfway between two up to rounding errors.
+    largest = 123.45678
+    scale = random.randint(8, 16, shape[:2]) / 8.0 * np.exp2(random.randint(-5, 8, shape[:2]))
+    middle = random.choice([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], shape) * random.choice([-1.0, 1.0], shape)
+    middle[..., 0] = 6.0
+    elements = middle * scale[..., None] * (largest / 2688)
+    scales = np.minimum(np.abs(normal), 1) / 8
+    scales[..., 0] = (scale + np.exp2(np.floor(np.log2(scale)) - 4)) * (largest / 448)
+    kinds = np.stack([normal, ties, zeros, elements, scales])
+    kind = random.choice(5, (*shape[:2], 1), p=[0.4, 0.1, 0.1, 0.2, 0.2])
+    x = np.choose(np.broadcast_to(kind, shape), kinds).astype(np.float32)
+    near = (x.view(np.uint32) + random.randint(-1, 2, shape)).astype(np.uint32).view(np.float32)
+    x = np.where((kind > 2) & (x != 0), near, x).reshape(-1, 256)
+    x[0, 0] = largest
+    return x
 
 
 def inputs_of(case: str, count: int) -> np.ndarray:
