@@ -113,6 +113,17 @@ def test_at_once_an_overflow_of_one_leaves_the_other_s_parameters_and_moments_to
         assert bits(found.opt_state[name].inner_state) == bits(expected.opt_state[name].inner_state)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["in_turn", "at_once"])
+def test_the_state_that_an_objective_sees_is_what_those_before_it_left(order):
+    trainer = trainer_of(order)
+    start = fresh(trainer, discriminator=FINITE, generator=FINITE)
+    seen = trainer.state_seen("generator")(start, trainer.feed(fuse=False).batch(0))
+    alone = after(order, ("discriminator",))
+    assert seen.step == start.step and bits(seen.model_state) == bits(alone.model_state) != bits(start.model_state)
+    assert bits(seen.params) == bits((alone if order == "in_turn" else start).params)
+
+
 def test_the_gradient_and_the_moments_of_an_objective_hold_its_own_leaves_alone():
     trainer, name = trainer_of(), "generator"
     state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)
