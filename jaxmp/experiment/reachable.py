@@ -141,7 +141,9 @@ class _Walk:
             self.seen[id(value)] = value, known
         _, known = self.seen[id(value)]
         if known != name and not isinstance(value, types.ModuleType):  # which of those that can be reached it is
-            self.note(name, {"value": f"is {known}"})
+            package, _, installed = known.partition(":")
+            inside = {"in": package} if installed and "version" in self.found.get(package, {}) else {}
+            self.note(name, {"value": f"is {known}"} | inside)
 
     def new(self, value: Any, name: str) -> str | None:
         """Notes a value that was not seen before. Returns its name if it has one of its own."""
@@ -152,7 +154,10 @@ class _Walk:
             return self.a_class(value)
         if _is_code(value):
             return self.function(value, name)
-        if isinstance(value, Mapping):
+        if isinstance(value, enum.Enum):
+            self.visit(type(value), f"{name}.__class__")
+            self.note(name, {"value": f"{type(value).__qualname__}.{value.name}"})
+        elif isinstance(value, Mapping):
             for key, of in value.items():
                 self.visit(of, f"{name}[{key!r}]")
             self.note(name, {"value": f"{type(value).__name__} of {len(value)}"})
@@ -230,10 +235,14 @@ class _Walk:
         for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
             if field.default_factory is not dataclasses.MISSING:
                 self.visit(field.default_factory, f"{where}.{field.name}")
+        for name, member in kind.__members__.items() if issubclass(kind, enum.Enum) else ():
+            self.visit(member.value, f"{where}.{name}")
         for name, of in vars(kind).items():
             if isinstance(of, (staticmethod, classmethod)):
                 of = of.__func__
-            if name.startswith("__") and not _is_code(of):
+            if not _is_code(of) and (name.startswith("__") or _is_kept(kind, name)):
+                continue
+            if _is_code(of) and (name in _MADE_BY_DATACLASS or issubclass(kind, enum.Enum)) and _is_generated(of):
                 continue
             if isinstance(of, property):
                 for kind_of, part in (("", of.fget), (".setter", of.fset), (".deleter", of.fdel)):
@@ -314,7 +323,8 @@ class _Walk:
             changing = _mutated(node)
         for module, name, of in _named(function, function.__code__):
             self.visit(of, f"{module}.{name}")
-        self.mutated |= {f"{place}.{name}" for name in changing & _loaded(function.__code__)}
+        loaded = _loaded(function.__code__)
+        self.mutated |= {f"{place}.{name}" for name in changing if name.partition(".")[0] in loaded}
         self.mutated |= {f"{place}.{name}" for name in _stored(function.__code__, "GLOBAL")}
         return changing | _stored(function.__code__, "DEREF")
 
@@ -369,6 +379,29 @@ def _reference(kind: type) -> str:
 def _installed_name(value: Any) -> str:
     """The package and name of an installed function or class, wherever in the package it stands."""
     return f"{str(value.__module__).partition('.')[0]}:{value.__qualname__}"
+
+
+_MADE_BY_DATACLASS = frozenset(
+    "__init__ __repr__ __eq__ __hash__ __lt__ __le__ __gt__ __ge__ __setattr__ __delattr__ __replace__".split()
+)
+
+
+def _is_generated(function: Any) -> bool:
+    """Whether a method was made by `dataclass` or another package, around no code of one's own."""
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    if code is not None and code.co_filename.startswith("<string>"):
+        return True
+    return is_installed(str(getattr(inner, "__module__", None) if code is None else inner.__globals__.get("__name__")))
+
+
+_KEPT_BY_FLAX = frozenset("parent name scope _state _parent_ref _compact_name_scope_methods".split())
+"""what Flax keeps in the classes of modules for itself"""
+
+
+def _is_kept(kind: type, name: str) -> bool:
+    """Whether an attribute of one's own class is a package's, not one's own."""
+    return issubclass(kind, enum.Enum) or (name in _KEPT_BY_FLAX and "setup" in dir(kind))
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -515,19 +548,30 @@ def _loaded(code: types.CodeType) -> set[str]:
 
 
 def _mutated(node: ast.AST, *, attributes: bool = False) -> set[str]:
-    """The variables, or the attributes, that code fills or changes: `name[...] = `, `name.append(...)`."""
+    """The variables, or the attributes, that code fills or changes: `name[...] = `, `name.append(...)`, `name.a = `."""
     found = set()
     for part in ast.walk(node):
         target: Any = None
-        if isinstance(part, ast.Subscript) and isinstance(part.ctx, (ast.Store, ast.Del)):
-            target = part.value
+        if isinstance(part, (ast.Subscript, ast.Attribute)) and isinstance(part.ctx, (ast.Store, ast.Del)):
+            target = part.value if isinstance(part, ast.Subscript) else part
         elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr in MUTATORS:
             target = part.func.value
-        if attributes and isinstance(target, ast.Attribute):
-            found.add(target.attr)
-        elif not attributes and isinstance(target, ast.Name):
-            found.add(target.id)
+        names = [] if target is None else _dotted(target)
+        if names and attributes:
+            found.add(names[-1])
+        elif names:
+            found.add(".".join(names))
     return found
+
+
+def _dotted(node: ast.AST) -> list[str]:
+    """The names of `a.b[0].c`, without what is in brackets; none if it does not begin with a name."""
+    if isinstance(node, ast.Subscript):
+        return _dotted(node.value)
+    if isinstance(node, ast.Attribute):
+        above = _dotted(node.value)
+        return [*above, node.attr] if above else []
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 # What a function is.

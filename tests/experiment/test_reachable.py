@@ -693,6 +693,17 @@ READER = Rows()
 def f(x):
     READER.read(x)
 """,
+    "list in a dict": """
+KEPT = {"x": []}
+def f(x): KEPT["x"].append(x)
+""",
+    "attribute of a global": """
+import types
+STATE = types.SimpleNamespace(n=0, kept={})
+def f(x):
+    STATE.n += 1
+    STATE.kept[x] = x
+""",
     "generator": """
 import numpy as np
 RNG = np.random.default_rng(0)
@@ -728,6 +739,50 @@ def test_a_module_that_a_closure_holds_is_followed(monkeypatch):
     sys.modules["mine_too"].__name__ = "mine_too"
     program = "def make():\n    import mine_too\n    def f(x): return mine_too.rows(x)\n    return f\nf = make()\n"
     assert made_by(Made(load(program).f))["mine_too.SCALE"] == {"value": 4}
+
+
+FLAX = """
+import dataclasses, enum
+import flax.linen as nn
+
+class Kind(enum.Enum):
+    A = "a"
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    kind: Kind = Kind.A
+
+class Net(nn.Module):
+    width: int = 3
+    _scale = 2.0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.width)(x) * self._scale, Task()
+
+f = Net()
+"""
+
+
+def test_what_flax_and_dataclass_keep_in_classes_of_ones_own_is_left_out():
+    made = made_by(Made(load(FLAX).f))
+    own = {name.removeprefix("mine.") for name, of in made.items() if name.startswith("mine.") and "in" not in of}
+    assert own == {
+        *(
+            "Kind",
+            "Kind.A",
+            "Net",
+            "Net.width",
+            "Net._scale",
+            "Net.__call__",
+            "Task",
+            "Task.kind",
+            "Task.kind.__class__",
+        ),
+    }
+    for old, new, name in (("2.0", "3.0", "Net._scale"), ('"a"', '"b"', "Kind.A"), ("int = 3", "int = 4", "Net.width")):
+        changed = Comparison(made, made_by(Made(load(FLAX.replace(old, new)).f))).changed
+        assert f"mine.{name}" in changed
 
 
 def test_what_a_package_made_is_compared_under_one_version_of_it_alone():
