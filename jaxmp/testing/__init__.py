@@ -2,7 +2,7 @@
 
     import jaxmp.testing
     test_policy = jaxmp.testing.policy_laws(MyNet(), "head=float32; mixed_float16", batch)
-    test_scaler = jaxmp.testing.scaler_laws(adapter)
+    test_scaler = jaxmp.testing.scaler_laws(jaxmp.DynamicScaler())  # or an adapter
     test_step = jaxmp.testing.step_laws(adapter)
 
 Each of the three returns a `Laws`. Printed, it is a table, with the smallest counterexample of each broken law. In a

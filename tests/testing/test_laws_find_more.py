@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
-from jaxmp.testing import ScalerAdapter, StepAdapter, scaler_laws, step_laws
+from jaxmp.testing import ScalerAdapter, StepAdapter, policy_laws, scaler_laws, step_laws
 from jaxmp.trees import tree_where
 
 tree_map = jax.tree.map
@@ -376,6 +376,28 @@ def test_scale_laws_run_for_each_scaler_in_the_state():
     )
     result = step_laws(both)["scale_is_sound"]
     assert result.verdict == "broken" and "critic" in result.words
+
+
+# --- models with integers and pooling
+
+
+class Counting(nn.Module):
+    """Makes positions, one-hot codes and a causal mask, and pools over four positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = x.shape[1]
+        mask = jnp.tril(jnp.ones((count, count), bool)) & (jnp.arange(count) >= 0)
+        x = jnp.where(mask[None], x[:, :, None] * x[:, None, :], 0)
+        x = nn.avg_pool(nn.Dense(4)(x), (4,), (4,))
+        return nn.Dense(2)(x) + jax.nn.one_hot(jnp.arange(x.shape[1]) % 2, 2)
+
+
+@pytest.mark.slow
+def test_policy_laws_run_where_no_number_is_a_float_and_find_pooling_in_half():
+    laws = policy_laws(Counting(), "mixed_float16", jax.random.normal(jax.random.key(0), (4, 8)))
+    assert laws.broken == ["sums_in_float32"], str(laws)
+    assert "a reduce_window_sum adds up 4 numbers in float16" in laws["sums_in_float32"].words
 
 
 # --- scalers
