@@ -21,7 +21,7 @@ _SCATTERS = {"scatter-add": lax.scatter_add, "scatter-mul": lax.scatter_mul, "sc
 _AS_TRACED = {"bitcast_convert_type", "nextafter", "random_gamma", "rng_uniform"}
 """Operations that are defined by the width of their operands, or draw numbers."""
 
-_NARROW = (*HALF, FLOAT32)
+_NARROW = (*HALF, FLOAT32, np.dtype(np.complex64))
 
 
 def draws(fn: Callable[..., Any], *args: Any) -> bool:
@@ -44,7 +44,7 @@ def in_float64(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        arrays = [np.asarray(jax.device_get(x)) for x in leaves]
+        arrays = [x if _is_key(x) else np.asarray(jax.device_get(x)) for x in leaves]
         key = tree, tuple((x.shape, x.dtype) for x in arrays)
         if key not in compiled:
             shapes = [jax.ShapeDtypeStruct(x.shape, _narrow(x.dtype)) for x in arrays]
@@ -88,7 +88,7 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
     params = dict(eqn.params)
     for field in ("new_dtype", "preferred_element_type", "dtype"):
         if params.get(field) in _NARROW:
-            params[field] = np.dtype(np.float64)
+            params[field] = _double(params[field])
     if "precision" in params and name != "reduce_precision":
         params["precision"] = None
     return bind(eqn, operands, params)
@@ -128,12 +128,20 @@ def _as_traced(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _wide(x: Any) -> Any:
-    return x.astype(np.float64) if _is_float(x) and x.dtype in _NARROW else x
+    return x.astype(_double(x.dtype)) if _is_float(x) and x.dtype in _NARROW else x
+
+
+def _double(dtype: Any) -> Any:
+    return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
 
 
 def _narrow(dtype: Any) -> Any:
-    return FLOAT32 if dtype == np.float64 else dtype
+    return {np.dtype(np.float64): FLOAT32, np.dtype(np.complex128): np.dtype(np.complex64)}.get(dtype, dtype)
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_float(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

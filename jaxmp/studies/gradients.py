@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.instruments.float64 import draws, in_float64
 from jaxmp.instruments.gradient_error import (
     Arrays,
     GradientFn,
     exact_gradients,
+    float64_arrays,
     gradient_error,
     scaled_gradients,
 )
@@ -23,6 +26,7 @@ from jaxmp.runs.replay import PastStep, states_at
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
 from jaxmp.tasks.task import refuse_several
+from jaxmp.training.gradients import make_gradients
 
 REFERENCES = ("float64", "float32")
 """values of `against`"""
@@ -35,9 +39,9 @@ def compare_gradients(experiments: Mapping[str, Experiment], count: int, *, agai
     gradient from its state and on its batch. Each is scaled by the scale with which its own scaler begins, and unscaled
     in float64.
 
-    Against `float64`, all gradients are taken as in evaluation (no dropout, batch statistics as they are), since random
-    masks would be others in float64; a task's own casts of outputs to float32 remain. Against `float32`, they are taken
-    as in training, with the same masks.
+    Against `float64`, all gradients are taken as in evaluation (no dropout, batch statistics as they are); a task's own
+    casts of outputs to float32 remain. A model that draws in evaluation too draws the same numbers in float64. Against
+    `float32`, gradients are taken as in training, with the same masks.
 
     Args:
       experiments: one for each precision, by its name; they differ in nothing else. The first says the states.
@@ -104,18 +108,36 @@ def _gradients(experiment: Experiment, train: bool) -> Callable[[PastStep], Arra
 
 def _exact(experiment: Experiment) -> Callable[[PastStep], Arrays]:
     """The gradients of a step by float64 arithmetic, from the parameters as they are kept."""
+
+    def gradients(precision: Any) -> Any:
+        loss_fn = make_loss(experiment.model, experiment.task, precision, train=False)
+        return make_gradients(loss_fn, trains=experiment.trains)
+
     # Not through Experiment, which refuses float64 unless it is on for good.
     float64 = parse_policy("p=f64,c=f64,o=f64")
     exact = exact_gradients(
         make_loss(experiment.model, experiment.task, float64, train=False), trains=experiment.trains
     )
-    return lambda past: exact(past.state.params, past.state.model_state, past.batch, None)
+    drawn = in_float64(gradients("float32"))
+
+    def at_step(past: PastStep) -> Arrays:
+        state, key = past.state, _key(past)
+        arguments = (state.params, state.model_state, jnp.float32(1), past.batch, key)
+        if draws(gradients("float32"), *arguments):  # under a policy for float64 it would draw others
+            return float64_arrays(drawn(*arguments)[0])
+        return exact(state.params, state.model_state, past.batch, key)
+
+    return at_step
+
+
+def _key(past: PastStep) -> jax.Array:
+    return jax.random.fold_in(past.state.key, past.state.step)
 
 
 def _at_step(experiment: Experiment, gradients: GradientFn) -> Callable[[PastStep], Arrays]:
     def at_step(past: PastStep) -> Arrays:
         state, inputs = past.state, [past.batch[name] for name in experiment.task.inputs]
         params = cast_to_param(experiment.model, experiment.policy, state.params, *inputs)
-        return gradients(params, state.model_state, past.batch, jax.random.fold_in(state.key, state.step))
+        return gradients(params, state.model_state, past.batch, _key(past))
 
     return at_step
