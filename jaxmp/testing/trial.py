@@ -406,8 +406,8 @@ def gross_difference(
 
     Half of the leaves, because an optimizer that normalises turns rounding errors into steps of full length, for a
     parameter whose true gradient is 0. Four times the bound, and at least `WRONG_SHARE`, is allowed to each kind of
-    leaves, such as the first moments of all parameters: to all of them together, or to half of them. Kinds of fewer than
-    three leaves are not looked at by themselves.
+    leaves, such as the first moments of all parameters: to all of them together, or to half of them. Kinds of fewer
+    than three leaves are not looked at by themselves.
 
     Args:
       expected: what the leaves ought to be.
