@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmp
+import jaxmp.testing
 from jaxmp.data.arrays import Arrays
 from jaxmp.data.text import TextBytes
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
+from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.gradients import compare_gradients
+from jaxmp.studies.overflow import blame_run
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
 IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
@@ -73,6 +78,39 @@ def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(
     states = [Run(path, experiment).state() for path in (whole.path, folder)]
     assert int(states[0].step) == 4
     assert bits(states[0]) == bits(states[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its_laws_hold(name, tmp_path):
+    experiment = four_steps(shipped(name))
+    precision = experiment.precision
+    report = jaxmp.audit(experiment)
+    # By hand: the gradient of each kernel of (inputs, outputs), and of all layers' inputs but the first's.
+    assert not report.findings and list(report.dot_flops_by_dtype) == [precision.removeprefix("mixed_")]
+    rows = experiment.data.batch_size
+    kernels = [x.size for x in jax.tree.leaves(Trainer(experiment).state_spec.params) if x.ndim == 2]
+    if name.endswith("mlp"):
+        assert sum(report.dot_flops_by_dtype.values()) == 2 * rows * (3 * sum(kernels) - max(kernels))
+
+    run = Run(fit(experiment, workdir=tmp_path, log=lambda text: None).path, experiment)
+    blamed = blame_run(run, 4, log=lambda text: None)
+    # The scale falls until the gradients of these images are finite: step 4 was skipped if all were.
+    overflows = int(jaxmp.skipped_steps(run.state().opt_state)) == 4
+    assert blamed.step == 4 and (blamed.found is not None) == overflows
+    assert not overflows or (blamed.float32_helps and (blamed.passing_scale or 0) < blamed.scale)
+
+    (errors,) = compare_gradients({precision: experiment}, 2)["precisions"].values()
+    # Half of float16's units lie at 2^-11; sums over a batch keep to a few of them. Nothing is lost: it is not 0.
+    found = [error for error in errors["relative_error"] if error is not None]  # None: not finite at the first scale
+    assert all(0 < error < 16 * 2.0**-11 for error in found) and (found or overflows)
+
+    (given,) = Trainer(experiment).inputs
+    rng, shape = np.random.default_rng(1), (4, *given.shape[1:])
+    whole = jnp.issubdtype(given.dtype, jnp.integer)
+    example = jnp.asarray(rng.integers(0, 256, shape) if whole else rng.standard_normal(shape), given.dtype)
+    laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
+    assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.instruments.float64 import draws, in_float64
 from jaxmp.jaxprs import equations
 from jaxmp.modules.linen import cast_to_param, explain, with_policy
 from jaxmp.modules.model import mode_argument
@@ -23,7 +24,7 @@ from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require
 from jaxmp.testing.snapshots import describe, first_difference, snapshot
 from jaxmp.testing.strategies import odd_trees
 from jaxmp.testing.sums import SUMS, terms
-from jaxmp.trees import is_castable, is_floating, is_inexact, same_structure, upcast
+from jaxmp.trees import cast_floats, is_castable, is_floating, is_inexact, same_structure, upcast
 
 MULTIPLE = 64
 """Unit roundoffs of the coarsest dtype by which outputs and gradients may differ from float64."""
@@ -45,8 +46,8 @@ def policy_laws(
 ) -> Laws:
     """Returns the laws of a policy on a model: a table when printed, tests when pytest collects them.
 
-    The parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training; a model that draws
-    random numbers in training, as dropout does, runs as in evaluation, because they would differ in float64.
+    The parameters are those of `model.init(jax.random.key(0), ...)`. The model runs as in training; one that needs a
+    key for that, as dropout does, runs as in evaluation. If it draws there too, it draws the same numbers in float64.
 
     Args:
       model: a Linen module.
@@ -141,14 +142,27 @@ class _Subject:
         return found
 
     @functools.cached_property
-    def mode(self) -> dict[str, bool]:
-        """How the model is told to train; to evaluate, where training would draw random numbers."""
-        train = mode_argument(self.model, True)
-        try:
-            jax.eval_shape(lambda v: self.model.apply(v, *self.inputs, mutable=self.mutable, **train), self.fresh)
-        except flax.errors.InvalidRngError:
-            return mode_argument(self.model, False)
-        return train
+    def mode(self) -> dict[str, Any]:
+        """How the model is told to train; to evaluate, where training would draw random numbers.
+
+        A model that draws in evaluation too gets a key.
+        """
+        for mode in (mode_argument(self.model, True), mode_argument(self.model, False)):
+            try:
+                jax.eval_shape(lambda v: self._plain(v, **mode), self.fresh)  # noqa: B023
+                return mode
+            except flax.errors.InvalidRngError:
+                pass
+        with jax.ensure_compile_time_eval():  # it may be asked for first while a loss is traced
+            return {**mode, "rngs": {"params": jax.random.key(1)}}
+
+    def _plain(self, variables: Any, **mode: Any) -> Any:
+        return self.model.apply(variables, *self.inputs, mutable=self.mutable, **mode)
+
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether the model draws random numbers as it is run here."""
+        return draws(lambda v: self._plain(v, **self.mode)[0], self.fresh)
 
     @functools.cached_property
     def fresh(self) -> Any:
@@ -253,6 +267,8 @@ class _Subject:
     def reference(self, rows: slice = slice(None)) -> tuple[Any, Any]:
         """(outputs, gradients of the unscaled loss) in float64, from the parameters as they are kept."""
         inputs = jax.tree.map(lambda x: x[rows], self.inputs)
+        if self.draws:  # others in float64
+            return self._with_the_same_draws(inputs)
         with jax.enable_x64(True):
             variables, inputs = _doubled((self.variables, inputs))
             params = variables.pop("params", {})
@@ -263,6 +279,18 @@ class _Subject:
 
             grads, outputs = jax.jit(jax.grad(run, has_aux=True))(params)
             return jax.tree.map(np.asarray, (outputs, grads))
+
+    def _with_the_same_draws(self, inputs: Any) -> tuple[Any, Any]:
+        """As `reference`: of the plain model traced in float32, each operation in float64."""
+        variables = cast_floats(self.variables, jnp.float32)
+        params = variables.pop("params", {})
+
+        def run(params: Any) -> Any:
+            outputs, _ = self.model.apply({**variables, "params": params}, *inputs, **self.mode, mutable=self.mutable)
+            return self.loss(outputs), outputs
+
+        grads, outputs = in_float64(jax.grad(run, has_aux=True))(params)
+        return outputs, grads
 
     def outputs(self, rows: slice = slice(None)) -> Any:
         inputs = jax.tree.map(lambda x: x[rows], self.inputs)
