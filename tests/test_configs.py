@@ -95,8 +95,7 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
 
     run = Run(fit(experiment, workdir=tmp_path, log=lambda text: None).path, experiment)
     blamed = blame_run(run, 4, log=lambda text: None)
-    # The scale falls until the gradients of these images are finite: step 4 was skipped if all were.
-    overflows = int(jaxmp.skipped_steps(run.state().opt_state)) == 4
+    overflows = int(jaxmp.consecutive_skips(run.state().opt_state)) > 0  # the last step, the fourth, was skipped
     assert blamed.step == 4 and (blamed.found is not None) == overflows
     assert not overflows or (blamed.float32_helps and (blamed.passing_scale or 0) < blamed.scale)
 
