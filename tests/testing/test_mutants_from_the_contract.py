@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import importlib.util
 import sys
 from pathlib import Path
@@ -173,14 +172,8 @@ def test_a_faulty_step_is_found(name):
     assert result.verdict == "broken" and result.words
 
 
-def test_every_faulty_step_is_tried_and_each_law_finds_two():
+def test_every_faulty_step_is_tried():
     assert set(FOUND) == set(mutants.MUTANTS) and len(FOUND) >= 30
-    assert {law for law, count in collections.Counter(FOUND.values()).items() if count < 2} <= {
-        "complex_parameters_descend",
-        "replicas_agree",
-        "scale_is_sound",
-        "tiny_gradients_are_felt",
-    }
 
 
 @pytest.mark.slow
