@@ -1,11 +1,13 @@
-"""Property tests for mixed precision, jaxmp's or anyone's: laws that every policy, scaler and train step must obey.
+"""Property tests for mixed precision, jaxmp's or anyone's: laws of policies, scalers, train steps and
+quantisers.
 
     import jaxmp.testing
     test_policy = jaxmp.testing.policy_laws(MyNet(), "head=float32; mixed_float16", batch)
     test_scaler = jaxmp.testing.scaler_laws(jaxmp.DynamicScaler())  # or an adapter
     test_step = jaxmp.testing.step_laws(adapter)
+    test_quantizer = jaxmp.testing.quantizer_laws(my_quantize, "mxfp8")
 
-Each of the three returns a `Laws`. Printed, it is a table, with the smallest counterexample of each broken law. In a
+Each of them returns a `Laws`. Printed, it is a table, with the smallest counterexample of each broken law. In a
 test module, under a name that begins with `test`, pytest makes one test for each law.
 
 Needs hypothesis: `pip install jaxmp[testing]`. This module registers two hypothesis profiles. The laws run under
