@@ -124,6 +124,7 @@ def test_the_state_that_an_objective_sees_is_what_those_before_it_left(order):
     assert bits(seen.params) == bits((alone if order == "in_turn" else start).params)
 
 
+@pytest.mark.slow
 def test_the_gradient_and_the_moments_of_an_objective_hold_its_own_leaves_alone():
     trainer, name = trainer_of(), "generator"
     state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)

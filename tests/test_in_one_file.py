@@ -232,6 +232,7 @@ def test_fit_makes_the_same_run_of_it(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.state().params, run.state().params)
 
 
+@pytest.mark.slow
 def test_its_metrics_are_on_the_console_monitored_and_in_the_report(trained):
     _, _, run, printed = trained
     monitor = run.config["monitor"]

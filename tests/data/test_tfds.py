@@ -275,6 +275,7 @@ def test_decoding_happens_once(copy, monkeypatch):
     assert same(everything(source), first)
 
 
+@pytest.mark.slow
 def test_a_changed_dataset_is_decoded_again(copy):
     before = TFDS("copy").source("test").folder
     (file,) = copy.glob("*-test*")

@@ -91,6 +91,9 @@ def at(value, path):
 
 # Where any other number or word will not do.
 OTHERS = {
+    "model.cell": "gru",
+    "model.heads": 3,  # the width, 128, becomes 129
+    "task.byte_counts": "other",
     "precision": "float32",
     "scaler.kind": "dynamic",
     "scaler.backoff_factor": 0.25,

@@ -78,7 +78,7 @@ def jitted():
     return jax.jit(count)
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", [0, 1])  # large arrays are counted by halves, where they have them
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=str)
 def test_counts_are_those_of_numpy_with_subnormals_zeros_infinities_and_nan(jitted, dtype, parity):
@@ -274,6 +274,7 @@ def test_ranges_change_no_bit_of_a_run_and_not_its_name(looked):
     assert with_ranges.summary["test"] == without.summary["test"]
 
 
+@pytest.mark.slow
 def test_a_run_has_what_was_seen_of_the_first_step_and_every_fifth_after(looked):
     run = Run(looked[0], experiment())
     assert [line["step"] for line in run.ranges] == [1, 6, 11]
@@ -356,6 +357,7 @@ def test_the_program_that_looks_is_compiled_once(looked):
     assert trainer.step_ranges()._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_histograms(looked):
     from tensorboardX.proto.event_pb2 import Event
 
@@ -410,6 +412,7 @@ def test_the_report_has_the_figure_of_activation_gradients(looked):
     assert "Activation gradients" not in str(report([run]))
 
 
+@pytest.mark.slow
 def test_a_magnitude_that_is_known_to_a_power_of_two_is_not_shown_as_exact(looked):
     from jaxmp.reports.page import Page
     from jaxmp.reports.ranges import add_ranges

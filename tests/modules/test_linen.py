@@ -307,6 +307,7 @@ def test_the_grad_field_shows_what_one_cast_outside_of_all_uses_loses_t1():
     assert naive["body"]["bias"] == 256
 
 
+@pytest.mark.slow
 def test_a_weight_tied_between_1000_calls_gets_the_whole_gradient_t1():
     class Repeated(nn.Module):
         @nn.compact

@@ -538,6 +538,7 @@ def test_an_unknown_config_is_named(capsys):
     assert "digits_mlp" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_budget_below_float32_or_below_all_modules_says_what_would_do(data):
     with pytest.raises(InputError, match=r"budget 1e-12: float32 itself has an error of"):
         jaxmp.find_policy(*by_hand(data), budget=1e-12)

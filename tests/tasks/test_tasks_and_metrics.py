@@ -92,6 +92,7 @@ def test_cross_entropy_is_that_of_optax_with_smoothed_labels(smoothing):
     assert metrics["accuracy"].total == jnp.sum(right) and metrics["accuracy"].weight == 5
 
 
+@pytest.mark.slow
 def test_the_loss_of_half_logits_is_in_float32_t4():
     logits = jnp.zeros((1, 70_000), jnp.float16)
     loss, _ = Classification()(logits, {"label": jnp.zeros(1, int), "weight": jnp.ones(1)})

@@ -222,6 +222,7 @@ def own(state, name):
     return state.params[layer], state.ema[layer], state.opt_state[name].inner_state, state.model_state[name]
 
 
+@pytest.mark.slow
 def test_in_turn_is_one_step_of_each_on_what_the_one_before_left():
     (state, step), objectives = program(), two()
     after, metrics = step(state, batch())

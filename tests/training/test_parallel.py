@@ -348,6 +348,7 @@ def test_all_bytes_of_the_state_are_donated_on_every_device():
     assert compiled.memory_analysis().alias_size_in_bytes == size
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_size():
     for size, words in ((12, "8 or 16"), (5, "nearest that does: 8")):
