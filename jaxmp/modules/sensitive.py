@@ -74,7 +74,7 @@ def _facts(eqn: Any, v: Any, facts: list[_Facts], names: str, found: list[str]) 
         found.append(name)
     if LAYER in names:
         return _Facts()
-    if name == "random_bits" and eqn.params.get("bit_width") == 16:
+    if name == "random_bits" and eqn.params.get("bit_width") in (8, 16):  # 8: for the 7 bits of bfloat16
         found.append("a random draw")
     if halves and name in _NEVER_IN_HALF:
         found.append(name)

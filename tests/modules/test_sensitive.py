@@ -87,6 +87,20 @@ def test_random_draws_are_those_of_the_plain_model(policy):
     np.testing.assert_array_equal(under[1], plain[1])
 
 
+class Uniform(nn.Module):
+    """Draws in the dtype of its activations, and nothing else."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(4)(x)
+        return jax.random.uniform(self.make_rng("sample"), y.shape, y.dtype)
+
+
+def test_a_draw_from_8_bits_is_that_of_the_plain_model():
+    under, plain = run(Uniform(), "mixed_bfloat16", jnp.ones((50, 4)), rngs={"sample": jax.random.key(2)})
+    np.testing.assert_array_equal(under, plain)
+
+
 @pytest.mark.slow
 def test_a_decode_cache_keeps_its_dtype():
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
