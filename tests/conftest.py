@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import json
 import os
@@ -41,6 +42,37 @@ def leave_variants_to_the_slow_suite(items):
     for of_one_test in variants.values():
         for item in of_one_test[1:-1]:
             item.add_marker(pytest.mark.slow)
+
+
+# --- experiments without their data
+
+
+@pytest.fixture(scope="session")
+def made_up():
+    """`(experiment, rows) -> experiment` over random rows of the shape of its data, in batches of 8."""
+    return with_made_up_rows
+
+
+def with_made_up_rows(experiment, rows):
+    import numpy as np  # with jaxmp's data, which import JAX, not above: see `pytest_runtest_setup`
+
+    from jaxmp.data.arrays import Arrays
+    from jaxmp.data.text import TextBytes
+
+    data = experiment.data
+
+    def load(split):
+        rng = np.random.default_rng(0)
+        if isinstance(data, TextBytes):
+            tokens = rng.integers(0, 256, (2, rows, data.length)).astype(np.int32)
+            return dict(zip(("tokens", "next_tokens"), tokens, strict=True))
+        shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[data.name]
+        image = rng.integers(0, 256, (rows, *shape)).astype(np.uint8)
+        return {"image": image, "label": rng.integers(0, 10, rows)}
+
+    names = [field.name for field in dataclasses.fields(Arrays)[:-1]]
+    fields = {name: getattr(data, name) for name in names if hasattr(data, name)}
+    return dataclasses.replace(experiment, data=Arrays(**{**fields, "load": load, "batch_size": 8}))
 
 
 # --- eight devices

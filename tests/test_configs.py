@@ -12,8 +12,6 @@ import pytest
 
 import jaxmp
 import jaxmp.testing
-from jaxmp.data.arrays import Arrays
-from jaxmp.data.text import TextBytes
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.fit import fit
@@ -23,31 +21,24 @@ from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.overflow import blame_run
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
-IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 def shipped(name):
     return ConfigFile.find(str(Path(__file__).parent.parent / "configs" / f"{name}.py")).experiment()
 
 
-def four_steps(experiment):
-    """The same with 32 random rows of the same shape, and a checkpoint half way."""
+@pytest.fixture
+def four_steps(made_up):
+    """A config, by name, with 32 random rows of the same shape, and a checkpoint half way."""
 
-    def load(split):
-        rng = np.random.default_rng(0)
-        if isinstance(experiment.data, TextBytes):
-            tokens = rng.integers(0, 256, (2, 32, experiment.data.length)).astype(np.int32)
-            return dict(zip(("tokens", "next_tokens"), tokens, strict=True))
-        image = rng.integers(0, 256, (32, *IMAGES[experiment.data.name])).astype(np.uint8)
-        return {"image": image, "label": rng.integers(0, 10, 32)}
+    def of(name):
+        experiment = made_up(shipped(name), 32)
+        schedule = experiment.optimizer.schedule
+        schedule = dataclasses.replace(schedule, warmup_steps=min(schedule.warmup_steps, 4))
+        optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
+        return dataclasses.replace(experiment, optimizer=optimizer, loop=Loop(steps=4, save_every=2))
 
-    names = [field.name for field in dataclasses.fields(Arrays(load))[:-1]]
-    fields = {name: getattr(experiment.data, name) for name in names if hasattr(experiment.data, name)}
-    data = Arrays(**{**fields, "load": load, "batch_size": 8})
-    schedule = experiment.optimizer.schedule
-    schedule = dataclasses.replace(schedule, warmup_steps=min(schedule.warmup_steps, 4))
-    optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
-    return dataclasses.replace(experiment, data=data, optimizer=optimizer, loop=Loop(steps=4, save_every=2))
+    return of
 
 
 def bits(tree):
@@ -64,8 +55,8 @@ def slow(names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow(CONFIGS))
-def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(name, tmp_path):
-    experiment = four_steps(shipped(name))
+def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(four_steps, name, tmp_path):
+    experiment = four_steps(name)
     whole = fit(experiment, workdir=tmp_path / "whole", log=lambda text: None)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     folder = tmp_path / "resumed" / whole.path.relative_to(tmp_path / "whole")
@@ -82,8 +73,8 @@ def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its_laws_hold(name, tmp_path):
-    experiment = four_steps(shipped(name))
+def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its_laws_hold(four_steps, name, tmp_path):
+    experiment = four_steps(name)
     precision = experiment.precision
     report = jaxmp.audit(experiment)
     # By hand: the gradient of each kernel of (inputs, outputs), and of all layers' inputs but the first's.

@@ -9,13 +9,11 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 import jaxmp
 from jaxmp.cli import main
-from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.audit import audit
@@ -26,7 +24,6 @@ from jaxmp.runs.trainer import Trainer
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 def of(shape, dtype=F16, **fields):
@@ -246,12 +243,8 @@ def test_casts_have_a_path_and_a_line():
     "path", [pytest.param(p, id=p.stem, marks=[] if "digits" in p.stem else pytest.mark.slow) for p in CONFIGS]
 )
 @pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
-def test_the_train_step_of_every_config_is_clean(path, precision):
-    experiment = ConfigFile.find(str(path)).experiment()
-    image = np.zeros((32, *IMAGES[experiment.data.name]), np.uint8)
-    fields = {f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(Arrays(lambda split: {}))[:-1]}
-    data = Arrays(**{**fields, "load": lambda split: {"image": image, "label": np.zeros(32, int)}, "batch_size": 8})
-    trainer = Trainer(dataclasses.replace(experiment, data=data, precision=precision))
+def test_the_train_step_of_every_config_is_clean(made_up, path, precision):
+    trainer = Trainer(dataclasses.replace(made_up(ConfigFile.find(str(path)).experiment(), 32), precision=precision))
     step, _ = trainer.program()
     report = audit(step, jax.eval_shape(trainer.init), trainer.batch_spec, policy=trainer.experiment.policy)
     report.assert_clean()

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
-from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.trainer import Trainer
@@ -18,7 +16,6 @@ from jaxmp.tasks.loss import make_loss
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 STATE = ("master weights", "parameters", "moments", "other state")
 
 
@@ -165,16 +162,18 @@ def test_the_last_row_of_the_table_is_the_total():
     assert sum(float(row[-1]) for row in rows) == pytest.approx(float(total[1]), abs=0.005 * (len(rows) + 1))
 
 
-def of_config(name, precision):
-    (path,) = (path for path in CONFIGS if path.stem == name)
-    experiment = ConfigFile.find(str(path)).experiment()
-    image = np.zeros((64, *IMAGES[experiment.data.name]), np.uint8)
-    fields = {f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(Arrays(lambda split: {}))[:-1]}
-    data = Arrays(**{**fields, "load": lambda split: {"image": image, "label": np.zeros(64, int)}, "batch_size": 8})
-    return Trainer(dataclasses.replace(experiment, data=data, precision=precision))
+@pytest.fixture
+def of_config(made_up):
+    """The trainer of a config, by name, in a precision, on random rows."""
+
+    def of(name, precision):
+        (path,) = (path for path in CONFIGS if path.stem == name)
+        return Trainer(dataclasses.replace(made_up(ConfigFile.find(str(path)).experiment(), 64), precision=precision))
+
+    return of
 
 
-def test_microbatches_keep_their_own_activations_alone():
+def test_microbatches_keep_their_own_activations_alone(of_config):
     experiment = of_config("digits_mlp", "mixed_float16").experiment
     parts = dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, accumulate_steps=2))
     whole, half = (memory(each).nbytes("saved activations") for each in (experiment, parts))
@@ -199,7 +198,7 @@ CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bf
     ("name", "precision"),
     [pytest.param(*case, marks=[] if case == ("digits_mlp", "mixed_float16") else pytest.mark.slow) for case in CASES],
 )
-def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name, precision):
+def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(of_config, name, precision):
     trainer = of_config(name, precision)
     predicted = memory(trainer.experiment)
     step, arguments = trainer.program()
@@ -210,7 +209,7 @@ def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(name
 
 
 @pytest.mark.slow
-def test_memory_falls_by_what_is_frozen_as_the_compiler_confirms():
+def test_memory_falls_by_what_is_frozen_as_the_compiler_confirms(of_config):
     whole = of_config("digits_mlp", "mixed_float16").experiment
     found = []
     for trains in (("**",), ("Dense_1",)):

@@ -453,6 +453,14 @@ ON_EIGHT_DEVICES = {
 }
 
 
+NOTHING_TO_SAY = {
+    "random_numbers_advance",  # the model draws none
+    "complex_parameters_descend",  # it has none
+    *("scale_stands_in_a_window", "dropped_window_is_empty"),  # every step is an update
+    "scale_moves_as_claimed",  # the adapter claims nothing
+}
+
+
 @pytest.mark.eight_devices
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_EIGHT_DEVICES)
@@ -460,4 +468,4 @@ def test_every_law_holds_on_eight_devices(case):
     laws = ON_EIGHT_DEVICES[case]()
     assert not laws.broken, str(laws)
     if case.startswith("step"):
-        assert {result.law for result in laws if result.verdict == "skipped"} <= {"random_numbers_advance"}
+        assert {result.law for result in laws if result.verdict == "skipped"} <= NOTHING_TO_SAY
