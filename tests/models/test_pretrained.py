@@ -271,8 +271,9 @@ QUICK = ("bert", "gpt2", "resnet", "vit", "lstm")
 )
 def test_a_small_model_returns_what_the_library_returned(name):
     vector = kept()[name]
-    # By which GELU's two forms can be told apart.
-    assert_equal(ours(CASES[name], weights(vector["shapes"])), vector["outputs"], within=2e-6)
+    # GELU's two forms differ by less than 1e-5 here; many convolutions, from one JAX to the next, by more than 2e-6.
+    within = 1e-5 if name == "resnet" else 2e-6
+    assert_equal(ours(CASES[name], weights(vector["shapes"])), vector["outputs"], within=within)
 
 
 @pytest.mark.slow
