@@ -25,6 +25,7 @@ def test_no_augmentation_is_the_identity_and_traces_nothing_that_touches_the_ima
     assert traced.jaxpr.outvars == [traced.jaxpr.invars[1]]
 
 
+@pytest.mark.slow
 def test_augmentation_keeps_shape_and_dtype_and_is_a_function_of_the_key():
     change = jax.jit(EVERY)
     first = change(KEY, IMAGE)

@@ -111,6 +111,7 @@ def test_a_transform_sees_one_example_and_gets_no_key_in_evaluation():
     assert not np.array_equal(data.prepare(train=True)(BATCH, KEY)["x"], ready["x"])
 
 
+@pytest.mark.slow
 def test_a_transform_draws_by_example_and_not_by_device():
     ready = jax.jit(Arrays(load, transforms=(add_noise,)).prepare(train=True))
     whole = ready(BATCH, KEY)["x"]

@@ -96,6 +96,7 @@ class Uniform(nn.Module):
         return jax.random.uniform(self.make_rng("sample"), y.shape, y.dtype)
 
 
+@pytest.mark.slow
 def test_a_draw_from_8_bits_is_that_of_the_plain_model():
     under, plain = run(Uniform(), "mixed_bfloat16", jnp.ones((50, 4)), rngs={"sample": jax.random.key(2)})
     np.testing.assert_array_equal(under, plain)
@@ -155,6 +156,7 @@ def test_what_reaches_a_float32_rule_is_not_rounded_on_the_way(how):
     np.testing.assert_array_equal(under, plain)
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16", "z=float32; mixed_bfloat16"])
 def test_complex_layers_keep_their_imaginary_part(policy):
     class Net(nn.Module):

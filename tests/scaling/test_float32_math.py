@@ -128,6 +128,7 @@ def test_published_state_changes_its_dtype_t17():
     assert types(tx.update(gradients(0), state, half)[1]) != types(state)
 
 
+@pytest.mark.slow
 def test_one_compile_a_run():
     tx = float32_math(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), jnp.bfloat16, seed=0)
     update, state = jax.jit(tx.update), tx.init(params(jnp.bfloat16))

@@ -298,6 +298,7 @@ def any_scaler(draw):
     return kind(**fields)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(any_scaler(), st.lists(st.booleans(), min_size=1, max_size=20))
 def test_any_historical_scaler_on_any_trace(scaler, trace):

@@ -240,6 +240,7 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(compared, folder, tmp
     assert found["gradients"] == whole["gradients"]
 
 
+@pytest.mark.few_variants
 @pytest.mark.parametrize(
     ("more", "message"),
     [

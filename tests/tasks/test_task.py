@@ -102,6 +102,7 @@ def test_the_best_of_a_metric_of_which_less_is_better_is_the_least(trained):
     assert int(Run(fitted.path, experiment()).state("best").step) == step[values.argmin()]
 
 
+@pytest.mark.slow
 def test_every_metric_is_on_the_console_with_the_digits_of_its_spec(trained):
     fitted, said = trained
     test = fitted.summary["test"]

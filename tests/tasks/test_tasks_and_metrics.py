@@ -231,7 +231,7 @@ class ToldNothing(Told):
         return self.outputs(x, True)
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [ToldTrain(), ToldTraining(), ToldDeterministic(), ToldNothing()])
 @pytest.mark.parametrize("train", [True, False])
 def test_a_model_is_told_whether_it_trains_in_its_own_word(model, train):
