@@ -201,6 +201,7 @@ def trained(request, tmp_path_factory):
     return request.param, folder / "my.py", Run(folder / "runs"), out.getvalue()
 
 
+@pytest.mark.slow
 def test_what_is_of_ones_own_needs_one_file_and_only_public_names(trained):
     _, file, _, _ = trained
     names = [

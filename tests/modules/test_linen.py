@@ -320,7 +320,7 @@ def test_a_weight_tied_between_1000_calls_gets_the_whole_gradient_t1():
     assert gradient(Repeated(), "mixed_bfloat16", variables, x)(variables["params"])["Dense_0"]["kernel"] == 300
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", "ifgo")
 def test_the_biases_that_an_lstm_cell_joins_are_summed_in_float32_and_go_to_their_gates_t2(gate):
     cell, carry, x = nn.OptimizedLSTMCell(4), (jnp.full((3, 4), 0.5), jnp.full((3, 4), 0.25)), jnp.ones((3, 2))

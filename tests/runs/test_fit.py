@@ -178,6 +178,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_and_
     assert bits(final_state(folder, BASE)) == bits(final_state(finished.path, BASE))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits_and_lines(finished, tmp_path, monkeypatch):
     dispatches = loop._dispatches
 

@@ -124,8 +124,13 @@ SCALERS = {
     "deepspeed": scaler(DeepSpeedScaler(growth_interval=3)),
 }
 test_scaler = scaler_laws(SCALERS["dynamic"])
-test_step = step_laws(step("mixed_bfloat16", tx=optax.sgd(0.1, momentum=0.9), ema=False))
 test_policy = policy_laws(Net(), "head=float32; mixed_float16", batch()["image"])
+
+
+@pytest.mark.slow
+def test_every_law_of_a_step_holds():
+    laws = step_laws(step("mixed_bfloat16", tx=optax.sgd(0.1, momentum=0.9), ema=False))
+    assert not laws.broken and len(laws) > 30, str(laws)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def stepped(rows, k, overflow="window", scale=2.0**15, scaler=None):
     return state, after, compute(metrics)
 
 
-@pytest.mark.few_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["window", "microbatch"])
 @pytest.mark.parametrize("weights", [(1,) * 12, (1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0), (1,) * 3 + (0,) * 9])
 def test_microbatches_give_the_update_and_the_metrics_of_one_batch(overflow, weights):
