@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmp.errors import InputError
 from jaxmp.jaxprs import bare, bind, called, interpret, jaxprs_in, opened, scan_counts
 from jaxmp.trees import FLOAT32, HALF
 
@@ -38,7 +39,7 @@ def in_float64(fn: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A function with the same arguments, in any float dtypes; its results are on the host, floats in float64.
 
-    Raises: NotImplementedError for an operation that holds a function of a kind that is not known here.
+    Raises: InputError for an operation that holds functions of its own and is not known here, a linear solver.
     """
     compiled: dict[Any, tuple[Any, Any]] = {}
 
@@ -83,7 +84,10 @@ def _equation(eqn: Any, operands: list[Any]) -> list[Any]:
         return [_SCATTERS[name](*operands, **{option: eqn.params[option] for option in options})]
     if jaxprs_in(eqn):
         if any(_is_float(v.aval) for v in (*eqn.invars, *eqn.outvars)) and name not in ("reduce", "reduce_window"):
-            raise NotImplementedError(f"{name} in float64")
+            raise InputError(
+                f"{name} holds functions of its own and cannot be evaluated in float64 with the draws of float32; "
+                "expected a model without it, or one that draws no random numbers"
+            )
         return [_wide(x) for x in bind(eqn, _as_traced(eqn, operands))]
     params = dict(eqn.params)
     for field in ("new_dtype", "preferred_element_type", "dtype"):

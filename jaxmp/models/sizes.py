@@ -1,4 +1,4 @@
-"""`check_sizes`, `check_rates` and `check_choice`: the checks that the models' fields have in common."""
+"""`check_sizes`, `check_rates`, `check_choice` and `check_heads`: the checks that the models' fields have in common."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def check_sizes(model: Any, *names: str) -> None:
         value = getattr(model, name)
         if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
             raise InputError(f"{type(model).__name__}: {name}={value}: expected 1 or more")
+
+
+def check_heads(model: Any) -> None:
+    """Raises InputError unless the width of a model is a multiple of its number of heads."""
+    if model.width % model.heads:
+        raise InputError(f"{type(model).__name__}: width={model.width}: expected a multiple of heads={model.heads}")
 
 
 def check_rates(model: Any, *names: str) -> None:

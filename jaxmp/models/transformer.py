@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmp.errors import InputError
 from jaxmp.models.attention import Attention
 from jaxmp.models.broadcast import Broadcast
-from jaxmp.models.sizes import check_rates, check_sizes
+from jaxmp.models.sizes import check_heads, check_rates, check_sizes
 
 NORMAL = nn.initializers.normal(0.02)
 """initialiser of GPT-2's weights (its code), and of Llama's"""
@@ -102,7 +102,7 @@ class BERT(nn.Module):
     def __post_init__(self) -> None:
         check_sizes(self, "vocabulary", "context", "segments", "layers", "heads", "width", "hidden")
         check_rates(self, "dropout")
-        _check_heads(self)
+        check_heads(self)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -219,7 +219,7 @@ class GPT2(nn.Module):
     def __post_init__(self) -> None:
         check_sizes(self, "vocabulary", "context", "layers", "heads", "width")
         check_rates(self, "dropout")
-        _check_heads(self)
+        check_heads(self)
         super().__post_init__()
 
     @nn.compact
@@ -307,7 +307,7 @@ class Llama(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocabulary", "context", "layers", "heads", "kv_heads", "width", "hidden")
-        _check_heads(self)
+        check_heads(self)
         if self.heads % self.kv_heads:
             raise InputError(f"Llama: heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}")
         super().__post_init__()
@@ -341,12 +341,6 @@ class Llama(nn.Module):
         if self.tied:
             return embed.attend(x)
         return nn.Dense(self.vocabulary, use_bias=False, kernel_init=NORMAL, name="head")(x)
-
-
-def _check_heads(model: Any) -> None:
-    """Raises InputError if a model's width is no multiple of its heads."""
-    if model.width % model.heads:
-        raise InputError(f"{type(model).__name__}: width={model.width}: expected a multiple of heads={model.heads}")
 
 
 def _check_length(model: Any, tokens: jax.Array) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxmp.errors import InputError
 from jaxmp.models.attention import Attention
 from jaxmp.models.broadcast import Broadcast
-from jaxmp.models.sizes import check_rates, check_sizes
+from jaxmp.models.sizes import check_heads, check_rates, check_sizes
 from jaxmp.models.transformer import Block
 
 
@@ -46,8 +46,7 @@ class ViT(nn.Module):
     def __post_init__(self) -> None:
         check_sizes(self, "patch", "layers", "heads", "width", "classes")
         check_rates(self, "dropout")
-        if self.width % self.heads:
-            raise InputError(f"ViT: width={self.width}: expected a multiple of heads={self.heads}")
+        check_heads(self)
         super().__post_init__()
 
     @nn.compact

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.errors import InputError
 from jaxmp.instruments.float64 import draws, in_float64
 
 KEY = jax.random.key(3)
@@ -46,3 +47,11 @@ def test_a_function_is_evaluated_in_float64_with_the_draws_of_float32(name):
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, exact, rtol=1e-13, atol=1e-15)
     assert draws(fn, X) == (name in ("noise", "mask"))
+
+
+def test_an_operation_that_holds_functions_and_is_not_known_is_one_message():
+    def solved(x):
+        return jax.lax.custom_linear_solve(lambda y: 2 * y, x, lambda _, b: b / 2, symmetric=True)
+
+    with pytest.raises(InputError, match="linear_solve holds functions of its own"):
+        in_float64(solved)(X)

@@ -67,7 +67,9 @@ def libraries():
         import torchvision
     except RuntimeError:
         # On the CPU build of torch, torchvision 0.28 lacks operations that it expects to be there.
-        libraries.kept = torch.library.Library("torchvision", "DEF")
+        from torch import library as operations
+
+        libraries.kept = operations.Library("torchvision", "DEF")
         for operation in ("nms", "qnms"):
             libraries.kept.define(f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
