@@ -1,8 +1,34 @@
 """jaxmp: training in mixed precision that runs any experiment under any precision, and proves what it did.
 
-The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that
-`import jaxmp`, and with it `jaxmp --help`, needs no JAX.
+Each public name has its own help, as in `help(jaxmp.loss_scaling)`: shapes, dtypes, errors and source.
+
+Policies: Policy, parse_policy, PolicyTree. with_policy applies one to a Flax Linen module, from_nnx to an NNX module,
+apply_policy to a function; explain shows what each module computes in. autocast runs any function in mixed precision,
+by lists of operations: TORCH, APEX_O1, or your own OperationLists.
+
+Loss scaling: loss_scaling wraps an optax optimizer, scale_loss scales the loss. Scalers: DynamicScaler, HeadroomScaler,
+StaticScaler, NoScaler; those of other frameworks are in jaxmp.scaling.historical. Read the state by loss_scale,
+last_step_finite, skipped_steps, consecutive_skips.
+
+Rounding and formats: apply_updates (to nearest, stochastic, Kahan); Format, parse_format, fake_quantize,
+DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks, from_ml_dtypes.
+
+Optimizer numerics: float32_math, global_norm, clip_by_global_norm.
+
+Steps: make_loss, make_train_step, make_eval_step, TrainState; several losses and frozen parts: Objective, and
+ObjectiveSpec where a task names them.
+
+Experiments: Experiment, of a model; data: Arrays, TFDS, Augment, and Dataset, the base of your own; a task:
+Classification, others in jaxmp.tasks, or your own of Task, Mean, MetricSpec; an optimizer: SGD, Adam, AdamW, LAMB,
+Lion; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel.
+
+Runs: fit, steps, Run; they raise InputError and RunFailed.
+
+Instruments: audit, blame, memory, find_policy. Laws: jaxmp.testing.
 """
+
+# The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that
+# `import jaxmp`, and with it `jaxmp --help`, needs no JAX.
 
 # ruff: noqa: F401 (the imports are for editors, type checkers and `_homes`)
 
