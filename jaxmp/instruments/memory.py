@@ -80,8 +80,8 @@ def memory(
       params: the parameters, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as integers, count as
         other state.
       args: the further arguments of `loss`, such as the batch.
-      opt_state: the optimizer's state. Float arrays count as moments, all else as other state. Those that `state_format`
-        packs count with elements and scales together, under the name of their block format.
+      opt_state: the optimizer's state. Float arrays count as moments, all else as other state. Arrays that
+        `state_format` packs are moments, elements and scales together, under the name of their block format.
       state: what else persists between steps, such as batch statistics or an average of the weights.
       trains: the parameters that are differentiated, see `jaxmp.Objective`; the others are frozen.
 

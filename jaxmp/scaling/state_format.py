@@ -79,9 +79,9 @@ def state_format(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores fields of the state of `inner` in block formats; all arithmetic is in float32, as in `float32_math`.
 
-    `inner` gets gradients and parameters in float32 (float64 stays float64), whatever their dtypes, and its packed state
-    in float32. The updates are float32. Blocks of one length run over each array in C order, so that only its last block
-    may be short. Scalars and arrays that are not floats are stored as they are.
+    `inner` gets gradients and parameters in float32 (float64 stays float64), whatever their dtypes, and its packed
+    state in float32. The updates are float32. Blocks of one length run over each array in C order, so that only its
+    last block may be short. Scalars and arrays that are not floats are stored as they are.
 
     In an optimizer that divides by the square root of a moment, as Adam does, a number of `nu` that is rounded to 0
     makes a large update. Range expansion (COAT) prevents it: a block of magnitudes x is stored as x^k, with k such that
@@ -94,8 +94,8 @@ def state_format(
       rounding: `stochastic` rounds without bias where the scale rule clips nothing (`BlockFormat.unbiased`), so that
         slow decay is not lost: of b2 = 0.999 with 3 mantissa bits, rounding to nearest loses all of it. `nearest`
         rounds ties to even.
-      expand_range: expand the dynamic range of each block. It needs blocks of one length with float32 scales, and adds 2
-        bytes a block.
+      expand_range: expand the dynamic range of each block. It needs blocks of one length with float32 scales, and adds
+        2 bytes a block.
       seed: seed of stochastic rounding. The random bits depend only on it, the step and the place in the state, so that
         replicas agree and a resumed run continues to the bit.
       formats: the format of each field of the state by its name, such as `mu`, `nu`, or `trace`: a `BlockFormat` or its
@@ -125,8 +125,8 @@ def state_format(
     for name, format in parsed.items():
         if expand_range and (format.scale != "f32" or isinstance(format.block, str) or len(format.block) > 1):
             raise InputError(
-                f"state_format: {name}={str(format)!r} with range expansion; expected blocks of one length with float32 "
-                "scales, such as e4m3:block128, or no expansion"
+                f"state_format: {name}={str(format)!r} with range expansion; expected blocks of one length with "
+                "float32 scales, such as e4m3:block128, or no expansion"
             )
     if not isinstance(inner, optax.GradientTransformation):  # such as optax.MultiSteps, which only has init and update
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
@@ -287,8 +287,8 @@ def _shares(x: jax.Array, format: BlockFormat) -> tuple[jax.Array, jax.Array]:
 
     The largest is NaN if the block holds an infinity or NaN, which makes all of it NaN, as the format does.
     """
+    assert isinstance(format.block, tuple)
     (length,) = format.block
-    assert isinstance(length, int)
     magnitude = jnp.abs(x)
     magnitude = jnp.pad(magnitude, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % length)])
     magnitude = magnitude.reshape(*x.shape[:-1], -1, length)
