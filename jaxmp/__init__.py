@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.formats import DelayedScaling, Format, fake_quantize, parse_format
     from jaxmp.precision.policy import Policy, parse_policy
     from jaxmp.precision.policy_tree import PolicyTree
+    from jaxmp.precision.recipe import Recipe
     from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.fit import fit, steps
     from jaxmp.runs.run import Run

@@ -573,13 +573,25 @@ class _Scale(NamedTuple):
 def _quantize_blocks(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
     with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
-        return _rounded(x, noise, format, axes)
+        return round_blocks(x, noise, format, axes)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit, one call instead of a hundred
-def _rounded(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit, one call instead of a hundred
+def round_blocks(
+    x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...], axis_name: str | None = None
+) -> jax.Array:
+    """Rounds as `quantize` does, without its checks and without a derivative.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      noise: uint32 random bits for each number of `x`; None rounds to nearest.
+      format: the block format.
+      axes: the axes along which blocks run, none negative: all of them for a `tensor` format.
+      axis_name: mapped axis over which `x` is spread: a scale of the whole tensor follows from the largest magnitude on
+        all replicas.
+    """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-    scaling = _scaling(bits & ~_SIGN, layout, format)
+    scaling = _scaling(bits & ~_SIGN, layout, format, axis_name)
     magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
     scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
     result = layout.ungrouped(_decode(magnitudes, scale, format.element))
@@ -595,10 +607,12 @@ def _operands(bits: jax.Array, noise: jax.Array | None, layout: _Layout) -> tupl
     return layout.grouped(bits), None if noise is None else layout.grouped(noise)
 
 
-def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Scaling:
+def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_name: str | None = None) -> _Scaling:
     """Computes the scales of all blocks from the magnitudes of the array."""
     # As integers, a NaN is larger than infinity, and that than any number: a maximum cannot miss one (trap T18).
     amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
+    if axis_name is not None and format.block == "tensor":
+        amax = jax.lax.pmax(amax, axis_name)
     bad = amax >= INFINITY
     amax = jnp.where(bad, jnp.uint32(0), amax)
     if format.scale == "e8m0":
@@ -611,7 +625,10 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Sca
         encode = _once(jnp.minimum(divide(largest, amax), to_bits(2.0**126)))
         scale = bitcast_convert_type(_once(divide(to_bits(1), encode)), jnp.float32)
         return _Scaling(jnp.where(bad, jnp.float32(jnp.nan), scale), None, *significand_and_exponent(encode), bad)
-    scale_code, tensor_scale, encode = _e4m3_scaling(amax, jnp.max(amax, initial=0), format)
+    tensor_amax = jnp.max(amax, initial=0)
+    if axis_name is not None:
+        tensor_amax = jax.lax.pmax(tensor_amax, axis_name)
+    scale_code, tensor_scale, encode = _e4m3_scaling(amax, tensor_amax, format)
     stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), scale_code.astype(jnp.uint8))
     return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), *significand_and_exponent(encode), bad)
 
