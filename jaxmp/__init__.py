@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
     from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
+    from jaxmp.scaling.state_format import PackedArray, state_format
     from jaxmp.scaling.transform import (
         consecutive_skips,
         last_step_finite,

@@ -114,10 +114,16 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
+    """A copy, with the precision in one spelling, and without fields that had no effect before they were added."""
     copied = json.loads(json.dumps(content))
     if copied.get("trains") == list(EVERYTHING):
         del copied["trains"]
+    optimizer = copied.get("optimizer")
+    for one in (
+        (optimizer, *optimizer.values()) if isinstance(optimizer, dict) else ()
+    ):  # of several objectives, by name
+        if isinstance(one, dict) and one.get("state_format", "") is None:
+            del one["state_format"]
     if isinstance(copied.get("precision"), str):
         copied["precision"] = str(PolicyTree.parse(copied["precision"]))
     return copied

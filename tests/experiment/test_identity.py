@@ -74,6 +74,7 @@ OTHER: dict[str, Any] = {
     "optimizer.schedule": CosineDecay(warmup_steps=3),
     "optimizer.clip_norm": 1.0,
     "optimizer.decay": ("**/kernel",),
+    "optimizer.state_format": "mu=block128",
     "data": dataclasses.replace(BASE.data, batch_size=3),
     "loop": dataclasses.replace(BASE.loop, epochs=3),
     "parallel": dataclasses.replace(BASE.parallel, mode="pmap"),
