@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.policy_tree import PolicyTree
     from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.fit import fit, steps
+    from jaxmp.runs.hooks import Evaluated, StepInfo, Stop
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
     from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
