@@ -49,8 +49,10 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
     from jaxmp.tasks.classification import Classification
+    from jaxmp.tasks.function import FunctionTask
     from jaxmp.tasks.loss import make_loss
     from jaxmp.tasks.task import Task
+    from jaxmp.tasks.weighted import Weighted, class_weights
     from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.metrics import Mean, MetricSpec
     from jaxmp.training.objective import Objective, ObjectiveSpec
