@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.augment import Augment
     from jaxmp.data.dataset import Dataset
+    from jaxmp.data.splits import balanced, k_folds, random_split
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment

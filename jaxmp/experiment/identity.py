@@ -114,10 +114,12 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
+    """A copy, with the precision in one spelling, and without what adds nothing: `trains` everything, no `cuts`."""
     copied = json.loads(json.dumps(content))
     if copied.get("trains") == list(EVERYTHING):
         del copied["trains"]
+    if isinstance(copied.get("data"), dict) and copied["data"].get("cuts") == []:
+        del copied["data"]["cuts"]
     if isinstance(copied.get("precision"), str):
         copied["precision"] = str(PolicyTree.parse(copied["precision"]))
     return copied
