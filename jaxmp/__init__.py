@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.augment import Augment
     from jaxmp.data.dataset import Dataset
+    from jaxmp.data.splits import balanced, k_folds, random_split
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.recipe import Recipe
     from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.fit import fit, steps
+    from jaxmp.runs.hooks import Evaluated, StepInfo, Stop
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
     from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
@@ -76,8 +78,10 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
     from jaxmp.tasks.classification import Classification
+    from jaxmp.tasks.function import FunctionTask
     from jaxmp.tasks.loss import make_loss
     from jaxmp.tasks.task import Task
+    from jaxmp.tasks.weighted import Weighted, class_weights
     from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.metrics import Mean, MetricSpec
     from jaxmp.training.objective import Objective, ObjectiveSpec

@@ -54,6 +54,11 @@ def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
     return {"rows": rows, "sampled": len(spread) if size > WHOLE_BYTES else None, "columns": columns}
 
 
+def digest(column: np.ndarray) -> str:
+    """The SHA-256 of a column's content, 64 hexadecimal digits; of text and objects too."""
+    return hashlib.sha256(_bytes(column)).hexdigest()
+
+
 def changed_rows(split: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what a split differs from the recorded one, a sentence each; empty if in nothing that was compared."""
     if recorded["rows"] != now["rows"]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric
+from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric, permutation
 from jaxmp.data.transforms import apply_host_transforms, read_rows
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
@@ -30,12 +30,8 @@ SAMPLED_ROWS = 256  # of a source that is no arrays
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version.
-
-    A generator's raw bits are guaranteed to stay as they are (NEP 19), and its `permutation` is not.
-    """
-    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(examples)
-    return np.argsort(bits, kind="stable").astype(np.int32)
+    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version."""
+    return permutation(seed, epoch, examples)
 
 
 @dataclass(frozen=True)

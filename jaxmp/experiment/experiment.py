@@ -20,9 +20,10 @@ from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
 from jaxmp.tasks.classification import Classification
+from jaxmp.tasks.function import as_task
 from jaxmp.tasks.task import objectives_of, refuse_several
 from jaxmp.training.objective import EVERYTHING, check_trains
-from jaxmp.training.optimizers import Adam
+from jaxmp.training.optimizers import Adam, is_optimizer
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Experiment:
     data: Any = TFDS()
     """Dataset: TFDS, Arrays or your own, with its batch size and how its rows are prepared."""
     task: Any = Classification()
-    """How a batch is fed to the model, and how its outputs become a loss and metrics."""
+    """How a batch is fed to the model, and how its outputs become a loss and metrics: a Task, or a function of
+    (outputs, batch)."""
     optimizer: Any = Adam()
-    """Optimizer: SGD, Adam, AdamW, LAMB or Lion; of several objectives, a mapping by name, or one for all of them."""
+    """Optimizer: SGD, Adam, AdamW, LAMB, Lion, or any optax transformation; of several objectives, a mapping by name,
+    or one for all of them."""
     precision: str = "mixed_float16"
     """Dtypes of weights, computation and outputs: float32, mixed_bfloat16, mixed_float16 or p=f32,c=bf16,o=f32.
     Rules for single modules go before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
@@ -62,11 +65,15 @@ class Experiment:
                 raise InputError(
                     f"{field.name} = {value.__qualname__}: expected an instance, {value.__qualname__}(...)"
                 )
-        of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
+        object.__setattr__(self, "task", as_task(self.task))
         in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
         self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
         self._require("data", isinstance(self.data, Dataset), "TFDS(name=...), Arrays(load), or a Dataset of your own")
-        self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
+        self._require(
+            "task",
+            _has(self.task, "__call__") and hasattr(self.task, "inputs"),
+            "Classification(), say, or a function of (outputs, batch)",
+        )
         names = list(objectives_of(self.task))
         check_trains(self.trains, "trains")
         if names and self.trains != EVERYTHING:
@@ -74,9 +81,12 @@ class Experiment:
                 f"trains = {self.trains!r}: the objectives of {type(self.task).__name__} say what each of them trains; "
                 "expected no trains beside them"
             )
-        expected = f"Adam(1e-3) or another of jaxmp's, {of_ones_own}"
+        expected = (
+            "Adam(1e-3) or another of jaxmp's, an optax transformation, a function of the number of steps that returns "
+            "one, or a frozen dataclass of your own with such a make(steps)"
+        )
         for part, optimizer in self._by_objective("optimizer", names):
-            _require_part(part, optimizer, _has(optimizer, "make"), expected)
+            _require_part(part, optimizer, is_optimizer(optimizer), expected)
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
         for part, scaler in self._by_objective("scaler", names):
             is_scaler = isinstance(scaler, Scaling) or _has(scaler, "init", "update")

@@ -1,14 +1,16 @@
 """Trainer: `steps`, a generator, and `fit`, which evaluates, saves, writes and stops around it.
 
 Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, and the ranges of
-the first of its steps if they were counted, while this one runs; then, if this step is due for it, evaluate, write,
-save; then the next batch, its ranges if they are due, and the next dispatch. A line is on disk before a checkpoint of
-its step is begun, so that a run that is killed at any moment and resumed ends with the same lines.
+the first of its steps if they were counted, while this one runs; then the hooks of a `StepInfo`; then, if this step is
+due for it, evaluate, write, the hooks of an `Evaluated`, save; then the next batch, its ranges if they are due, and the
+next dispatch. A line is on disk before a checkpoint of its step is begun, so that a run that is killed at any moment
+and resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ from jaxmp.runs.going_on import (
     refuse_other_rows_if_readable,
     with_session,
 )
+from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trainer import SPLITS, Trainer
@@ -51,17 +54,6 @@ from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
 from jaxmp.training.objective import objective_key
 from jaxmp.training.state import TrainState
-
-
-class StepInfo(NamedTuple):
-    """Where training stands after a dispatch."""
-
-    step: int
-    """steps attempted so far"""
-    state: TrainState
-    """the state after them; donated to the next dispatch, so copy what you keep"""
-    metrics: Metrics
-    """what was measured since the last line that is due, on the device; `jaxmp.training.metrics.compute` fetches it"""
 
 
 class Fitted(NamedTuple):
@@ -140,6 +132,7 @@ def fit(
     continue_from: str | os.PathLike[str] | None = None,
     init_from: str | os.PathLike[str] | None = None,
     init_only: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
     log: Callable[[str], None] = print,
 ) -> Fitted:
     """Trains an experiment in a run folder: `workdir/name/<hash>-s<seed>`.
@@ -159,12 +152,16 @@ def fit(
       init_from: a run, `RUN`, `RUN@best` or `RUN@STEP`: begins with its weights and model state, by path, and all else
         fresh. With a moving average there, it is the average that is taken.
       init_only: patterns of the weights to take, see `jaxmp.trees.Pattern`; the others begin fresh. By default all.
+      hooks: functions of your own, called between steps and after evaluations; see `jaxmp.runs.hooks`. They are no part
+        of the run's identity, and change no bit of it.
       log: takes each message to the user.
 
     Raises:
       InputError: the experiment, its data or the folder cannot be used; nothing was written or lost.
-      RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
+      RunFailed: the loss is NaN, too many steps in a row were skipped, the scaler gave up, or a hook raised. The state
+        is saved.
     """
+    called = Hooks(hooks)
     log, origin = log if processes.is_first() else _silent, origin or {}
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
@@ -239,7 +236,7 @@ def fit(
         log_sampled(rows, log)
         log_changes(changes, log)
         stop = stack.enter_context(stop_signals())
-        with _Session(trainer, feed, folder, log, stop) as session:
+        with _Session(trainer, feed, folder, log, stop, called) as session:
             step, state, metrics = session.resume(fresh)
             if changes:
                 processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
@@ -327,8 +324,9 @@ class _Session:
         folder: RunFolder,
         log: Callable[[str], None],
         stop_asked: Callable[[], bool],
+        hooks: Hooks,
     ):
-        self.trainer, self.feed, self.folder, self.log = trainer, feed, folder, log
+        self.trainer, self.feed, self.folder, self.log, self.hooks = trainer, feed, folder, log, hooks
         self.stop_asked = stop_asked  # of this process
         self.stop_agreed = False  # of all, see `_stops`
         self.records = Records(trainer, folder)
@@ -360,14 +358,15 @@ class _Session:
         return step, tree["state"], tree["metrics"]
 
     def train(self, step: int, state: TrainState, metrics: Metrics) -> Fitted:
-        """Trains from `step` to the end, to early stopping, or to a signal."""
+        """Trains from `step` to the end, to early stopping, to a hook's `Stop`, or to a signal."""
         trainer, devices, records = self.trainer, self.trainer.devices, self.records
         due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps)
         placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: Line | None = None
         dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges)
-        for info in () if records.out_of_patience() else dispatches:
+        because = processes.from_first(functools.partial(self.folder.read_stop, at=step))  # by a hook, before
+        for info in () if records.out_of_patience() or because else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
             before, waiting = waiting, None
             since_line = trainer.no_metrics if due.line(step) else metrics  # as the next dispatch begins
@@ -376,24 +375,52 @@ class _Session:
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             problem = self._write(before)
             records.write_ranges()
-            if not (problem or due.save(step) or self._stops()):
+            failed = None
+            if not problem:
+                because, failed = self._call_hooks(StepInfo(step, state, metrics))
+            if not (problem or because or failed or due.save(step) or self._stops()):
                 continue
-            if problem:  # by now this step is done too: the last of the run, which gets a line, whatever is due
+            if problem or because:  # this step is the last of the run, which gets a line, whatever is due
                 waiting = (waiting or self._line(step, True, metrics, state))._replace(due=True)
                 since_line = trainer.no_metrics
             problem, waiting = self._write(waiting) or problem, None
             if problem:
                 self._fail(problem, step, state, since_line)
-            evaluates = due.evaluation(step) and "validation" in trainer.splits
+            evaluates = (due.evaluation(step) or because) and "validation" in trainer.splits
             measured = records.evaluate(step, state, "validation") if evaluates else None
+            if measured is not None and not failed:
+                evaluated = Evaluated(step, state, "validation", measured, self.folder.path)
+                again, failed = self._call_hooks(evaluated)
+                because = because or again
+            if because and not failed:
+                self.log(f"stopped after step {step}: {because}")
+                processes.from_first(functools.partial(self.folder.write_stop, step, because))
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
-            if due.evaluation(step) and records.out_of_patience():
+            if failed:
+                self._fail_in_hook(failed, step)
+            if because or (due.evaluation(step) and records.out_of_patience()):
                 break
             if self._stops() and step < trainer.steps:
                 self.checkpoints.wait()
                 self.log(f"stopped at step {step} and saved in {self.folder.path}; the same command goes on from there")
                 return Fitted(self.folder.path, {}, stopped=True)
-        return Fitted(self.folder.path, self._finish(step, state), stopped=False)
+        return Fitted(self.folder.path, self._finish(step, state, because), stopped=False)
+
+    def _call_hooks(self, value: StepInfo | Evaluated) -> tuple[str | None, HookFailed | None]:
+        """Why a hook stops the run, and what went wrong in one; None each if not."""
+        try:
+            return self.hooks.call(value), None
+        except HookFailed as error:
+            return None, error
+
+    def _fail_in_hook(self, failed: HookFailed, step: int) -> NoReturn:
+        """Ends the run after a checkpoint of `step`, because of a hook."""
+        self.checkpoints.wait()
+        reason = f"{failed}, after step {step}"
+        processes.from_first(lambda: self.folder.write_failure(step, reason))
+        raise RunFailed(
+            f"{reason}. The state is saved in {self.folder.path}; with the hook mended, the same call goes on"
+        ) from (failed.__cause__ or failed)
 
     def _line(self, step: int, due: bool, metrics: Metrics, state: TrainState) -> Line:
         return self.records.line(step, due, metrics, state, stop=self.stop_asked())
@@ -420,12 +447,16 @@ class _Session:
             seen = trainer.state_seen(name)(state, batch)
             self.records.add_ranges(step + 1, trainer.step_ranges(name)(seen, batch), state, name)
 
-    def _finish(self, step: int, state: TrainState) -> dict[str, Any]:
-        """The last evaluation, on the test set, and the summary."""
+    def _finish(self, step: int, state: TrainState, because: str | None) -> dict[str, Any]:
+        """The last evaluation, on the test set, and the summary. `because`: why a hook ended the run."""
         experiment, records = self.trainer.experiment, self.records
         self.checkpoints.wait()
         splits = self.trainer.splits
         test = records.evaluate(step, state, "test") if "test" in splits else {}
+        if "test" in splits:
+            _, failed = self._call_hooks(Evaluated(step, state, "test", test, self.folder.path))
+            if failed:
+                self._fail_in_hook(failed, step)
         best_step, best = records.best()
         best_on_test = self._test_of_best(best_step, step, state, test) if "test" in splits else None
         summary = {
@@ -436,6 +467,7 @@ class _Session:
             if "validation" in splits
             else {},
             "stopped_early": step < self.trainer.steps,
+            **({"stopped_because": because} if because else {}),
             "wall_seconds": records.seconds(),
             **self.trainer.parameter_counts,
             "precision": str(experiment.policy),

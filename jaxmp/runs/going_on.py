@@ -570,9 +570,9 @@ def _rate(optimizer: Any, steps: int | None, applied: int) -> float | None:
     """The learning rate of the step after `applied` ones; None if the optimizer does not say it."""
     schedule: Any = getattr(optimizer, "schedule", None)
     peak = getattr(optimizer, "learning_rate", None)
-    if not hasattr(schedule, "make") or peak is None or steps is None:
+    if schedule is None or peak is None or steps is None:
         return None
-    return float(schedule.make(peak, steps)(applied))
+    return float(schedules.make_schedule(schedule, peak, steps)(applied))
 
 
 def _rate_of_json(optimizer: Any, steps: int | None, applied: int) -> float | None:

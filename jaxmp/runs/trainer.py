@@ -38,7 +38,7 @@ from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Stream
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, decay_mask
+from jaxmp.training.optimizers import Optimizer, decay_mask, make_optimizer
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
@@ -155,13 +155,15 @@ class Trainer:
         """What is trained, on one replica's share of a batch: one objective, or several by name."""
         experiment = self.experiment
         if not self.objectives:
-            tx = loss_scaling(experiment.optimizer.make(self.steps), experiment.make_scaler())
+            tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
             return Objective(self.loss_fn(), tx, trains=experiment.trains, ema_decay=experiment.loop.ema_decay)
         scalers = experiment.make_scalers()
         return {
             name: Objective(
                 self.loss_fn(name),
-                loss_scaling(experiment.optimizer_of(name).make(-(-self.steps // spec.every)), scalers[name]),
+                loss_scaling(
+                    make_optimizer(experiment.optimizer_of(name), -(-self.steps // spec.every)), scalers[name]
+                ),
                 trains=spec.trains,
                 every=spec.every,
                 ema_decay=experiment.loop.ema_decay,

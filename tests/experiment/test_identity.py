@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.splits import RandomSplit
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, differences, field_kinds, identity_hash
@@ -60,6 +61,7 @@ OTHER: dict[str, Any] = {
     "parallel.remat_policy": "dots_saveable",
     "data.transforms": (load,),
     "data.host_transforms": (load,),
+    "data.cuts": (RandomSplit(),),
     "data.images": (),
     "data.mean": (0.5,),
     "data.std": (0.5,),
