@@ -114,8 +114,11 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
+    """A copy with the precision in one spelling, without fields that were added later and have their default."""
     copied = json.loads(json.dumps(content))
+    for name in ("limit_batches", "overfit_batches"):
+        if copied.get("loop", {}).get(name, False) is None:
+            del copied["loop"][name]
     if copied.get("trains") == list(EVERYTHING):
         del copied["trains"]
     if isinstance(copied.get("precision"), str):

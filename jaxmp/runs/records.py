@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -62,10 +62,12 @@ class Records:
     Args:
       trainer: of the run.
       folder: where the lines go.
+      progress: whether the screen shows them, too: "auto" or "none".
     """
 
-    def __init__(self, trainer: Trainer, folder: RunFolder):
+    def __init__(self, trainer: Trainer, folder: RunFolder, progress: Literal["auto", "none"] = "auto"):
         self._trainer, self._folder, self._loop = trainer, folder, trainer.experiment.loop
+        self._progress = progress
         self._writers: list[Writer] = []
         self._objectives = trainer.objectives
         self._read = jax.jit(functools.partial(_read, names=tuple(self._objectives)))
@@ -93,8 +95,9 @@ class Records:
         self._writers = [
             JsonLines(self._folder.metrics, resume_step=step),
             TensorBoard(path, resume_step=step),
-            Console(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs),
         ]
+        if self._progress != "none":
+            self._writers.append(Console(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs))
         if self._loop.wandb:
             past = self._folder.read_lines()
             writer = WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json(), session=session, past=past)
@@ -205,7 +208,7 @@ class Records:
 
     def measure(self, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, and returns the metrics."""
-        return compute(self._trainer.evaluation(state, self._trainer.source(split)))
+        return compute(self._trainer.evaluation(state, self._trainer.evaluated(split)))
 
     def best(self) -> tuple[int, float]:
         """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""
