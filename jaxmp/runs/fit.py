@@ -9,7 +9,6 @@ its step is begun, so that a run that is killed at any moment and resumed ends w
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets, reading_processes
+from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due, Interruption
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
@@ -178,9 +178,43 @@ def fit(
         not make; nothing was written or lost.
       RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
     """
-    began = time.monotonic()
-    log, origin = log if processes.is_first() else _silent, origin or {}
-    traced = None if profile is None else StepRange(*profile)
+    with contextlib.ExitStack() as stack:
+        console = None
+        if progress != "none" and processes.is_first():
+            console = Console()
+            stack.callback(console.close)
+        return _fit(
+            experiment,
+            console,
+            workdir=workdir,
+            name=name,
+            origin=origin or {},
+            overwrite=overwrite,
+            continue_from=continue_from,
+            init_from=init_from,
+            init_only=init_only,
+            traced=None if profile is None else StepRange(*profile),
+            log=log if processes.is_first() else _silent,
+        )
+
+
+def _fit(
+    experiment: Experiment,
+    console: Console | None,
+    *,
+    workdir: str | os.PathLike[str],
+    name: str,
+    origin: dict[str, Any],
+    overwrite: bool,
+    continue_from: str | os.PathLike[str] | None,
+    init_from: str | os.PathLike[str] | None,
+    init_only: Sequence[str],
+    traced: StepRange | None,
+    log: Callable[[str], None],
+) -> Fitted:
+    """`fit`, with what shows its progress; None for nothing."""
+    began, doing = time.monotonic(), _silent if console is None else console.doing
+    doing("reading data")
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
@@ -205,6 +239,7 @@ def fit(
     if traced is not None:
         traced.check(0, trainer.steps)
     rows = processes.from_first(lambda: trainer.fingerprints(workers=reading_processes(trainer)))
+    doing("compiling")
     if recorded:
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
@@ -256,7 +291,7 @@ def fit(
         log_sampled(rows, log)
         log_changes(changes, log)
         stop = Interruption(stack.enter_context(stop_signals()), began, experiment.loop.max_minutes)
-        with _Session(trainer, feed, folder, log, stop, traced, progress) as session:
+        with _Session(trainer, feed, folder, log, stop, traced, console) as session:
             step, state, metrics = session.resume(fresh)
             if traced is not None:
                 traced.check(step, trainer.steps)
@@ -352,13 +387,13 @@ class _Session:
         log: Callable[[str], None],
         stop: Interruption,
         traced: StepRange | None,
-        progress: Literal["auto", "none"],
+        console: Console | None,
     ):
         self.trainer, self.feed, self.folder, self.log = trainer, feed, folder, log
         self.stop = stop  # of this process
         self.stop_agreed = False  # of all, see `_stops`
         self.traced, self.trace = traced, Trace(traced, folder.path, log)
-        self.records = Records(trainer, folder, progress)
+        self.records = Records(trainer, folder, console)
         self.checkpoints: Checkpoints = folder.checkpoints(
             keep=trainer.experiment.loop.keep, best_of=trainer.monitor.name, mode=trainer.monitor.best
         )
@@ -394,7 +429,12 @@ class _Session:
         placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: Line | None = None
-        run = functools.partial(self.trace.run, self.feed.run)
+
+        def run(state: Any, metrics: Any, first: int, count: int) -> tuple[Any, Any]:
+            result = self.trace.run(self.feed.run, state, metrics, first, count)
+            records.dispatched(first, first + count, result[1])
+            return result
+
         dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges, due, run)
         for info in () if records.out_of_patience() else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
@@ -416,6 +456,7 @@ class _Session:
             evaluates = due.evaluation(step) and "validation" in trainer.splits
             measured = records.evaluate(step, state, "validation") if evaluates else None
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
+            records.interrupted()
             if due.evaluation(step) and records.out_of_patience():
                 break
             if self._stops() and step < trainer.steps:
