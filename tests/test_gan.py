@@ -220,7 +220,11 @@ def start(workdir):
 def lines(path):
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: of for key, of in record.items() if key not in ("wall_seconds", "examples_per_second")}
+        {
+            key: of
+            for key, of in record.items()
+            if key not in ("wall_seconds", "examples_per_second", "steps_per_second")
+        }
         for record in records
     ]
 

@@ -44,6 +44,10 @@ class Batches:
     """Rows of a batch, counted over all devices."""
     seed: int
     """Seed of the order of the rows."""
+    limit: int | None = None
+    """The most batches of an epoch; all by default. Each epoch takes other rows."""
+    repeat: bool = False
+    """Whether every epoch takes the batches of the first."""
 
     def __post_init__(self):
         if self.batch_size > self.examples:
@@ -52,11 +56,12 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Number of batches of an epoch, the padded one included."""
-        return -(-self.examples // self.batch_size)
+        whole = -(-self.examples // self.batch_size)
+        return whole if self.limit is None else min(self.limit, whole)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last is padded with the first rows."""
-        order = epoch_order(self.seed, epoch, self.examples)
+        order = epoch_order(self.seed, 0 if self.repeat else epoch, self.examples)
         return np.resize(order, (self.per_epoch, self.batch_size))
 
     def weights(self, position: int | jax.Array) -> np.ndarray | jax.Array:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 
@@ -29,7 +30,8 @@ from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets, reading_processes
-from jaxmp.runs.due import Due
+from jaxmp.runs.console import Console
+from jaxmp.runs.due import Due, Interruption
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
     DEVICES,
@@ -47,6 +49,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
+from jaxmp.runs.trace import StepRange, Trace
 from jaxmp.runs.trainer import SPLITS, Trainer
 from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state
@@ -98,13 +101,16 @@ def _dispatches(
     metrics: Any,
     first: int,
     count_ranges: Callable[[int, Any], None] = lambda step, state: None,
+    due: Due | None = None,
+    run: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Iterator[StepInfo]:
     """The dispatches from step `first` to the end, as placed on the devices. `metrics` begins anew after each line.
 
-    `count_ranges(step, state)` is given the state before a step whose ranges are due.
+    `count_ranges(step, state)` is given the state before a step whose ranges are due. `due` says where dispatches end;
+    `run(state, metrics, step, count)` makes one, by default the feed's.
     """
     loop = trainer.experiment.loop
-    due = Due(loop, trainer.batches.per_epoch, trainer.steps)
+    due, run = due or Due(loop, trainer.batches.per_epoch, trainer.steps), run or feed.run
     nothing = trainer.devices.put(trainer.no_metrics)
     step = first
     try:
@@ -112,7 +118,7 @@ def _dispatches(
             if due.ranges(step):
                 count_ranges(step, state)
             stop = due.next_stop(step, loop.steps_per_dispatch or trainer.steps)
-            state, metrics = feed.run(state, metrics, step, stop - step)
+            state, metrics = run(state, metrics, step, stop - step)
             step = stop
             yield StepInfo(step, state, metrics)
             if due.line(step):
@@ -133,6 +139,8 @@ def fit(
     init_from: str | os.PathLike[str] | None = None,
     init_only: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
+    profile: tuple[int, int] | None = None,
+    progress: Literal["auto", "none"] = "auto",
     log: Callable[[str], None] = print,
 ) -> Fitted:
     """Trains an experiment in a run folder: `workdir/name/<hash>-s<seed>`.
@@ -152,17 +160,60 @@ def fit(
       init_from: a run, `RUN`, `RUN@best` or `RUN@STEP`: begins with its weights and model state, by path, and all else
         fresh. With a moving average there, it is the average that is taken.
       init_only: patterns of the weights to take, see `jaxmp.trees.Pattern`; the others begin fresh. By default all.
+      profile: the first and the last of the steps to trace, counted from 1; the trace goes to `plugins/profile` in
+        the run folder, and xprof opens it.
+      progress: whether the screen shows a bar on a terminal and in a notebook, and lines elsewhere ("auto"), or neither
+        ("none").
       hooks: functions of your own, called between steps and after evaluations; see `jaxmp.runs.hooks`. They are no part
         of the run's identity, and change no bit of it.
       log: takes each message to the user.
 
     Raises:
-      InputError: the experiment, its data or the folder cannot be used; nothing was written or lost.
+      InputError: the experiment, its data or the folder cannot be used, or `profile` names steps that this session does
+        not make; nothing was written or lost.
       RunFailed: the loss is NaN, too many steps in a row were skipped, the scaler gave up, or a hook raised. The state
         is saved.
     """
     called = Hooks(hooks)
-    log, origin = log if processes.is_first() else _silent, origin or {}
+    with contextlib.ExitStack() as stack:
+        console = None
+        if progress != "none" and processes.is_first():
+            console = Console()
+            stack.callback(console.close)
+        return _fit(
+            experiment,
+            console,
+            workdir=workdir,
+            name=name,
+            origin=origin or {},
+            overwrite=overwrite,
+            continue_from=continue_from,
+            init_from=init_from,
+            init_only=init_only,
+            traced=None if profile is None else StepRange(*profile),
+            hooks=called,
+            log=log if processes.is_first() else _silent,
+        )
+
+
+def _fit(
+    experiment: Experiment,
+    console: Console | None,
+    *,
+    workdir: str | os.PathLike[str],
+    name: str,
+    origin: dict[str, Any],
+    overwrite: bool,
+    continue_from: str | os.PathLike[str] | None,
+    init_from: str | os.PathLike[str] | None,
+    init_only: Sequence[str],
+    traced: StepRange | None,
+    hooks: Hooks,
+    log: Callable[[str], None],
+) -> Fitted:
+    """`fit`, with what shows its progress; None for nothing."""
+    began, doing = time.monotonic(), _silent if console is None else console.doing
+    doing("reading data")
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
@@ -184,7 +235,10 @@ def fit(
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
+    if traced is not None:
+        traced.check(0, trainer.steps)
     rows = processes.from_first(lambda: trainer.fingerprints(workers=reading_processes(trainer)))
+    doing("compiling")
     if recorded:
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
@@ -235,9 +289,11 @@ def fit(
         _log_particulars(trainer, log)
         log_sampled(rows, log)
         log_changes(changes, log)
-        stop = stack.enter_context(stop_signals())
-        with _Session(trainer, feed, folder, log, stop, called) as session:
+        stop = Interruption(stack.enter_context(stop_signals()), began, experiment.loop.max_minutes)
+        with _Session(trainer, feed, folder, log, stop, traced, console, hooks) as session:
             step, state, metrics = session.resume(fresh)
+            if traced is not None:
+                traced.check(step, trainer.steps)
             if changes:
                 processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
             return session.train(step, state, metrics)
@@ -308,6 +364,11 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
     for line in trainer.frozen():
         log(line)
+    if experiment.loop.overfit_batches is not None:
+        log(
+            f"loop.overfit_batches = {experiment.loop.overfit_batches}: every epoch trains on the same "
+            f"{len(trainer.source('validation'))} rows, and they are the validation split"
+        )
 
 
 class _Session:
@@ -323,13 +384,16 @@ class _Session:
         feed: Feed,
         folder: RunFolder,
         log: Callable[[str], None],
-        stop_asked: Callable[[], bool],
+        stop: Interruption,
+        traced: StepRange | None,
+        console: Console | None,
         hooks: Hooks,
     ):
         self.trainer, self.feed, self.folder, self.log, self.hooks = trainer, feed, folder, log, hooks
-        self.stop_asked = stop_asked  # of this process
+        self.stop = stop  # of this process
         self.stop_agreed = False  # of all, see `_stops`
-        self.records = Records(trainer, folder)
+        self.traced, self.trace = traced, Trace(traced, folder.path, log)
+        self.records = Records(trainer, folder, console)
         self.checkpoints: Checkpoints = folder.checkpoints(
             keep=trainer.experiment.loop.keep, best_of=trainer.monitor.name, mode=trainer.monitor.best
         )
@@ -346,6 +410,7 @@ class _Session:
             if error is None or not processes.several():
                 stack.callback(self.checkpoints.close)
             stack.callback(self.records.close)
+            stack.callback(self.trace.close)
 
     def resume(self, fresh: TrainState) -> tuple[int, TrainState, Metrics]:
         """Step, state and metrics to go on from: of the newest whole checkpoint, else `fresh`."""
@@ -360,11 +425,17 @@ class _Session:
     def train(self, step: int, state: TrainState, metrics: Metrics) -> Fitted:
         """Trains from `step` to the end, to early stopping, to a hook's `Stop`, or to a signal."""
         trainer, devices, records = self.trainer, self.trainer.devices, self.records
-        due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps)
+        due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps, self.traced)
         placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: Line | None = None
-        dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges)
+
+        def run(state: Any, metrics: Any, first: int, count: int) -> tuple[Any, Any]:
+            result = self.trace.run(self.feed.run, state, metrics, first, count)
+            records.dispatched(first, first + count, result[1])
+            return result
+
+        dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges, due, run)
         because = processes.from_first(functools.partial(self.folder.read_stop, at=step))  # by a hook, before
         for info in () if records.out_of_patience() or because else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
@@ -396,13 +467,17 @@ class _Session:
                 self.log(f"stopped after step {step}: {because}")
                 processes.from_first(functools.partial(self.folder.write_stop, step, because))
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
+            records.interrupted()
             if failed:
                 self._fail_in_hook(failed, step)
             if because or (due.evaluation(step) and records.out_of_patience()):
                 break
             if self._stops() and step < trainer.steps:
                 self.checkpoints.wait()
-                self.log(f"stopped at step {step} and saved in {self.folder.path}; the same command goes on from there")
+                self.log(
+                    f"stopped at step {step}{self.stop.why} and saved in {self.folder.path}; the same command goes on "
+                    "from there"
+                )
                 return Fitted(self.folder.path, {}, stopped=True)
         return Fitted(self.folder.path, self._finish(step, state, because), stopped=False)
 
@@ -423,7 +498,7 @@ class _Session:
         ) from (failed.__cause__ or failed)
 
     def _line(self, step: int, due: bool, metrics: Metrics, state: TrainState) -> Line:
-        return self.records.line(step, due, metrics, state, stop=self.stop_asked())
+        return self.records.line(step, due, metrics, state, stop=self.stop.asked())
 
     def _write(self, line: Line | None) -> str | None:
         """Writes a line; returns why the run cannot go on, if it cannot."""
@@ -432,12 +507,12 @@ class _Session:
         return verdict.problem
 
     def _stops(self) -> bool:
-        """Whether a signal stops the run after this dispatch.
+        """Whether a signal, or the time, stops the run after this dispatch.
 
-        Several processes stop together, though the signal may reach one: each line carries whether any of them was
+        Several processes stop together, though a signal may reach one: each line carries whether any of them was
         asked to, and all come to know it when they wait for its numbers anyway.
         """
-        return self.stop_agreed if processes.several() else self.stop_asked()
+        return self.stop_agreed if processes.several() else self.stop.asked()
 
     def _count_ranges(self, step: int, state: Any) -> None:
         """Dispatches the counting of the next step's ranges; they are fetched when the step is under way."""

@@ -216,11 +216,14 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
 SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
 """fields of the data that leave each step its rows"""
 
+OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
+"""fields of the loop that give steps other rows"""
+
 
 def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
     kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
-    return path.partition(".")[0] == "data" and not kept
+    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not kept)
 
 
 # From the state or the weights of another run.

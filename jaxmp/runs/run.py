@@ -318,14 +318,14 @@ class Run:
     def evaluate(
         self, split: Split = "test", state: TrainState | int | str | None = None, *, weights: str = "evaluated"
     ) -> dict[str, float]:
-        """The metrics of a whole split, under the policy and with the weights of `apply`.
+        """The metrics of a split as the run evaluates it, under the policy and with the weights of `apply`.
 
-        Raises: InputError as `source` does.
+        That is the whole split, but for `loop.limit_batches`. Raises InputError as `source` does.
         """
-        source = self.source(split)
+        self.source(split)  # refuses other rows
         trainer = self.trainer
         placed = trainer.devices.get(trainer.devices.put_state(self._chosen(state, weights)))
-        return compute(trainer.evaluation(placed, source))
+        return compute(trainer.evaluation(placed, trainer.evaluated(split)))
 
 
 def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:

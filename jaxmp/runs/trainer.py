@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
-from jaxmp.data.source import Source
+from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
@@ -79,8 +79,28 @@ class Trainer:
 
     def _source(self, split: Split) -> Source | None:
         if split not in self._sources:
-            self._sources[split] = self.experiment.data.read(split)
+            self._sources[split] = self._repeated() if self._overfits(split) else self.experiment.data.read(split)
         return self._sources[split]
+
+    def _overfits(self, split: Split) -> bool:
+        return split == "validation" and self.experiment.loop.overfit_batches is not None
+
+    def _repeated(self) -> Rows:
+        """The rows of `loop.overfit_batches`: those that every epoch trains on."""
+        rows = self.batches.epoch_rows(0).ravel()[: self.batches.examples]
+        return Rows(self.source(), np.unique(rows))
+
+    def evaluated(self, split: Split) -> Source:
+        """The rows of a split that are evaluated: all, or those of `loop.limit_batches`, spread evenly over the split.
+
+        They are counted in training batches, so that `data.eval_batch_size` changes no metric but by rounding. Raises
+        InputError as `source` does.
+        """
+        source, limit = self.source(split), self.experiment.loop.limit_batches
+        most = len(source) if limit is None else limit * self.experiment.data.batch_size
+        if most >= len(source):
+            return source
+        return Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
 
     def fingerprints(self, *, workers: int = 0) -> dict[str, Any]:
         """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`. `workers` processes read train."""
@@ -90,8 +110,14 @@ class Trainer:
     @functools.cached_property
     def batches(self) -> Batches:
         """Which rows each step sees."""
-        data = self.experiment.data
-        return Batches(examples=len(self.source()), batch_size=data.batch_size, seed=self.experiment.seed)
+        data, loop = self.experiment.data, self.experiment.loop
+        return Batches(
+            examples=len(self.source()),
+            batch_size=data.batch_size,
+            seed=self.experiment.seed,
+            limit=loop.limit_batches if loop.overfit_batches is None else loop.overfit_batches,
+            repeat=loop.overfit_batches is not None,
+        )
 
     @functools.cached_property
     def steps(self) -> int:

@@ -28,6 +28,7 @@ KINDS = {
     "loop.monitor": "chooses",
     "loop.mode": "chooses",
     "loop.patience": "chooses",
+    "loop.max_minutes": "operates",
     "loop.log_every": "operates",
     "loop.save_every": "operates",
     "loop.keep": "operates",
@@ -148,6 +149,15 @@ def test_a_kind_that_is_none_is_refused_with_the_nearest():
 
     with pytest.raises(InputError, match=r"task\.watched has the identity 'operate'.*did you mean 'operates'"):
         _ = dataclasses.replace(BASE, task=Wrong()).hash
+
+
+def test_a_run_recorded_before_a_field_was_added_differs_in_nothing(monkeypatch):
+    recorded, now = BASE.to_json(), BASE.hash
+    for name in ("limit_batches", "overfit_batches", "max_minutes"):
+        del recorded["loop"][name]
+    assert differences(recorded, BASE) == []
+    monkeypatch.setattr(Experiment, "to_json", lambda self: recorded)
+    assert BASE.hash == now
 
 
 def test_what_a_run_begins_with_is_part_of_its_identity():
