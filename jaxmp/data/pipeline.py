@@ -278,13 +278,18 @@ def _check_columns(split: str, found: Mapping[str, Any], train: Mapping[str, Any
 
 
 def batch_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of rows as `dataset.source` gives them: after the host transforms, each with weight 1, not yet prepared.
+    """A batch of rows as `dataset.source` gives them, or `dataset.encode` takes them: after the host transforms.
+
+    Each row has weight 1. The batch is not yet prepared.
 
     Args:
       dataset: whose host transforms are applied.
       rows: arrays of shape (n, ...); a column "weight" that is left after the host transforms is ignored.
     """
-    columns = {name: column if hasattr(column, "dtype") else as_column(name, column) for name, column in rows.items()}
+    columns = {
+        name: column if hasattr(column, "dtype") else as_column(name, column)
+        for name, column in dataset.encode(rows).items()
+    }
     columns = apply_host_transforms(dataset.host_transforms, columns)
     columns.pop("weight", None)
     return _numeric(columns) | {"weight": np.ones(len(next(iter(columns.values()))), np.float32)}
