@@ -25,26 +25,37 @@ def list_datasets(options: ListOptions) -> int:
         print(f"{dataset.name:<20} {dataset.version:<8} {_rows(dataset)}")
     for name, why in catalog.damaged_datasets().items():
         print(f"{name:<20} damaged: {why}")
+    for name, what in catalog.unprepared().items():
+        print(f"{name:<20} not prepared: `jaxmp data prepare {name} --manual FOLDER` makes it from {what}")
     print(f"\nlooked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
     return DONE
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """The options of `jaxmp data prepare` and `jaxmp data info`."""
+    """The options of `jaxmp data info`."""
 
     name: str
     """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
 
 
-def prepare(options: DatasetOptions) -> int:
+@dataclass(frozen=True)
+class PrepareOptions(DatasetOptions):
+    """The options of `jaxmp data prepare`."""
+
+    manual: str | None = None
+    """Folder of the files that mnist or spoken_digits is made from; by default downloads/manual in the data folder."""
+
+
+def prepare(options: PrepareOptions) -> int:
     """Prepares a dataset, unless it is prepared already.
 
-    jaxmp's own datasets need no network; any other is prepared by its TFDS builder.
+    jaxmp prepares digits from its dependencies, and mnist and spoken_digits from files of your own, in the folder that
+    --manual names, without TensorFlow or network; any other dataset is prepared by its TFDS builder.
     """
     from jaxmp.data.catalog import prepare_dataset
 
-    dataset = prepare_dataset(options.name)
+    dataset = prepare_dataset(options.name, options.manual)
     print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
     return DONE
 
@@ -76,5 +87,5 @@ def _rows(dataset: Prepared) -> str:
 
 
 LIST = Command("data list", ListOptions, list_datasets)
-PREPARE = Command("data prepare", DatasetOptions, prepare)
+PREPARE = Command("data prepare", PrepareOptions, prepare)
 INFO = Command("data info", DatasetOptions, info)
