@@ -51,6 +51,7 @@ from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.trace import StepRange, Trace
 from jaxmp.runs.trainer import SPLITS, Trainer
+from jaxmp.runs.weights_file import WeightsFile
 from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state
 from jaxmp.training.feed import Feed
@@ -158,7 +159,8 @@ def fit(
       continue_from: a run, `RUN` or `RUN@STEP`: goes on from all of its last state, or of that step, with what is
         changed in the experiment, in a folder of its own. Its batches have to be the same.
       init_from: a run, `RUN`, `RUN@best` or `RUN@STEP`: begins with its weights and model state, by path, and all else
-        fresh. With a moving average there, it is the average that is taken.
+        fresh. With a moving average there, it is the average that is taken. Or a file of pretrained weights,
+        `FILE.safetensors`, see `jaxmp.runs.weights_file`.
       init_only: patterns of the weights to take, see `jaxmp.trees.Pattern`; the others begin fresh. By default all.
       profile: the first and the last of the steps to trace, counted from 1; the trace goes to `plugins/profile` in
         the run folder, and xprof opens it.
@@ -243,15 +245,15 @@ def _fit(
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
     begins = parent is not None and processes.from_first(
-        lambda: not recorded or max(folder.checkpoint_steps(), default=0) < max(parent.step * parent.takes_all, 1)
+        lambda: not recorded or max(folder.checkpoint_steps(), default=0) < (parent.step if parent.takes_all else 1)
     )
     if parent is not None and begins:
         parent.check(trainer, rows)
-        fuse = parent.config.get("fuse_steps", fuse) if parent.takes_all else fuse
+        fuse = parent.config.get("fuse_steps", fuse) if isinstance(parent, Parent) and parent.takes_all else fuse
     feed = trainer.feed(fuse=fuse)
     fresh = trainer.init()
     if parent is not None and begins and not parent.takes_all:
-        fresh = parent.give_weights(fresh, log)
+        fresh = parent.give_weights(trainer, fresh, log)
     with contextlib.ExitStack() as stack:
 
         def take_folder() -> None:
@@ -271,7 +273,9 @@ def _fit(
                     "rows": rows,
                 }
                 if parent is not None:
-                    run |= {"begins_with": begins_with, "parent": str(parent.folder.path.absolute())}
+                    run |= {"begins_with": begins_with}
+                if isinstance(parent, Parent):
+                    run |= {"parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
                 shown: dict[str, Any] = {"metrics": specs_to_json(trainer.metric_specs)}
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
@@ -280,7 +284,7 @@ def _fit(
         if not recorded:
             log_neighbours(folder, trainer, fresh, rows, begins_with, log)
         carried = None
-        if parent is not None and begins and parent.takes_all:
+        if isinstance(parent, Parent) and begins and parent.takes_all:
             carried = parent.carry_over(trainer, fresh, log)
         processes.from_first(take_folder)
         if carried is not None:
@@ -305,8 +309,8 @@ def _silent(message: str) -> None:
 
 def _parent(
     continue_from: str | os.PathLike[str] | None, init_from: str | os.PathLike[str] | None, init_only: Sequence[str]
-) -> Parent | None:
-    """The run whose state or weights a run begins with; None if it begins afresh."""
+) -> Parent | WeightsFile | None:
+    """What a run begins with: the state or weights of another, or weights of a file; None if it begins afresh."""
     if continue_from is not None and init_from is not None:
         raise InputError(
             f"--continue {continue_from} and --init-from {init_from}: expected one of the two, all of a run's state or "
@@ -316,6 +320,8 @@ def _parent(
         raise InputError(f"--init-only {' '.join(init_only)}: only with --init-from, which is not given")
     if continue_from is not None:
         return Parent.find(continue_from, "continue")
+    if init_from is not None and WeightsFile.is_named_by(init_from):
+        return WeightsFile.find(init_from, init_only)
     return None if init_from is None else Parent.find(init_from, "init", init_only)
 
 
