@@ -25,6 +25,7 @@ from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_p
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import skipped_steps
 from jaxmp.training import schedules
+from jaxmp.training.objective import restrict
 from jaxmp.training.state import TrainState
 from jaxmp.trees import Pattern, is_key
 
@@ -530,7 +531,8 @@ class Parent:
         log(f"weights of step {self.step} of {self.folder.path}: {len(taken)} of {len(mine)} leaves, the others fresh")
         ema = None
         if fresh.ema is not None:
-            ema = jax.tree.map(lambda average, param: _as(jnp.copy(param), average), fresh.ema, given["params"])
+            trained = restrict(given["params"], fresh.ema)
+            ema = jax.tree.map(lambda average, param: _as(jnp.copy(param), average), fresh.ema, trained)
         return dataclasses.replace(fresh, params=given["params"], model_state=given["model_state"], ema=ema)
 
 

@@ -164,7 +164,7 @@ class Trainer:
                 loss_scaling(experiment.optimizer_of(name).make(-(-self.steps // spec.every)), scalers[name]),
                 trains=spec.trains,
                 every=spec.every,
-                ema_decay=experiment.loop.ema_decay,
+                ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }
