@@ -32,6 +32,7 @@ from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
+from jaxmp.testing import StepAdapter, step_laws
 from jaxmp.training.metrics import compute
 from jaxmp.trees import by_path
 
@@ -382,6 +383,44 @@ def test_compare_takes_the_gradient_of_an_objective_from_the_state_that_it_sees(
     assert set(expected) == set(references[1])
     for path, leaf in expected.items():
         np.testing.assert_allclose(references[1][path], leaf, rtol=1e-4, atol=1e-6)
+
+
+def laws_of(order, every):
+    trainer = Trainer(gan(order=order, every=every))
+    step, batch = jax.jit(trainer.train_step), trainer.feed(fuse=False).batch(0)
+    claims = {"growth_interval": {"discriminator": 8, "generator": 4}, "max_scale": 2.0**24, "hysteresis": 1}
+    return step_laws(StepAdapter(lambda: trainer.devices.put_state(trainer.init()), step, batch, **claims))
+
+
+@pytest.mark.slow
+def test_no_law_of_a_step_accuses_it():
+    laws = laws_of("in_turn", 2)
+    assert not laws.broken, str(laws)
+    holds = {result.law for result in laws if result.verdict == "holds"}
+    assert {
+        "growth_step_is_right",
+        "scale_moves_as_claimed",
+        "not_due_stays",
+        "skipped_statistics_are_dropped",
+    } <= holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["others_do_not_matter", "skipped_beside_others", "skipped_statistics_are_dropped"])
+def test_its_objectives_leave_each_other_alone_at_once_too(law):
+    assert at_once()[law].verdict == "holds", str(at_once()[law])
+
+
+@functools.cache
+def at_once():
+    return laws_of("at_once", 1)
+
+
+@pytest.mark.slow
+def test_it_begins_with_the_weights_of_a_run_where_one_objective_alone_is_averaged(trained, tmp_path):
+    experiment = dataclasses.replace(gan(steps=1, ema_decay=None), task=averaging_the_generator(gan().task))
+    state = Run(fit(experiment, workdir=tmp_path, init_from=trained[0].path).path, experiment).state()
+    assert set(by_path(state.ema)) == {path for path in by_path(state.params) if path.startswith("generator/")}
 
 
 @pytest.mark.slow

@@ -204,7 +204,6 @@ def nested_laws_of(fault):
 
 
 CORRECT = {
-    "in turn, every 2, float16": {},
     "at once, every 1, float16": {"order": "at_once", "every": 1},
     "in turn, every 3, selected, bfloat16": {"every": 3, "compute": BF16, "selects": True},
     "at once, every 2, float32": {
