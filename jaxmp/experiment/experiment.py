@@ -168,7 +168,11 @@ class Experiment:
         objectives = objectives_of(self.task)
         if not objectives:
             return fields
-        specs = [{"name": name, "trains": list(spec.trains), "every": spec.every} for name, spec in objectives.items()]
+        specs = [
+            {"name": name, "trains": list(spec.trains), "every": spec.every}
+            | ({} if spec.ema_decay is None else {"ema_decay": spec.ema_decay})
+            for name, spec in objectives.items()
+        ]
         return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}
 
     @property

@@ -584,19 +584,27 @@ class _Session:
         )
 
     def _culprit(self, step: int, state: TrainState) -> str | None:
-        """What was not finite in the last step, which is repeated; None if that was not skipped, or is not at hand.
-
-        A skipped step left the state as it was, but for the loss scale. Of several objectives, that is so for the last
-        that ran.
-        """
+        """What was not finite in the last step, of each objective that was skipped in it; None if none was."""
         due = self.trainer.due(step - 1)
-        if not due:
-            return None
-        name = due[-1]
+        skipped = [name for name in due if self._was_skipped(state, name)]
+        found = []
+        for name in skipped:
+            # Whose changes it did not see, though they are in the state by now.
+            changed = due if self.trainer.order == "at_once" else due[due.index(name) :]
+            found.append(self._repeated(step, state, name, [each for each in changed if each not in skipped]))
+        return "; ".join(found) or None
+
+    def _was_skipped(self, state: TrainState, name: str | None) -> bool:
         opt_state = state.opt_state if name is None else state.opt_state[name]
-        scaling = find_state(opt_state)
-        if scaling is None or not int(consecutive_skips(opt_state)):
-            return None
+        return find_state(opt_state) is not None and bool(consecutive_skips(opt_state))
+
+    def _repeated(self, step: int, state: TrainState, name: str | None, changed: list[str | None]) -> str:
+        """What was not finite in the last step of an objective, which is repeated.
+
+        A skipped step left the state as it was, but for the loss scale; others may have `changed` it in the same step.
+        """
+        scaling = find_state(state.opt_state if name is None else state.opt_state[name])
+        assert scaling is not None
         devices, batch, scale = self.trainer.devices, self.feed.batch(step - 1), scaling.skipped_scale
         if devices.several_processes:
             batch = devices.whole(batch)
@@ -604,7 +612,8 @@ class _Session:
         key = key if name is None else objective_key(key, name)
         grads, measured, _ = self.trainer.gradients(name)(state.params, state.model_state, scale, batch, key)
         found = name_nonfinite(grads, measured.loss)
-        if found is None:
-            return f"step {step}, repeated at loss scale {float(scale):g} on one device, is finite"
         of = "" if name is None else f" of {name}"
-        return f"not finite in step {step}{of}, at loss scale {float(scale):g}: {found}"
+        after = f", with the parameters that {', '.join(map(str, changed))} left in it" if changed else ""
+        if found is None:
+            return f"step {step}{of}, repeated at loss scale {float(scale):g} on one device{after}, is finite"
+        return f"not finite in step {step}{of}, at loss scale {float(scale):g}{after}: {found}"

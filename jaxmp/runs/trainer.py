@@ -192,7 +192,7 @@ class Trainer:
                 ),
                 trains=spec.trains,
                 every=spec.every,
-                ema_decay=experiment.loop.ema_decay,
+                ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }

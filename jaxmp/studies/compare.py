@@ -31,7 +31,6 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
 from jaxmp.studies.paired import method, paired
-from jaxmp.tasks.task import refuse_several
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
 
@@ -68,8 +67,6 @@ def compare(
     if gradients < 0:
         raise InputError(f"gradients at {gradients} steps: expected a whole number of at least 0")
     cells, results = grid(config, precisions, seeds, overrides), []
-    if gradients:
-        refuse_several(cells[0].experiment.task, "--gradients")
     for i, cell in enumerate(cells):
         log(f"[{i + 1}/{len(cells)}] {cell.precision}, seed {cell.seed}")
         result = _train(config, cell, workdir, log)

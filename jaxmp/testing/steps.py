@@ -45,7 +45,7 @@ from jaxmp.testing.objectives import (
     skipped_statistics_are_dropped,
 )
 from jaxmp.testing.scalers import is_sound_scale
-from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
+from jaxmp.testing.snapshots import Snapshot, first_difference, place_difference, restored, snapshot, type_difference
 from jaxmp.testing.sums import SUMS, terms
 from jaxmp.testing.trial import (
     NO_GRADIENT,
@@ -174,12 +174,14 @@ def one_compile(trial: Trial) -> None:
     """
     with faults.compiled_anew():
         state = trial.step(trial.fresh())
+        placed = place_difference(trial.fresh(), state)
         for count in (2, 3, 4):
             before = compiles()
             state = trial.step(state)
             new = compiles() - before
             if new:
-                raise Broken(f"step {count} compiled {new} program{'s' * (new > 1)}, after what step 1 had compiled")
+                said = f"step {count} compiled {new} program{'s' * (new > 1)}, after what step 1 had compiled"
+                raise Broken(f"{said}: {placed}" if placed and count == 2 else said)
 
 
 def trains(trial: Trial) -> None:

@@ -25,6 +25,8 @@ from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """Limits on how long a law waits for the scale to grow."""
+WAIT = 128
+"""Number of steps within which each of several objectives has to be due once."""
 SOME = 8
 """Number of parameters on which a law that needs steps for each of them is tested, unless thoroughly."""
 WRONG_SHARE = 0.25
@@ -225,7 +227,7 @@ class Trial:
         Every gradient overflows meanwhile, so that no loss depends on what another one has changed.
         """
         state, scaled, ran = self.fresh(), dict[int, int](), list[int]()
-        for _ in range(8):
+        for _ in range(WAIT):
             after, usual = self.overflow(copied(state))
             new = [call for call in usual if call not in ran]
             ran += new

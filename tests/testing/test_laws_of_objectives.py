@@ -187,8 +187,23 @@ def laws_of(fault=None, claims=CLAIMS, **kwargs):
 
 
 UNSCALED = {name: NoScaler() for name in NAMES}
+
+
+def nested_laws_of(fault):
+    """The same, where the scalers are inside of other containers."""
+    init, train_step = step(fault)
+
+    def put(state):
+        return {**state, "opt": {CRITIC: {"tx": (state["opt"][CRITIC],)}, ACTOR: [(jnp.int32(7), state["opt"][ACTOR])]}}
+
+    def taken(state):
+        return {**state, "opt": {CRITIC: state["opt"][CRITIC]["tx"][0], ACTOR: state["opt"][ACTOR][0][1]}}
+
+    run = jax.jit(lambda state, batch: put(train_step(taken(state), batch)))
+    return step_laws(StepAdapter(lambda: put(init()), run, rows()))
+
+
 CORRECT = {
-    "in turn, every 2, float16": {},
     "at once, every 1, float16": {"order": "at_once", "every": 1},
     "in turn, every 3, selected, bfloat16": {"every": 3, "compute": BF16, "selects": True},
     "at once, every 2, float32": {
@@ -244,3 +259,11 @@ def test_a_fault_between_two_objectives_is_found_by_its_law(fault):
     result = laws_of(fault, **kwargs)[law]
     assert result.verdict == "broken" and result.words.startswith("objective 'actor': "), str(result)
     assert _correct(**kwargs)[law].verdict == "holds"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["scale never falls", "unscaled by the other's scale"])
+def test_the_laws_of_scales_find_each_scaler_wherever_it_is_nested(fault):
+    law, _ = FAULTS[fault]
+    result = nested_laws_of(fault)[law]
+    assert result.verdict == "broken" and result.words.startswith("objective \"['opt']['actor'][0][1]\": "), str(result)
