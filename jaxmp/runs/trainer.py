@@ -20,7 +20,7 @@ from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain
+from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling
 from jaxmp.modules.model import as_model
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
@@ -223,6 +223,7 @@ class Trainer:
         return self.make_loss(
             objective=objective,
             axis_name=devices.replicas().axis_name if together else None,
+            replicas=devices.replicas().axis_name,
             rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
         )
 
@@ -341,11 +342,12 @@ class Trainer:
             params_key, step_key = jax.random.split(key)
             params, model_state = init_model(experiment.model, experiment.task, self.batch_spec, params_key)
             params = cast_to_param(experiment.model, experiment.policy, params, *self.inputs)
+            delayed = init_delayed_scaling(experiment.model, experiment.policy, *self.inputs)
             return TrainState.create(
                 params,
                 self.objective,
                 key=step_key,
-                model_state=model_state,
+                model_state={**model_state, **delayed},
                 rounding=experiment.policy.rounding,
             )
 
