@@ -47,6 +47,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
+from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import SPLITS, Trainer
 from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state
@@ -67,6 +68,10 @@ class Fitted(NamedTuple):
     """whether a signal stopped it before its end, after saving"""
     trained: bool = True
     """whether this call trained; False if the run had ended before"""
+
+    def _repr_html_(self) -> str:
+        """Shows the run in a notebook, as `jaxmp.Run(path)` does."""
+        return Run(self.path)._repr_html_()
 
 
 def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[StepInfo]:
