@@ -190,6 +190,8 @@ class Experiment:
 def in_words(value: Any) -> str:
     """A part of an experiment in one line: its class, and the fields that differ from their defaults."""
     if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        if isinstance(value, str):
+            return value
         if isinstance(value, Mapping):
             return ", ".join(f"{name}: {in_words(of)}" for name, of in value.items())
         if isinstance(value, tuple) and not hasattr(value, "_fields"):

@@ -147,7 +147,9 @@ def _cell_style() -> str:
     base = "background: var(--paper); color: var(--ink); padding: 2px 12px; font: 14px/1.5 system-ui, sans-serif"
     return (
         f".jaxmp {{ {LIGHT} }} @media screen and (prefers-color-scheme: dark) {{ .jaxmp {{ {DARK} }} }} "
-        f"{IN_LIGHT} {{ {LIGHT} }} {IN_DARK} {{ {DARK} }} .jaxmp {{ {base}; {element_style()} }}"
+        f"{IN_LIGHT} {{ {LIGHT} }} {IN_DARK} {{ {DARK} }} "
+        # Named three times, so that no rule of the notebook's own for tables is more specific.
+        f".jaxmp.jaxmp.jaxmp {{ {base}; {element_style()} }}"
     )
 
 
