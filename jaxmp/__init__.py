@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     )
     from jaxmp.studies.audit import audit
     from jaxmp.studies.cheapest_policy import find_policy
+    from jaxmp.studies.compare import compare
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
     from jaxmp.tasks.classification import Classification

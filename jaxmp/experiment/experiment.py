@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import optax
 
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
+from jaxmp.data.transforms import function_name
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.settings import Loop, Parallel
+from jaxmp.html.elements import Elements, shortened
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
 from jaxmp.tasks.classification import Classification
@@ -175,10 +178,42 @@ class Experiment:
         ]
         return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}
 
+    def _repr_html_(self) -> str:
+        """Shows the parts in a notebook, each with what differs from its defaults."""
+        rows = [(field.name, in_words(getattr(self, field.name))) for field in dataclasses.fields(self)]
+        found = Elements()
+        found.table(("part", "what differs from its defaults"), rows)
+        return found.cell()
+
     @property
     def hash(self) -> str:
         """12 hexadecimal digits that name the run's folder: of the fields that decide and choose, see `identity`."""
         return identity_hash(self)
+
+
+def in_words(value: Any) -> str:
+    """A part of an experiment in one line: its class, and the fields that differ from their defaults."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name}: {in_words(of)}" for name, of in value.items())
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return f"({', '.join(map(in_words, value))}{',' if len(value) == 1 else ''})"
+        if isinstance(value, optax.GradientTransformation):
+            made = getattr(value.update, "__qualname__", "update").partition(".")[0]
+            return f"optax transformation ({made})"
+        named = callable(value) and (hasattr(value, "__qualname__") or hasattr(value, "__wrapped__"))
+        return function_name(value) if named else shortened(repr(value), 60)
+    changed = []
+    for field in dataclasses.fields(value):
+        if not field.init or field.name in ("parent", "name"):
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        of = getattr(value, field.name, None)
+        if of is not default and not (type(of) is type(default) and of == default):
+            changed.append(f"{field.name}={in_words(of)}")
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def _has(part: Any, *methods: str) -> bool:

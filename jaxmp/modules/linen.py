@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import bare
 from jaxmp.modules.functions import by_operations
 from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene, trace_apart
@@ -257,6 +258,10 @@ class Explanation(tuple[ModulePolicy, ...]):
             for row in self
         ]
         return table(rows, header=("module", "class", "parameters", "policy", "rule"), right=[2])
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
 
 
 def explain(

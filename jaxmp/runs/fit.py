@@ -49,6 +49,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
+from jaxmp.runs.run import Run
 from jaxmp.runs.trace import StepRange, Trace
 from jaxmp.runs.trainer import SPLITS, Trainer
 from jaxmp.runs.weights_file import WeightsFile
@@ -71,6 +72,10 @@ class Fitted(NamedTuple):
     """whether a signal stopped it before its end, after saving"""
     trained: bool = True
     """whether this call trained; False if the run had ended before"""
+
+    def _repr_html_(self) -> str:
+        """Shows the run in a notebook, as `jaxmp.Run(path)` does."""
+        return Run(self.path)._repr_html_()
 
 
 def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[StepInfo]:

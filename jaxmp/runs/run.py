@@ -23,14 +23,16 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import Comparison, made_by
+from jaxmp.html.elements import Elements
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
+from jaxmp.runs.curves import Curve, curve_figures
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.tasks.task import predictions
 from jaxmp.training.evaluation import evaluation_key
-from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
+from jaxmp.training.metrics import MetricSpec, compute, spec_of, specs_from_json
 from jaxmp.training.state import TrainState
 from jaxmp.trees import upcast
 
@@ -69,6 +71,29 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """Shows in a notebook how the run stands, its metrics and its curves; of one that trains, as far as it is."""
+        metrics, specs, config = self.metrics, self.metric_specs, self.config
+        summary = self.summary if self.has_ended else {}
+        last = {**(metrics[-1] if metrics else {}), **summary}
+        rows = [
+            ("run", str(self.path)),
+            ("state", f"failed: {self.failure}" if self.failure else "finished" if self.has_ended else "not ended"),
+            ("precision", str(config["experiment"]["precision"])),
+            ("seed", str(config["seed"])),
+            ("steps", f"{last.get('steps', last.get('step', 0)):,}"),
+            ("skipped", f"{last.get('skipped_steps', 0):,}"),
+        ]
+        for name, value in summary.get("test", {}).items():
+            spec = spec_of(specs, name)
+            rows.append((f"test {spec.label(name)}", "not finite" if value is None else spec.text(value)))
+        found = Elements()
+        found.table(("", ""), rows)
+        if metrics:
+            curve = Curve(str(config["experiment"]["precision"]), config["seed"], metrics, bool(self.failure), specs)
+            found.figures(curve_figures([curve]))
+        return found.cell()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:

@@ -89,6 +89,13 @@ def test_hooks_see_each_dispatch_and_evaluation_in_the_fixed_order_and_change_no
     assert bits(Run(folder, BASE).state()) == bits(Run(plain.path, BASE).state())
 
 
+def test_a_run_and_what_fit_returns_show_their_curves_in_a_notebook(plain):
+    html = plain._repr_html_()
+    assert html == Run(plain.path)._repr_html_() and html.startswith('<div class="jaxmp">')
+    for part in ("finished", "mixed_float16", "test accuracy, %", "Skipped steps: no step was skipped.", "<svg"):
+        assert part in html
+
+
 def test_a_hook_that_raises_leaves_a_run_that_is_saved_and_goes_on_to_the_same_bits(plain, tmp_path):
     def plotting(info: StepInfo):
         if info.step == 9:
