@@ -27,7 +27,8 @@ def list_datasets(options: ListOptions) -> int:
         print(f"{name:<20} damaged: {why}")
     for name, what in catalog.unprepared().items():
         print(f"{name:<20} not prepared: `jaxmp data prepare {name} --manual FOLDER` makes it from {what}")
-    print(f"\nlooked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
+    print("\nfiles of your own, which need no preparing: jaxmp data info FOLDER_OF_IMAGES, or TABLE.csv")
+    print(f"looked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
     return DONE
 
 
@@ -36,7 +37,8 @@ class DatasetOptions:
     """The options of `jaxmp data info`."""
 
     name: str
-    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
+    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2. Or a path: a folder of images,
+    with a folder in it for each split and class; a table (.csv, .jsonl, .parquet, .npz); a folder of .npy files."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,28 @@ class PrepareOptions(DatasetOptions):
 def prepare(options: PrepareOptions) -> int:
     """Prepares a dataset, unless it is prepared already.
 
-    jaxmp prepares digits from its dependencies, and mnist and spoken_digits from files of your own, in the folder that
-    --manual names, without TensorFlow or network; any other dataset is prepared by its TFDS builder.
+    jaxmp itself prepares digits, and mnist and spoken_digits from the files in --manual; the others, TFDS's builders.
+
+    Files of your own need no preparing: if NAME is a path, shows what is in them.
     """
     from jaxmp.data.catalog import prepare_dataset
 
+    if _is_path(options.name):
+        return info(options)
     dataset = prepare_dataset(options.name, options.manual)
     print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
     return DONE
 
 
 def info(options: DatasetOptions) -> int:
-    """Shows rows, features, licence and source of a prepared dataset."""
+    """Shows rows, features, licence and source of a prepared dataset; of files, rows and columns."""
     from jaxmp.data.catalog import describe
 
+    if _is_path(options.name):
+        from jaxmp.data.files import describe_files
+
+        _print_lines(describe_files(options.name))
+        return DONE
     description = describe(options.name)
     dataset = description.dataset
     lines = {
@@ -76,10 +86,21 @@ def info(options: DatasetOptions) -> int:
         "licence": description.licence,
         "citation": description.citation,
     }
+    _print_lines(lines)
+    return DONE
+
+
+def _print_lines(lines: dict[str, str]) -> None:
     for key, value in lines.items():
         if value:
             print(f"{key:<9} {value}")
-    return DONE
+
+
+def _is_path(name: str) -> bool:
+    from jaxmp.data.catalog import list_datasets
+    from jaxmp.data.files import is_path
+
+    return is_path(name) and name not in {dataset.name for dataset in list_datasets()}
 
 
 def _rows(dataset: Prepared) -> str:

@@ -1,8 +1,9 @@
-"""`Recordings`, a dataset of recordings, and `LogMel`, their features, computed on the device in float32."""
+"""`Recordings` and `JoinedRecordings`, datasets of recordings, and `LogMel`, their features, in float32."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class LogMel:
     floor: float = 1e-6
     """Energy below which a band counts as having this much; samples run from -1 to 1."""
     normalise: bool = True
-    """Whether each feature gets mean 0 and variance 1 over the frames of its recording."""
+    """Whether the features of a recording get mean 0 and variance 1, over its frames and bands together."""
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "window", "hop", "fft", "bands"):
@@ -107,16 +108,18 @@ class LogMel:
 
 
 def normalised(features: jax.Array, counts: jax.Array) -> jax.Array:
-    """Each feature minus its mean over the frames that count, divided by their standard deviation (at least 1e-3).
+    """Features minus their mean, divided by their standard deviation (at least 1e-3), both of a whole recording.
+
+    Not of each band by itself: in a recording of one word, that would take out the spectrum of its vowel.
 
     Args:
       features: float32 (rows, frames, bands).
       counts: which frames count, bool (rows, frames). A row of none stays finite.
     """
-    weight = counts[..., None].astype(jnp.float32)
-    total = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
-    centred = features - jnp.sum(features * weight, axis=1, keepdims=True) / total
-    variance = jnp.sum(jnp.square(centred) * weight, axis=1, keepdims=True) / total
+    weight = jnp.broadcast_to(counts[..., None], features.shape).astype(jnp.float32)
+    total = jnp.maximum(jnp.sum(weight, axis=(1, 2), keepdims=True), 1)
+    centred = features - jnp.sum(features * weight, axis=(1, 2), keepdims=True) / total
+    variance = jnp.sum(jnp.square(centred) * weight, axis=(1, 2), keepdims=True) / total
     return centred / jnp.maximum(jnp.sqrt(variance), jnp.float32(1e-3))
 
 
@@ -236,3 +239,81 @@ class Recordings(Dataset):
             return transform({**batch, **made}, key, global_index)
 
         return apply
+
+
+@dataclass(frozen=True)
+class JoinedRecordings(Recordings):
+    """Strings of recordings, joined without a pause: what is said in them is a sequence of labels.
+
+    A batch has `features` and `frames`, as that of `Recordings`, and `labels`, int32 (rows, most), each row filled up
+    at its end with -1. The recordings of a string are of one `group` and of one split. Which they are is a pure
+    function of `string_seed`, the split and the row.
+    """
+
+    seconds: float = 3.0
+    """Length that strings are brought to, filled up with silence; of one that is longer the last recordings are left
+    out, as many as it takes."""
+    group: str = "speaker"
+    """Column that the recordings of a string have in common."""
+    strings: int = 4000
+    """Number of strings to train on."""
+    eval_strings: int = 500
+    """Number of strings to validate on, and to test on."""
+    least: int = 3
+    """Smallest number of recordings that is drawn for a string."""
+    most: int = 6
+    """Largest number of recordings that is drawn for a string; each number from `least` on is as likely."""
+    string_seed: int = 0
+    """Seed of the draws; the experiment's seed does not change the data."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a setting that cannot be used."""
+        super().__post_init__()
+        for name, least in (("strings", 1), ("eval_strings", 1), ("least", 1), ("most", 1), ("string_seed", 0)):
+            object.__setattr__(self, name, whole_number(f"data.{name}", getattr(self, name), least))
+        require(self, "most", self.most >= self.least, f"at least least = {self.least}")
+
+    def source(self, split: Split) -> Columns:
+        """`samples`, int16 (rows, seconds * sample rate), `length`, int32 (rows,), and `labels`, int32 (rows, most).
+
+        Raises InputError as `Recordings.source` does, or if there is no column of the group or of labels, or a
+        recording is longer than `seconds`.
+        """
+        rows = self._rows(split)
+        for name in (self.group, "label"):
+            if name not in rows:
+                raise InputError(f"strings need the column {name!r}; {self.name} has {', '.join(rows)}")
+        recordings, kept = rows[self.column], round(self.seconds * self.features.sample_rate)
+        sizes = np.array([len(recording) for recording in recordings])
+        if sizes.max() > kept:
+            raise InputError(
+                f"data.seconds is {self.seconds}, and {self.name}, {split}, row {sizes.argmax()} lasts "
+                f"{sizes.max() / self.features.sample_rate:.2f} s; expected at least as much"
+            )
+        count = self.strings if split == "train" else self.eval_strings
+        samples, length = np.zeros((count, kept), np.int16), np.zeros(count, np.int32)
+        labels = np.full((count, self.most), -1, np.int32)
+        for row, chosen in enumerate(self.choose(split, np.asarray(rows[self.group]), count)):
+            chosen = chosen[np.cumsum(sizes[chosen]) <= kept]
+            joined = np.concatenate([recordings[index] for index in chosen])
+            samples[row, : len(joined)], length[row] = joined, len(joined)
+            labels[row, : len(chosen)] = rows["label"][chosen]
+        return Columns({"samples": samples, "length": length, "labels": labels})
+
+    def choose(self, split: Split, group: np.ndarray, count: int) -> list[np.ndarray]:
+        """The recordings of each string, by row, before those are left out that are too many.
+
+        Args:
+          split: the split's name.
+          group: the group of each recording, (recordings,).
+          count: number of strings; the first ones do not depend on it.
+        """
+        bits = np.random.Philox(key=np.array([self.string_seed, zlib.crc32(split.encode())], np.uint64))
+        drawn = bits.random_raw(count * (self.most + 2)).reshape(count, -1)
+        members = [np.flatnonzero(group == each) for each in np.unique(group)]
+        numbers = self.least + drawn[:, 0] % (self.most - self.least + 1)
+        groups = [members[index] for index in drawn[:, 1] % len(members)]
+        return [
+            of_group[row[2 : 2 + number] % len(of_group)]
+            for of_group, number, row in zip(groups, numbers.astype(int), drawn, strict=True)
+        ]
