@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.experiment.canonical import canonical
+from jaxmp.modules.lora import LoRA
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.objective import EVERYTHING
 
@@ -114,10 +116,15 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
 
 
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
+    """A copy, with the precision in one spelling, and without what runs did not have before: `trains` where that is
+    everything, and what `lora` has by default."""
     copied = json.loads(json.dumps(content))
     if copied.get("trains") == list(EVERYTHING):
         del copied["trains"]
+    if isinstance(copied.get("lora"), dict):
+        default = json.loads(json.dumps(canonical(LoRA(), "lora")))
+        lora = {name: value for name, value in copied.pop("lora").items() if value != default.get(name)}
+        copied |= {"lora": lora} if lora else {}
     if isinstance(copied.get("precision"), str):
         copied["precision"] = str(PolicyTree.parse(copied["precision"]))
     return copied

@@ -101,22 +101,22 @@ def compare_gradients(experiments: Mapping[str, Experiment], count: int, *, agai
 
 def _gradients(experiment: Experiment, train: bool) -> Callable[[PastStep], Arrays]:
     """The gradients of a step under the experiment's own policy and first loss scale."""
-    loss_fn = make_loss(experiment.model, experiment.task, experiment.policy, train=train)
+    loss_fn = make_loss(experiment.adapted_model, experiment.task, experiment.policy, train=train)
     scale = float(experiment.make_scaler().init().scale)
-    return _at_step(experiment, scaled_gradients(loss_fn, scale, trains=experiment.trains))
+    return _at_step(experiment, scaled_gradients(loss_fn, scale, trains=experiment.trained))
 
 
 def _exact(experiment: Experiment) -> Callable[[PastStep], Arrays]:
     """The gradients of a step by float64 arithmetic, from the parameters as they are kept."""
 
     def gradients(precision: Any) -> Any:
-        loss_fn = make_loss(experiment.model, experiment.task, precision, train=False)
-        return make_gradients(loss_fn, trains=experiment.trains)
+        loss_fn = make_loss(experiment.adapted_model, experiment.task, precision, train=False)
+        return make_gradients(loss_fn, trains=experiment.trained)
 
     # Not through Experiment, which refuses float64 unless it is on for good.
     float64 = parse_policy("p=f64,c=f64,o=f64")
     exact = exact_gradients(
-        make_loss(experiment.model, experiment.task, float64, train=False), trains=experiment.trains
+        make_loss(experiment.adapted_model, experiment.task, float64, train=False), trains=experiment.trained
     )
     drawn = in_float64(gradients("float32"))
 
@@ -137,7 +137,7 @@ def _key(past: PastStep) -> jax.Array:
 def _at_step(experiment: Experiment, gradients: GradientFn) -> Callable[[PastStep], Arrays]:
     def at_step(past: PastStep) -> Arrays:
         state, inputs = past.state, [past.batch[name] for name in experiment.task.inputs]
-        params = cast_to_param(experiment.model, experiment.policy, state.params, *inputs)
+        params = cast_to_param(experiment.adapted_model, experiment.policy, state.params, *inputs)
         return gradients(params, state.model_state, past.batch, _key(past))
 
     return at_step
