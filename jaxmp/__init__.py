@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.experiment.settings import Loop, Parallel
     from jaxmp.modules.functions import apply_policy
     from jaxmp.modules.linen import explain, with_policy
+    from jaxmp.modules.lora import LoRA
     from jaxmp.modules.nnx import from_nnx
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.blocks import BlockFormat, PackedBlocks, from_ml_dtypes, pack, parse_block_format, quantize

@@ -29,6 +29,7 @@ from jaxmp.commands import (
     report,
     runs,
     train,
+    weights,
 )
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Command] = {
         train.COMMAND,
         eval.COMMAND,
         predict.COMMAND,
+        weights.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.experiment.canonical import canonical
+from jaxmp.modules.lora import LoRA
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.objective import EVERYTHING
 
@@ -119,6 +121,7 @@ _ABSENT = object()
 # keeps its folder. `*` is the name of an objective.
 _ADDED_LATER: dict[str, Any] = {
     "trains": list(EVERYTHING),
+    "lora": json.loads(json.dumps(canonical(LoRA(), "lora"))),
     "data.cuts": [],
     "optimizer.state_format": None,
     "optimizer.*.state_format": None,

@@ -496,9 +496,9 @@ class Parent:
         checkpoints = self.folder.checkpoints()
         try:
             saved, mine = checkpoints.leaves(self.step), weights_of(fresh)
-            taken = choose_weights(
-                saved, fresh, self.only, f"--init-from {self.folder.path}: its weights of step {self.step}"
-            )
+            what = f"--init-from {self.folder.path}: its weights of step {self.step}"
+            adapters = bool(trainer.experiment.lora.rank)
+            taken = choose_weights(saved, fresh, self.only, what, adapters=adapters)
             averaged = {path: path.replace("state/params", "state/ema", 1) for path in taken}
             source = {path: averaged[path] if averaged[path] in saved else path for path in taken}
             read = checkpoints.read_leaves(self.step, {source[path]: mine[path] for path in taken})

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
+from jaxmp.modules.lora import ADAPTERS
 from jaxmp.runs.checkpoint import describe, named_leaves
 from jaxmp.training.objective import restrict
 from jaxmp.training.state import TrainState
@@ -28,7 +29,15 @@ def weights_of(fresh: TrainState) -> dict[str, Any]:
     return named_leaves({"state": {"params": fresh.params, "model_state": fresh.model_state}})
 
 
-def choose_weights(saved: Mapping[str, str], fresh: TrainState, only: Sequence[str], what: str) -> list[str]:
+def weights_by_path(params: Any, model_state: Any) -> dict[str, Any]:
+    """Parameters and model state by their paths in the model: Dense_0/kernel, BatchNorm_0/mean."""
+    leaves = named_leaves({"state": {"params": params, "model_state": model_state}})
+    return {name_within(path): leaf for path, leaf in leaves.items()}
+
+
+def choose_weights(
+    saved: Mapping[str, str], fresh: TrainState, only: Sequence[str], what: str, *, adapters: bool
+) -> list[str]:
     """The paths of the weights that are taken.
 
     Args:
@@ -36,11 +45,16 @@ def choose_weights(saved: Mapping[str, str], fresh: TrainState, only: Sequence[s
       fresh: the state that they go into.
       only: patterns of those to take; all if empty.
       what: names the weights, the beginning of a message.
+      adapters: whether LoRA's adapters begin fresh where there are none.
 
     Raises: InputError if a pattern matches no weight, or a leaf differs in path, shape or dtype; all are named.
     """
     mine, patterns = weights_of(fresh), [Pattern(text) for text in only]
     weights = {path: name_within(path) for path in {**saved, **mine} if part_of(path) in ("params", "model_state")}
+    if adapters:
+        of_lora = [Pattern(text) for text in ADAPTERS]
+        new = [path for path in weights if path not in saved and any(each.covers(weights[path]) for each in of_lora)]
+        weights = {path: name for path, name in weights.items() if path not in new or patterns}
     for pattern in patterns:
         if not any(pattern.covers(name) for path, name in weights.items() if path in mine):
             raise InputError(

@@ -182,7 +182,7 @@ class Trainer:
         experiment = self.experiment
         if not self.objectives:
             tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
-            return Objective(self.loss_fn(), tx, trains=experiment.trains, ema_decay=experiment.loop.ema_decay)
+            return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=experiment.loop.ema_decay)
         scalers = experiment.make_scalers()
         return {
             name: Objective(
@@ -215,7 +215,7 @@ class Trainer:
         """The loss of this model, task and precision; for `kwargs`, such as `objective`, see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
         remat = {"remat": parallel.remat, "remat_policy": parallel.remat_policy}
-        return make_loss(experiment.model, experiment.task, experiment.policy, **{**remat, **kwargs})
+        return make_loss(experiment.adapted_model, experiment.task, experiment.policy, **{**remat, **kwargs})
 
     def loss_fn(self, objective: str | None = None) -> LossFn:
         """The training loss on one replica's share of a batch; of several objectives, that of one."""
@@ -313,7 +313,7 @@ class Trainer:
         """Evaluates states: `evaluation(state, source)`."""
         nothing = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name)}
         experiment = self.experiment
-        make = functools.partial(make_loss, experiment.model, experiment.task, experiment.policy, train=False)
+        make = functools.partial(make_loss, experiment.adapted_model, experiment.task, experiment.policy, train=False)
         loss_fn = {name: make(objective=name) for name in self.objectives} or make()
         return Evaluation(loss_fn, experiment.data, self.devices, nothing)
 
@@ -340,9 +340,9 @@ class Trainer:
 
         def init(key: jax.Array) -> TrainState:
             params_key, step_key = jax.random.split(key)
-            params, model_state = init_model(experiment.model, experiment.task, self.batch_spec, params_key)
-            params = cast_to_param(experiment.model, experiment.policy, params, *self.inputs)
-            delayed = init_delayed_scaling(experiment.model, experiment.policy, *self.inputs)
+            params, model_state = init_model(experiment.adapted_model, experiment.task, self.batch_spec, params_key)
+            params = cast_to_param(experiment.adapted_model, experiment.policy, params, *self.inputs)
+            delayed = init_delayed_scaling(experiment.adapted_model, experiment.policy, *self.inputs)
             return TrainState.create(
                 params,
                 self.objective,
@@ -395,7 +395,10 @@ class Trainer:
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
-        model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
+        model, state = (
+            as_model(self.experiment.adapted_model).under(UnderPolicy(self.experiment.policy)),
+            self.state_spec,
+        )
         apply = functools.partial(jax.eval_shape, lambda key, *args: model.apply(*args, key=key)[0])
         return apply(state.key, state.params, state.model_state, *self.inputs)
 
@@ -443,7 +446,7 @@ class Trainer:
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError if a rule matches none."""
-        return explain(self.experiment.model, self.experiment.policy, tuple(self.inputs))
+        return explain(self.experiment.adapted_model, self.experiment.policy, tuple(self.inputs))
 
     @property
     def inputs(self) -> list[jax.ShapeDtypeStruct]:

@@ -74,7 +74,8 @@ class WeightsFile:
         described = {
             path: _in_dtype(value, mine[path]) if path in mine else describe(value) for path, value in found.items()
         }
-        taken = choose_weights(described, fresh, self.only, option)
+        adapters = bool(trainer.experiment.lora.rank)
+        taken = choose_weights(described, fresh, self.only, option, adapters=adapters)
         log(f"weights of {self.path}: {len(taken)} of {len(mine)} leaves, the others fresh")
         return with_weights(fresh, {path: found[path] for path in taken})
 

@@ -133,12 +133,12 @@ def _spread(count: int, total: int, every: int) -> set[int]:
 
 
 def _trains(experiment: Experiment, objective: str | None) -> tuple[str, ...]:
-    return experiment.trains if objective is None else objectives_of(experiment.task)[objective].trains
+    return experiment.trained if objective is None else objectives_of(experiment.task)[objective].trains
 
 
 def _gradients(experiment: Experiment, objective: str | None, train: bool) -> Callable[[PastStep], Arrays]:
     """The gradients of a step under the experiment's own policy and first loss scale."""
-    loss_fn = make_loss(experiment.model, experiment.task, experiment.policy, objective=objective, train=train)
+    loss_fn = make_loss(experiment.adapted_model, experiment.task, experiment.policy, objective=objective, train=train)
     scale = float(experiment.scaler_of(objective).init().scale)
     return _at_step(experiment, scaled_gradients(loss_fn, scale, trains=_trains(experiment, objective)))
 
@@ -148,7 +148,7 @@ def _exact(experiment: Experiment, objective: str | None) -> Callable[[PastStep]
     trains = _trains(experiment, objective)
 
     def loss_in(precision: Any) -> Any:
-        return make_loss(experiment.model, experiment.task, precision, objective=objective, train=False)
+        return make_loss(experiment.adapted_model, experiment.task, precision, objective=objective, train=False)
 
     def gradients(precision: Any) -> Any:
         return make_gradients(loss_in(precision), trains=trains)
@@ -175,7 +175,7 @@ def _key(past: PastStep) -> jax.Array:
 def _at_step(experiment: Experiment, gradients: GradientFn) -> Callable[[PastStep], Arrays]:
     def at_step(past: PastStep) -> Arrays:
         state, inputs = past.state, [past.batch[name] for name in experiment.task.inputs]
-        params = cast_to_param(experiment.model, experiment.policy, state.params, *inputs)
+        params = cast_to_param(experiment.adapted_model, experiment.policy, state.params, *inputs)
         return gradients(params, state.model_state, past.batch, _key(past))
 
     return at_step

@@ -13,6 +13,7 @@ from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, differences, field_kinds, identity_hash
 from jaxmp.models.mlp import MLP
+from jaxmp.modules.lora import LoRA
 from jaxmp.training.optimizers import Adam
 from jaxmp.training.schedules import CosineDecay
 
@@ -51,6 +52,8 @@ OTHER: dict[str, Any] = {
     "model": MLP(features=(3,)),
     "precision": "float32",
     "trains": ("Dense_1",),
+    "lora": LoRA(rank=2),
+    "lora.where": ("Dense_1",),
     "loop.mode": "max",
     "loop.monitor": "loss",
     "loop.accumulate_overflow": "microbatch",
