@@ -18,7 +18,7 @@ from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
 from jaxmp.tasks.function import as_task
-from jaxmp.tasks.task import Task, check_returned, refuse_several, task_name, task_of
+from jaxmp.tasks.task import Task, change_batch, check_returned, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 
 
@@ -75,6 +75,7 @@ def make_loss(
     under_policy = under(Spread(axis_name=replicas))
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
+        batch = change_batch(task, batch, key, train=train)
         inputs = [batch[name] for name in task.inputs]
         if train:
             count = len(batch["weight"])
