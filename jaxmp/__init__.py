@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.cheapest_policy import find_policy
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
+    from jaxmp.studies.what_if import what_if
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.loss import make_loss
     from jaxmp.tasks.task import Task
