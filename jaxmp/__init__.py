@@ -79,6 +79,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.compare import compare
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
+    from jaxmp.studies.what_if import what_if
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.function import FunctionTask
     from jaxmp.tasks.loss import make_loss
