@@ -11,20 +11,25 @@ StaticScaler, NoScaler; those of other frameworks are in jaxmp.scaling.historica
 last_step_finite, skipped_steps, consecutive_skips.
 
 Rounding and formats: apply_updates (to nearest, stochastic, Kahan); Format, parse_format, fake_quantize,
-DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks, from_ml_dtypes.
+DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks, from_ml_dtypes. A Recipe
+is the formats of a layer's three products.
 
-Optimizer numerics: float32_math, global_norm, clip_by_global_norm.
+Optimizer numerics: float32_math, global_norm, clip_by_global_norm; state_format keeps the state in few bits, in arrays
+of PackedArray.
 
 Steps: make_loss, make_train_step, make_eval_step, TrainState; several losses and frozen parts: Objective, and
 ObjectiveSpec where a task names them.
 
-Experiments: Experiment, of a model; data: Arrays, TFDS, Augment, and Dataset, the base of your own; a task:
-Classification, others in jaxmp.tasks, or your own of Task, Mean, MetricSpec; an optimizer: SGD, Adam, AdamW, LAMB,
-Lion; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel.
+Experiments: Experiment, of a model, LoRA beside it; data: Arrays, TFDS, Augment, and Dataset, the base of your own,
+any of them cut by random_split, k_folds, balanced; a task: Classification, others in jaxmp.tasks, a function
+(FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an optimizer: SGD,
+Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop,
+Scaling, Parallel.
 
-Runs: fit, steps, Run; they raise InputError and RunFailed.
+Runs: fit, steps, Run, compare; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an Evaluated, and
+may return Stop.
 
-Instruments: audit, blame, memory, find_policy. Laws: jaxmp.testing.
+Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
 """
 
 # The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that

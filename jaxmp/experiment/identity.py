@@ -121,7 +121,8 @@ _ABSENT = object()
 # keeps its folder. `*` is the name of an objective.
 _ADDED_LATER: dict[str, Any] = {
     "trains": list(EVERYTHING),
-    "lora": json.loads(json.dumps(canonical(LoRA(), "lora"))),
+    **{f"lora.{name}": value for name, value in json.loads(json.dumps(canonical(LoRA(), "lora"))).items()},
+    "lora": {},
     "data.cuts": [],
     "optimizer.state_format": None,
     "optimizer.*.state_format": None,

@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "scaler": dataclasses.replace(BASE.scaler, kind="static"),
     "task.target": "class",
     "task.label_smoothing": 0.1,
+    "task.class_weights": (1.0, 2.0),
     "optimizer.schedule": CosineDecay(warmup_steps=3),
     "optimizer.clip_norm": 1.0,
     "optimizer.decay": ("**/kernel",),

@@ -105,8 +105,12 @@ OTHERS = {
     "loop.monitor": "loss",
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
+    "optimizer.state_format": "mu=block128",
     "data.version": "1.0.0",
+    "data.overlong": "cut",
     "data.images": None,  # a tuple, where it is set
+    "data.rows.images": None,
+    "model.heads": None,  # divides the width
 }
 
 
@@ -117,7 +121,7 @@ def another(path, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return 2 * value if path[-1] == "width" else value + 1
     if isinstance(value, float):
         return value / 2 or 0.5
     return {str: "other", type(None): 7}.get(type(value))
