@@ -110,7 +110,7 @@ OTHERS = {
     "data.overlong": "cut",
     "data.images": None,  # a tuple, where it is set
     "data.rows.images": None,
-    "model.heads": None,  # divides the width
+    "data.rows.version": "1.0.0",
 }
 
 
