@@ -92,7 +92,7 @@ def at(value, path):
 # Where any other number or word will not do.
 OTHERS = {
     "model.cell": "gru",
-    "model.heads": 3,  # the width, 128, becomes 129
+    "model.heads": None,  # divides the width
     "task.byte_counts": "other",
     "precision": "float32",
     "scaler.kind": "dynamic",
@@ -111,6 +111,7 @@ OTHERS = {
     "data.images": None,  # a tuple, where it is set
     "data.rows.images": None,
     "data.rows.version": "1.0.0",
+    "data.tokenizer.file": "other",
 }
 
 
