@@ -112,6 +112,7 @@ OTHERS = {
     "data.rows.images": None,
     "data.rows.version": "1.0.0",
     "data.tokenizer.file": "other",
+    "data.second": "other",
 }
 
 
