@@ -104,7 +104,8 @@ def differences(
     for path in sorted({*was, *now}):
         if was.get(path) != now.get(path):
             kinds = kinds or field_kinds(experiment)
-            found.append(Difference(path, _kind(path, kinds), was.get(path), now.get(path)))
+            default = _ADDED_LATER.get(path)
+            found.append(Difference(path, _kind(path, kinds), was.get(path, default), now.get(path, default)))
     return found
 
 

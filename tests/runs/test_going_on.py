@@ -21,6 +21,7 @@ import pytest
 
 from jaxmp.cli import main
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.splits import RandomSplit
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -337,6 +338,7 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "data.load": (other_pictures, OTHER_ROWS),
     "data.host_transforms": ((same,), GOES_ON),
     "data.transforms": ((as_it_is,), GOES_ON),
+    "data.cuts": ((RandomSplit(),), OTHER_ROWS),
     "data.images": ((), GOES_ON),
     "data.mean": ((0.5,), GOES_ON),
     "data.std": ((0.5,), GOES_ON),
@@ -348,6 +350,8 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "task.inputs": (("y",), OTHER_LEAVES),
     "task.target": ("other", GOES_ON),
     "task.label_smoothing": (0.1, GOES_ON),
+    "task.class_weights": ((1.0, 2.0), GOES_ON),
+    "task.mixup": (0.5, GOES_ON),
     "optimizer.learning_rate": (0.5, GOES_ON),
     "optimizer.schedule.warmup_steps": (1, GOES_ON),
     "optimizer.clip_norm": (1.0, GOES_ON),
@@ -356,8 +360,9 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "optimizer.b1": (0.5, GOES_ON),
     "optimizer.b2": (0.9, GOES_ON),
     "optimizer.eps": (1e-3, GOES_ON),
+    "optimizer.state_format": ("mu=e4m3:block4", "mu/Dense_0/bias/blocks/elements: nothing there, uint8[4] here"),
     "trains": (("Dense_1/**",), OTHER_LEAVES),
-    "lora.rank": (1, OTHER_LEAVES),
+    "lora.rank": (1, "Dense_0/lora_b/kernel: nothing there, float32[1, 4] here"),
     "lora.alpha": (2.0, GOES_ON),
     "lora.where": (("Dense_0",), GOES_ON),
     "precision": ("mixed_float16", GOES_ON),
