@@ -290,7 +290,7 @@ def objectives_of(trial: Trial) -> list[ObjectiveTrial]:
             return []
     except Broken:  # of an adapter that raises, for the laws that it concerns
         return []
-    last = [re.findall(r"\w+", scaler)[-1] for scaler in trial.scalers]
+    last = [next(iter(re.findall(r"[^\W\d]\w*", scaler)[::-1]), scaler) for scaler in trial.scalers]
     names = last if len(set(last)) == len(last) else trial.scalers
     calls = _calls_of_scalers(trial)
     return [ObjectiveTrial(trial, i, name, calls[i]) for i, name in enumerate(names)]

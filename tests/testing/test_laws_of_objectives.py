@@ -266,4 +266,4 @@ def test_a_fault_between_two_objectives_is_found_by_its_law(fault):
 def test_the_laws_of_scales_find_each_scaler_wherever_it_is_nested(fault):
     law, _ = FAULTS[fault]
     result = nested_laws_of(fault)[law]
-    assert result.verdict == "broken" and result.words.startswith("objective \"['opt']['actor'][0][1]\": "), str(result)
+    assert result.verdict == "broken" and result.words.startswith("objective 'actor': "), str(result)
