@@ -100,6 +100,10 @@ class Optimizer:
         """Returns the optax optimizer, with weight decay but without clipping."""
         raise NotImplementedError
 
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate of a run of `steps` steps, as a function of the number of applied steps."""
+        return self.schedule.make(self.learning_rate, steps)
+
     def make(self, steps: int) -> optax.GradientTransformation:
         """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
 
@@ -107,7 +111,7 @@ class Optimizer:
 
         Its `init` raises InputError if a pattern in `decay` matches no parameter.
         """
-        rule = self._rule(self.schedule.make(self.learning_rate, steps))
+        rule = self._rule(self.rate(steps))
         clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, rule)
 
