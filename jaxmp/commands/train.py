@@ -34,7 +34,7 @@ class Options:
     continue_: str | None = None
     """Go on from all of the state of RUN, or RUN@STEP, with what is changed, in a folder of its own."""
     init_from: str | None = None
-    """Begin with the weights of RUN, RUN@best or RUN@STEP."""
+    """Begin with the weights of RUN, RUN@best or RUN@STEP, or with pretrained ones: FILE.safetensors."""
     init_only: tuple[str, ...] = ()
     """Patterns of the weights that --init-from takes, such as **/kernel or Conv_*; the others begin fresh."""
     distributed: bool = False

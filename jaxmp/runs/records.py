@@ -86,7 +86,8 @@ class Records:
     def open(self, step: int) -> None:
         """Goes on after `step`: later lines are cut off, and the evaluations up to there are read back."""
         processes.from_first(lambda: self._open_writers(step))
-        self._seconds_before, self._evaluated = processes.from_first(self._so_far)
+        self._seconds_before, self._evaluated = processes.from_first(lambda: self._so_far(step))
+        self._line_step = step
 
     def close(self) -> None:
         """Closes the writers, each of them."""
@@ -128,11 +129,12 @@ class Records:
             if isinstance(writer, TensorBoard | WeightsAndBiases):
                 writer.images("train/batch", images)
 
-    def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
+    def _so_far(self, step: int) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
         records = self._folder.read_lines()
         since = self._folder.read_config().get("best_since", 0)
-        evaluated = counted_evaluations(records, self._trainer, since)
+        stopped_at = step if self._folder.read_stop(at=step) else None
+        evaluated = counted_evaluations(records, self._trainer, since, stopped_at)
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
 
     # Training lines.
@@ -318,31 +320,35 @@ class Pace:
         return sum(steps for steps, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9)
 
 
-Evaluated = list[tuple[int, float]]
+Evaluations = list[tuple[int, float]]
 """step and monitored metric of each evaluation"""
 
 
-def counted_evaluations(records: Iterable[Mapping[str, Any]], trainer: Trainer, since: int = 0) -> Evaluated:
+def counted_evaluations(
+    records: Iterable[Mapping[str, Any]], trainer: Trainer, since: int = 0, stopped_at: int | None = None
+) -> Evaluations:
     """The evaluations among lines that count for the best and for patience: those that this run's loop would make.
 
     Args:
       records: lines of metrics.jsonl.
       trainer: of the run.
       since: evaluations at or before this step do not count: they measured something else.
+      stopped_at: the step after which a hook ended the run, whose evaluation counts as the last one's does.
     """
     due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
     evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
-    return [(line["step"], _number(line[name])) for line in evaluations if due.evaluation(line["step"])]
+    steps = [(line["step"], line) for line in evaluations]
+    return [(step, _number(line[name])) for step, line in steps if due.evaluation(step) or step == stopped_at]
 
 
-def best_evaluation(evaluated: Evaluated, trainer: Trainer) -> tuple[int, float]:
+def best_evaluation(evaluated: Evaluations, trainer: Trainer) -> tuple[int, float]:
     """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) if all are NaN."""
     sign = 1 if trainer.monitor.best == "max" else -1
     numbers = [pair for pair in evaluated if not math.isnan(pair[1])]
     return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
 
 
-def is_out_of_patience(evaluated: Evaluated, trainer: Trainer) -> bool:
+def is_out_of_patience(evaluated: Evaluations, trainer: Trainer) -> bool:
     """Whether so many of the last evaluations were no better that training stops early."""
     patience = trainer.experiment.loop.patience
     best_step, _ = best_evaluation(evaluated, trainer)

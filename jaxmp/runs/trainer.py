@@ -20,7 +20,7 @@ from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain
+from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling
 from jaxmp.modules.model import as_model
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
@@ -38,7 +38,7 @@ from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Stream
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec, is_watched, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, decay_mask
+from jaxmp.training.optimizers import Optimizer, decay_mask, make_optimizer
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
@@ -181,16 +181,18 @@ class Trainer:
         """What is trained, on one replica's share of a batch: one objective, or several by name."""
         experiment = self.experiment
         if not self.objectives:
-            tx = loss_scaling(experiment.optimizer.make(self.steps), experiment.make_scaler())
-            return Objective(self.loss_fn(), tx, trains=experiment.trains, ema_decay=experiment.loop.ema_decay)
+            tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
+            return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=experiment.loop.ema_decay)
         scalers = experiment.make_scalers()
         return {
             name: Objective(
                 self.loss_fn(name),
-                loss_scaling(experiment.optimizer_of(name).make(-(-self.steps // spec.every)), scalers[name]),
+                loss_scaling(
+                    make_optimizer(experiment.optimizer_of(name), -(-self.steps // spec.every)), scalers[name]
+                ),
                 trains=spec.trains,
                 every=spec.every,
-                ema_decay=experiment.loop.ema_decay,
+                ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }
@@ -213,7 +215,7 @@ class Trainer:
         """The loss of this model, task and precision; for `kwargs`, such as `objective`, see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
         remat = {"remat": parallel.remat, "remat_policy": parallel.remat_policy}
-        return make_loss(experiment.model, experiment.task, experiment.policy, **{**remat, **kwargs})
+        return make_loss(experiment.adapted_model, experiment.task, experiment.policy, **{**remat, **kwargs})
 
     def loss_fn(self, objective: str | None = None) -> LossFn:
         """The training loss on one replica's share of a batch; of several objectives, that of one."""
@@ -221,6 +223,7 @@ class Trainer:
         return self.make_loss(
             objective=objective,
             axis_name=devices.replicas().axis_name if together else None,
+            replicas=devices.replicas().axis_name,
             rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
             zero_losses="zero_losses" in self.experiment.loop.watch,
         )
@@ -312,7 +315,7 @@ class Trainer:
         """Evaluates states: `evaluation(state, source)`."""
         own = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name) and not is_watched(name)}
         experiment = self.experiment
-        make = functools.partial(make_loss, experiment.model, experiment.task, experiment.policy, train=False)
+        make = functools.partial(make_loss, experiment.adapted_model, experiment.task, experiment.policy, train=False)
         loss_fn = {name: make(objective=name) for name in self.objectives} or make()
         return Evaluation(loss_fn, experiment.data, self.devices, own)
 
@@ -339,13 +342,14 @@ class Trainer:
 
         def init(key: jax.Array) -> TrainState:
             params_key, step_key = jax.random.split(key)
-            params, model_state = init_model(experiment.model, experiment.task, self.batch_spec, params_key)
-            params = cast_to_param(experiment.model, experiment.policy, params, *self.inputs)
+            params, model_state = init_model(experiment.adapted_model, experiment.task, self.batch_spec, params_key)
+            params = cast_to_param(experiment.adapted_model, experiment.policy, params, *self.inputs)
+            delayed = init_delayed_scaling(experiment.adapted_model, experiment.policy, *self.inputs)
             return TrainState.create(
                 params,
                 self.objective,
                 key=step_key,
-                model_state=model_state,
+                model_state={**model_state, **delayed},
                 rounding=experiment.policy.rounding,
             )
 
@@ -393,7 +397,10 @@ class Trainer:
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
-        model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
+        model, state = (
+            as_model(self.experiment.adapted_model).under(UnderPolicy(self.experiment.policy)),
+            self.state_spec,
+        )
         apply = functools.partial(jax.eval_shape, lambda key, *args: model.apply(*args, key=key)[0])
         return apply(state.key, state.params, state.model_state, *self.inputs)
 
@@ -453,7 +460,7 @@ class Trainer:
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError if a rule matches none."""
-        return explain(self.experiment.model, self.experiment.policy, tuple(self.inputs))
+        return explain(self.experiment.adapted_model, self.experiment.policy, tuple(self.inputs))
 
     @property
     def inputs(self) -> list[jax.ShapeDtypeStruct]:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.splits import RandomSplit
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, differences, field_kinds, identity_hash
 from jaxmp.models.mlp import MLP
+from jaxmp.modules.lora import LoRA
 from jaxmp.training.optimizers import Adam
 from jaxmp.training.schedules import CosineDecay
 
@@ -53,6 +55,8 @@ OTHER: dict[str, Any] = {
     "precision": "float32",
     "trains": ("Dense_1",),
     "loop.watch": ("update_norm",),
+    "lora": LoRA(rank=2),
+    "lora.where": ("Dense_1",),
     "loop.mode": "max",
     "loop.monitor": "loss",
     "loop.accumulate_overflow": "microbatch",
@@ -64,6 +68,7 @@ OTHER: dict[str, Any] = {
     "parallel.remat_policy": "dots_saveable",
     "data.transforms": (load,),
     "data.host_transforms": (load,),
+    "data.cuts": (RandomSplit(),),
     "data.images": (),
     "data.mean": (0.5,),
     "data.std": (0.5,),
@@ -75,9 +80,11 @@ OTHER: dict[str, Any] = {
     "scaler": dataclasses.replace(BASE.scaler, kind="static"),
     "task.target": "class",
     "task.label_smoothing": 0.1,
+    "task.class_weights": (1.0, 2.0),
     "optimizer.schedule": CosineDecay(warmup_steps=3),
     "optimizer.clip_norm": 1.0,
     "optimizer.decay": ("**/kernel",),
+    "optimizer.state_format": "mu=block128",
     "data": dataclasses.replace(BASE.data, batch_size=3),
     "loop": dataclasses.replace(BASE.loop, epochs=3),
     "parallel": dataclasses.replace(BASE.parallel, mode="pmap"),

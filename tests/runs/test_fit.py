@@ -165,6 +165,21 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, las
 
 
 @pytest.mark.slow
+def test_a_run_whose_optimizer_state_is_packed_goes_on_to_the_same_bits(tmp_path):
+    optimizer = Adam(1e-2, state_format="mu=block128,nu=block128,expanded")
+    experiment = with_loop(dataclasses.replace(BASE, optimizer=optimizer), steps=12)
+    whole = fit(experiment, workdir=tmp_path / "whole", name="blobs")
+    folder = tmp_path / "cut" / "blobs" / whole.path.name
+    shutil.copytree(whole.path, folder)
+    cut_back(folder, 5)
+    fit(experiment, workdir=tmp_path / "cut", name="blobs")
+    assert lines(folder) == lines(whole.path)
+    state = final_state(folder, experiment)
+    assert bits(state) == bits(final_state(whole.path, experiment))
+    assert {"uint8", "bfloat16"} <= {str(x.dtype) for x in jax.tree.leaves(state.opt_state)}
+
+
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_and_says_so(finished, tmp_path):
     folder = tmp_path / "blobs" / finished.path.name
     shutil.copytree(finished.path, folder)
