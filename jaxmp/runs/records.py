@@ -26,7 +26,7 @@ from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer,
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.feed import LONG_SKIP
-from jaxmp.training.metrics import NAN_LOSS, Metrics, compute
+from jaxmp.training.metrics import NAN_LOSS, Metrics, MetricSpec, compute, is_watched
 from jaxmp.training.objective import ObjectiveSpec
 from jaxmp.training.state import TrainState
 
@@ -103,7 +103,8 @@ class Records:
         if step == 0:
             self._describe(board)
         if self._console is not None:
-            self._console.begin(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs, step)
+            watched = {name: MetricSpec() for name in trainer.no_metrics if is_watched(name)}
+            self._console.begin(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs | watched, step)
             self._writers.append(self._console)
         if self._loop.wandb:
             past = self._folder.read_lines()
