@@ -18,6 +18,7 @@ from jaxmp.reports.run_report import report
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.training.optimizers import make_optimizer
 
 STEPS, BATCHES = 4, 2
 """steps to train, and batches of an epoch: there are two evaluations and two checkpoints"""
@@ -34,7 +35,7 @@ class OfWholeRun:
 
     def make(self, steps: int) -> optax.GradientTransformation:
         """Creates the optax transformation of the whole run, whatever `steps` says."""
-        return self.optimizer.make(self.steps)
+        return make_optimizer(self.optimizer, self.steps)
 
 
 def fast_dev_run(

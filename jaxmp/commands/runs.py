@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxmp.commands.command import Command, require_path
@@ -32,6 +33,8 @@ class Options:
     """Folder whose runs to list, at any depth."""
     config: str = "*"
     """Runs of these configs only: a name, with * for any part of it."""
+    differs: str = "*"
+    """Runs in whose differences this stands: precision=float32, say, with * for any part."""
     state: Literal["any", "running", "finished", "failed", "unfinished", "unreadable"] = "any"
     """Runs in this state only; unfinished: no process trains it, and the same `jaxmp train` goes on."""
     sort: Literal["age", "config", "best", "step"] = "age"
@@ -46,12 +49,17 @@ def runs(options: Options) -> int:
 
     found = list_runs(options.folder, now=time.time())
     kept = [
-        run for run in found if fnmatch.fnmatchcase(run.config, options.config) and options.state in ("any", run.state)
+        run
+        for run in found
+        if fnmatch.fnmatchcase(run.config, options.config)
+        and fnmatch.fnmatchcase(differs_in(run, found), f"*{options.differs}*")
+        and options.state in ("any", run.state)
     ]
     if not kept:
         there = f"{len(found)} others" if found else "none at all"
         raise InputError(f"{options.folder} holds no such run, and {there}; `jaxmp train CONFIG` makes one")
-    columns = _fitted(_columns(sorted(kept, key=ORDERS[options.sort]), options.folder))
+    differs = {run.path: differs_in(run, found) for run in kept}
+    columns = _fitted(_columns(sorted(kept, key=ORDERS[options.sort]), options.folder, differs))
     print(table(zip(*columns.values(), strict=True), header=list(columns)))
     for run in kept:
         if run.note:
@@ -59,14 +67,21 @@ def runs(options: Options) -> int:
     return DONE
 
 
-def _columns(runs: list[Listed], folder: str) -> dict[str, list[str]]:
+def differs_in(run: Listed, runs: Sequence[Listed]) -> str:
+    """What tells a run from the others of its config: the seed too where they have several; never nothing."""
+    seeds = {other.seed for other in runs if other.config == run.config}
+    seed = [f"seed={run.seed}"] if len(seeds) > 1 else []
+    return " ".join([*filter(None, [run.differs]), *seed]) or "(nothing)"
+
+
+def _columns(runs: list[Listed], folder: str, differs: Mapping[Path, str]) -> dict[str, list[str]]:
     """The cells of each column, by its head. The head of the best values names the metric where there is but one."""
     metrics = sorted({run.metric for run in runs if run.metric})
     values = ["" if run.best is None else f"{run.best:.{run.digits}f}" for run in runs]
     named = [f"{run.metric} {value}" if value else "" for run, value in zip(runs, values, strict=True)]
     return {
         "run": [os.path.relpath(run.path, folder) for run in runs],
-        "differs in": [run.differs for run in runs],
+        "differs in": [differs[run.path] for run in runs],
         "state": [run.state for run in runs],
         "step": [_step(run) for run in runs],
         f"best {metrics[0]}" if len(metrics) == 1 else "best": values if len(metrics) == 1 else named,

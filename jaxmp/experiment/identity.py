@@ -109,6 +109,15 @@ def differences(
     return found
 
 
+def hashed_values(experiment: Any) -> dict[str, Any]:
+    """The values of the fields that decide and choose, by path: numbers, bools and texts; what is unset is left out."""
+    kinds, found = field_kinds(experiment), {}
+    for path, value in _leaves(_normal(experiment.to_json())):
+        if _kind(path, kinds) in HASHED and value is not None:
+            found[path] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return found
+
+
 def _kind(path: str, kinds: Mapping[str, str]) -> str:
     """The kind of a leaf: that of the innermost field which it belongs to."""
     parts = path.split(".")

@@ -10,8 +10,9 @@ from typing import Literal
 import jax
 from jax.sharding import AxisType
 
-from jaxmp.errors import InputError, number, whole_number
+from jaxmp.errors import InputError, nearest, number, whole_number
 from jaxmp.training.gradients import OVERFLOWS
+from jaxmp.training.metrics import WATCHABLE
 from jaxmp.training.parallel import AXIS, Devices
 
 
@@ -57,6 +58,11 @@ class Loop:
     """Largest number of steps in one call of the device; by default chosen for speed."""
     ranges_every: int | None = field(default=None, metadata={"identity": "operates"})
     """Steps between two records of the ranges of values, with under- and overflows."""
+    watch: tuple[str, ...] = field(default=(), metadata={"identity": "operates"})
+    """Metrics of training to measure in each step: gradient_norm, update_norm, and zero_losses, the share of losses
+    that are exactly 0."""
+    log_images: int | None = field(default=None, metadata={"identity": "operates"})
+    """Images of the first batch to show in TensorBoard and Weights & Biases, as the model sees them."""
     wandb: bool = field(default=False, metadata={"identity": "operates"})
     """Send the metrics to Weights & Biases, too."""
 
@@ -65,7 +71,16 @@ class Loop:
         for name in ("epochs", "log_every", "keep", "max_consecutive_skips", "accumulate_steps"):
             object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
         limits = ("limit_batches", "overfit_batches")
-        for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch", *limits):
+        for name in (
+            "steps",
+            "eval_every",
+            "save_every",
+            "patience",
+            "ranges_every",
+            "steps_per_dispatch",
+            "log_images",
+            *limits,
+        ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
         if self.ema_decay is not None:
@@ -73,6 +88,13 @@ class Loop:
         if self.max_minutes is not None:
             object.__setattr__(self, "max_minutes", float(number("loop.max_minutes", self.max_minutes)))
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "a number above 0")
+        if isinstance(self.watch, str):
+            raise InputError(f"loop.watch = {self.watch!r}: expected a tuple, ({self.watch!r},)")
+        for name in self.watch:
+            if name not in WATCHABLE:
+                raise InputError(
+                    f"loop.watch: {name!r}: expected {', '.join(WATCHABLE)}{nearest(str(name), WATCHABLE)}"
+                )
         self._require("accumulate_overflow", self.accumulate_overflow in OVERFLOWS, " or ".join(OVERFLOWS))
         self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")

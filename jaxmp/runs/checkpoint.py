@@ -41,6 +41,7 @@ import numpy as np
 
 from jaxmp.distributed import processes
 from jaxmp.errors import InputError
+from jaxmp.training.metrics import is_watched
 from jaxmp.trees import is_key, path_name
 
 _MANIFEST = "manifest.json"
@@ -362,7 +363,7 @@ class Checkpoints:
         wrong = [
             f"  {path}: saved {saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
             for path in dict.fromkeys([*expected, *saved])
-            if saved.get(path) != expected.get(path)
+            if saved.get(path) != expected.get(path) and not _is_of_watched(path)
         ]
         if wrong:
             raise InputError(
@@ -387,6 +388,9 @@ class Checkpoints:
             raise _Corrupt(_reason(error)) from error
         restored = {}
         for path, like in wanted.items():
+            if path not in leaves:  # a metric that is watched since
+                restored[path] = like
+                continue
             leaf = leaves[path]
             array = arrays[path] if path in arrays else np.zeros(leaf["shape"], leaf["dtype"])
             restored[path] = _place(array, leaf.get("key"), like)
@@ -436,6 +440,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_of_watched(path: str) -> bool:
+    """Whether a leaf is of a metric that one session of a run may watch, and another not."""
+    return path.startswith("metrics/") and is_watched(path.removeprefix("metrics/").rpartition("/")[0])
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.runs.trainer import Trainer
+from jaxmp.runs.writers import as_images
 from jaxmp.tasks.task import check_rows
 
 
@@ -45,6 +46,13 @@ def check(trainer: Trainer) -> None:
     for split in trainer.splits:
         check_values(trainer.source(split))
     check_targets(trainer, *trainer.splits)
+    if experiment.loop.log_images:
+        of_shape = {name: np.zeros((1, *spec.shape[1:]), spec.dtype) for name, spec in trainer.batch_spec.items()}
+        as_images(of_shape, experiment.task.inputs, experiment.loop.log_images)
+    if "zero_losses" in experiment.loop.watch:
+        for name in trainer.objectives or (None,):
+            loss_fn, state = trainer.make_loss(objective=name, zero_losses=True), trainer.state_spec
+            jax.eval_shape(loss_fn, state.params, state.model_state, trainer.batch_spec, state.key)
     if workers := reading_processes(trainer):
         refuse_unguarded_script(workers)
 

@@ -303,6 +303,8 @@ def _fit(
             step, state, metrics = session.resume(fresh)
             if traced is not None:
                 traced.check(step, trainer.steps)
+            if step == 0 and experiment.loop.log_images:
+                session.records.show_images(feed.batch(0))
             if changes:
                 processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
             return session.train(step, state, metrics)

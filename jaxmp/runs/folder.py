@@ -23,14 +23,15 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxmp.errors import InputError, local_path, nearest
-from jaxmp.experiment.experiment import Experiment
-from jaxmp.experiment.identity import identity_hash
-from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.writers import read_lines
 from jaxmp.text_table import without_nan
+
+if TYPE_CHECKING:  # they import JAX, which reading a run's files does without
+    from jaxmp.experiment.experiment import Experiment
+    from jaxmp.runs.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class RunFolder:
         `begins_with` is what identifies the state or weights of another run that it begins with. Raises InputError if
         there can be no run folder, see `local_path`.
         """
+        from jaxmp.experiment.identity import identity_hash
+
         runs = local_path("workdir", workdir) / name
         try:
             os.fspath(runs.absolute()).encode()
@@ -115,6 +118,8 @@ class RunFolder:
 
     def checkpoints(self, **how: Any) -> Checkpoints:
         """The run's checkpoints; for `how` (keep, best_of, mode) see `Checkpoints`."""
+        from jaxmp.runs.checkpoint import Checkpoints
+
         return Checkpoints(self.path / "checkpoints", **how)
 
     def checkpoint_steps(self) -> list[int]:

@@ -95,7 +95,8 @@ def _listed(folder: RunFolder, config: dict[str, Any] | str, differs: str, now: 
     if isinstance(config, str):
         return dataclasses.replace(unreadable, note=config)
     try:
-        summary, lines = folder.read_summary(), folder.read_lines()
+        summary = folder.read_summary()
+        lines = folder.read_lines() if summary is None else []  # the summary says what is shown of them
     except InputError as error:
         return dataclasses.replace(unreadable, config=config["name"], seed=config["seed"], note=str(error))
     metric, mode = config.get("monitor", ""), config.get("mode")
@@ -108,7 +109,7 @@ def _listed(folder: RunFolder, config: dict[str, Any] | str, differs: str, now: 
         differs,
         config["seed"],
         state,
-        step=max((line["step"] for line in lines), default=0),
+        step=max((line["step"] for line in lines), default=0) if summary is None else summary["steps"],
         steps=config.get("steps"),
         metric=metric,
         mode=mode,

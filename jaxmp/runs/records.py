@@ -7,23 +7,26 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
+from jaxmp.experiment.identity import hashed_values
 from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
-from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer
+from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer, as_images
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.feed import LONG_SKIP
-from jaxmp.training.metrics import NAN_LOSS, Metrics, compute, is_bookkeeping
+from jaxmp.training.metrics import NAN_LOSS, Metrics, MetricSpec, compute, is_watched
 from jaxmp.training.objective import ObjectiveSpec
 from jaxmp.training.state import TrainState
 
@@ -72,7 +75,8 @@ class Records:
         self._console = console
         self._writers: list[Writer] = []
         self._objectives = trainer.objectives
-        self._read = jax.jit(functools.partial(_read, names=tuple(self._objectives)))
+        every = {name: spec.every for name, spec in self._objectives.items()}
+        self._read = jax.jit(functools.partial(_read, every=every, rates=trainer.learning_rates))
         self._ranges: list[_Ranges] = []  # not written yet
         self._evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
         self._seconds_before = 0.0  # of the sessions before this one
@@ -94,17 +98,37 @@ class Records:
     def _open_writers(self, step: int) -> None:
         trainer, path = self._trainer, self._folder.path
         session = len(list(path.glob("events.out.tfevents.*")))  # each session has written one
-        self._writers = [
-            JsonLines(self._folder.metrics, resume_step=step),
-            TensorBoard(path, resume_step=step),
-        ]
+        board = TensorBoard(path, resume_step=step)
+        self._writers = [JsonLines(self._folder.metrics, resume_step=step), board]
+        if step == 0:
+            self._describe(board)
         if self._console is not None:
-            self._console.begin(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs, step)
+            watched = {name: MetricSpec() for name in trainer.no_metrics if is_watched(name)}
+            self._console.begin(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs | watched, step)
             self._writers.append(self._console)
         if self._loop.wandb:
             past = self._folder.read_lines()
             writer = WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json(), session=session, past=past)
             self._writers.append(writer)
+
+    def _describe(self, board: TensorBoard) -> None:
+        """Writes what is trained to TensorBoard: its text page, and its hyper-parameter page."""
+        trainer = self._trainer
+        experiment = trainer.experiment
+        values = dict(hashed_values(experiment)) | {"seed": experiment.seed}
+        rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in values.items())
+        board.text("experiment", f"| field | value |\n|---|---|\n{rows}")
+        policies = "\n".join(f"    {line}" for line in str(trainer.explain()).splitlines())
+        board.text("policy", policies)
+        splits = [split for split in trainer.splits if split != "train"]
+        board.hyperparameters(values, [f"{split}/{name}" for split in splits for name in trainer.metric_specs])
+
+    def show_images(self, batch: Mapping[str, Any]) -> None:
+        """Shows the first images of a batch, as `loop.log_images` says, in TensorBoard and Weights & Biases."""
+        images = as_images(batch, self._trainer.experiment.task.inputs, self._loop.log_images or 0)
+        for writer in self._writers:
+            if isinstance(writer, TensorBoard | WeightsAndBiases):
+                writer.images("train/batch", images)
 
     def _so_far(self, step: int) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
@@ -136,7 +160,7 @@ class Records:
           state: after the step.
           stop: whether this process was asked to stop.
         """
-        readings = self._read(state.opt_state)
+        readings = self._read(state.opt_state, np.int32(step))
         return Line(step, due, metrics, readings | {"stop": self._trainer.devices.any_process(stop)})
 
     def write(self, line: Line | None) -> Verdict:
@@ -151,7 +175,7 @@ class Records:
             rate, speed = self._pace.reached(line.step), {}
             if rate is not None:
                 speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.batch_size}
-            self._record(line.step, "train", values | speed, readings)
+            self._record(line.step, "train", values | speed | device_peak(), readings)
         return Verdict(next(filter(None, problems), None), stop)
 
     def _problem(
@@ -182,7 +206,7 @@ class Records:
     def add_ranges(self, step: int, ranges: StepRanges, state: TrainState, objective: str | None = None) -> None:
         """Notes the ranges of a step, counted from the state before it; they are fetched by `write_ranges`."""
         of = "" if objective is None else f"/{objective}"
-        self._ranges.append(_Ranges(step, objective, ranges, self._read(state.opt_state)[f"loss_scale{of}"]))
+        self._ranges.append(_Ranges(step, objective, ranges, self._readings(step, state)[f"loss_scale{of}"]))
 
     def write_ranges(self) -> None:
         """Writes the ranges that were noted, a record each."""
@@ -205,15 +229,17 @@ class Records:
     def evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, writes the record, and returns the metrics."""
         values = self.measure(state, split)
-        readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
-        self._record(step, split, values, {name: of for name, of in readings.items() if is_bookkeeping(name)})
+        of_state = ("loss_scale", "skipped_steps")
+        readings = {name: value.item() for name, value in jax.device_get(self._readings(step, state)).items()}
+        kept = {name: value for name, value in readings.items() if name.partition("/")[0] in of_state}
+        self._record(step, split, values, kept)
         if split == "validation":
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         return values
 
     def counts(self, step: int, state: TrainState) -> dict[str, Any]:
         """Applied and skipped steps and the loss scale after `step`, as in a line."""
-        readings = {name: value.item() for name, value in jax.device_get(self._read(state.opt_state)).items()}
+        readings = {name: value.item() for name, value in jax.device_get(self._readings(step, state)).items()}
         counted = applied_steps(step, readings, self._objectives)
         skipped = {name: of for name, of in readings.items() if name.startswith("skipped_steps")}
         return counted | skipped | {name: of for name, of in readings.items() if name.startswith("loss_scale")}
@@ -229,6 +255,9 @@ class Records:
     def out_of_patience(self) -> bool:
         """Whether so many evaluations in a row were no better that training stops early."""
         return is_out_of_patience(self._evaluated, self._trainer)
+
+    def _readings(self, step: int, state: TrainState) -> dict[str, jax.Array]:
+        return self._read(state.opt_state, np.int32(step))
 
     def seconds(self) -> float:
         """Wall seconds of all sessions of the run so far."""
@@ -343,18 +372,36 @@ def applied_steps(step: int, readings: Mapping[str, Any], objectives: Mapping[st
     }
 
 
-def _read(opt_state: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
+Rates = Mapping[str | None, Callable[[Any], Any]]
+"""the learning rate by the number of applied steps, of each objective by name; of a single one under None"""
+
+
+def _read(opt_state: Any, step: Any, *, every: Mapping[str, int], rates: Rates) -> dict[str, jax.Array]:
     # As results of a program of its own they are copies: the state's buffers are donated to the next dispatch.
-    if names:
-        of_each = {name: _read(opt_state[name], ()) for name in names}
-        found = {f"{reading}/{name}": value for name, of in of_each.items() for reading, value in of.items()}
+    if every:
+        found: dict[str, jax.Array] = {}
+        for name, n in every.items():
+            of_one: Rates = {None: rates[name]} if name in rates else {}
+            read = _read(opt_state[name], -(-step // n), every={}, rates=of_one)
+            found |= {f"{reading}/{name}": value for reading, value in read.items()}
         return found | {"skipped_steps": skipped_steps(opt_state)}
-    return {
+    found = {
         "loss_scale": loss_scale(opt_state),
         "skipped_steps": skipped_steps(opt_state),
         "consecutive_skips": consecutive_skips(opt_state),
         "exhausted": scaler_exhausted(opt_state),
     }
+    if None in rates:  # that of the last step that was applied
+        applied = jnp.maximum(step - skipped_steps(opt_state) - 1, 0)
+        found["learning_rate"] = jnp.asarray(rates[None](applied), jnp.float32)
+    return found
+
+
+def device_peak() -> dict[str, int]:
+    """`device_peak_bytes`: the most bytes that one device of this process held at a time; {} where none tells."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return {"device_peak_bytes": max(known)} if known else {}
 
 
 def _number(value: float | None) -> float:

@@ -36,7 +36,7 @@ from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
 from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Streamed, is_hidden, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
-from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
+from jaxmp.training.metrics import Mean, Metrics, MetricSpec, is_watched, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
 from jaxmp.training.optimizers import Optimizer, decay_mask, make_optimizer
 from jaxmp.training.parallel import AXIS, Devices
@@ -225,6 +225,7 @@ class Trainer:
             axis_name=devices.replicas().axis_name if together else None,
             replicas=devices.replicas().axis_name,
             rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
+            zero_losses="zero_losses" in self.experiment.loop.watch,
         )
 
     @functools.cached_property
@@ -241,6 +242,7 @@ class Trainer:
             accumulate_steps=experiment.loop.accumulate_steps,
             accumulate_overflow=experiment.loop.accumulate_overflow,
             replicas=self.devices.replicas(experiment.policy.reduce),
+            norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
             **several,  # type: ignore[arg-type]
         )
 
@@ -311,11 +313,11 @@ class Trainer:
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """Evaluates states: `evaluation(state, source)`."""
-        nothing = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name)}
+        own = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name) and not is_watched(name)}
         experiment = self.experiment
         make = functools.partial(make_loss, experiment.adapted_model, experiment.task, experiment.policy, train=False)
         loss_fn = {name: make(objective=name) for name in self.objectives} or make()
-        return Evaluation(loss_fn, experiment.data, self.devices, nothing)
+        return Evaluation(loss_fn, experiment.data, self.devices, own)
 
     def feed(self, *, fuse: bool) -> Feed:
         """What brings batches to the step: from the device, or streamed if the training set is too large for it.
@@ -436,8 +438,20 @@ class Trainer:
         for name, traced in self._forward.items():
             above, after = ("", "") if name is None else (f"{name}/", f"/{name}")
             found |= {f"{above}{metric}": of for metric, of in {"loss": mean, **traced.metrics}.items()}
+            found |= {f"{above}{watched}": mean for watched in self.experiment.loop.watch}
             found |= {f"{hidden}{after}": mean for hidden in HIDDEN_METRICS}
         return zeros_like(found)
+
+    @property
+    def learning_rates(self) -> dict[str | None, Callable[[Any], Any]]:
+        """The learning rate of each objective as a function of the number of applied steps, where it is known."""
+        found: dict[str | None, Callable[[Any], Any]] = {}
+        for name in self.objectives or (None,):
+            every = 1 if name is None else self.objectives[name].every
+            optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
+            if isinstance(optimizer, Optimizer):
+                found[name] = optimizer.rate(-(-self.steps // every))
+        return found
 
     @property
     def fuse_steps(self) -> bool:

@@ -207,6 +207,40 @@ class TensorBoard:
         values += [self._histogram(*histogram) for histogram in _histograms(record)]
         self._append(step=record["step"], summary=self._summary(value=values))
 
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Writes a text in Markdown."""
+        from tensorboardX import summary
+
+        self._append(step=step, summary=summary.text(tag, text))
+
+    def images(self, tag: str, images: Any, step: int = 0) -> None:
+        """Writes images, `tag/0` and so on: uint8 (n, height, width, channels) with 1, 3 or 4 channels."""
+        from tensorboardX import summary
+
+        for number, image in enumerate(images):
+            self._append(step=step, summary=summary.image(f"{tag}/{number}", image, dataformats="HWC"))
+
+    def values(self, tag: str, values: Any, step: int = 0) -> None:
+        """Writes a histogram of the finite values of an array, in 64 bins of one width."""
+        import numpy as np
+        from tensorboardX import summary
+
+        values = np.asarray(values, np.float64).ravel()
+        self._append(step=step, summary=summary.histogram(tag, values[np.isfinite(values)], bins=64))
+
+    def hyperparameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Writes a row of the hyper-parameter page.
+
+        Args:
+          values: numbers, bools and texts by name.
+          metrics: the tags to show beside them, such as "validation/accuracy".
+        """
+        from tensorboardX import summary
+
+        experiment, start, _ = summary.hparams(dict(values), dict.fromkeys(metrics, 0.0))
+        for what in (experiment, start):
+            self._append(summary=what)
+
     def close(self) -> None:
         """Closes the file."""
         with _or_input_error(self.path):
@@ -316,6 +350,38 @@ class WeightsAndBiases:
         with _or_input_error(self._sent):
             self._sent.write_text(str(record["step"]))
 
+    def images(self, tag: str, images: Any, step: int = 0) -> None:
+        """Logs images: uint8 (n, height, width, channels) with 1, 3 or 4 channels."""
+        from wandb import Image
+
+        self._run.log({"session": self._session, "step": step, tag: [Image(image) for image in images]})
+
     def close(self) -> None:
         """Ends the run and, where online, waits for the upload."""
         self._run.finish()
+
+
+def as_images(batch: Mapping[str, Any], inputs: Sequence[str], count: int) -> Any:
+    """The first images of a batch for people to see, uint8 (n, height, width, channels).
+
+    Floats are stretched so that the least value of all of them is black and the largest is white.
+
+    Args:
+      batch: arrays of shape (rows, ...).
+      inputs: the columns to look for images in: the first of shape (rows, height, width, 1, 3 or 4).
+      count: the most images.
+
+    Raises: InputError if there is no such column.
+    """
+    import numpy as np
+
+    for name in inputs:
+        if len(batch[name].shape) == 4 and batch[name].shape[-1] in (1, 3, 4):
+            images = np.asarray(batch[name][:count])
+            if images.dtype == np.uint8:
+                return images
+            images = images.astype(np.float32)
+            least, most = images.min(), images.max()
+            return np.round((images - least) * (255 / max(most - least, 1e-30))).astype(np.uint8)
+    shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in inputs)
+    raise InputError(f"loop.log_images = {count}: no input is an image of 1, 3 or 4 channels; there are {shapes}")

@@ -20,6 +20,7 @@ from jaxmp.precision.policy_tree import PolicyTree, as_tree
 from jaxmp.tasks.function import as_task
 from jaxmp.tasks.task import Task, change_batch, check_returned, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
+from jaxmp.training.metrics import Mean, recorded_means
 
 
 def make_loss(
@@ -34,6 +35,7 @@ def make_loss(
     remat: tuple[str, ...] = (),
     remat_policy: str = "nothing_saveable",
     rows: NamedSharding | None = None,
+    zero_losses: bool = False,
 ) -> LossFn:
     """The loss function of a model and a task under a policy.
 
@@ -55,11 +57,13 @@ def make_loss(
       remat: patterns of the modules that the backward pass computes again, see `jaxmp.modules.remat`.
       remat_policy: what is kept of them nevertheless.
       rows: sharding of the rows of a batch, for a program that XLA partitions; see `jaxmp.modules.activations`.
+      zero_losses: adds the metric `zero_losses`, the share of losses that are exactly 0 (trap T27), of those that
+        `Mean.of` made the loss from.
 
     Raises:
       InputError: `policy` is malformed, the task has no such objective, or several and none is named, or `remat` is
         given for a model of `from_nnx`; when the loss is called, a pattern of `remat` or a rule of the policy names no
-        module.
+        module; with `zero_losses`, the task's loss is not made by `Mean.of`.
     """
     task = as_task(task)
     if objective is not None:
@@ -87,7 +91,8 @@ def make_loss(
         else:
             outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key)
         try:
-            returned = task(outputs, batch)
+            with recorded_means() as made:
+                returned = task(outputs, batch)
         except KeyError as error:
             name = error.args[0] if error.args else None
             if not isinstance(name, str) or name in batch:
@@ -98,9 +103,22 @@ def make_loss(
             ) from error
         check_returned(task, returned)
         loss, metrics = returned
+        if zero_losses:
+            metrics = {**metrics, "zero_losses": _share_of_zeros(task, loss, made)}
         return loss.total, (loss.weight, metrics, model_state)
 
     return loss_fn
+
+
+def _share_of_zeros(task: Any, loss: Mean, made: list[tuple[Mean, jax.Array, jax.Array]]) -> Mean:
+    """The share of the losses that are exactly 0, under the weights of the loss."""
+    for mean, values, weights in made:
+        if mean.total is loss.total:
+            return Mean.of(values == 0, weights)
+    raise InputError(
+        f"loop.watch zero_losses: {task_name(task)} makes its loss otherwise than by Mean.of(losses, weights), so that "
+        "no single losses are known"
+    )
 
 
 def init_model(model: Any, task: Task, batch: Any, key: jax.Array) -> tuple[Any, Any]:

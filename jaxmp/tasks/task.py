@@ -12,7 +12,7 @@ import jax
 from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import Batch
 from jaxmp.training.feed import HIDDEN_METRICS
-from jaxmp.training.metrics import BOOKKEEPING, LOSS, Mean, Metrics, MetricSpec
+from jaxmp.training.metrics import BOOKKEEPING, LOSS, WATCHABLE, Mean, Metrics, MetricSpec
 from jaxmp.training.objective import ObjectiveSpec, check_name, check_objective_name
 from jaxmp.training.step import ORDERS
 from jaxmp.trees import by_path
@@ -134,7 +134,7 @@ def objectives_of(task: Any) -> dict[str, ObjectiveSpec]:
         raise InputError(f"{kind}.objectives = {objectives!r:.60}: expected a mapping from a name to an ObjectiveSpec")
     for name, spec in objectives.items():
         check_objective_name(name)
-        if name in (*BOOKKEEPING, *HIDDEN_METRICS, "loss"):
+        if name in (*BOOKKEEPING, *HIDDEN_METRICS, *WATCHABLE, "loss"):
             raise InputError(f"{kind}.objectives: {name!r} is a field of metrics.jsonl; expected another name")
         if not isinstance(spec, ObjectiveSpec):
             raise InputError(f"{kind}.objectives[{name!r}] = {spec!r:.60}: expected an ObjectiveSpec(trains)")
@@ -300,7 +300,7 @@ def metric_specs(task: Any, returned: Iterable[str]) -> dict[str, MetricSpec]:
     if not isinstance(declared, Mapping):
         raise InputError(f"{kind}.metrics = {declared!r:.60}: expected a mapping from a name to a MetricSpec")
     for name in [*declared, *names]:
-        if name in (*BOOKKEEPING, *HIDDEN_METRICS) or (name == "loss" and name in names):
+        if name in (*BOOKKEEPING, *HIDDEN_METRICS, *WATCHABLE) or (name == "loss" and name in names):
             raise InputError(
                 f"{kind} has a metric called {name!r}, which is a field that every line of metrics.jsonl has; "
                 "expected another name"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,12 +16,12 @@ import numpy as np
 from jaxmp.errors import InputError
 
 BOOKKEEPING = (
-    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps"),
-    *("examples_per_second", "steps_per_second", "wall_seconds", "ranges"),
+    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "learning_rate"),
+    *("examples_per_second", "steps_per_second", "device_peak_bytes", "wall_seconds", "ranges"),
 )
 """fields of a line of metrics.jsonl that are no metrics; of several objectives, `loss_scale/NAME` and so on"""
 
-OF_OBJECTIVES = ("applied_steps", "loss_scale", "skipped_steps")
+OF_OBJECTIVES = ("applied_steps", "loss_scale", "skipped_steps", "learning_rate")
 """those of them that each of several objectives has"""
 
 
@@ -30,6 +32,19 @@ def is_bookkeeping(field: str) -> bool:
     (True, False)
     """
     return field in BOOKKEEPING or field.partition("/")[0] in OF_OBJECTIVES
+
+
+WATCHABLE = ("gradient_norm", "update_norm", "zero_losses")
+"""names of the metrics of training that `Loop.watch` can ask for; of several objectives, `NAME/gradient_norm`"""
+
+
+def is_watched(metric: str) -> bool:
+    """Whether a metric is one of `WATCHABLE`.
+
+    >>> is_watched("generator/gradient_norm"), is_watched("loss")
+    (True, False)
+    """
+    return metric.rpartition("/")[2] in WATCHABLE
 
 
 NAN_LOSS = "nan_loss"
@@ -129,7 +144,10 @@ class Mean(NamedTuple):
             )
         weights = weights.astype(jnp.float32)
         values = jnp.where(weights != 0, values.astype(jnp.float32), 0)
-        return cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))
+        mean = cls(total=jnp.sum(values * weights), weight=jnp.sum(weights))
+        if (made := _made.get()) is not None:
+            made.append((mean, values, weights))
+        return mean
 
     def compute(self) -> jax.Array:
         """The mean, float32 scalar; NaN if the weight is 0."""
@@ -139,6 +157,22 @@ class Mean(NamedTuple):
     def value(mean: float) -> float:
         """The metric's value, made of its mean."""
         return mean
+
+
+_made: contextvars.ContextVar[list[tuple[Mean, jax.Array, jax.Array]] | None] = contextvars.ContextVar(
+    "made", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded_means() -> Iterator[list[tuple[Mean, jax.Array, jax.Array]]]:
+    """Context manager: gives a list to which `Mean.of` adds each mean that it makes, with its values and weights."""
+    made: list[tuple[Mean, jax.Array, jax.Array]] = []
+    token = _made.set(made)
+    try:
+        yield made
+    finally:
+        _made.reset(token)
 
 
 class ExpOfMean(Mean):

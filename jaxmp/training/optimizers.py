@@ -157,6 +157,10 @@ class Optimizer:
         """Returns the optax optimizer, with weight decay but without clipping."""
         raise NotImplementedError
 
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate of a run of `steps` steps, as a function of the number of applied steps."""
+        return make_schedule(self.schedule, self.learning_rate, steps)
+
     def make(self, steps: int) -> optax.GradientTransformation:
         """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
 
@@ -165,7 +169,7 @@ class Optimizer:
         Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
         the optimizer's state does not have.
         """
-        rule = self._rule(make_schedule(self.schedule, self.learning_rate, steps))
+        rule = self._rule(self.rate(steps))
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
         clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)

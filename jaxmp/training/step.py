@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.scaling.transform import LossScalingState, find_state, last_step_finite, loss_scale
+from jaxmp.scaling.float32_math import global_norm
+from jaxmp.scaling.transform import LossScalingState, find_state, inner_view, last_step_finite, loss_scale
 from jaxmp.training.batch import Batch, LossFn
 from jaxmp.training.gradients import Measured, make_gradients
 from jaxmp.training.metrics import NAN_LOSS, Mean, Metrics
@@ -37,6 +38,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     accumulate_overflow: Literal["window", "microbatch"] = "window",
     replicas: Replicas = single,
+    norms: Collection[str] = (),
 ) -> TrainStep:
     """Makes the pure step `(state, batch) -> (state, metrics)`. Jit it, and donate the state.
 
@@ -66,6 +68,8 @@ def make_train_step(
         skips the step; or only that "microbatch" (on that replica), and the gradient is divided by the weight of the
         others. The scaler is told of the overflow either way. A NaN loss always skips the step.
       replicas: how the examples of a batch are spread; `single` (default) leaves them together.
+      norms: metrics to add, "gradient_norm" and "update_norm": the global norm of the unscaled gradients before
+        clipping, and that of the update, float32. Without them the step is the same program.
 
     Returns:
       The step. Its metrics are those of the loss function and `loss`, summed over replicas. Those of several objectives
@@ -81,6 +85,7 @@ def make_train_step(
         "accumulate_steps": accumulate_steps,
         "accumulate_overflow": accumulate_overflow,
         "replicas": replicas,
+        "norms": norms,
     }
     if not isinstance(loss_fn, Objective | Mapping):
         if tx is None:
@@ -139,6 +144,7 @@ def _attempt(
     accumulate_steps: int,
     accumulate_overflow: Literal["window", "microbatch"],
     replicas: Replicas,
+    norms: Collection[str],
 ) -> Callable[..., tuple[jax.Array, dict[str, Any], Measured]]:
     """`(params, model_state, opt_state, batch, key) -> (finite, what to commit, Measured)` of one objective."""
     _refuse_outside_of_probe(objective.tx)
@@ -154,10 +160,15 @@ def _attempt(
     )
 
     def attempt(params: Any, model_state: Any, opt_state: Any, batch: Batch, key: jax.Array) -> Any:
-        grads, measured, model_state = gradients(params, model_state, loss_scale(opt_state), batch, key)
+        scale = loss_scale(opt_state)
+        grads, measured, model_state = gradients(params, model_state, scale, batch, key)
         extra = {} if measured.overflowed is None else {"overflowed": measured.overflowed}
         trained = trained_view(params, objective.trains)
         updates, opt_state = tx.update(grads, opt_state, trained, value=measured.loss, **extra)
+        if norms:
+            found = {"gradient_norm": global_norm(inner_view(grads)) / scale, "update_norm": global_norm(updates)}
+            asked = {name: Mean(found[name].astype(jnp.float32), jnp.float32(1)) for name in norms}
+            measured = measured._replace(metrics={**measured.metrics, **asked})
         result = {"updates": updates, "model_state": model_state, "opt_state": opt_state}
         return last_step_finite(opt_state), result, measured
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def lines(capsys, *argv):
         (["--sort", "step"], ["net/a-s0", "cnn/c-s1", "net/b-s0"]),
         (["--config", "n*"], ["net/a-s0", "net/b-s0"]),
         (["--state", "failed"], ["cnn/c-s1"]),
+        (["--differs", "precision=*float16"], ["net/b-s0"]),
+        (["--differs", "nothing"], ["net/a-s0", "cnn/c-s1"]),
     ],
 )
 def test_runs_are_sorted_and_filtered(listed, capsys, argv, expected):
@@ -55,6 +58,23 @@ def test_the_table_is_whole_where_it_is_piped_and_why_a_run_failed_is_said(liste
     assert LONG in out and "best accuracy" in out and " 0.500 " in out and "1,000/1,000" in out
     assert [line.rsplit("  ", 1)[1].strip() for line in out.splitlines()[1:]] == ["59 s", "3 h", "11 d"]
     assert err == "w/cnn/c-s1: NaN\n"
+
+
+def test_seeds_tell_runs_of_one_config_apart_and_none_is_a_bare_hash():
+    other = dataclasses.replace(RUN, path=Path("w/net/a-s3"), seed=3)
+    assert [runs.differs_in(run, [*RUNS, other]) for run in (other, RUNS[0], RUNS[2])] == [
+        "seed=3",
+        "seed=0",
+        "(nothing)",
+    ]
+    assert runs.differs_in(RUNS[1], [*RUNS, other]) == f"{LONG} seed=0"
+
+
+def test_listing_runs_imports_no_jax():
+    code = "import sys; from jaxmp.runs import listing; print({'jax', 'flax', 'numpy', 'rich'} & set(sys.modules))"
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "set()\n", result.stderr
 
 
 @pytest.mark.parametrize("columns", [80, 120, 400])

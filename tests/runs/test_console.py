@@ -44,6 +44,8 @@ def test_on_a_terminal_there_is_a_bar_with_the_numbers_and_a_line_for_each_evalu
     console.write(record(20))
     console.write(record(20, "validation", accuracy=0.75))
     console.write(record(30, skipped_steps=2, loss_scale=16384.0))
+    running = screen.getvalue()
+    assert running.rindex("\x1b[?25h") > running.rindex("\x1b[?25l"), "a run that is killed leaves the cursor"
     console.close()
     shown = screen.getvalue()
     assert "\x1b[" in shown and "━" in shown
@@ -60,7 +62,6 @@ def test_on_a_terminal_there_is_a_bar_with_the_numbers_and_a_line_for_each_evalu
     ):
         assert part in last
     assert len(re.findall(r"validation .*accuracy 0\.7500", shown)) == 1
-    assert shown.rindex("\x1b[?25h") > shown.rfind("\x1b[?25l"), "the cursor is there, however the process ends"
 
 
 MANY = {f"metric_number_{n}": MetricSpec() for n in range(12)} | {"指標": MetricSpec()}

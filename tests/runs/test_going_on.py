@@ -169,6 +169,7 @@ OPERATES = [
     ("loop.max_consecutive_skips", 3),
     ("loop.steps_per_dispatch", 1),
     ("loop.ranges_every", 2),
+    ("loop.watch", ("gradient_norm", "update_norm", "zero_losses")),
     ("loop.wandb", True),
     ("data.workers", 1),
     ("data.device_limit", 0),
@@ -188,7 +189,8 @@ def slow_but(first, cases):
 
 def test_every_field_has_a_value_here_that_it_is_tried_with():
     """A new field of an experiment has to be entered in one of the tables."""
-    tried = {"operates": OPERATES, "rounds": ROUNDS, "apart": [("seed", 1)]}
+    with_images = [("loop.log_images", 2)]  # in test_watch.py
+    tried = {"operates": OPERATES + with_images, "rounds": ROUNDS, "apart": [("seed", 1)]}
     for kind, cases in tried.items():
         assert {path for path, of in field_kinds(PICTURED).items() if of == kind} == {path for path, _ in cases}
     decides = {path for path, of in field_kinds(PICTURED).items() if of in HASHED}

@@ -8,10 +8,11 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, read_lines
+from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, as_images, read_lines
 
 
 def record(step: int, split: str = "train", **fields: float) -> dict:
@@ -166,6 +167,10 @@ def test_an_event_file_is_one_that_tensorboardx_could_have_written(tmp_path):
 
     writer = TensorBoard(tmp_path, None)
     writer.write(record(5))
+    writer.text("policy", "all float32")
+    writer.images("train/batch", np.zeros((2, 4, 6, 1), np.uint8))
+    writer.values("weights", [0.0, 1.0, np.nan, -2.0], 7)
+    writer.hyperparameters({"seed": 3, "precision": "float32", "loop.wandb": False}, ["test/accuracy"])
     writer.close()
     data, events = writer.path.read_bytes(), []
     while data:
@@ -178,6 +183,23 @@ def test_an_event_file_is_one_that_tensorboardx_could_have_written(tmp_path):
     assert events[0].file_version == "brain.Event:2"
     assert events[1].step == 5
     assert {value.tag: value.simple_value for value in events[1].summary.value}["train/accuracy"] == 0.5
+    found = {value.tag: value for event in events[2:] for value in event.summary.value}
+    assert found["policy/text_summary"].tensor.string_val == [b"all float32"]
+    assert (found["train/batch/1"].image.height, found["train/batch/1"].image.width) == (4, 6)
+    assert (found["weights"].histo.num, found["weights"].histo.min) == (3, -2.0)
+    pages = [found[f"_hparams_/{name}"].metadata.plugin_data for name in ("experiment", "session_start_info")]
+    assert all(page.plugin_name == "hparams" for page in pages)
+    assert b"test/accuracy" in pages[0].content and b"precision" in pages[1].content
+
+
+def test_images_for_people_to_see_are_stretched_floats_or_bytes_as_they_are():
+    image = np.array([-1.0, 0, 3]).reshape(3, 1, 1, 1)
+    batch = {"x": np.zeros((3, 2)), "image": image, "raw": np.ones((3, 1, 1, 3), np.uint8)}
+    assert as_images(batch, ["x", "image"], 2).ravel().tolist() == [0, 255]
+    assert as_images(batch, ["image"], 9).ravel().tolist() == [0, 64, 255]
+    assert as_images(batch, ["raw", "image"], 1).tolist() == [[[[1, 1, 1]]]]
+    with pytest.raises(InputError, match=r"loop.log_images = 2: no input is an image .* x \[3, 2\]"):
+        as_images(batch, ["x"], 2)
 
 
 @pytest.mark.slow

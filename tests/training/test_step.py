@@ -423,3 +423,30 @@ def test_what_cannot_be_accumulated_is_refused(options, words):
     state = TrainState.create({"w": jnp.zeros(())}, tx, key=jax.random.key(0))
     with pytest.raises(InputError, match=words):
         make_train_step(plain_loss, tx, **options)(state, {"x": jnp.ones(4)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**20])
+def test_norms_are_those_of_the_unscaled_gradients_before_clipping_and_of_the_update(scale):
+    def loss_fn(params, model_state, batch, key):
+        return jnp.sum(params["w"] * batch["x"]) + 3e20 * params["b"], (jnp.float32(1), {}, model_state)
+
+    params = {"w": jnp.zeros(3), "b": jnp.float32(0)}
+    tx = loss_scaling(optax.chain(jaxmp.clip_by_global_norm(5.0), optax.sgd(0.5)), StaticScaler(scale))
+    step = make_train_step(loss_fn, tx, norms=("gradient_norm", "update_norm"))
+    state = TrainState.create(params, tx, key=jax.random.key(0))
+    x = jnp.array([1e20, 2e20, 2e20])
+    _, metrics = step(state, {"x": x, "weight": jnp.ones(1)})
+    expected = np.linalg.norm(np.array([1e20, 2e20, 2e20, 3e20]))  # its square is no float32
+    assert float(metrics["gradient_norm"].compute()) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics["update_norm"].compute()) == pytest.approx(2.5, rel=1e-5)
+
+
+def test_a_step_without_norms_is_the_program_that_it_was():
+    def program(**how):
+        tx = loss_scaling(optax.sgd(0.1), StaticScaler(8.0))
+        step = make_train_step(lambda p, s, b, k: (jnp.sum(p * b["x"]), (jnp.float32(1), {}, s)), tx, **how)
+        state = TrainState.create(jnp.ones(3), tx, key=jax.random.key(0))
+        return str(jax.make_jaxpr(step)(state, {"x": jnp.ones(3), "weight": jnp.ones(1)}))
+
+    assert program() == program(norms=())
+    assert "sqrt" not in program() and "sqrt" in program(norms=("update_norm",))
