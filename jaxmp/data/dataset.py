@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +64,13 @@ class Dataset(abc.ABC):
         Raises InputError if the rows cannot be read.
         """
 
+    def encode(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rows of one's own, columns by name, in the form in which `source` has them; here the rows themselves.
+
+        A dataset whose `source` changes the rows that it is made of, texts into tokens, say, extends this method.
+        """
+        return rows
+
     def read(self, split: Split) -> Source | None:
         """The rows of one split after the host transforms; None if there is no such split.
 
@@ -78,7 +85,7 @@ class Dataset(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: a copy opens its own splits."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_loaded")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def _read(self, split: Split) -> Source | None:
         source = self._cut(split, self.cuts)

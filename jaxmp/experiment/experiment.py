@@ -20,6 +20,8 @@ from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.html.elements import Elements, shortened
+from jaxmp.modules.lora import ADAPTERS, LoRA
+from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
 from jaxmp.tasks.classification import Classification
@@ -53,7 +55,10 @@ class Experiment:
     scaler: Any = Scaling()
     """Loss scaling, which keeps small gradients from becoming 0 in float16; by objective, where it differs."""
     trains: tuple[str, ...] = EVERYTHING
-    """Parameters to train, the others are frozen: patterns of paths, such as head or **/bias, or of modules."""
+    """Parameters to train, the others are frozen: patterns of paths, such as head or **/bias, or of modules. With LoRA,
+    those to train beside the adapters; by default none."""
+    lora: LoRA = LoRA()
+    """Adapters of low rank, which are trained in place of the model's weights."""
     parallel: Parallel = Parallel()
     """How a step is distributed over devices: it changes the last digits, and no run's hash."""
     loop: Loop = Loop()
@@ -88,6 +93,13 @@ class Experiment:
             "Adam(1e-3) or another of jaxmp's, an optax transformation, a function of the number of steps that returns "
             "one, or a frozen dataclass of your own with such a make(steps)"
         )
+        self._require("lora", isinstance(self.lora, LoRA), "LoRA(rank=8), say")
+        if self.lora.rank and names:
+            raise InputError(
+                f"lora.rank = {self.lora.rank}: the objectives of {type(self.task).__name__} say what each of them "
+                "trains; expected 0, no adapters"
+            )
+        _ = self.adapted_model  # refuses a model without modules
         for part, optimizer in self._by_objective("optimizer", names):
             _require_part(part, optimizer, is_optimizer(optimizer), expected)
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
@@ -136,6 +148,18 @@ class Experiment:
         """The policies that `precision` names: one, or a tree of rules."""
         return PolicyTree.parse(self.precision)
 
+    @property
+    def adapted_model(self) -> Any:
+        """The model that is trained: with the adapters of `lora`; `model` itself where there are none."""
+        return as_model(self.model).under(self.lora) if self.lora.rank else self.model
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are trained: `trains`; with LoRA the adapters, and what that names beside."""
+        if not self.lora.rank:
+            return self.trains
+        return ADAPTERS if self.trains == EVERYTHING else (*ADAPTERS, *self.trains)
+
     def optimizer_of(self, objective: str) -> Any:
         """The optimizer of one of several objectives."""
         return self.optimizer[objective] if isinstance(self.optimizer, Mapping) else self.optimizer
@@ -171,7 +195,11 @@ class Experiment:
         objectives = objectives_of(self.task)
         if not objectives:
             return fields
-        specs = [{"name": name, "trains": list(spec.trains), "every": spec.every} for name, spec in objectives.items()]
+        specs = [
+            {"name": name, "trains": list(spec.trains), "every": spec.every}
+            | ({} if spec.ema_decay is None else {"ema_decay": spec.ema_decay})
+            for name, spec in objectives.items()
+        ]
         return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}
 
     def _repr_html_(self) -> str:

@@ -107,7 +107,9 @@ def page(comparison: dict[str, Any], reports: Mapping[str, str] | None = None) -
     result.figures([*others, *_difference_curves(_lines_of(comparison, specs), precisions)])
     _cost(result, comparison)
     if comparison["gradients"]:
-        _gradients(result, comparison["gradients"])
+        several = comparison["gradients"].get("objectives")
+        for name, errors in (several or {"": comparison["gradients"]}).items():
+            _gradients(result, errors, f" of {name}" if several else "")
     _precision(result, comparison)
     _origin(result, comparison, specs, reports or {})
     result.data(comparison)
@@ -284,21 +286,22 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
     result.paragraph(note, "note")
 
 
-def _gradients(result: Page, errors: dict[str, Any]) -> None:
-    result.section("Gradients", errors["method"])
+def _gradients(result: Page, errors: dict[str, Any], of: str) -> None:
+    """The section on the gradients `of` an objective; of a single one, an empty text."""
+    result.section(f"Gradients{of}", errors["method"])
     figures = []
     for key, label in (("relative_error", "relative error"), ("one_minus_cosine", "1 \N{MINUS SIGN} cosine")):
         series = [
             Series(precision, errors["steps"], [math.nan if v is None else v for v in rows[key]], style)
             for style, (precision, rows) in enumerate(errors["precisions"].items())
         ]
-        name = f"Gradients: {label} against {errors['against']}"
+        name = f"Gradients{of}: {label} against {errors['against']}"
         figures.append((name, line_figure(Axis("step", include=(0.0,)), Axis(label, "log10"), series, name=name), ""))
     result.figures(figures)
     rows = []
-    for precision, of in errors["precisions"].items():
-        medians = [number(_median(of[name]), ".2e") for name in ("relative_error", "one_minus_cosine")]
-        worst = of["worst"]
+    for precision, found in errors["precisions"].items():
+        medians = [number(_median(found[name]), ".2e") for name in ("relative_error", "one_minus_cosine")]
+        worst = found["worst"]
         error = "not finite" if worst["relative_error"] is None else number(worst["relative_error"], ".2e")
         rows.append([precision, *medians, worst["parameter"], error, str(worst["step"])])
     header = ["precision", "relative error, median", "1 \N{MINUS SIGN} cosine, median", "worst parameter", "its error"]

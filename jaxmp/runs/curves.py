@@ -156,5 +156,5 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
     """The median over all training lines but the first, which includes compiling; NaN if there is no other."""
-    rates = [line["examples_per_second"] for line in lines if line["split"] == "train"][1:]
+    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line][1:]
     return statistics.median(rates) if rates else math.nan

@@ -28,6 +28,7 @@ from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
 from jaxmp.runs.curves import Curve, curve_figures
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.initial_weights import weights_by_path
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.tasks.task import predictions
@@ -212,6 +213,19 @@ class Run:
             raise InputError(f"{self.path} has no checkpoint yet")
         return found[1]["state"]
 
+    def weights(self, step: int | Literal["last", "best"] = "last", *, merged: bool = False) -> dict[str, np.ndarray]:
+        """Parameters and model state of a checkpoint by path, such as Dense_0/kernel; averaged where the run has that.
+
+        Args:
+          step: see `state`.
+          merged: with LoRA, the weights of the model without adapters that computes the same.
+        """
+        state = self.state(step)
+        params = state.averaged_params
+        if merged:
+            params = self.experiment.lora.merge(params)
+        return {path: np.asarray(leaf) for path, leaf in weights_by_path(params, state.model_state).items()}
+
     def count_ranges(self, step: int | Literal["last", "best"] = "last") -> list[dict[str, Any]]:
         """Lines of `ranges`, of the step after a checkpoint: that step is computed again, and its ranges counted.
 
@@ -273,7 +287,7 @@ class Run:
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
         experiment = self.experiment
-        model = as_model(experiment.model).under(UnderPolicy(experiment.policy))
+        model = as_model(experiment.adapted_model).under(UnderPolicy(experiment.policy))
         prepared = experiment.data.prepare(train=False)
 
         @jax.jit
@@ -343,14 +357,14 @@ class Run:
     def evaluate(
         self, split: Split = "test", state: TrainState | int | str | None = None, *, weights: str = "evaluated"
     ) -> dict[str, float]:
-        """The metrics of a whole split, under the policy and with the weights of `apply`.
+        """The metrics of a split as the run evaluates it, under the policy and with the weights of `apply`.
 
-        Raises: InputError as `source` does.
+        That is the whole split, but for `loop.limit_batches`. Raises InputError as `source` does.
         """
-        source = self.source(split)
+        self.source(split)  # refuses other rows
         trainer = self.trainer
         placed = trainer.devices.get(trainer.devices.put_state(self._chosen(state, weights)))
-        return compute(trainer.evaluation(placed, source))
+        return compute(trainer.evaluation(placed, trainer.evaluated(split)))
 
 
 def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:

@@ -33,7 +33,6 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
 from jaxmp.studies.paired import method, paired
-from jaxmp.tasks.task import refuse_several
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
 
@@ -94,8 +93,6 @@ def compare(
         raise InputError(f"gradients at {gradients} steps: expected a whole number of at least 0")
     cells, results = grid(subject, precisions, seeds, overrides), []
     name = subject.name if isinstance(subject, ConfigFile) else name
-    if gradients:
-        refuse_several(cells[0].experiment.task, "--gradients")
     for i, cell in enumerate(cells):
         log(f"[{i + 1}/{len(cells)}] {cell.precision}, seed {cell.seed}")
         origin = subject.origin(cell.overrides) if isinstance(subject, ConfigFile) else None

@@ -387,7 +387,7 @@ class _Step:
     def _outputs(self, precision: str) -> Callable[..., Any]:
         """`(params, model_state, batch, key)` to what each module returns."""
         task = self.experiment.task
-        model = as_model(self.experiment.model).under(UnderPolicy(precision))
+        model = as_model(self.experiment.adapted_model).under(UnderPolicy(precision))
 
         def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
             return model.module_outputs(params, model_state, *(batch[name] for name in task.inputs), key=key)

@@ -20,6 +20,7 @@ import optax
 
 from jaxmp.errors import InputError, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
+from jaxmp.scaling.state_format import parse_state_format, state_format
 from jaxmp.training.schedules import ConstantRate, make_schedule
 from jaxmp.trees import Pattern, path_name
 
@@ -107,7 +108,7 @@ def _is_path(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The base class of optimizers: learning rate, schedule, clipping and weight decay.
+    """The base class of optimizers: learning rate, schedule, clipping, weight decay and the formats of the state.
 
     Raises:
       InputError: a value is out of range.
@@ -125,6 +126,8 @@ class Optimizer:
     """Weight decay: this multiple of a parameter is added to its gradient (L2 regularisation)."""
     decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
     """Parameters that decay: patterns of paths (*: part of a name, **: any names); by default not biases and norms."""
+    state_format: str | None = None
+    """Formats of fields of the optimizer's state: mu=e4m3:block128,nu=e4m3:block128,expanded. By default float32."""
 
     def __post_init__(self) -> None:
         if callable(self.learning_rate):
@@ -147,6 +150,8 @@ class Optimizer:
         require(
             self, "decay", all(_is_path(text) for text in self.decay), "paths of parameters, such as ('**/kernel',)"
         )
+        if self.state_format is not None:
+            parse_state_format(self.state_format)
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Returns the optax optimizer, with weight decay but without clipping."""
@@ -157,9 +162,12 @@ class Optimizer:
 
         Its state has one layout by class: what is off is `optax.identity()`, so that it can be turned on later.
 
-        Its `init` raises InputError if a pattern in `decay` matches no parameter.
+        Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
+        the optimizer's state does not have.
         """
         rule = self._rule(make_schedule(self.schedule, self.learning_rate, steps))
+        if self.state_format is not None:
+            rule = state_format(rule, **parse_state_format(self.state_format))
         clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, rule)
 
