@@ -115,6 +115,21 @@ def test_a_hook_that_raises_leaves_a_run_that_is_saved_and_goes_on_to_the_same_b
 
 
 @pytest.mark.slow
+def test_a_hook_that_deletes_the_state_is_named_and_the_run_goes_on_from_the_last_checkpoint(plain, tmp_path):
+    def deleting(info: StepInfo):
+        if info.step == 9:
+            jax.tree.leaves(info.state.params)[0].delete()
+
+    with pytest.raises(RunFailed, match=r"deleting deleted or donated arrays.*goes on from the last checkpoint"):
+        fit(BASE, workdir=tmp_path, hooks=(deleting,))
+    folder = tmp_path / "experiment" / plain.path.name
+    assert Run(folder, BASE).state().step == 6
+    fit(BASE, workdir=tmp_path)
+    assert lines(folder) == lines(plain.path)
+    assert bits(Run(folder, BASE).state()) == bits(Run(plain.path, BASE).state())
+
+
+@pytest.mark.slow
 def test_a_hook_of_the_last_evaluation_that_raises_leaves_a_run_that_ends_by_the_same_call(plain, tmp_path):
     def tracking(evaluated: Evaluated):
         assert evaluated.split != "test", "offline"
