@@ -47,6 +47,10 @@ def test_a_function_is_a_task_of_the_loss_of_each_row():
     loss, metrics = FunctionTask(with_metric)(OUTPUTS.astype(jnp.bfloat16), BATCH)
     assert float(loss.compute()) == pytest.approx((0.25 + 4) / 2)
     assert float(metrics["error"].compute()) == pytest.approx(1.25)
+    # 300 squared is no number of float16 (trap T5): the function is given its outputs in float32.
+    one = {"y": jnp.zeros((1, 1)), "weight": jnp.ones(1)}
+    loss, _ = FunctionTask(lambda outputs, batch: (outputs**2)[:, 0])(jnp.full((1, 1), 300, jnp.float16), one)
+    assert float(loss.compute()) == 90000
 
 
 def load(split):
