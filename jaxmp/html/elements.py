@@ -14,6 +14,8 @@ NO_VALUE = "\N{EN DASH}"
 """text of a table cell without a number"""
 CELL_LETTERS = 44
 """most letters of a word in a table's cell; of a longer one the middle is left out, and a tooltip shows it whole"""
+HEADING_LETTERS = 30
+"""most letters of a cell that heads a row, which does not wrap"""
 
 # Those of Okabe and Ito 2008 (Color Universal Design), darkened where they stand on white, lightened on a dark screen;
 # each comes with dashes of its own.
@@ -86,7 +88,7 @@ class Elements:
         body = "".join(
             "<tr>"
             + "".join(
-                _cell("th" if first and i == 0 else "td", text, kind)
+                _cell("th" if first and i == 0 else "td", text, kind, wraps=not (first and i == 0))
                 for i, (text, kind) in enumerate(zip(row, right, strict=True))
             )
             + "</tr>"
@@ -172,10 +174,10 @@ def escape(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _cell(tag: str, text: str, kind: str) -> str:
-    # A heading does not wrap; elsewhere a line breaks at spaces, and a long word is as wide as it is long.
-    longest = len(text) if tag == "th" else max(map(len, text.split()), default=0)
-    shown = shortened(text, CELL_LETTERS) if longest > CELL_LETTERS else text
+def _cell(tag: str, text: str, kind: str, *, wraps: bool = True) -> str:
+    # Where a line may not break at spaces, the whole text is one word.
+    longest, letters = (max(map(len, text.split()), default=0), CELL_LETTERS) if wraps else (len(text), HEADING_LETTERS)
+    shown = shortened(text, letters) if longest > letters else text
     content = escape(shown)
     if isinstance(text, Link):
         content = f'<a href="{escape(text.href)}">{content}</a>'

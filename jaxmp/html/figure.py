@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 560, 290
 LEFT, TOP, BOTTOM = 58, 30, 40
 LETTER = 6.4
 """width of a letter at the size of labels, on average"""
-LABEL_HEIGHT = 15
+LABEL_HEIGHT = 17
 NAME_LETTERS = 28
 """most letters of the name of a line, to leave room for the lines"""
 ROW_LETTERS = 15

@@ -56,7 +56,7 @@ def curve_figures(curves: Sequence[Curve]) -> list[tuple[str, str, str]]:
             svg = "" if said else grouped_figure(curves, name, "train", what)
             found.append((what, svg, said))
     speed = grouped_figure(curves, "examples_per_second", "train", "Speed")
-    found.append(("Speed", speed, "The first line of a session includes compiling."))
+    found.append(("Speed", speed, "Of the steps alone: compiling, evaluating and saving do not count."))
     return found
 
 

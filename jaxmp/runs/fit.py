@@ -46,7 +46,7 @@ from jaxmp.runs.going_on import (
     refuse_other_rows_if_readable,
     with_session,
 )
-from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
+from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StateLost, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.run import Run
@@ -498,17 +498,20 @@ class _Session:
         """Why a hook stops the run, and what went wrong in one; None each if not."""
         try:
             return self.hooks.call(value), None
+        except StateLost as error:
+            self._fail_in_hook(
+                error, value.step, "The same call, with the hook mended, goes on from the last checkpoint"
+            )
         except HookFailed as error:
             return None, error
 
-    def _fail_in_hook(self, failed: HookFailed, step: int) -> NoReturn:
-        """Ends the run after a checkpoint of `step`, because of a hook."""
+    def _fail_in_hook(self, failed: HookFailed, step: int, further: str | None = None) -> NoReturn:
+        """Ends the run after a checkpoint of `step`, because of a hook; `further`: what to say where there is none."""
         self.checkpoints.wait()
         reason = f"{failed}, after step {step}"
         processes.from_first(lambda: self.folder.write_failure(step, reason))
-        raise RunFailed(
-            f"{reason}. The state is saved in {self.folder.path}; with the hook mended, the same call goes on"
-        ) from (failed.__cause__ or failed)
+        saved = f"The state is saved in {self.folder.path}; with the hook mended, the same call goes on"
+        raise RunFailed(f"{reason}. {further or saved}") from (failed.__cause__ or failed)
 
     def _line(self, step: int, due: bool, metrics: Metrics, state: TrainState) -> Line:
         return self.records.line(step, due, metrics, state, stop=self.stop.asked())

@@ -81,6 +81,10 @@ class HookFailed(Exception):
     """A hook raised; the message names it. `__cause__` is what it raised, in the process where it did."""
 
 
+class StateLost(HookFailed):
+    """A hook deleted arrays of the state, which cannot be saved any more."""
+
+
 class Hooks:
     """The hooks of a run.
 
@@ -113,7 +117,8 @@ class Hooks:
         except HookFailed as raised:
             error = raised
         if processes.several():
-            found, message = processes.from_first(lambda: [found, error and str(error)])
+            outcome = [found, error and str(error)]
+            found, message = processes.from_first(lambda: outcome)
             error = error or (message and HookFailed(message))
         if error:
             raise error
@@ -130,7 +135,7 @@ class Hooks:
                 what = "the class Stop" if returned is Stop else returned
                 raise HookFailed(f"{name} returned {what}: expected None, or Stop('why') to end the run")
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(value.state) if isinstance(leaf, jax.Array)):
-                raise HookFailed(f"{name} deleted or donated arrays of the state; expected a copy of what it changes")
+                raise StateLost(f"{name} deleted or donated arrays of the state; expected a copy of what it changes")
             if isinstance(returned, Stop) and found is None:
                 found = f"{returned.why} ({name})"
         return found

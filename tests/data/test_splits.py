@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmp.data.arrays import Arrays
@@ -81,6 +81,7 @@ def test_the_rows_of_random_splits_are_each_in_one_split_and_the_same_for_each_k
     assert not np.array_equal(rows_of(other, "validation"), parts[1])
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.floats(0.05, 0.6), st.integers(0, 30))
 def test_a_stratified_split_has_each_class_to_a_row(seed, validation, test):
     label = np.array([0] * 11 + [1] * 57 + [2] * 35)

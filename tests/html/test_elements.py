@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jaxmp
-from jaxmp.html.elements import CELL_LETTERS, DARK, LIGHT, Elements, Link, cell_of, shortened
+from jaxmp.html.elements import CELL_LETTERS, DARK, HEADING_LETTERS, LIGHT, Elements, Link, cell_of, shortened
 from jaxmp.models.mlp import MLP
 from jaxmp.testing.laws import Broken, Law, Laws
 from jaxmp.text_table import table
@@ -48,6 +48,10 @@ def test_long_names_are_cut_in_the_middle_and_are_whole_where_pointed_at():
     assert max(max(map(len, text.split()), default=0) for text in texts) <= CELL_LETTERS
     assert f'title="{long}"' in html and any("long enough to be cut if it were one word" in text for text in texts)
     assert '<a href="a/report.html">runs/aaa' in html
+    (heading,) = (text for text in texts if text.startswith("encoder"))
+    assert len(heading) == HEADING_LETTERS
+    found.table(("a head of several words, which may wrap where they end",), [("1",)])
+    assert "a head of several words, which may wrap where they end" in Words(found.cell()).words
     assert shortened("abcdefgh", 5) == "ab…gh" and shortened("abc", 3) == "abc"
 
 

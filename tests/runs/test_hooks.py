@@ -96,6 +96,7 @@ def test_a_run_and_what_fit_returns_show_their_curves_in_a_notebook(plain):
         assert part in html
 
 
+@pytest.mark.slow
 def test_a_hook_that_raises_leaves_a_run_that_is_saved_and_goes_on_to_the_same_bits(plain, tmp_path):
     def plotting(info: StepInfo):
         if info.step == 9:
@@ -113,6 +114,22 @@ def test_a_hook_that_raises_leaves_a_run_that_is_saved_and_goes_on_to_the_same_b
     assert bits(Run(folder, BASE).state()) == bits(Run(plain.path, BASE).state())
 
 
+@pytest.mark.slow
+def test_a_hook_that_deletes_the_state_is_named_and_the_run_goes_on_from_the_last_checkpoint(plain, tmp_path):
+    def deleting(info: StepInfo):
+        if info.step == 9:
+            jax.tree.leaves(info.state.params)[0].delete()
+
+    with pytest.raises(RunFailed, match=r"deleting deleted or donated arrays.*goes on from the last checkpoint"):
+        fit(BASE, workdir=tmp_path, hooks=(deleting,))
+    folder = tmp_path / "experiment" / plain.path.name
+    assert Run(folder, BASE).state().step == 6
+    fit(BASE, workdir=tmp_path)
+    assert lines(folder) == lines(plain.path)
+    assert bits(Run(folder, BASE).state()) == bits(Run(plain.path, BASE).state())
+
+
+@pytest.mark.slow
 def test_a_hook_of_the_last_evaluation_that_raises_leaves_a_run_that_ends_by_the_same_call(plain, tmp_path):
     def tracking(evaluated: Evaluated):
         assert evaluated.split != "test", "offline"
@@ -124,6 +141,7 @@ def test_a_hook_of_the_last_evaluation_that_raises_leaves_a_run_that_ends_by_the
     assert lines(folder) == lines(plain.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StepInfo, Evaluated])
 def test_a_hook_ends_the_run_with_its_reason_and_a_killed_one_still_ends_there(plain, tmp_path, kind):
     def early(info):
@@ -213,6 +231,7 @@ def test_no_hooks_cost_less_than_a_hundredth_of_a_step_of_2_5_ms():
     assert time.perf_counter() - started < 1000 * 25e-6
 
 
+@pytest.mark.slow
 def test_steps_yield_what_hooks_are_called_with():
     last = list(steps(dataclasses.replace(BASE, loop=Loop(steps=6, log_every=3))))[-1]
     assert type(last) is StepInfo and last.step == 6 and 0 <= last.values()["accuracy"] <= 1
