@@ -33,8 +33,7 @@ class Options:
 def what_if(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Measures what recipes below 16 bits would do to each layer's products, in one step that is not changed.
 
-    Instead of CONFIG it takes RUN, a run folder, and repeats one of its steps. For each recipe, layer and product:
-    underflow, clipping, mean squared error, bias, signal to noise, and the spread of scales.
+    With a run folder instead of CONFIG, it repeats one of the run's steps.
     """
     return _show(experiment, options, config.name)
 
