@@ -29,6 +29,7 @@ from jaxmp.commands import (
     report,
     runs,
     train,
+    weights,
     what_if,
 )
 from jaxmp.commands.command import HELP, Command
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Command] = {
         train.COMMAND,
         eval.COMMAND,
         predict.COMMAND,
+        weights.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,

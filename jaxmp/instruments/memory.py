@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import SAME_VALUES, bare, interpret, scan_counts, tracing
 from jaxmp.scaling.state_format import PackedArray
 from jaxmp.text_table import table
@@ -55,6 +56,10 @@ class Memory:
     def to_json(self) -> list[dict[str, Any]]:
         """Returns the items as lists, dicts, strings and integers."""
         return [item._asdict() for item in self.items]
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
 
     def __str__(self) -> str:
         shown = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]

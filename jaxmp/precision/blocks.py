@@ -599,6 +599,8 @@ class _Scaling(NamedTuple):
     """int32"""
     bad: jax.Array
     """bool: the block holds an infinity or NaN"""
+    scale: jax.Array | None = None
+    """bits of what elements are multiplied by, where they are known without decoding `stored`"""
 
 
 class _Scale(NamedTuple):
@@ -638,7 +640,10 @@ def round_blocks(
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
     scaling = _scaling(bits & ~_SIGN, layout, format, axis_name)
     magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
-    scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    if scaling.scale is None:
+        scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    else:
+        scale = _Scale(*significand_and_exponent(scaling.scale), scaling.bad, scaling.scale == 0)
     result = layout.ungrouped(_decode(magnitudes, scale, format.element))
     return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
 
@@ -673,9 +678,10 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_na
     tensor_amax = jnp.max(amax, initial=0)
     if axis_name is not None:
         tensor_amax = jax.lax.pmax(tensor_amax, axis_name)
-    scale_code, tensor_scale, encode = _e4m3_scaling(amax, tensor_amax, format)
+    scale_code, tensor_scale, encode, scale = _e4m3_scaling(amax, tensor_amax, format)
     stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), scale_code.astype(jnp.uint8))
-    return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), *significand_and_exponent(encode), bad)
+    factor, exponent = significand_and_exponent(encode)
+    return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), factor, exponent, bad, scale)
 
 
 def _e8m0_code(amax: jax.Array, element: Element, rule: str) -> jax.Array:
@@ -691,18 +697,20 @@ def _e8m0_code(amax: jax.Array, element: Element, rule: str) -> jax.Array:
 
 
 def _e4m3_scaling(amax: jax.Array, tensor_amax: jax.Array, format: BlockFormat) -> tuple[jax.Array, ...]:
-    """Returns codes of the scales, bits of the scale of the tensor, and bits of what numbers are multiplied by."""
+    """Returns codes of the scales, and bits: of the scale of the tensor, and of the factors of numbers and elements."""
     one, largest, product = to_bits(1), to_bits(format.element.max), to_bits(448 * format.element.max)
     if format.rule == "te":
         encode_tensor = jnp.minimum(divide(product, tensor_amax), _LARGEST)
         tensor_scale = _once(divide(one, encode_tensor))
         multiplier = _once(multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max)))))
         scale, code = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
-        return code, tensor_scale, _once(jnp.minimum(divide(one, multiply(scale, tensor_scale)), _LARGEST))
+        product = _once(multiply(scale, tensor_scale))
+        return code, tensor_scale, _once(jnp.minimum(divide(one, product), _LARGEST)), product
     tensor_scale = _once(divide(tensor_amax, product))
     ratio = jnp.where(amax > 0, divide(divide(amax, largest), tensor_scale), jnp.uint32(0))
     scale, code = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))
-    return code, tensor_scale, _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
+    encode = _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
+    return code, tensor_scale, encode, _once(multiply(scale, tensor_scale))
 
 
 def _once(bits: jax.Array) -> jax.Array:

@@ -426,16 +426,36 @@ class _Plan:
             )
         place = [(product, role) for product, roles in PRODUCTS.items() for role in roles]
         key = jax.random.fold_in(key, place.index((operand.product, operand.role)))
-        if operand.role == "weights":
-            return jax.random.bits(key, shape, jnp.uint32)
         rows, count = self.contraction.axes[operand.role][0], self.examples
+        if operand.role == "weights":
+            return random_bits(key[None], shape)
         if rows != 0 or not count or shape[0] % count:
-            key = key if index is None else jax.random.fold_in(key, index[0])
-            return jax.random.bits(key, shape, jnp.uint32)
+            return random_bits((key if index is None else jax.random.fold_in(key, index[0]))[None], shape)
         index = jnp.arange(count, dtype=jnp.int32) if index is None else index
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
-        own = (shape[0] // count, *shape[1:])
-        return jax.vmap(lambda key: jax.random.bits(key, own, jnp.uint32))(keys).reshape(shape)
+        return random_bits(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index), shape)
+
+
+def random_bits(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws 32 random bits for each number of an array, uint32.
+
+    The array is cut into as many equal parts as there are keys, and each part is a hash of its key and of the position
+    in it: the finaliser of MurmurHash3, twice. Threefry, JAX's own, would take longer than the product that is rounded.
+
+    Args:
+      keys: typed PRNG keys, (parts,).
+      shape: shape of the array; the parts divide the number of its elements.
+    """
+    words = jax.random.key_data(keys).astype(jnp.uint32)
+    first, second = words[:, :1], words[:, -1:]
+    position = lax.broadcasted_iota(jnp.uint32, (len(words), math.prod(shape) // max(len(words), 1)), 1)
+    return _hashed(_hashed(position * np.uint32(0x9E3779B9) + first) ^ second).reshape(shape)
+
+
+def _hashed(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3 (A. Appleby, 2011), which maps 32 bits to 32 bits, one to one."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

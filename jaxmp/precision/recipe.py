@@ -33,6 +33,14 @@ PRODUCTS = {
 forward product, the gradient of the input, and the gradient of the weights."""
 
 
+HISTORIES = "delayed_scaling"
+"""Collection of the model state with scales and largest magnitudes of `Delayed` operands."""
+
+GRADIENT_AMAX = "gradient_amax"
+"""Collection of the model state with the largest magnitude of the gradients of each product's result in the last step.
+Each is an input without an effect, whose gradient is the new magnitude: what differentiates the loss puts it there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Delayed:
     """A float format with a scale for the whole tensor, from its largest magnitudes in earlier steps.
@@ -144,7 +152,8 @@ class Recipe:
 
     Raises:
       InputError: `stochastic` names no role or product, or one of which nothing is rounded; the levels of the
-        accumulator do not grow by whole multiples; or the recipe changes nothing.
+        accumulator do not grow by whole multiples; two products have delayed scales of different formats for one role;
+        or the recipe changes nothing.
     """
 
     fprop: Product
@@ -177,6 +186,12 @@ class Recipe:
                     f"accumulate={'/'.join(map(str, self.accumulate))}: {outer.every} terms are no multiple of the "
                     f"{inner.every} of the level before"
                 )
+        for role in ROLES:
+            delayed = {
+                str(of.format): None for of in self.operands() if isinstance(of.format, Delayed) and of.role == role
+            }
+            if len(delayed) > 1:
+                raise InputError(f"{' and '.join(delayed)} for {role}: they have one history; expected one of them")
         if not self.accumulate and all(each.format is None for each in self.operands()):
             raise InputError("a recipe that rounds no operand and has no accumulator: expected a format, such as mxfp8")
 

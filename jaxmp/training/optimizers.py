@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import optax
 from jaxmp.errors import InputError, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.scaling.state_format import parse_state_format, state_format
-from jaxmp.training.schedules import ConstantRate
+from jaxmp.training.schedules import ConstantRate, make_schedule
 from jaxmp.trees import Pattern, path_name
 
 KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
@@ -53,6 +54,50 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda path: any(pattern.matches(path) for pattern in wanted), paths)
 
 
+def is_optimizer(value: Any) -> bool:
+    """Whether `make_optimizer` takes `value`: an object with `make`, an optax transformation, or a function."""
+    if isinstance(value, optax.GradientTransformation):
+        return True
+    return not isinstance(value, type) and (callable(getattr(value, "make", None)) or isinstance(value, _FUNCTIONS))
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of an optimizer, for a run of `steps` steps.
+
+    Args:
+      optimizer: one of jaxmp's, or an object with a `make(steps)` like theirs; an optax transformation; or a function
+        of the number of steps that returns one: `lambda steps: optax.sgd(optax.linear_schedule(0.1, 0.0, steps))`.
+      steps: number of steps of the run.
+
+    Raises:
+      InputError: as the optimizer's `make` does; or what comes out is no optax transformation, or scales the loss
+        itself, which the experiment's scaler does.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        made, name = optimizer, "the optimizer"
+    else:
+        of_ones_own = isinstance(optimizer, _FUNCTIONS)
+        make = optimizer if of_ones_own else optimizer.make
+        name = f"optimizer: {getattr(make, '__qualname__', 'the function')}({steps})"
+        try:
+            made = make(steps)
+        except TypeError as error:
+            if not of_ones_own:
+                raise
+            raise InputError(f"{name} raised TypeError: {error}; expected a function of the number of steps") from error
+    if not isinstance(made, optax.GradientTransformation):
+        wrapped = " (.gradient_transformation() gives one)" if hasattr(made, "gradient_transformation") else ""
+        raise InputError(f"{name} is a {type(made).__name__}; expected an optax transformation{wrapped}")
+    if getattr(made.init, "__qualname__", "").startswith("loss_scaling."):
+        raise InputError(
+            f"{name} scales the loss; expected the optimizer alone, since Experiment.scaler says the scaling"
+        )
+    return made
+
+
 def _is_path(text: str) -> bool:
     """Whether `text` is a pattern for paths: a parameter has no class."""
     try:
@@ -73,7 +118,8 @@ class Optimizer:
     """Peak learning rate; the schedule multiplies it by a factor of 0 to 1."""
     _: KW_ONLY
     schedule: Any = ConstantRate()
-    """How the learning rate changes during the run: ConstantRate, CosineDecay, LinearDecay or StepDecay."""
+    """How the learning rate changes: ConstantRate, CosineDecay, LinearDecay, StepDecay, or an optax schedule, whose
+    values multiply the learning rate."""
     clip_norm: float | None = None
     """Largest global norm of the gradients: larger ones are scaled down to it. By default they are not clipped."""
     weight_decay: float = 0.0
@@ -84,12 +130,18 @@ class Optimizer:
     """Formats of fields of the optimizer's state: mu=e4m3:block128,nu=e4m3:block128,expanded. By default float32."""
 
     def __post_init__(self) -> None:
+        if callable(self.learning_rate):
+            kind = type(self).__name__
+            raise InputError(
+                f"{kind}.learning_rate is a function: expected a number; a schedule of learning rates is given as "
+                f"{kind}(1.0, schedule=...), whose values multiply the number"
+            )
         require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
         require(
             self,
             "schedule",
-            hasattr(self.schedule, "make"),
-            "ConstantRate(), CosineDecay(), LinearDecay() or StepDecay()",
+            not isinstance(self.schedule, type) and (hasattr(self.schedule, "make") or callable(self.schedule)),
+            "ConstantRate(), CosineDecay(), LinearDecay() or StepDecay(), or an optax schedule",
         )
         require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
@@ -113,7 +165,7 @@ class Optimizer:
         Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
         the optimizer's state does not have.
         """
-        rule = self._rule(self.schedule.make(self.learning_rate, steps))
+        rule = self._rule(make_schedule(self.schedule, self.learning_rate, steps))
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
         clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
