@@ -181,6 +181,14 @@ COMMANDS = {
         "report nothing --output s3://bucket/a.html": "output s3:// path",
         "find-policy my.py --json az://bucket/a.json": "json az:// path",
     },
+    "a format or a recipe that is not there": {
+        "train my.py --optimizer.state-format mu=blok128": "mu='blok128' did you mean 'block128'",
+        "train my.py --optimizer.state-format mi=block128": "mi='block128' no arrays did you mean 'mu'",
+        "train my.py --optimizer.state-format mu=mxfp8:flor": "'flor' did you mean 'floor'",
+        "train my.py --optimizer.state-format mu=mxfp8,expanded": "mu='mxfp8_e4m3' float32 scales",
+        "what-if my.py --recipes mxfp9": "mxfp9 did you mean 'mxfp8'",
+        "what-if my.py --step 9": "--step 9 1 to 2",
+    },
     "a run that is not there": {
         "eval nothing": "nothing folder",
         "blame s3://bucket/run": "run s3:// path",

@@ -3,9 +3,13 @@
     python experiments/optimizer_state/state_format.py --output experiments/optimizer_state/digits_mlp.json
 
 The runs are those of `jaxmp train CONFIG --precision float32 --optimizer.state-format FORMAT --seed SEED`, in the same
-folders; a run that is already finished is read and not repeated. Differences are to float32 state, with 95 % t
-intervals over seeds. Memory is that of one device: the moments as `jaxmp.memory` counts them, and the arguments of the
-compiled step (state and batch) and its temporaries as the compiler reports them.
+folders; a run that is already finished is read and not repeated, one that diverges is None. Differences are to float32
+state, with 95 % t intervals over seeds. Memory is that of one device: the moments as `jaxmp.memory` counts them, and
+the arguments of the compiled step (state and batch) and its temporaries as the compiler reports them.
+
+Result (digits_mlp.json, three seeds): with range expansion, 8-bit moments take 26 % of the bytes of float32 moments,
+and the test loss is no larger. Without it, Adam diverges with all seeds, since second moments that are rounded to 0
+make large updates. On a CPU, the emulation needs more temporary memory than this small model saves.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 import tyro
 
 from jaxmp import fit
+from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
@@ -40,12 +45,18 @@ def experiment_of(file: ConfigFile, format: str, *options: str) -> tuple[Any, di
     return file.experiment(overrides), {"source": file.source, "file": file.file, "overrides": overrides}
 
 
-def results(file: ConfigFile, format: str, seeds: tuple[int, ...], workdir: Path) -> dict[str, list[float]]:
-    """Returns each measure of one run per seed; trains runs that do not exist yet."""
-    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+def results(file: ConfigFile, format: str, seeds: tuple[int, ...], workdir: Path) -> dict[str, list[float | None]]:
+    """Returns each measure of one run per seed, None of runs that diverge; trains runs that do not exist yet."""
+    found: dict[str, list[float | None]] = {name: [] for name in MEASURES}
     for seed in seeds:
         experiment, origin = experiment_of(file, format, "--seed", str(seed))
-        fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None)
+        try:
+            fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None)
+        except RunFailed as why:
+            print(f"{format}, seed {seed}: {why}", flush=True)
+            for of in found.values():
+                of.append(None)
+            continue
         if fitted.stopped:
             raise SystemExit(75)
         for name, key in MEASURES.items():
@@ -88,19 +99,14 @@ def main(
         row |= {"results": results(file, format, seeds, workdir)} if seeds else {}
         for name in MEASURES if rows and seeds else ():
             pairs = zip(row["results"][name], rows[0]["results"][name], strict=True)
-            row.setdefault("differences", {})[name] = paired([own - first for own, first in pairs])._asdict()
+            differences = [own - first for own, first in pairs if own is not None]
+            row.setdefault("differences", {})[name] = paired(differences)._asdict()
         rows.append(row)
         print(format, row["memory"], row.get("differences") or row.get("results"), flush=True)
     if output is not None:
-        how = " ".join(
-            ["python experiments/optimizer_state/state_format.py --config", config, "--seeds", *map(str, seeds)]
-        )
-        content = {
-            **provenance(patch=False),
-            "command": f"{how} --output {output}",
-            "method": method(len(seeds)),
-            "rows": rows,
-        }
+        own = "python experiments/optimizer_state/state_format.py"
+        how = f"{own} --config {config} --seeds {' '.join(map(str, seeds))} --output {output}"
+        content = {**provenance(patch=False), "command": how, "method": method(len(seeds)), "rows": rows}
         output.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
 

@@ -33,7 +33,7 @@ class Options:
 def what_if(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Measures what recipes below 16 bits would do to each layer's products, in one step that is not changed.
 
-    Shows underflow, clipping, errors, bias and noise of each product; of a run, RUN instead of CONFIG, of any step.
+    With a run folder instead of CONFIG, it repeats one of the run's steps.
     """
     return _show(experiment, options, config.name)
 

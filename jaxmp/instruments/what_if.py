@@ -270,7 +270,7 @@ class _Measure:
                     if operand not in operands:
                         operands[operand] = self._operand(arrays[operand.role], operand)
                 rounded = products[product](*(operands[operand][0] for operand in own), shapes[product])
-                sums = [*(operands[operand][1] for operand in own), _sums(exact[product], rounded)]
+                sums = [*(operands[operand][1] for operand in own), _sums(exact[product], rounded)[0]]
                 found.append(jnp.concatenate(sums))
         return jnp.stack(found).reshape(len(self.recipes), len(PRODUCTS), -1)
 
@@ -298,9 +298,8 @@ class _Measure:
         elif isinstance(format, Format):
             limit = jnp.float32(_limit(format))
         there = x != 0
-        counts = [jnp.full((), x.size), there, there & (rounded == 0), jnp.abs(x) > limit]
-        own = jnp.stack([jnp.sum(each).astype(jnp.float32) for each in counts])
-        return rounded, jnp.concatenate([_sums(x, rounded), own, scales])
+        sums, counts = _sums(x, rounded, there, there & (rounded == 0), jnp.abs(x) > limit)
+        return rounded, jnp.concatenate([sums, jnp.full(1, x.size, jnp.float32), counts, scales])
 
 
 def _limit(element: Element) -> float:
@@ -310,16 +309,24 @@ def _limit(element: Element) -> float:
     return element.max + 2.0 ** -(element.fraction_bits + 1)
 
 
-def _sums(exact: jax.Array, rounded: jax.Array) -> jax.Array:
-    """Sums of error times number and of squares by group, and of squared errors; float32 (2 * GROUPS + 1,)."""
+def _sums(exact: jax.Array, rounded: jax.Array, *flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of error times number and of squares by group, and of squared errors; and how many of each flag are set.
+
+    Returns:
+      float32 (2 * GROUPS + 1,), and float32 (len(flags),).
+    """
     error = rounded - exact
-    by_group = [_by_group(error * exact), _by_group(exact * exact)]
-    return jnp.concatenate([*by_group, jnp.sum(error * error)[None]])
+    columns = [error * exact, exact * exact, error * error, *(flag.astype(jnp.float32) for flag in flags)]
+    # One reduction for all: else XLA:CPU rounds the operand anew for each.
+    groups = [jnp.pad(jnp.ravel(x), (0, -x.size % GROUPS)).reshape(GROUPS, -1) for x in columns]
+    zeros = [np.float32(0)] * len(groups)
+    along, squares, errors, *counts = jax.lax.reduce(groups, zeros, _add, (1,))
+    sums = jnp.concatenate([along, squares, jnp.sum(errors)[None]])
+    return sums, jnp.stack([jnp.sum(each) for each in counts]) if counts else jnp.zeros(0)
 
 
-def _by_group(x: jax.Array) -> jax.Array:
-    flat = jnp.ravel(x)
-    return jnp.pad(flat, (0, -flat.size % GROUPS)).reshape(GROUPS, -1).sum(1)
+def _add(a: Any, b: Any) -> Any:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _read(name: str, recipe: Recipe, path: str, product: str, sums: np.ndarray) -> ProductLoss:

@@ -84,7 +84,8 @@ def state_format(
     last block may be short. Scalars and arrays that are not floats are stored as they are.
 
     In an optimizer that divides by the square root of a moment, as Adam does, a number of `nu` that is rounded to 0
-    makes a large update. Range expansion (COAT) prevents it: a block of magnitudes x is stored as x^k, with k such that
+    makes a large update: Adam with e4m3:block128 diverges (experiments/optimizer_state). Range expansion (COAT)
+    prevents it: a block of magnitudes x is stored as x^k, with k such that
     the smallest non-zero magnitude of the block and its largest are the smallest and the largest number of the element
     format; k is from 1/4 to 16. With stochastic rounding, the mean of what is stored is still x.
 
@@ -105,10 +106,10 @@ def state_format(
       InputError: a format or `rounding` is unknown; no field is named; range expansion with other scales. In `init`:
         the state of `inner` has no float array in a field of that name.
 
-    >>> tx = state_format(optax.adam(1e-3), mu="e4m3:block128", nu="e4m3:block128")
+    >>> tx = state_format(optax.adam(1e-3), mu="e4m3:block128", nu="e4m3:block128", expand_range=True)
     >>> adam = tx.init({"w": jnp.ones((256, 128))}).inner_state[0]
-    >>> adam.nu["w"].blocks.elements.dtype, adam.nu["w"].blocks.nbytes
-    (dtype('uint8'), 33792)
+    >>> adam.nu["w"].blocks.elements.dtype, adam.nu["w"].blocks.nbytes, adam.nu["w"].powers.shape
+    (dtype('uint8'), 33792, (256, 1))
 
     Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, 2110.02861 (blockwise state); Xi et al.
     2025, COAT, 2410.19313, section 4.1 (range expansion).

@@ -100,7 +100,8 @@ def test_losses_are_those_of_the_operands_that_each_product_multiplies(operands)
     # Under the floor rule, what is more than 7/8 of 8 times the scale is clipped to 6 of it; rounded up, nothing is.
     blocks = np.abs(x).reshape(ROWS, -1, 32)
     scale = 2.0 ** (np.floor(np.log2(blocks.max(-1, keepdims=True))) - 2)
-    assert fprop.operands["activations"].clipped == pytest.approx(np.mean(blocks > 7 * scale)) > 0
+    assert fprop.operands["activations"].clipped == pytest.approx(np.mean(blocks > 7 * scale))
+    assert fprop.operands["activations"].clipped > 0
     assert wgrad.operands["activations"].clipped == 0
     assert fprop.operands["activations"].spread == pytest.approx(np.log2(scale).std(), abs=1e-3)
     assert dgrad.operands["weights"]._replace(bias=None, low=None, high=None).format == "high"
