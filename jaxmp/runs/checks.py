@@ -16,6 +16,7 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import check_splits, check_values, nbytes, sample
 from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
+from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
 
@@ -29,6 +30,9 @@ def check(trainer: Trainer) -> None:
         that do not fit in 32 bits, patience without a validation split, workers that would run the script again.
     """
     experiment = trainer.experiment
+    teacher = getattr(experiment.task, "teacher", None)
+    if isinstance(teacher, Teacher) and getattr(experiment.task, "teacher_weight", 1):
+        teacher.check(experiment.data)
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
