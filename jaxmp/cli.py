@@ -30,6 +30,7 @@ from jaxmp.commands import (
     runs,
     train,
     weights,
+    what_if,
 )
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
         blame.COMMAND,
         compare.COMMAND,
         find_policy.COMMAND,
+        what_if.COMMAND,
         find_lr.COMMAND,
         report.COMMAND,
         runs.COMMAND,

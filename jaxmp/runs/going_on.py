@@ -215,11 +215,14 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
 SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
 """fields of the data that leave each step its rows"""
 
+OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
+"""fields of the loop that give steps other rows"""
+
 
 def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
     kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
-    return path.partition(".")[0] == "data" and not kept
+    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not kept)
 
 
 # From the state or the weights of another run.
@@ -517,9 +520,9 @@ def _rate(optimizer: Any, steps: int | None, applied: int) -> float | None:
     """The learning rate of the step after `applied` ones; None if the optimizer does not say it."""
     schedule: Any = getattr(optimizer, "schedule", None)
     peak = getattr(optimizer, "learning_rate", None)
-    if not hasattr(schedule, "make") or peak is None or steps is None:
+    if schedule is None or peak is None or steps is None:
         return None
-    return float(schedule.make(peak, steps)(applied))
+    return float(schedules.make_schedule(schedule, peak, steps)(applied))
 
 
 def _rate_of_json(optimizer: Any, steps: int | None, applied: int) -> float | None:

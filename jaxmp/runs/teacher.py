@@ -49,7 +49,12 @@ class Teacher:
 
     def to_canonical(self) -> dict[str, Any]:
         """What identifies the teacher, see `jaxmp.experiment.canonical`."""
-        return {"class": "jaxmp.Teacher", "hash": self._config["hash"], "seed": self._config["seed"], "step": self._step}
+        return {
+            "class": "jaxmp.Teacher",
+            "hash": self._config["hash"],
+            "seed": self._config["seed"],
+            "step": self._step,
+        }
 
     def __call__(self, batch: Any) -> Any:
         """The outputs for a prepared batch, in the output dtype of the teacher's policy.

@@ -47,6 +47,8 @@ class Distillation(Classification):
             raise InputError(f"temperature={self.temperature}: expected a positive number")
         if not 0 <= self.teacher_weight <= 1:
             raise InputError(f"teacher_weight={self.teacher_weight}: expected 0 <= teacher_weight <= 1")
+        if self.class_weights:
+            raise InputError(f"class_weights={self.class_weights}: a teacher has no labels to weigh; expected none")
         if not callable(self.teacher):
             raise InputError(f"teacher={self.teacher!r:.60}: expected a function of a batch, such as Teacher('RUN')")
 

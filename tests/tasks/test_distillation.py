@@ -63,6 +63,7 @@ def test_no_gradient_goes_into_the_teacher_and_at_weight_0_it_is_not_called():
     [
         ({}, r"teacher=None: expected a function of a batch, such as Teacher\('RUN'\)"),
         ({"teacher": constant, "temperature": 0.0}, r"temperature=0.0: expected a positive number"),
+        ({"teacher": constant, "class_weights": (1.0, 2.0, 1.0)}, "a teacher has no labels to weigh; expected none"),
         ({"teacher": constant, "teacher_weight": 1.5}, "expected 0 <= teacher_weight <= 1"),
     ],
 )
