@@ -62,7 +62,8 @@ def four_steps(made_up, tmp_path_factory):
         folder = tmp_path_factory.mktemp("teacher")
         (folder / "teacher.py").write_text(TEACHER)
         config = ConfigFile.find(str(folder / "teacher.py"))
-        run = fit(config.experiment(), workdir=folder, origin=config.origin([]), log=lambda text: None).path
+        how = {"origin": config.origin([]), "log": lambda text: None}
+        run = fit(config.experiment(), workdir=folder, name="teacher", **how).path
         task = dataclasses.replace(experiment.task, teacher=Teacher(str(run)))
         return dataclasses.replace(experiment, task=task)
 
