@@ -33,7 +33,7 @@ def check(trainer: Trainer) -> None:
     """
     experiment = trainer.experiment
     teacher = getattr(experiment.task, "teacher", None)
-    if isinstance(teacher, Teacher) and getattr(experiment.task, "teacher_weight", 1):
+    if isinstance(teacher, Teacher) and getattr(experiment.task, "teacher_weight", True):
         teacher.check(experiment.data)
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)

@@ -119,7 +119,7 @@ class Teacher:
                 wanted = {
                     path: np.zeros(*_shape_and_dtype(text))
                     for path, text in checkpoints.leaves(self._step).items()
-                    if path.split("/")[1] in ("params", "model_state", "ema") and path.startswith("state/")
+                    if path.startswith(("state/params/", "state/model_state/", "state/ema/"))
                 }
                 leaves = checkpoints.read_leaves(self._step, wanted)
         finally:
