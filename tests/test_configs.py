@@ -17,6 +17,7 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
+from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.overflow import blame_run
@@ -35,9 +36,36 @@ FULL_SIZE = {
 }
 
 
+TEACHER = """
+import numpy as np
+
+from jaxmp import Arrays, Experiment, Loop
+from jaxmp.models.mlp import MLP
+
+
+def load(split):
+    rng = np.random.default_rng(0)
+    return {"image": rng.integers(0, 256, (32, 28, 28, 1)).astype(np.uint8), "label": rng.integers(0, 10, 32)}
+
+
+def get_config():
+    data = Arrays(load, batch_size=8, mean=(0.1307,), std=(0.3081,))
+    return Experiment(model=MLP(features=(8,), classes=10), data=data, loop=Loop(steps=2))
+"""
+
+
 @pytest.fixture
-def four_steps(made_up):
-    """A config, by name, with 32 random rows of the same shape, and a checkpoint half way."""
+def four_steps(made_up, tmp_path_factory):
+    """A config, by name, with 32 random rows of the same shape, and a checkpoint half way; and a teacher of that."""
+
+    def with_teacher(experiment):
+        folder = tmp_path_factory.mktemp("teacher")
+        (folder / "teacher.py").write_text(TEACHER)
+        config = ConfigFile.find(str(folder / "teacher.py"))
+        how = {"origin": config.origin([]), "log": lambda text: None}
+        run = fit(config.experiment(), workdir=folder, name="teacher", **how).path
+        task = dataclasses.replace(experiment.task, teacher=Teacher(str(run)))
+        return dataclasses.replace(experiment, task=task)
 
     def of(name):
         experiment = shipped(name)
@@ -45,6 +73,8 @@ def four_steps(made_up):
             model, data = experiment.model.clone(**FULL_SIZE[name][0]), dataclasses.replace(experiment.data, length=32)
             experiment = dataclasses.replace(experiment, model=model, data=data)
         experiment = made_up(experiment, 32)
+        if hasattr(experiment.task, "teacher"):
+            experiment = with_teacher(experiment)
         schedule = experiment.optimizer.schedule
         schedule = dataclasses.replace(schedule, warmup_steps=min(schedule.warmup_steps, 4))
         optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)

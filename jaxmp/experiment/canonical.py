@@ -35,7 +35,8 @@ def canonical(value: Any, where: str) -> Any:
     - Numbers are compared by value, those of NumPy too: 1 equals 1.0 and np.int64(1). Modules
       that a function holds go by their name.
     - dtypes are represented by their name; arrays by dtype, shape and a digest of their bytes.
-    - Dataclasses and Flax modules are represented by class and fields.
+    - Dataclasses and Flax modules are represented by class and fields; a value with `to_canonical`, by the JSON
+      that it returns.
     - Named functions are represented by module, qualified name, and the values in their closure and defaults. Their
       bodies are not compared.
     - Lambdas are represented by their source code, and the values in their closure and defaults.
@@ -81,6 +82,8 @@ def _canonical(value: Any, where: str, within: tuple[Any, ...]) -> Any:
         return _array(value)
     if isinstance(value, type):
         return _name_of(value)
+    if hasattr(type(value), "to_canonical"):  # what stands for something else, such as a run
+        return value.to_canonical()
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         if _is_linen(value):

@@ -17,6 +17,7 @@ from jaxmp.data.pipeline import check_splits, check_values, nbytes, sample
 from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import as_images
 from jaxmp.tasks.task import check_rows
@@ -32,6 +33,9 @@ def check(trainer: Trainer) -> None:
         split, workers that would run the script again.
     """
     experiment = trainer.experiment
+    teacher = getattr(experiment.task, "teacher", None)
+    if isinstance(teacher, Teacher) and getattr(experiment.task, "teacher_weight", True):
+        teacher.check(experiment.data)
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
