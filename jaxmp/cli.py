@@ -28,6 +28,7 @@ from jaxmp.commands import (
     predict,
     report,
     runs,
+    sample,
     train,
 )
 from jaxmp.commands.command import HELP, Command
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Command] = {
         train.COMMAND,
         eval.COMMAND,
         predict.COMMAND,
+        sample.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,

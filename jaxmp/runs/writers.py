@@ -212,6 +212,17 @@ class TensorBoard:
         values += [self._histogram(*histogram) for histogram in _histograms(record)]
         self._append(step=record["step"], summary=self._summary(value=values))
 
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Appends one event with a text, which TensorBoard shows as Markdown."""
+        from tensorboardX.summary import text as text_summary
+
+        self._append(step=step, summary=text_summary(tag, text))
+
+    def write_picture(self, tag: str, png: bytes, shape: tuple[int, int], step: int) -> None:
+        """Appends one event with a picture: a PNG file, and its height and width."""
+        image = self._summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=png)
+        self._append(step=step, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
+
     def close(self) -> None:
         """Closes the file."""
         with _or_input_error(self.path):
