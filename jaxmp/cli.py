@@ -30,6 +30,8 @@ from jaxmp.commands import (
     runs,
     sample,
     train,
+    weights,
+    what_if,
 )
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
@@ -41,10 +43,12 @@ COMMANDS: dict[str, Command] = {
         eval.COMMAND,
         predict.COMMAND,
         sample.COMMAND,
+        weights.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,
         find_policy.COMMAND,
+        what_if.COMMAND,
         find_lr.COMMAND,
         report.COMMAND,
         runs.COMMAND,

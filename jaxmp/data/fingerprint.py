@@ -57,6 +57,11 @@ def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
     return found if vocabulary is None else {**found, "vocabulary": vocabulary}
 
 
+def digest(column: np.ndarray) -> str:
+    """The SHA-256 of a column's content, 64 hexadecimal digits; of text and objects too."""
+    return hashlib.sha256(_bytes(column)).hexdigest()
+
+
 def changed_rows(split: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what a split differs from the recorded one, a sentence each; empty if in nothing that was compared."""
     before, after = recorded.get("vocabulary"), now.get("vocabulary")

@@ -54,7 +54,7 @@ def by_operations(
         policy = policy.default
     if not isinstance(policy, Policy):
         raise InputError(f"policy {policy!r}: expected a jaxmp.Policy, or text such as 'mixed_float16'")
-    if policy.operands is not None:
+    if policy.operands is not None or policy.recipe is not None:
         raise InputError(f"precision {policy}: formats are emulated in the layers of a Flax Linen model only")
     if policy.grad != FLOAT32:
         raise InputError(f"precision {policy}: grad= is for Flax Linen models; here gradients add up in float32")

@@ -23,17 +23,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import bare
 from jaxmp.modules.functions import by_operations
 from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene, trace_apart
 from jaxmp.modules.linen_layers import is_complex, knows_dtype, run_method
-from jaxmp.modules.model import as_model, mode_argument
+from jaxmp.modules.model import as_model, mode_argument, module_of
+from jaxmp.modules.recipe_layers import PRODUCT_LAYERS, RecipeCall, Spread, with_stream
 from jaxmp.modules.sensitive import EDGE, LAYER, ROUNDED, sensitive
 from jaxmp.precision.autocast import between_layers, computing, hand_on, in_float32
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree
+from jaxmp.precision.recipe import GRADIENT_AMAX, HISTORIES
 from jaxmp.text_table import table
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_and_above, path_name
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_name
 
 
 def with_policy(
@@ -76,6 +79,10 @@ class UnderPolicy(Intervention):
     """the policy, a tree of them, or the text of either"""
     axis_name: str | None = None
     """mapped axis over which BatchNorm layers that name none take their statistics"""
+    spread: Spread = Spread()
+    """how the examples are spread, for a recipe: its random draws and its scales of whole tensors depend on it"""
+    starting: bool = False
+    """whether layers make the state of delayed scaling, see `init_delayed_scaling`"""
 
     order: ClassVar[Order] = Order.POLICY
 
@@ -89,17 +96,25 @@ class UnderPolicy(Intervention):
         return as_tree(self.policy)
 
     def trace_key(self) -> Hashable:
-        """The text of the policy, and the axis."""
-        return str(self.tree), self.axis_name
+        """The text of the policy, and the axes; another one for each call that draws by the example's index."""
+        if self.spread.index is not None and self._has_recipe:
+            return object()
+        return str(self.tree), self.axis_name, self.spread.axis_name, self.spread.rows, self.starting
+
+    @property
+    def _has_recipe(self) -> bool:
+        return any(policy.recipe is not None for policy in self.tree.policies)
 
     def call(self, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> Any:
         """One call of the model: its inputs in the compute dtype, its outputs in the output dtype."""
         tree = self.tree
         _require_floats(tree, variables, args, kwargs)
+        if any(policy.recipe is not None and policy.recipe.is_stochastic for policy in tree.policies):
+            kwargs = {**kwargs, "rngs": with_stream(kwargs.get("rngs"))}
         met = MetModules()
         if self._needs_operations(met, run, model, variables, args, kwargs):
             return self._by_operations(run, model, variables, args, kwargs)
-        call = _Call(tree, self.axis_name, model, met)
+        call = _Call(tree, self.axis_name, model, met, products=self._products())
         whole = call.policy_of("")
         if whole.grad != FLOAT32 and not tree.rules:
             # What casting once, outside of all uses, loses is to be seen: trap T1, and T2 and T15 with it.
@@ -109,7 +124,12 @@ class UnderPolicy(Intervention):
         with _matmul_precision(whole):
             out = run(call.intercept, variables, cast_args, cast_kwargs)
         call.check(variables, args)
+        if kwargs.get("method") is None:
+            call.check_products()
         return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
+
+    def _products(self) -> RecipeCall:
+        return RecipeCall(self.spread, starting=self.starting)
 
     def _needs_operations(self, met: MetModules, run: Run, model: Any, variables: Any, args: Any, kwargs: Any) -> bool:
         """Whether the code between the model's layers fails in half precision, or is wrong there (`sensitive`)."""
@@ -128,7 +148,7 @@ class UnderPolicy(Intervention):
             key, known = None, None
         if known is not None:
             return known
-        call = _Call(tree, self.axis_name, model, met, looked_at=True)
+        call = _Call(tree, self.axis_name, model, met, looked_at=True, products=self._products())
 
         def call_model(variables: Any, args: Any, kwargs: Any) -> Any:
             # Where that can be, without the other interventions: an observer counts the calls that it sees.
@@ -165,7 +185,7 @@ class UnderPolicy(Intervention):
         whole = self.tree.lookup("")
 
         def result(opened: bool) -> Any:
-            call = _Between(self.tree, self.axis_name, model, opened)
+            call = _Between(self.tree, self.axis_name, model, opened, self._products())
 
             def called(variables: Any, args: Any, kwargs: Any) -> Any:
                 args, kwargs = jax.tree.map(
@@ -176,6 +196,8 @@ class UnderPolicy(Intervention):
             with _matmul_precision(whole):
                 out = between_layers(called, dtype=whole.compute_dtype)(variables, args, kwargs)
             call.check(variables, args)
+            if kwargs.get("method") is None:
+                call.check_products()
             return out
 
         try:
@@ -237,6 +259,10 @@ class Explanation(tuple[ModulePolicy, ...]):
         ]
         return table(rows, header=("module", "class", "parameters", "policy", "rule"), right=[2])
 
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
+
 
 def explain(
     model: Any, policy: Policy | PolicyTree | str, batch: Any, *, inputs: tuple[str, ...] = ("image",), **kwargs: Any
@@ -263,7 +289,10 @@ def explain(
     classes = met.classes
     if any(not any(rule.names(path, classes) for path in classes) for rule in tree.rules):
         # It may name what only training calls.
-        classes = classes | _modules(model, *arguments, **{**mode_argument(model, True, "init"), **kwargs})[1].classes
+        classes = (
+            classes
+            | _modules(model, *arguments, **{**mode_argument(module_of(model), True, "init"), **kwargs})[1].classes
+        )
     tree.require_match(classes)
     sizes = dict.fromkeys(found, 0)
     for path, leaf in by_path(params).items():
@@ -297,6 +326,44 @@ def cast_to_param(model: nn.Module, policy: Policy | PolicyTree, params: Any, *i
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def init_delayed_scaling(model: Any, policy: Policy | PolicyTree | str, *inputs: Any) -> dict[str, Any]:
+    """Makes the state of the delayed scales of a model under a policy; {} if no recipe has any.
+
+    It is a part of the model state: `model_state | init_delayed_scaling(...)`.
+
+    Args:
+      model: a Linen module.
+      policy: the policy, a tree of them, or the text of either.
+      inputs: the model's inputs, arrays or `jax.ShapeDtypeStruct`s, with any number of rows.
+
+    Raises:
+      InputError: a layer with a delayed scale stands inside nn.scan or nn.vmap.
+
+    >>> state = init_delayed_scaling(nn.Dense(3), "fp8_delayed", jnp.ones((1, 2)))
+    >>> sorted(state), state["delayed_scaling"]["weights_0"]["amax_history"].shape
+    (['delayed_scaling', 'gradient_amax'], (1024,))
+    """
+    tree = as_tree(policy)
+    if not any(each.recipe is not None and each.recipe.is_delayed for each in tree.policies):
+        return {}
+    apply = intervene(model.apply, UnderPolicy(tree, starting=True))
+
+    def start(*inputs: Any) -> Any:
+        key = jax.random.key(0)
+        params, model_state = as_model(model).init(key, *inputs)
+        mode = mode_argument(model, True)
+        variables = {"params": params, **model_state}
+        mutable = [*model_state, HISTORIES, GRADIENT_AMAX]
+        _, made = apply(variables, *inputs, rngs={"params": key}, mutable=mutable, **mode)
+        return {name: made[name] for name in (HISTORIES, GRADIENT_AMAX) if name in made}
+
+    shapes = jax.eval_shape(start, *inputs)
+    # Scales begin at 1, and nothing is known of magnitudes: see `DelayedScaling.init`.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full(x.shape, float(path_name(path).endswith("/scale")), x.dtype), dict(shapes)
+    )
+
+
 def _inputs(batch: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     """The inputs of a model: `batch` itself, what it holds, or, of a dict, what has these names."""
     if not isinstance(batch, Mapping):
@@ -309,7 +376,7 @@ def _inputs(batch: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
 
 def _modules(model: Any, *inputs: Any, **kwargs: Any) -> tuple[dict[str, Any], MetModules, Any]:
     """The modules that `init` calls, by path, what rules may call them, and the shapes of the parameters, unboxed."""
-    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"": model}
+    found: dict[str, Any] = {} if isinstance(module_of(model), nn.Module) else {"": model}
     met = MetModules()
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
@@ -329,10 +396,7 @@ def _modules(model: Any, *inputs: Any, **kwargs: Any) -> tuple[dict[str, Any], M
 
 def _rule(tree: PolicyTree, met: MetModules, path: str) -> Rule | None:
     """The first rule that covers the module at `path`, or one that it belongs to."""
-    paths = [path]
-    for each in paths:  # which grows on the way
-        paths += [met.owners[at] for at in path_and_above(each) if met.owners.get(at, path) not in paths]
-    covering = [tree.rule(at, met.classes) for at in paths]
+    covering = [tree.rule(at, met.classes) for at in met.with_owners(path)]
     return next((rule for rule in tree.rules if rule in covering), None)
 
 
@@ -365,8 +429,17 @@ class _Call:
     """
 
     def __init__(
-        self, tree: PolicyTree, axis_name: str | None, model: Any, met: MetModules, *, looked_at: bool = False
+        self,
+        tree: PolicyTree,
+        axis_name: str | None,
+        model: Any,
+        met: MetModules,
+        *,
+        products: RecipeCall,
+        looked_at: bool = False,
     ):
+        self.products = products
+        self.called: dict[str, nn.Module] = {}  # the modules by path, for messages
         self.tree, self.axis_name, self.model = tree, axis_name, model
         self.modules = met
         self.looked_at = looked_at  # whether scopes have to say what is a layer, see `sensitive`
@@ -386,6 +459,7 @@ class _Call:
         """The path of a module that is called, the rule that names it or a module around it, and its policy."""
         path = "/".join(module.path)
         self.modules.meet(path, module)
+        self.called[path] = module
         rule = _rule(self.tree, self.modules, path)
         return path, rule, self.tree.default if rule is None else rule.policy
 
@@ -407,6 +481,17 @@ class _Call:
             else:
                 self.tree.require_match(known)
 
+    def check_products(self) -> None:
+        """Raises InputError if there is a recipe, and no layer has a product for it."""
+        recipes = [policy for policy in self.tree.policies if policy.recipe is not None]
+        if recipes and not self.products.calls:
+            classes = sorted({type(module).__name__ for module in self.called.values()})
+            raise InputError(
+                f"precision {self.tree}: no layer has a product that {recipes[0].recipe} rounds. The model called "
+                f"{', '.join(classes) or 'no layer'}; expected one of "
+                f"{', '.join(layer.__name__ for layer in PRODUCT_LAYERS)} under this policy"
+            )
+
     def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
         """Runs one method of one module under its policy."""
         module, method = context.module, context.method_name
@@ -418,7 +503,7 @@ class _Call:
         if not self.tree.rules or method == "setup" or not hasattr(type(module), method):
             # One policy for all, or a function that was lifted over the module.
             with layer:
-                out = run_method(policy, self.axis_name, next_fun, args, kwargs, module, method)
+                out = run_method(policy, self.axis_name, next_fun, args, kwargs, module, method, self.products)
             return _with_carry_as_given(out, args) if self.tree.rules else out
         given = args
         carry, args = (
@@ -437,7 +522,9 @@ class _Call:
         self.active.append((path, policy))
         try:
             with jax.default_matmul_precision(policy.matmul_precision or self.matmul), layer:
-                out = run_method(policy, self.axis_name, next_fun, (*carry, *args), kwargs, module, method)
+                out = run_method(
+                    policy, self.axis_name, next_fun, (*carry, *args), kwargs, module, method, self.products
+                )
         finally:
             self.active.pop()
         if named:
@@ -468,8 +555,8 @@ def _is_layer(module: nn.Module) -> bool:
 class _Between(_Call):
     """One call of a model whose code between layers is traced in float32, for `between_layers`."""
 
-    def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any, opened: bool):
-        super().__init__(tree, axis_name, model, MetModules())
+    def __init__(self, tree: PolicyTree, axis_name: str | None, model: Any, opened: bool, products: RecipeCall):
+        super().__init__(tree, axis_name, model, MetModules(), products=products)
         self.opened = opened  # whether the operations of layers count as the model's own
 
     def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
@@ -483,7 +570,9 @@ class _Between(_Call):
         layer = _is_layer(module) and not self.opened
         wide = dataclasses.replace(policy, compute_dtype=FLOAT32, operands=None, cotangents=None)
         if method == "setup" or not hasattr(type(module), method):
-            return run_method(policy if layer else wide, self.axis_name, next_fun, args, kwargs, module, method)
+            return run_method(
+                policy if layer else wide, self.axis_name, next_fun, args, kwargs, module, method, self.products
+            )
         outside = path != "" and path not in [at for at, _ in self.active]
         named = outside and rule is not None and rule.names(path, self.modules.classes)
         caller = self.active[-1][1] if self.active else self.tree.default
@@ -499,7 +588,9 @@ class _Between(_Call):
         try:
             with jax.default_matmul_precision(policy.matmul_precision or self.matmul), computing(policy.compute_dtype):
                 run_under = policy if layer else wide
-                out = run_method(run_under, self.axis_name, next_fun, (*carry, *rest), kwargs, module, method)
+                out = run_method(
+                    run_under, self.axis_name, next_fun, (*carry, *rest), kwargs, module, method, self.products
+                )
         finally:
             self.active.pop()
         if layer:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.modules.interventions import attributes
+from jaxmp.modules.recipe_layers import STREAM, RecipeCall, has_product, run_product
 from jaxmp.precision.formats import fake_quantize, quantize
 from jaxmp.precision.policy import Policy
 from jaxmp.trees import FLOAT32, cast_floats
@@ -32,8 +33,9 @@ def run_method(
     kwargs: Any,
     module: nn.Module,
     method: str,
+    products: RecipeCall,
 ) -> Any:
-    """One method of one module under its policy."""
+    """One method of one module under its policy; `products` are those of this call of the model under a recipe."""
     dtype = policy.compute_dtype
     wide = jnp.promote_types(FLOAT32, policy.param_dtype)
     sum_in_half = policy.grad != FLOAT32
@@ -51,12 +53,16 @@ def run_method(
     if method == "setup":
         # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.
         return call(param=param) if not has_dtype or isinstance(module, nn.Embed) else call()
+    if policy.recipe is not None and has_product(module, method, args):
+        return run_product(policy, products, next_fun, args, kwargs, module)
     # A module that declares parameters and knows of no dtype: hand them out in the compute dtype.
     values: dict[str, Any] = {"dtype": dtype} if has_dtype else {"param": param}
     if isinstance(module, nn.MultiHeadDotProductAttention) and not sum_in_half:
         values |= _softmax_in_float32(module, dtype)
     if type(module) is nn.OptimizedLSTMCell and method == "__call__" and not sum_in_half:
         values |= _gates_with_biases(module, wide)
+    if isinstance(module, nn.RNN) and module.scope is not None and STREAM in module.scope.rngs:
+        values["split_rngs"] = {**module.split_rngs, STREAM: True}
     if isinstance(module, nn.BatchNorm) and module.axis_name is None:
         values["axis_name"] = axis_name
     if isinstance(module, nn.Embed) and not sum_in_half:

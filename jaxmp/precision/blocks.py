@@ -496,6 +496,51 @@ def from_ml_dtypes(
     )
 
 
+class BlockScales(NamedTuple):
+    """The scales with which an array is rounded to a block format."""
+
+    of_blocks: jax.Array
+    """float32, NaN where a block holds an infinity or NaN: the shape of the array, with the number of blocks along each
+    axis"""
+    of_numbers: jax.Array
+    """float32, shape of the array: the scale of each number's block"""
+    amax: jax.Array
+    """float32, shape of `of_blocks`: the largest finite magnitude of each block whose numbers are all finite, else 0"""
+
+
+def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int] | None = None) -> BlockScales:
+    """Computes the scales with which `pack` and `quantize` round `x`; arguments are as for `quantize`.
+
+    >>> block_scales(jnp.array([[1.0] * 32 + [448.0], [0.0] * 33]), "mxfp8").of_blocks
+    Array([[0.00390625, 1.        ],
+           [0.        , 0.        ]], dtype=float32)
+    """
+    format = parse_block_format(format) if isinstance(format, str) else format
+    x = check_carrier(x, format)
+    layout, magnitude = _Layout(x.shape, format.block, _axes(x.shape, format, axis)), float32_bits(x) & ~_SIGN
+    scaling = _scaling(magnitude, layout, format)
+    if format.scale == "e8m0":
+        # 2^-127, which float32 holds as a subnormal number, is the scale of blocks of zeros alone: it is given as 0.
+        bits = jnp.where(scaling.bad, jnp.uint32(INFINITY | 0x400000), scaling.stored.astype(jnp.uint32) << 23)
+        scale = bitcast_convert_type(bits, jnp.float32)
+    elif format.scale == "f32":
+        scale = scaling.stored
+    else:
+        assert scaling.tensor_scale is not None
+        scale = jnp.where(scaling.bad, jnp.nan, _e4m3_numbers(scaling.stored) * scaling.tensor_scale)
+    amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
+    amax = bitcast_convert_type(jnp.where(scaling.bad, jnp.uint32(0), amax), jnp.float32)
+    whole = layout.ungrouped(jnp.broadcast_to(scale, layout.split))
+    return BlockScales(jnp.squeeze(scale, layout.inner), whole, jnp.squeeze(amax, layout.inner))
+
+
+def _e4m3_numbers(codes: jax.Array) -> jax.Array:
+    """Returns the numbers of codes of positive e4m3, float32."""
+    code = codes.astype(jnp.uint32)
+    normal = bitcast_convert_type((code << 20) + np.uint32((127 - _E4M3.bias) << 23), jnp.float32)
+    return jnp.where(code < 8, code.astype(jnp.int32).astype(jnp.float32) * _E4M3.smallest_subnormal, normal)
+
+
 # Emulation with integer operations. Below, `bits` are the bits of a float32, as uint32.
 
 _SIGN = np.uint32(0x80000000)
@@ -554,6 +599,8 @@ class _Scaling(NamedTuple):
     """int32"""
     bad: jax.Array
     """bool: the block holds an infinity or NaN"""
+    scale: jax.Array | None = None
+    """bits of what elements are multiplied by, where they are known without decoding `stored`"""
 
 
 class _Scale(NamedTuple):
@@ -573,15 +620,30 @@ class _Scale(NamedTuple):
 def _quantize_blocks(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
     with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):  # profiles and `blame` show it as one operation
-        return _rounded(x, noise, format, axes)
+        return round_blocks(x, noise, format, axes)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit, one call instead of a hundred
-def _rounded(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit, one call instead of a hundred
+def round_blocks(
+    x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...], axis_name: str | None = None
+) -> jax.Array:
+    """Rounds as `quantize` does, without its checks and without a derivative.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      noise: uint32 random bits for each number of `x`; None rounds to nearest.
+      format: the block format.
+      axes: the axes along which blocks run, none negative: all of them for a `tensor` format.
+      axis_name: mapped axis over which `x` is spread: a scale of the whole tensor follows from the largest magnitude on
+        all replicas.
+    """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-    scaling = _scaling(bits & ~_SIGN, layout, format)
+    scaling = _scaling(bits & ~_SIGN, layout, format, axis_name)
     magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
-    scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    if scaling.scale is None:
+        scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
+    else:
+        scale = _Scale(*significand_and_exponent(scaling.scale), scaling.bad, scaling.scale == 0)
     result = layout.ungrouped(_decode(magnitudes, scale, format.element))
     return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
 
@@ -595,10 +657,12 @@ def _operands(bits: jax.Array, noise: jax.Array | None, layout: _Layout) -> tupl
     return layout.grouped(bits), None if noise is None else layout.grouped(noise)
 
 
-def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Scaling:
+def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_name: str | None = None) -> _Scaling:
     """Computes the scales of all blocks from the magnitudes of the array."""
     # As integers, a NaN is larger than infinity, and that than any number: a maximum cannot miss one (trap T18).
     amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
+    if axis_name is not None and format.block == "tensor":
+        amax = jax.lax.pmax(amax, axis_name)
     bad = amax >= INFINITY
     amax = jnp.where(bad, jnp.uint32(0), amax)
     if format.scale == "e8m0":
@@ -611,9 +675,13 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat) -> _Sca
         encode = _once(jnp.minimum(divide(largest, amax), to_bits(2.0**126)))
         scale = bitcast_convert_type(_once(divide(to_bits(1), encode)), jnp.float32)
         return _Scaling(jnp.where(bad, jnp.float32(jnp.nan), scale), None, *significand_and_exponent(encode), bad)
-    scale_code, tensor_scale, encode = _e4m3_scaling(amax, jnp.max(amax, initial=0), format)
+    tensor_amax = jnp.max(amax, initial=0)
+    if axis_name is not None:
+        tensor_amax = jax.lax.pmax(tensor_amax, axis_name)
+    scale_code, tensor_scale, encode, scale = _e4m3_scaling(amax, tensor_amax, format)
     stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), scale_code.astype(jnp.uint8))
-    return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), *significand_and_exponent(encode), bad)
+    factor, exponent = significand_and_exponent(encode)
+    return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), factor, exponent, bad, scale)
 
 
 def _e8m0_code(amax: jax.Array, element: Element, rule: str) -> jax.Array:
@@ -629,18 +697,20 @@ def _e8m0_code(amax: jax.Array, element: Element, rule: str) -> jax.Array:
 
 
 def _e4m3_scaling(amax: jax.Array, tensor_amax: jax.Array, format: BlockFormat) -> tuple[jax.Array, ...]:
-    """Returns codes of the scales, bits of the scale of the tensor, and bits of what numbers are multiplied by."""
+    """Returns codes of the scales, and bits: of the scale of the tensor, and of the factors of numbers and elements."""
     one, largest, product = to_bits(1), to_bits(format.element.max), to_bits(448 * format.element.max)
     if format.rule == "te":
         encode_tensor = jnp.minimum(divide(product, tensor_amax), _LARGEST)
         tensor_scale = _once(divide(one, encode_tensor))
         multiplier = _once(multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max)))))
         scale, code = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
-        return code, tensor_scale, _once(jnp.minimum(divide(one, multiply(scale, tensor_scale)), _LARGEST))
+        product = _once(multiply(scale, tensor_scale))
+        return code, tensor_scale, _once(jnp.minimum(divide(one, product), _LARGEST)), product
     tensor_scale = _once(divide(tensor_amax, product))
     ratio = jnp.where(amax > 0, divide(divide(amax, largest), tensor_scale), jnp.uint32(0))
     scale, code = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))
-    return code, tensor_scale, _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
+    encode = _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
+    return code, tensor_scale, encode, _once(multiply(scale, tensor_scale))
 
 
 def _once(bits: jax.Array) -> jax.Array:

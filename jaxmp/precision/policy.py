@@ -12,7 +12,10 @@ import numpy as np
 from jax.lax import DotAlgorithmPreset
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.precision.blocks import is_block_format
 from jaxmp.precision.formats import Format, parse_format
+from jaxmp.precision.recipe import KEYS as RECIPE_KEYS
+from jaxmp.precision.recipe import RECIPES, Recipe, parse_recipe
 from jaxmp.precision.rounding import ROUNDINGS
 from jaxmp.trees import FLOAT32, HALF, cast_floats
 
@@ -26,8 +29,9 @@ class Policy(jmp.Policy):
 
     Raises:
       InputError: a dtype is not a float of at least 16 bits; `grad` is neither float32 nor the compute dtype; `reduce`
-        is float16; `rounding` is unknown, or is not `nearest` although parameters are wider than 16 bits; or only one
-        of `operands` and `cotangents` is given.
+        is float16; `rounding` is unknown, or is not `nearest` although parameters are wider than 16 bits; only one of
+        `operands` and `cotangents` is given, or a `recipe` beside them; or a `recipe` with a compute dtype of 64 bits
+        or a `grad` that is not float32.
     """
 
     param_dtype: Any
@@ -49,6 +53,9 @@ class Policy(jmp.Policy):
     cotangents: Format | None = None
     """format to which the gradients of the results of such layers are rounded; overflow becomes inf or NaN where the
     format has them, so that the loss scaler sees it"""
+    recipe: Recipe | None = None
+    """formats below 16 bits of the three products of each layer, emulated in float32; None: products are in the compute
+    dtype"""
     rounding: str = "nearest"
     """how updates to half-precision parameters are rounded: nearest, stochastic or kahan (see `apply_updates`)"""
 
@@ -70,6 +77,8 @@ class Policy(jmp.Policy):
                 f"grad={_name(self.grad)} in policy {self}: gradients accumulate in f32 or in the compute dtype "
                 f"({_name(self.compute_dtype)})"
             )
+        if self.recipe is not None:
+            self._check_recipe()
         if self.rounding not in ROUNDINGS:
             raise InputError(
                 f"rounding={self.rounding!r}: expected one of {', '.join(ROUNDINGS)}{nearest(self.rounding, ROUNDINGS)}"
@@ -81,6 +90,20 @@ class Policy(jmp.Policy):
             )
         if self.reduce == np.float16:
             raise InputError(f"reduce=f16 in policy {self}: float16 sums overflow; expected f32 or bf16")
+
+    def _check_recipe(self) -> None:
+        if self.operands is not None:
+            raise InputError(
+                f"c={self.operands}/{self.cotangents} beside {self.recipe}: both say how operands are rounded; "
+                "expected one of them"
+            )
+        if self.compute_dtype.itemsize > 4:
+            raise InputError(
+                f"policy {self}: a recipe is emulated in float32; expected c=f32, c=bf16 or c=f16, not "
+                f"c={_name(self.compute_dtype)}"
+            )
+        if self.grad != FLOAT32:
+            raise InputError(f"policy {self}: grad={_name(self.grad)} beside a recipe; expected grad=f32")
 
     def cast_to_param(self, x: Any) -> Any:
         """Casts the float leaves of a pytree to the parameter dtype; other leaves are unchanged."""
@@ -98,9 +121,12 @@ class Policy(jmp.Policy):
     def wants_scaling(self) -> bool:
         """Whether training needs a loss scale, because gradients can underflow to zero.
 
-        True if any dtype is float16, or if `cotangents` is a format whose range is no wider than float16's.
+        True if any dtype is float16, or if `cotangents` or the recipe rounds gradients, without a scale of their own,
+        to a format whose range is no wider than float16's.
         """
         if self.cotangents is not None and self.cotangents.max_exponent <= 15:
+            return True
+        if self.recipe is not None and self.recipe.wants_scaling:
             return True
         return np.dtype(np.float16) in (self.param_dtype, self.compute_dtype, self.output_dtype)
 
@@ -123,6 +149,8 @@ class Policy(jmp.Policy):
             text += f",reduce={_name(self.reduce)}"
         if self.matmul != DotAlgorithmPreset.DEFAULT:
             text += f",matmul={self.matmul.name}"
+        if self.recipe is not None:
+            text += f",{self.recipe}"
         if self.rounding != "nearest":
             text += f",rounding={self.rounding}"
         return text
@@ -143,6 +171,7 @@ _KEYS = {
     "reduce": "reduce",
     "matmul": "matmul",
     "rounding": "rounding",
+    **{key: key for key in RECIPE_KEYS},
 }
 
 
@@ -163,8 +192,13 @@ PRESETS = {
     "float16": _pure(jnp.float16),
     "bf16-mixed": _mixed(jnp.bfloat16),
     "16-mixed": _mixed(jnp.float16),
+    **{
+        name: _pure(jnp.float32, matmul=DotAlgorithmPreset.F32_F32_F32, recipe=recipe)
+        for name, recipe in RECIPES.items()
+    },
 }
-"""Policies by name: Keras's names, and Lightning's for the mixed ones. `float32` is true float32 on every device."""
+"""Policies by name: Keras's names, Lightning's for the mixed ones, and recipes, with everything but their products in
+float32. `float32` is true float32 on every device."""
 
 
 def parse_policy(text: str) -> Policy:
@@ -177,7 +211,9 @@ def parse_policy(text: str) -> Policy:
     - jmp's notation, such as `p=f32,c=bf16,o=f32`: `p` is the parameter dtype (default: float32), `c` the compute dtype
       (default: that of the parameters), `o` the output dtype (default: the compute dtype).
 
-    Each may be followed by the fields `grad`, `reduce`, `matmul` and `rounding` of `Policy`. Spaces are ignored.
+    Each may be followed by the fields `grad`, `reduce`, `matmul` and `rounding` of `Policy`, and by the parts of a
+    recipe, `recipe`, `fprop`, `dgrad`, `wgrad`, `stochastic`, `hadamard` and `accumulate`, see `parse_recipe`. Spaces
+    are ignored.
 
     `c` also accepts a format that `parse_format` knows, which is emulated in float32, or two formats: `c=e4m3/e5m2`
     rounds operands to e4m3 and gradients to e5m2.
@@ -188,6 +224,8 @@ def parse_policy(text: str) -> Policy:
     'p=f32,c=bf16,o=f32,reduce=bf16'
     >>> str(parse_policy("c=e4m3/e5m2"))
     'p=f32,c=e4m3/e5m2,o=f32'
+    >>> str(parse_policy("mixed_bfloat16, recipe=nvfp4, hadamard=none"))
+    'p=f32,c=bf16,o=f32,recipe=nvfp4,hadamard=none'
 
     Raises:
       InputError: `text` is not a string; contains an unknown preset, key, dtype or algorithm; gives a key twice; or
@@ -211,16 +249,19 @@ def parse_policy(text: str) -> Policy:
             f"or a policy such as p=f32,c=bf16,o=f32{nearest(head, names)}"
         )
     fields: dict[str, Any] = {}
+    recipe: dict[str, str] = {}
     for part in parts:
         key, sign, value = (word.strip() for word in part.partition("="))
         if not sign or key not in _KEYS:
             raise InputError(
                 f"precision {text!r}: {part!r} is not a field; expected KEY=VALUE with KEY one of p, c, o, grad, "
-                f"reduce, matmul, rounding{nearest(key, _KEYS)}"
+                f"reduce, matmul, rounding, {', '.join(RECIPE_KEYS)}{nearest(key, _KEYS)}"
             )
-        if _KEYS[key] in fields:
+        if _KEYS[key] in fields or key in recipe:
             raise InputError(f"precision {text!r}: {key!r} is given twice")
-        if key == "matmul":
+        if key in RECIPE_KEYS:
+            recipe[key] = value
+        elif key == "matmul":
             fields["matmul"] = _algorithm(value, text)
         elif key == "rounding":
             fields["rounding"] = value
@@ -228,6 +269,11 @@ def parse_policy(text: str) -> Policy:
             fields |= _emulated(value, text)
         else:
             fields[_KEYS[key]] = _dtype(value, text)
+    if recipe:
+        try:
+            fields["recipe"] = parse_recipe(recipe, base and base.recipe)
+        except InputError as error:
+            raise InputError(f"precision {text!r}: {error}") from None
     if base is not None:
         return dataclasses.replace(base, **fields)
     fields.setdefault("param_dtype", FLOAT32)
@@ -243,6 +289,11 @@ def _name(dtype: Any) -> str:
 def _dtype(value: str, text: str) -> np.dtype:
     if value == "half":  # jmp: bfloat16 on a TPU, else float16
         return jnp.dtype(jmp.half_dtype())
+    if is_block_format(value):
+        raise InputError(
+            f"precision {text!r}: {value!r} is a block format, not a dtype; expected it in a recipe, such as "
+            f"fprop={value}, dgrad={value} or wgrad={value}"
+        )
     if value not in _DTYPES:
         raise InputError(
             f"precision {text!r}: {value!r} is no dtype; expected one of {', '.join(_SHORT.values())} "

@@ -12,22 +12,25 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.modules.activations import RowSharding
 from jaxmp.modules.dropout import DropoutByExample
 from jaxmp.modules.linen import UnderPolicy
-from jaxmp.modules.model import as_model
+from jaxmp.modules.model import Model, as_model
+from jaxmp.modules.recipe_layers import Spread
 from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
-from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.policy_tree import PolicyTree, as_tree
+from jaxmp.tasks.function import as_task
 from jaxmp.tasks.task import Task, change_batch, check_returned, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 
 
 def make_loss(
     model: Any,
-    task: Task,
+    task: Any,
     policy: Policy | PolicyTree | str,
     *,
     objective: str | None = None,
     train: bool = True,
     axis_name: str | None = None,
+    replicas: str | None = None,
     remat: tuple[str, ...] = (),
     remat_policy: str = "nothing_saveable",
     rows: NamedSharding | None = None,
@@ -40,12 +43,15 @@ def make_loss(
 
     Args:
       model: a Linen module, or one of `from_nnx`; see `jaxmp.modules.model.as_model`.
-      task: names the model's inputs, and makes a loss and metrics of its outputs.
+      task: names the model's inputs, and makes a loss and metrics of its outputs: a `Task`, or a function of
+        (outputs, batch), see `jaxmp.FunctionTask`.
       policy: a `Policy`, a `PolicyTree`, or the text of one.
       objective: which of the task's several objectives; None for a task with a single one.
       train: False for evaluation: no dropout, and the model state is returned as it was given. What the model draws
         all the same, a VAE's noise, comes from the key.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
+      replicas: mapped axis over which the rows of a batch are spread, where there is one: a recipe's scales of whole
+        tensors are the same on all replicas.
       remat: patterns of the modules that the backward pass computes again, see `jaxmp.modules.remat`.
       remat_policy: what is kept of them nevertheless.
       rows: sharding of the rows of a batch, for a program that XLA partitions; see `jaxmp.modules.activations`.
@@ -55,12 +61,18 @@ def make_loss(
         given for a model of `from_nnx`; when the loss is called, a pattern of `remat` or a rule of the policy names no
         module.
     """
+    task = as_task(task)
     if objective is not None:
         task = task_of(task, objective)
     refuse_several(task, "make_loss without objective=")
-    under_policy = as_model(model).under(UnderPolicy(policy, axis_name))
-    if train and remat:
-        under_policy = under_policy.under(Remat(remat, remat_policy))
+    tree = as_tree(policy)
+    has_recipe = any(each.recipe is not None for each in tree.policies)
+
+    def under(spread: Spread) -> Model:
+        under_policy = as_model(model).under(UnderPolicy(tree, axis_name, spread))
+        return under_policy.under(Remat(remat, remat_policy)) if train and remat else under_policy
+
+    under_policy = under(Spread(axis_name=replicas))
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
         batch = change_batch(task, batch, key, train=train)
@@ -68,7 +80,9 @@ def make_loss(
         if train:
             count = len(batch["weight"])
             sharding = [] if rows is None else [RowSharding(rows, count)]
-            trained = under_policy.under(DropoutByExample(batch.get(EXAMPLE_INDEX), count), *sharding)
+            index = batch.get(EXAMPLE_INDEX)
+            own = under(Spread(index, count, replicas)) if has_recipe else under_policy
+            trained = own.under(DropoutByExample(index, count), *sharding)
             outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key)
         else:
             outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.precision.recipe import GRADIENT_AMAX
 from jaxmp.scaling.transform import all_finite, inner_view
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 from jaxmp.training.metrics import Mean, Metrics
@@ -50,6 +51,25 @@ def differentiate(loss: Callable[[Any], tuple[jax.Array, Any]], params: Any) -> 
     """
     grads, aux = jax.grad(loss, has_aux=True, allow_int=True)(params)
     return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads), aux
+
+
+def _differentiate(
+    scaled_mean: Callable[..., tuple[jax.Array, Any]], params: Any, trained: Any, model_state: Any, *args: Any
+) -> tuple[Any, Any]:
+    """The gradients of the scaled mean loss by what is trained, and what it returns beside it.
+
+    Where the model state has magnitudes of gradients (`GRADIENT_AMAX`), the new ones are the gradients by these inputs
+    (the convention of Flax's fp8 layers, "overwrite with gradient").
+    """
+    if GRADIENT_AMAX not in model_state:
+        return differentiate(lambda trained: scaled_mean(fill(trained, params), model_state, *args), trained)
+
+    def loss(both: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        trained, amax = both
+        return scaled_mean(fill(trained, params), {**model_state, GRADIENT_AMAX: amax}, *args)
+
+    (grads, amax), (loss_, metrics, new) = differentiate(loss, (trained, model_state[GRADIENT_AMAX]))
+    return grads, (loss_, metrics, {**new, GRADIENT_AMAX: amax})
 
 
 def scaled_mean_loss(loss_fn: LossFn, replicas: Replicas = single) -> Callable[..., tuple[jax.Array, Any]]:
@@ -104,9 +124,8 @@ def make_gradients(
     def of_batch(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
         if replicas.several:
             batch = {**batch, EXAMPLE_INDEX: replicas.global_index(_rows(batch), 1)[0]}
-        grads, (loss, metrics, model_state) = differentiate(
-            lambda trained: scaled_mean(fill(trained, params), model_state, scale, batch, key),
-            trained_view(params, trains),
+        grads, (loss, metrics, model_state) = _differentiate(
+            scaled_mean, params, trained_view(params, trains), model_state, scale, batch, key
         )
         loss, metrics = replicas.sum((loss, metrics))
         return replicas.sum_gradients(grads), Measured(loss, metrics), replicas.mean(model_state)
@@ -127,8 +146,8 @@ def make_gradients(
 
         def add(carry: tuple[list[jax.Array], Any], part: Batch) -> Any:
             sums, model_state = carry
-            grads, (loss, metrics, new_model_state) = differentiate(
-                lambda trained: scaled_mean(fill(trained, params), model_state, scale, part, key, all_weight), own
+            grads, (loss, metrics, new_model_state) = _differentiate(
+                scaled_mean, params, own, model_state, scale, part, key, all_weight
             )
             # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
             # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
