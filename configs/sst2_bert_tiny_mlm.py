@@ -7,7 +7,7 @@ without their labels, and 8,000 tokens. Rows hold several phrases, and at most 2
 
 Command:   jaxmp data prepare glue/sst2 && jaxmp train sst2_bert_tiny_mlm
 Hardware:  1 CPU core, 4 minutes of its time (33 minutes by the clock, while many other programs ran)
-Expected:  perplexity 441 and accuracy 15.3 % of the hidden tokens of the published validation split, in float32, seed 0;
+Expected:  perplexity 441 and accuracy 15.3 % of the hidden tokens of the published validation split, float32, seed 0;
            still falling: 4 epochs are 876 steps. One seed, so its spread is not known
 """
 
