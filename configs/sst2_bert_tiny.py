@@ -6,6 +6,13 @@ https://arxiv.org/abs/1908.08962, table 1, BERT-Tiny. Published, pretrained on f
 
 The labels of GLUE's test split are not public: here `test` is the published validation split, and the best epoch is
 chosen on the first 2 % of the train split.
+
+Command:   jaxmp data prepare glue/sst2 && jaxmp train sst2_bert_tiny_mlm && jaxmp train sst2_bert_tiny --init-from
+           runs/sst2_bert_tiny_mlm --init-only tokens positions types embedding_norm 'blocks_*'
+Hardware:  1 CPU core, 5 minutes of its time after the pretraining's 4
+Expected:  80.5 % of the published validation split in float32, seed 0; 79.7 % without pretraining, jaxmp train
+           sst2_bert_tiny. One seed each, and 7 of 872 sentences apart: less than the standard error of 1.4 points, so
+           that this does not show yet that so little pretraining helps
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ Source: J. Devlin et al., https://arxiv.org/abs/1810.04805, section 3.1; the siz
 https://arxiv.org/abs/1908.08962, table 1, BERT-Tiny: 2 layers, 2 heads, width 128. There it is pretrained on Wikipedia
 and BookCorpus, 30,522 tokens; here on the 66,002 phrases of SST-2's train split that `sst2_bert_tiny` is fine-tuned on,
 without their labels, and 8,000 tokens. Rows hold several phrases, and at most 24 tokens of a row are predicted.
+
+Command:   jaxmp data prepare glue/sst2 && jaxmp train sst2_bert_tiny_mlm
+Hardware:  1 CPU core, 4 minutes of its time (33 minutes by the clock, while many other programs ran)
+Expected:  perplexity 441 and accuracy 15.3 % of the hidden tokens of the published validation split, float32, seed 0;
+           still falling: 4 epochs are 876 steps. One seed, so its spread is not known
 """
 
 from __future__ import annotations

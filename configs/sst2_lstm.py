@@ -6,6 +6,11 @@ text: 84.9 % (K. Tai et al., https://arxiv.org/abs/1503.00075, table 3, LSTM).
 
 The labels of GLUE's test split are not public: here `test` is the published validation split, and the best epoch is
 chosen on the first 2 % of the train split, whose phrases are in part those of sentences in the rest.
+
+Command:   jaxmp data prepare glue/sst2 && jaxmp train sst2_lstm
+Hardware:  1 CPU core, 2 minutes of its time (37 minutes by the clock, while many other programs ran)
+Expected:  83.4 % of the published validation split in float32, seed 0, with the last weights (82.8 % with those of the
+           best epoch); one seed, so its spread is not known
 """
 
 from __future__ import annotations

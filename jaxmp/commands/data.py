@@ -74,6 +74,8 @@ def info(options: DatasetOptions) -> int:
 
         _print_lines(describe_files(options.name))
         return DONE
+    from jaxmp.data.text import describe_texts
+
     description = describe(options.name)
     dataset = description.dataset
     lines = {
@@ -81,6 +83,7 @@ def info(options: DatasetOptions) -> int:
         "folder": f"{dataset.folder} ({dataset.nbytes / 2**20:.1f} MiB)",
         "rows": _rows(dataset),
         "features": ", ".join(f"{key} {feature}" for key, feature in description.features.items()),
+        "texts": describe_texts(description),
         "about": description.text,
         "homepage": description.homepage,
         "licence": description.licence,

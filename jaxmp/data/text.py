@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp.data.catalog import Description
 from jaxmp.data.dataset import Dataset, Prepare, Split
 from jaxmp.data.encoded import Encoded, Texts, cached_json, encode_texts
 from jaxmp.data.masking import Masking
@@ -102,6 +103,31 @@ class TextDataset(Dataset):
         columns = Columns(source[np.arange(len(source))])
         columns.vocabulary_sha256 = vocabulary  # type: ignore[attr-defined]
         return columns
+
+
+DESCRIBED_BYTES = 2**28
+"""the largest dataset, as stored, whose texts are measured"""
+
+
+def describe_texts(description: Description) -> str:
+    """What a prepared dataset has as text: of each column, texts of the train split and their size; "" if it has none.
+
+    Texts of a dataset with images, or of more than 256 MiB, are only named.
+    """
+    dataset = description.dataset
+    columns = [name for name, feature in description.features.items() if feature in ("object ()", "<U0 ()", "|S0 ()")]
+    if not columns:
+        return ""
+    has_images = any(feature.count(",") > 1 for feature in description.features.values())
+    if has_images or dataset.nbytes > DESCRIBED_BYTES or "train" not in dataset.splits:
+        return ", ".join(columns)
+    rows = TFDS(name=dataset.name, version=dataset.version).source("train")
+    found = []
+    for name in columns:
+        sizes = [len(text.encode() if isinstance(text, str) else text) for text in Texts(rows, name, "train")]
+        of = f"{len(sizes):,} texts in train" if len(sizes) > 1 else "1 text in train"
+        found.append(f"{name}: {of}, {np.mean(sizes):,.0f} bytes on average, {max(sizes):,} at most")
+    return "; ".join(found)
 
 
 def trained_vocabulary(tokenizer: Tokenizer, texts: Texts) -> Vocabulary:

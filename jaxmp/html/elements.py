@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import re
 from collections.abc import Iterable, Sequence
@@ -96,6 +97,15 @@ class Elements:
         )
         head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
         self.parts.append(f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>')
+
+    def quote(self, text: str) -> None:
+        """Adds preformatted text."""
+        self.parts.append(f"<pre>{escape(text)}</pre>")
+
+    def picture(self, png: bytes, text: str) -> None:
+        """Adds a picture, a PNG file; `text` says what it shows."""
+        encoded = base64.b64encode(png).decode()
+        self.parts.append(f'<p><img src="data:image/png;base64,{encoded}" alt="{escape(text)}"></p>')
 
     def details(self, title: str, text: str) -> None:
         """Adds preformatted text, folded away."""

@@ -56,6 +56,7 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
     )
     if any(looks):
         add_ranges(page, _by_objective(dict(zip(labels, looks, strict=True))))
+    _samples(page, dict(zip(labels, runs, strict=True)))
     _policies(page, runs, names)
     _origin(page, runs)
     data = zip(runs, looks, strict=True)
@@ -144,6 +145,20 @@ def shown(spec: MetricSpec, value: float | None, *, sign: str = "") -> str:
 def number(value: float | None, form: str) -> str:
     """Formats a number; a dash for None and NaN."""
     return NO_VALUE if value is None or value != value else format(value, form).replace("-", "\N{MINUS SIGN}")
+
+
+def _samples(page: Page, runs: Mapping[str, Run]) -> None:
+    """Adds what `jaxmp sample` drew, the files of each run by the step of the weights."""
+    found = {name: run.samples for name, run in runs.items() if run.samples}
+    if found:
+        page.section("Samples")
+    for name, paths in found.items():
+        for path in paths:
+            page.paragraph(f"{name}: {path.name}" if len(runs) > 1 else path.name)
+            if path.suffix == ".png":
+                page.picture(path.read_bytes(), f"pictures drawn from {name}, {path.stem}")
+            else:
+                page.quote(path.read_text(encoding="utf-8"))
 
 
 def _policies(page: Page, runs: Sequence[Run], names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@
     summary.json     what came out, once the run has ended
     failed.json      at which step a run failed, and why; deleted when the run goes on
     report.html      where `jaxmp report` writes
+    samples/         texts and pictures that `jaxmp sample` drew, see samples.py
     lock             locked by the process that trains here
 
 TensorBoard's events and the folder `wandb` stand beside them.
@@ -115,6 +116,11 @@ class RunFolder:
     def report(self) -> Path:
         """The file that `jaxmp report` writes."""
         return self.path / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of what `jaxmp sample` drew."""
+        return self.path / "samples"
 
     def checkpoints(self, **how: Any) -> Checkpoints:
         """The run's checkpoints; for `how` (keep, best_of, mode) see `Checkpoints`."""

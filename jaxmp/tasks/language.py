@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxmp.errors import InputError
+from jaxmp.models.generate import generate
+from jaxmp.tasks.samples import Samples, Sampling, Trained
 from jaxmp.tasks.tokens import PerToken
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import ExpOfMean, Mean, Metrics, MetricSpec
@@ -54,6 +59,35 @@ class NextToken(LanguageModel):
         of_bytes = jnp.sum(weight * jnp.where(weight != 0, byte_counts, 0))
         bits = Mean(loss.total / math.log(2), of_bytes)
         return loss, {"perplexity": ExpOfMean(*loss), "bits_per_byte": bits}
+
+    def sample(self, trained: Trained, key: jax.Array, sampling: Sampling) -> Samples:
+        """Texts, drawn token by token from a decoder with a cache, `GPT2` or `Llama`; see `generate`.
+
+        Raises: InputError if the model is no decoder, the prompt has no token, or the context is too small.
+        """
+        model, vocabulary = trained.model, trained.vocabulary
+        if "decode" not in inspect.signature(type(model).__call__).parameters:
+            raise InputError(
+                f"{type(model).__name__} decodes without a cache; expected a decoder, such as GPT2 or Llama, whose "
+                "__call__ takes decode="
+            )
+        prompt = sampling.prompt
+        if prompt is None and "end" in vocabulary.special:
+            prompt, tokens = "", np.array([vocabulary.special["end"]], np.int32)
+        else:
+            prompt = "\n" if prompt is None else prompt
+            (tokens,) = vocabulary.encode([prompt])
+        if not len(tokens):
+            raise InputError(f"prompt = {prompt!r} has no token of the vocabulary; expected a text")
+        length = model.context - len(tokens) if sampling.length is None else sampling.length
+
+        @jax.jit
+        def draw(variables: Any, prompts: jax.Array, key: jax.Array) -> jax.Array:
+            temperature, apply = sampling.temperature, trained.apply
+            return generate(model, variables, prompts, length, key=key, temperature=temperature, apply=apply)
+
+        drawn = draw(trained.variables, jnp.tile(tokens, (sampling.count, 1)), key)
+        return Samples(texts=tuple(vocabulary.decode([*tokens, *row]) for row in np.asarray(drawn)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.tasks.samples import Samples, Sampling, Trained
 from jaxmp.training.batch import Batch
 from jaxmp.training.feed import HIDDEN_METRICS
 from jaxmp.training.metrics import BOOKKEEPING, LOSS, WATCHABLE, Mean, Metrics, MetricSpec
@@ -104,6 +105,15 @@ class Task:
         if hasattr(outputs, "shape"):
             return {"output": outputs}
         return {f"output/{path}": leaf for path, leaf in by_path(outputs).items()}
+
+    def sample(self, trained: Trained, key: jax.Array, sampling: Sampling) -> Samples:
+        """What `jaxmp sample` draws from a trained model: texts or pictures.
+
+        Raises: InputError, here always: most tasks have nothing to draw.
+        """
+        raise InputError(
+            f"{type(self).__name__} has nothing to sample; expected a task with a method `sample`, such as NextToken"
+        )
 
     def check(self, outputs: Any, batch: Any) -> None:
         """Raises InputError if the shapes do not fit; called before the first step.
@@ -255,6 +265,11 @@ def check_returned(task: Any, returned: Any) -> None:
                 f"{kind} returned {what} as {name}; expected a jaxmp.Mean, whose weight says how many examples it "
                 "stands for: Mean.of(values, batch['weight'])"
             )
+
+
+def sample(task: Any, trained: Trained, key: jax.Array, sampling: Sampling) -> Samples:
+    """Calls `task.sample`; of a task without one, that of `Task`, which raises InputError."""
+    return (task.sample if hasattr(task, "sample") else functools.partial(Task.sample, task))(trained, key, sampling)
 
 
 CHANGE = 0x6368616E

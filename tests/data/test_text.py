@@ -8,10 +8,11 @@ import pytest
 
 from jaxmp.data import encoded, text
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.catalog import Description, Prepared
 from jaxmp.data.fingerprint import changed_rows, fingerprint
 from jaxmp.data.masking import Masking
 from jaxmp.data.pipeline import batch_of
-from jaxmp.data.text import PackedTexts, TextRows, TextWindows, pack, windows
+from jaxmp.data.text import PackedTexts, TextRows, TextWindows, describe_texts, pack, windows
 from jaxmp.data.tokenizer import Bytes, Characters, WordPiece
 from jaxmp.errors import InputError
 from jaxmp.models.rnn import SequenceClassifier
@@ -226,6 +227,19 @@ def test_another_vocabulary_is_other_data():
         f"the tokens of train are of another vocabulary: its digest is {other['vocabulary']} (was {one['vocabulary']})"
     )
     assert changed_rows("train", one, one) == []
+
+
+def described(features, nbytes=1):
+    dataset = Prepared("books", "1.0.0", None, {"train": 3}, nbytes)
+    return describe_texts(Description(dataset, features, "", "", "", ""))
+
+
+def test_a_dataset_says_how_many_texts_it_has_and_how_long_they_are(monkeypatch):
+    monkeypatch.setattr(text.TFDS, "source", lambda self, split: of(TEXTS).read(split))
+    features = {"text": "object ()", "label": "int64 ()"}
+    assert described(features) == "text: 3 texts in train, 3 bytes on average, 5 at most"
+    assert described(features, 2**30) == described({**features, "image": "uint8 (28, 28, 1)"}) == "text"
+    assert described({"label": "int64 ()"}) == ""
 
 
 @dataclasses.dataclass
