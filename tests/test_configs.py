@@ -20,7 +20,15 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.overflow import blame_run
 
+FULL_SIZE = {"imagenet_resnet50": 25_557_032, "imagenet_vit_b16": 86_567_656}
+"""configs that are too large for all of the tests below, and the published numbers of their parameters"""
+
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
+CONFIGS = [name for name in CONFIGS if name not in FULL_SIZE]
+
+IN_FLOAT32 = {"spoken_digits_ctc": "jaxmp/tasks/ctc.py"}
+"""where a config's loss has products of its own, which are in float32 whatever the policy, as losses are: optax picks
+the log-probabilities of labels by products with zeros and ones"""
 
 
 def shipped(name):
@@ -78,7 +86,9 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     precision = experiment.precision
     report = jaxmp.audit(experiment)
     # By hand: the gradient of each kernel of (inputs, outputs), and of all layers' inputs but the first's.
-    assert not report.findings and list(report.dot_flops_by_dtype) == [precision.removeprefix("mixed_")]
+    assert not [found for found in report.findings if IN_FLOAT32.get(name, "?") not in found.source]
+    of_loss = {"float32"} if name in IN_FLOAT32 else set()
+    assert set(report.dot_flops_by_dtype) == {precision.removeprefix("mixed_")} | of_loss
     rows = experiment.data.batch_size
     kernels = [x.size for x in jax.tree.leaves(Trainer(experiment).state_spec.params) if x.ndim == 2]
     if name.endswith("mlp"):
@@ -95,10 +105,12 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     found = [error for error in errors["relative_error"] if error is not None]  # None: not finite at the first scale
     assert all(0 < error < 64 * 2.0**-11 for error in found) and (found or overflows), errors
 
-    (given,) = Trainer(experiment).inputs
+    given, *others = Trainer(experiment).inputs
     rng, shape = np.random.default_rng(1), (4, *given.shape[1:])
     whole = jnp.issubdtype(given.dtype, jnp.integer)
     example = jnp.asarray(rng.integers(0, 256, shape) if whole else rng.standard_normal(shape), given.dtype)
+    if others:  # a number of steps
+        example = (example, jnp.array([shape[1], 1, shape[1] // 2, shape[1] - 1], jnp.int32))
     laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
@@ -112,6 +124,22 @@ def test_mean_and_std_are_those_of_the_train_split(name):
     images = source[np.arange(len(source))]["image"] / np.float32(255)
     np.testing.assert_allclose(images.mean((0, 1, 2), dtype=np.float64), data.mean, atol=5e-5)
     np.testing.assert_allclose(images.std((0, 1, 2), dtype=np.float64), data.std, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_config_of_full_size_runs_two_steps_on_made_up_images_and_its_audit_is_clean(made_up, name):
+    experiment = made_up(shipped(name), 4)
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=2, workers=0))
+    trainer = Trainer(experiment)
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainer.state_spec.params)) == FULL_SIZE[name]
+    assert [spec.shape for spec in trainer.inputs] == [(2, 224, 224, 3)]
+    step, _ = trainer.program()
+    report = jaxmp.audit(step, trainer.state_spec, trainer.batch_spec, policy=experiment.policy)
+    assert not report.findings and list(report.dot_flops_by_dtype) == ["bfloat16"]
+    two = dataclasses.replace(experiment, loop=Loop(steps=2, log_every=1), optimizer=jaxmp.SGD(1e-3))
+    losses = [float(info.metrics["loss"].compute()) for info in jaxmp.steps(two)]
+    assert len(losses) == 2 and np.isfinite(losses).all(), losses
 
 
 @pytest.mark.slow
