@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import jax
 import numpy as np
@@ -155,8 +156,12 @@ def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12.0, dtype=np.float32).reshape(4, 3))
     np.save(tmp_path / "label.npy", np.arange(4))
     source = TableFiles(train=str(tmp_path)).source("train")
-    assert isinstance(source.columns["x"], np.memmap)
-    assert everything(source)["x"].tolist() == np.arange(12.0).reshape(4, 3).tolist()
+    x = np.arange(12.0).reshape(4, 3)
+    for column in (source.columns["x"], pickle.loads(pickle.dumps(source.columns["x"]))):
+        for rows in ([0, 1, 2, 3], [3], [1, 2, 0, 0, 3], [2, 1, 0], [-1, 0], [0, 0], []):
+            read = column[np.array(rows, int)]
+            assert read.tolist() == x[rows].tolist() and read.shape == (len(rows), 3), rows
+    assert isinstance(source.columns["label"], np.ndarray) and nbytes(source) == 4 * (12 + 8)
     np.save(tmp_path / "label.npy", np.arange(5))
     with pytest.raises(InputError, match="has columns of lengths"):
         TableFiles(train=str(tmp_path)).source("train")
