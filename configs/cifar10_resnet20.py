@@ -9,8 +9,8 @@ subtracted rather than that of each pixel.
 Command:   jaxmp data prepare cifar10 && jaxmp train cifar10_resnet20
 Hardware:  not trained to its end yet: an epoch of 352 steps takes 4 minutes of one CPU core, all 64,000 steps 12 hours
 Expected:  test accuracy 91.25 %, as published. A run of 8 epochs (--loop.steps 2816), in float32 with one seed, was
-           stopped in its 5th, after 17 minutes of one CPU core: validation accuracy 55.8, 63.3, 69.1 and 71.6 % after
-           epochs 1 to 4, all before its learning rate drops
+           stopped after 1,584 steps and 17 minutes of one CPU core: validation accuracy 55.8, 63.3, 69.1 and 71.6 %
+           after epochs 1 to 4, and, half an epoch after its learning rate dropped, test accuracy 79.73 % (jaxmp eval)
 """
 
 from __future__ import annotations
