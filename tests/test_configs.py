@@ -137,7 +137,7 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_full_size_config_has_the_published_parameters_and_runs_two_steps(made_up, name):
-    experiment = made_up(shipped(name), 2)
+    experiment = made_up(shipped(name), 8)
     report = jaxmp.audit(experiment)  # of whole rows, traced and not run
     assert not report.findings and list(report.dot_flops_by_dtype) == ["bfloat16"]
     changed = {"length": 64} if isinstance(experiment.data, TextDataset) else {"workers": 0}
