@@ -57,6 +57,8 @@ def with_made_up_rows(experiment, rows):
     import numpy as np  # with jaxmp's data, which import JAX, not above: see `pytest_runtest_setup`
 
     from jaxmp.data.arrays import Arrays
+    from jaxmp.data.audio import JoinedRecordings, Recordings
+    from jaxmp.data.image_folder import ImageFolder
     from jaxmp.data.text import TextDataset, TextWindows
     from jaxmp.data.tokenizer import Bytes
 
@@ -77,12 +79,28 @@ def with_made_up_rows(experiment, rows):
 
     def load(split):
         rng = np.random.default_rng(0)
+        if isinstance(data, Recordings):
+            frames = rng.integers(15, 25, rows).astype(np.int32)  # twice the labels that there may be, and more
+            features = rng.standard_normal((rows, 24, data.features.bands)).astype(np.float32)
+            features = np.where(np.arange(24)[:, None] < frames[:, None, None], features, 0)
+            if not isinstance(data, JoinedRecordings):
+                return {"features": features, "frames": frames, "label": rng.integers(0, 10, rows)}
+            labels = rng.integers(0, 10, (rows, data.most)).astype(np.int32)
+            counts = np.arange(data.most) < rng.integers(data.least, data.most + 1, rows)[:, None]
+            return {"features": features, "frames": frames, "labels": np.where(counts, labels, -1)}
+        if isinstance(data, ImageFolder):
+            image = rng.integers(0, 256, (rows, *data.size, data.channels)).astype(np.uint8)
+            return {"image": image, "label": rng.integers(0, 1000, rows)}
         shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[data.name]
         image = rng.integers(0, 256, (rows, *shape)).astype(np.uint8)
         return {"image": image, "label": rng.integers(0, 10, rows)}
 
     names = [field.name for field in dataclasses.fields(Arrays)[:-1]]
     fields = {name: getattr(data, name) for name in names if hasattr(data, name)}
+    if isinstance(data, Recordings):
+        fields["transforms"] = (*data.transforms, fields.pop("augment"))
+    if isinstance(data, ImageFolder):
+        fields["transforms"] = (*data.transforms, data.crop)
     return dataclasses.replace(experiment, data=Arrays(**{**fields, "load": load, "batch_size": 8}))
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import jaxmp
 import jaxmp.testing
+from jaxmp.data.augment import RandomResizedCrop
+from jaxmp.data.image_folder import ImageFolder
 from jaxmp.data.text import TextDataset
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
@@ -24,15 +26,22 @@ from jaxmp.studies.overflow import blame_run
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
 
+IN_FLOAT32 = {"spoken_digits_ctc": "jaxmp/tasks/ctc.py"}
+"""where a config's loss has products of its own, which are in float32 whatever the policy, as losses are: optax picks
+the log-probabilities of labels by products with zeros and ones"""
+
 
 def shipped(name):
     return ConfigFile.find(str(Path(__file__).parent.parent / "configs" / f"{name}.py")).experiment()
 
 
-# Full-size configs, each with a smaller model of its kind and shorter rows, and its number of parameters.
+# Full-size configs, each with a smaller model of its kind, for shorter rows or smaller images, and its number of
+# parameters.
 FULL_SIZE = {
     "openwebtext_gpt2_124m": ({"layers": 2, "heads": 2, "width": 64, "context": 32}, 124_439_808),
     "bert_base_mlm": ({"layers": 2, "heads": 2, "width": 64, "hidden": 128, "context": 32}, 109_514_298),
+    "imagenet_resnet50": ({"blocks": (1, 1), "channels": 8}, 25_557_032),
+    "imagenet_vit_b16": ({"layers": 2, "heads": 2, "width": 64}, 86_567_656),
 }
 
 
@@ -70,7 +79,9 @@ def four_steps(made_up, tmp_path_factory):
     def of(name):
         experiment = shipped(name)
         if name in FULL_SIZE:
-            model, data = experiment.model.clone(**FULL_SIZE[name][0]), dataclasses.replace(experiment.data, length=32)
+            images = isinstance(experiment.data, ImageFolder)
+            small = {"size": (64, 64), "crop": RandomResizedCrop(size=32)} if images else {"length": 32}
+            model, data = experiment.model.clone(**FULL_SIZE[name][0]), dataclasses.replace(experiment.data, **small)
             experiment = dataclasses.replace(experiment, model=model, data=data)
         experiment = made_up(experiment, 32)
         if hasattr(experiment.task, "teacher"):
@@ -120,7 +131,9 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     precision = experiment.precision
     report = jaxmp.audit(experiment)
     # By hand: the gradient of each kernel of (inputs, outputs), and of all layers' inputs but the first's.
-    assert not report.findings and list(report.dot_flops_by_dtype) == [precision.removeprefix("mixed_")]
+    assert not [found for found in report.findings if IN_FLOAT32.get(name, "?") not in found.source]
+    of_loss = {"float32"} if name in IN_FLOAT32 else set()
+    assert set(report.dot_flops_by_dtype) == {precision.removeprefix("mixed_")} | of_loss
     rows = experiment.data.batch_size
     kernels = [x.size for x in jax.tree.leaves(Trainer(experiment).state_spec.params) if x.ndim == 2]
     if name.endswith("mlp"):
@@ -142,8 +155,11 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
         batch = trainer.feed(fuse=False).batch(0)
         example = tuple(batch[name][:4] for name in experiment.task.inputs)
     else:
-        (given,) = trainer.inputs
+        given, *others = trainer.inputs
         example = jnp.asarray(np.random.default_rng(1).standard_normal((4, *given.shape[1:])), given.dtype)
+        if others:  # a number of steps
+            steps = given.shape[1]
+            example = (example, jnp.array([steps, 1, steps // 2, steps - 1], jnp.int32))
     laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
@@ -151,18 +167,25 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_full_size_config_has_the_published_parameters_and_runs_two_steps(made_up, name):
-    experiment = made_up(shipped(name), 2)
+    experiment = made_up(shipped(name), 8)
     report = jaxmp.audit(experiment)  # of whole rows, traced and not run
     assert not report.findings and list(report.dot_flops_by_dtype) == ["bfloat16"]
-    data = dataclasses.replace(experiment.data, length=64, batch_size=1)
+    changed = {"length": 64} if isinstance(experiment.data, TextDataset) else {"workers": 0}
+    data = dataclasses.replace(experiment.data, **changed, batch_size=1)
+    schedule = dataclasses.replace(experiment.optimizer.schedule, warmup_steps=0)
+    optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
+    two = dataclasses.replace(experiment, data=data, optimizer=optimizer, loop=Loop(steps=2, steps_per_dispatch=1))
     losses = []
-    for info in jaxmp.steps(dataclasses.replace(experiment, data=data, loop=Loop(steps=2, steps_per_dispatch=1))):
+    for info in jaxmp.steps(two):
         losses.append(info.metrics["loss"])
         assert sum(leaf.size for leaf in jax.tree.leaves(info.state.params)) == FULL_SIZE[name][1]
     assert len(losses) == 2 and all(np.isfinite(float(loss.compute())) for loss in losses)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)])
+NORMALISED = [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)]
+
+
+@pytest.mark.parametrize("name", [name for name in NORMALISED if name not in FULL_SIZE])
 def test_mean_and_std_are_those_of_the_train_split(name):
     data = shipped(name).data
     if data.name != "digits" and "JAXMP_DATA" not in os.environ:

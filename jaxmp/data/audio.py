@@ -14,6 +14,7 @@ import numpy as np
 from jaxmp.data.dataset import Dataset, Prepare, Split
 from jaxmp.data.source import Columns
 from jaxmp.data.tfds import TFDS
+from jaxmp.data.transforms import apply_transforms
 from jaxmp.data.wav import decode_wav
 from jaxmp.errors import InputError, nearest, require, whole_number
 
@@ -125,7 +126,7 @@ def normalised(features: jax.Array, counts: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugment:
-    """Sets random bands and random frames of an example's `features` to 0, the mean; a transform, for `transforms`.
+    """Sets random bands and random frames of an example's `features`, float32 (frames, bands), to 0, the mean.
 
     Source: D. Park et al., SpecAugment, 2019, https://arxiv.org/abs/1904.08779, without time warping.
     """
@@ -179,6 +180,8 @@ class Recordings(Dataset):
     """Length that recordings are brought to: longer ones lose their end, shorter ones are filled up with silence."""
     features: LogMel = field(default_factory=LogMel)
     """How features are made of samples, and how many samples a second there are."""
+    augment: SpecAugment = SpecAugment()
+    """Random masks of the features in training, after the `transforms`."""
     train: str = "train"
     """Recordings to train on, in TFDS's split syntax."""
     validation: str = "validation"
@@ -229,14 +232,15 @@ class Recordings(Dataset):
         return rows
 
     def prepare(self, *, train: bool) -> Prepare:
-        """As `Dataset.prepare`, with `features` and `frames` in the place of `samples` and `length`."""
-        transform = super().prepare(train=train)
+        """As `Dataset.prepare`, with `features` and `frames` in the place of `samples` and `length`, and `augment`."""
+        masks = (self.augment,) if self.augment.bands or self.augment.frames else ()
+        transforms = (*self.transforms, *masks) if train else self.transforms
 
         def apply(batch: dict[str, Any], key: Any, global_index: jax.Array | None = None) -> dict[str, Any]:
             batch = dict(batch)
             samples, length = batch.pop("samples"), batch.pop("length")
             made = {"features": self.features(samples, length), "frames": self.features.frames(length)}
-            return transform({**batch, **made}, key, global_index)
+            return apply_transforms(transforms, {**batch, **made}, key if train else None, global_index)
 
         return apply
 

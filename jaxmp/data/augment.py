@@ -5,13 +5,15 @@ They see normalised images, in which 0 is the mean: pixels from outside the imag
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, require, whole_number
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,45 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
     y, x = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
     inside = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)
     return jnp.where(inside[..., None], 0.0, image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """A random part of an example's `image`, resized to `size` x `size` pixels, as a transform.
+
+    In evaluation it is the middle of the image, `size` pixels high and wide, as it is. Source: C. Szegedy et al., Going
+    deeper with convolutions, CVPR 2015, https://arxiv.org/abs/1409.4842, section 6.
+    """
+
+    size: int = 224
+    """Height and width of the result, in pixels."""
+    area: float = 0.08
+    """Least share of the image's area; a part's share is uniform from this to 1."""
+    ratio: float = 4 / 3
+    """Largest ratio of the sides of a part; its logarithm is uniform, either way."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", whole_number("RandomResizedCrop.size", self.size, 1))
+        require(self, "area", 0 < self.area <= 1, "a fraction above 0, at most 1")
+        require(self, "ratio", 1 <= self.ratio < math.inf, "1 or more")
+
+    def __call__(self, key: Any, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """`row` with `image`, float32 (height, width, channels), of at least `size` pixels, brought to `size`."""
+        image = row["image"]
+        height, width, channels = image.shape
+        if min(height, width) < self.size:
+            raise InputError(f"an image of {height} x {width} pixels; expected at least {self.size} x {self.size}")
+        shape = (self.size, self.size, channels)
+        if key is None:
+            middle = ((height - self.size) // 2, (width - self.size) // 2, 0)
+            return {**row, "image": jax.lax.dynamic_slice(image, middle, shape)}
+        to_area, to_ratio, to_place = jax.random.split(key, 3)
+        area = jax.random.uniform(to_area, minval=self.area, maxval=1.0) * (height * width)
+        bound = math.log(self.ratio)
+        ratio = jnp.exp(jax.random.uniform(to_ratio, minval=-bound, maxval=bound))
+        # A part that is higher or wider than the image is cut to it.
+        sides = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), jnp.float32([height, width]))
+        corner = jax.random.uniform(to_place, (2,)) * (jnp.float32([height, width]) - sides)
+        factor = self.size / sides
+        resized = jax.image.scale_and_translate(image, shape, (0, 1), factor, -corner * factor, "linear")
+        return {**row, "image": resized}

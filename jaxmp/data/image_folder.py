@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from jaxmp.data.dataset import Split
+from jaxmp.data.dataset import Prepare, Split
 from jaxmp.data.images import Images
 from jaxmp.data.source import Columns
+from jaxmp.data.transforms import apply_transforms
 from jaxmp.errors import InputError, local_path, nearest, require, whole_number
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """of the files that are taken for images"""
+
+CROP = 0x63726F70
+"""folded into the key of the step's data for `crop`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +44,29 @@ class ImageFolder(Images):
     all have to have one size."""
     channels: Literal[1, 3] = 3
     """Channels that images are brought to: 1 (grey) or 3 (red, green, blue)."""
+    crop: Any = None
+    """RandomResizedCrop(size=224), say: a random part of each image in training, its middle in evaluation, at last."""
 
     def __post_init__(self) -> None:
         """Raises InputError for a setting that cannot be used."""
         super().__post_init__()
+        require(self, "crop", self.crop is None or callable(self.crop), "RandomResizedCrop(size=224), say, or None")
         require(self, "channels", self.channels in (1, 3), "1 or 3")
         if self.size is not None:
             require(self, "size", isinstance(self.size, tuple) and len(self.size) == 2, "(height, width), or None")
             object.__setattr__(self, "size", tuple(whole_number("data.size", side, 1) for side in self.size))
+
+    def prepare(self, *, train: bool) -> Prepare:
+        """As `Images.prepare`, and then `crop`."""
+        whole = super().prepare(train=train)
+        if self.crop is None:
+            return whole
+
+        def apply(batch: dict[str, Any], key: Any, global_index: jax.Array | None = None) -> dict[str, Any]:
+            of_crop = jax.random.fold_in(key, CROP) if train else None
+            return apply_transforms((self.crop,), whole(batch, key, global_index), of_crop, global_index)
+
+        return apply
 
     def source(self, split: Split) -> Columns | None:
         """The images of a split, read when they are indexed, and their labels, int32; None if it has no folder.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +24,8 @@ class TableFiles(Images):
 
     The suffix says what a file is: .csv (the first line has the names of the columns), .jsonl (an object a line),
     .parquet, or .npz (arrays with a common leading axis). A folder is read as its .npy files, each the column of its
-    name; they are memory-mapped, so that more than fits in memory can be streamed. The others are read into memory.
+    name; what a step needs is read from the disk, so that more than fits in memory can be streamed. Other files are
+    read into memory, and so are columns of single numbers.
 
         TableFiles(train="iris.csv", features=("sepal_length", "sepal_width"), label="species", images=())
     """
@@ -86,7 +91,51 @@ class TableFiles(Images):
         return np.array([classes[str(value)] for value in column], np.int32)
 
 
-def read_columns(path: str, where: str) -> dict[str, np.ndarray]:
+class NpyFile:
+    """A column of an .npy file, read where it is indexed: `column[indices]` is an array.
+
+    Not memory-mapped: mapped pages that were read once count as the process's memory until the system needs them.
+    Another process receives only the file's name.
+    """
+
+    def __init__(self, file: Path):
+        """Raises OSError, ValueError or EOFError if the file is damaged, or holds objects."""
+        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+        if not mapped.flags.c_contiguous or not mapped.ndim:
+            raise ValueError("its rows are not one behind the other; expected an array in C order")
+        self.file, self.dtype, self.shape, self.ndim = file, mapped.dtype, mapped.shape, mapped.ndim
+        self._start, self._opened = int(mapped.offset), os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._opened)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        rows = np.asarray(indices)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"{self.file} has {len(self)} rows; rows {rows.min()} to {rows.max()} were asked for")
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        if not found.size:
+            return found
+        size = found.nbytes // len(rows)
+        buffer = found.reshape(-1).view(np.uint8).data
+        # Neighbours in one piece: all rows, where a small set is read at once.
+        firsts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist()]
+        for first, end in itertools.pairwise([*firsts, len(rows)]):
+            part, place = buffer[first * size : end * size], self._start + int(rows[first]) * size
+            while part:
+                count = os.preadv(self._opened, [part], place)  # at most 2 GiB
+                if not count:
+                    raise InputError(f"{self.file} ends before row {rows[end - 1]}; copy it again")
+                part, place = part[count:], place + count
+        return found
+
+    def __reduce__(self) -> Any:
+        return NpyFile, (self.file,)
+
+
+def read_columns(path: str, where: str) -> dict[str, Any]:
     """The columns of a table file, or of a folder of .npy files; see `TableFiles`.
 
     Raises: InputError, which begins with `where`, if there is none, or it cannot be read.
@@ -96,24 +145,26 @@ def read_columns(path: str, where: str) -> dict[str, np.ndarray]:
     folder = local_path(where, path)
     if not folder.is_dir():
         return read_table(path, where)
-    columns = {file.stem: _map(file) for file in sorted(folder.glob("*.npy"))}
+    columns = {file.stem: _open(file) for file in sorted(folder.glob("*.npy"))}
     if not columns:
         raise InputError(f"{where} {path!r}: the folder has no .npy files; expected some, each a column")
     check_lengths(str(folder), columns)
     return columns
 
 
-def _map(file: Path) -> np.ndarray:
+def _open(file: Path) -> Any:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        column = NpyFile(file)
+        return column[np.arange(len(column))] if column.ndim == 1 else column
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} cannot be read as npy: {str(error).partition(chr(10))[0]:.300}") from None
 
 
-def _take(columns: Mapping[str, np.ndarray], name: str, where: str, path: str) -> np.ndarray:
+def _take(columns: Mapping[str, Any], name: str, where: str, path: str) -> np.ndarray:
     if name not in columns:
         raise InputError(f"{where} names {name!r}; {path} has {', '.join(columns)}{nearest(name, columns)}")
-    return columns[name]
+    column = columns[name]
+    return column[np.arange(len(column))] if isinstance(column, NpyFile) else column
 
 
 def _kind(column: np.ndarray) -> str:

@@ -89,7 +89,7 @@ class ResNet(nn.Module):
     """A residual network for images of about 224x224 pixels: `ResNet()` is ResNet-50.
 
     Raises:
-      InputError: a size is below 1, `block` or `strided` is none of its values.
+      InputError: a size is below 1, `block`, `strided` or `stem` is none of its values.
     """
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
@@ -104,21 +104,28 @@ class ResNet(nn.Module):
     """Convolution of a bottleneck that has its stride: "1x1" as in the paper, "3x3" as in "v1.5" and torchvision."""
     last_scale: float = 1.0
     """Initial scale of the last batch normalisation of each block; 0 in Goyal et al. 2017, 5.1."""
+    stem: Literal["7x7", "3x3"] = "7x7"
+    """First layers: "7x7", a convolution and a pooling, both of stride 2; "3x3", a convolution, for 32x32 pixels."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "blocks", "channels", "classes")
         check_choice(self, "block", ("basic", "bottleneck"))
         check_choice(self, "strided", ("1x1", "3x3"))
+        check_choice(self, "stem", ("7x7", "3x3"))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, classes)."""
-        x = Conv(self.channels, (7, 7), (2, 2), ((3, 3), (3, 3)), name="stem")(image)
+        if self.stem == "7x7":
+            x = Conv(self.channels, (7, 7), (2, 2), ((3, 3), (3, 3)), name="stem")(image)
+        else:
+            x = Conv(self.channels, (3, 3), padding=SAME, name="stem")(image)
         x = nn.relu(batch_norm(train)(x))
-        # The windows overlap: where two have the same maximum, its gradients are added up, in the dtype of the pooling.
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = nn.max_pool(wide, (3, 3), strides=(2, 2), padding=SAME).astype(x.dtype)
+        if self.stem == "7x7":
+            # The windows overlap: where two have the same maximum, its gradients are added up, in the pooling's dtype.
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = nn.max_pool(wide, (3, 3), strides=(2, 2), padding=SAME).astype(x.dtype)
         for stage, count in enumerate(self.blocks):
             for index in range(count):
                 size = {"channels": self.channels * 2**stage, "stride": 2 if stage and not index else 1}

@@ -189,4 +189,4 @@ def reverse(x: jax.Array, length: jax.Array) -> jax.Array:
     """
     step, count = jnp.arange(x.shape[1]), length[:, None]
     step = jnp.where(step < count, count - 1 - step, step)
-    return x.at[jnp.arange(x.shape[0])[:, None], step].get(unique_indices=True)
+    return jnp.asarray(x).at[jnp.arange(x.shape[0])[:, None], step].get(unique_indices=True)

@@ -14,6 +14,6 @@ def terms(equation: Any) -> int:
     name, size = equation.primitive.name, equation.invars[0].aval.size
     if name == "reduce_window_sum":
         return math.prod(equation.params["window_dimensions"])
-    if name == "scatter-add":
-        return equation.invars[-1].aval.size
+    if name == "scatter-add":  # of unique indices: one number a place
+        return 1 if equation.params["unique_indices"] else equation.invars[-1].aval.size
     return size // max(1, equation.outvars[0].aval.size) if name == "reduce_sum" else size

@@ -119,6 +119,18 @@ def test_recordings_are_filled_up_or_cut_to_one_length():
     assert batch["features"].shape == (2, 8, 40) and batch["frames"].dtype == np.int32
 
 
+@pytest.mark.slow
+def test_features_are_masked_in_training_as_by_a_transform():
+    batch = {**Two().source("train")[np.arange(2)], "weight": np.ones(2, np.float32)}
+    augment, key = SpecAugment(bands=20, frames=3), jax.random.key(0)
+    field, transform = Two(augment=augment), Two(transforms=(augment,))
+    masked = jax.jit(field.prepare(train=True))(batch, key)["features"]
+    np.testing.assert_array_equal(masked, jax.jit(transform.prepare(train=True))(batch, key)["features"])
+    plain = jax.jit(field.prepare(train=False))(batch, None)["features"]
+    np.testing.assert_array_equal(plain, jax.jit(Two().prepare(train=True))(batch, key)["features"])
+    assert (masked != plain).any() and ((masked == plain) | (masked == 0)).all()
+
+
 class Strings(JoinedRecordings):
     """Strings of 20 recordings, whose samples are their numbers, of two speakers."""
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.data.augment import Augment, cutout, random_crop, random_flip, warp
+from jaxmp.data.augment import Augment, RandomResizedCrop, cutout, random_crop, random_flip, warp
 from jaxmp.errors import InputError
 
 KEY = jax.random.key(0)
@@ -99,3 +99,38 @@ def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
 def test_an_impossible_augmentation_is_bad_input(field, value):
     with pytest.raises(InputError, match=rf"data\.augment\.{field} is {value}; expected"):
         Augment(**{field: value})
+
+
+@pytest.mark.slow
+def test_a_random_part_is_resized_and_evaluation_sees_the_middle():
+    row = {"image": IMAGE, "weight": jnp.float32(1)}
+    crop = RandomResizedCrop(size=5)
+    np.testing.assert_array_equal(crop(None, row)["image"], IMAGE[2:7, 1:6])
+    parts = draws(lambda key: crop(key, row)["image"])
+    assert parts.shape == (64, 5, 5, 3) and len({part.tobytes() for part in parts}) == 64
+    assert parts.min() >= 0.5 - 1e-6 and parts.max() <= 1 + 1e-6
+    # Of an image whose pixels are their places, a part shows where it lies: its area and its ratio.
+    places = jnp.stack(jnp.meshgrid(jnp.arange(64.0), jnp.arange(64.0), indexing="ij"), axis=-1)
+    whole = RandomResizedCrop(size=16, area=0.25, ratio=2.0)
+    parts = draws(lambda key: whole(key, {"image": places, "weight": jnp.float32(1)})["image"], 256)
+    sides = np.stack([parts[:, -4, 8, 0] - parts[:, 3, 8, 0], parts[:, 8, -4, 1] - parts[:, 8, 3, 1]]) * 16 / 9
+    area, ratio = sides.prod(0) / 64**2, sides[0] / sides[1]
+    assert 0.24 < area.min() < 0.35 and 0.8 < area.max() < 1.01
+    assert 0.5 < ratio.min() < 0.6 and 1.7 < ratio.max() < 2.01
+    exact = RandomResizedCrop(size=7, area=1.0, ratio=1.0)
+    np.testing.assert_allclose(exact(KEY, {**row, "image": IMAGE[:7]})["image"], IMAGE[:7], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 0}, "RandomResizedCrop.size = 0: expected a whole number"),
+        ({"area": 0.0}, "area = 0.0: expected a fraction above 0"),
+        ({"ratio": 0.5}, "ratio = 0.5: expected 1 or more"),
+        ({"size": 8}, "an image of 9 x 7 pixels; expected at least 8 x 8"),
+    ],
+)
+def test_a_part_that_cannot_be_cut_is_refused(fields, message):
+    with pytest.raises(InputError) as error:
+        RandomResizedCrop(**fields)(None, {"image": IMAGE})
+    assert message in str(error.value)

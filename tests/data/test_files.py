@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmp.data.augment import RandomResizedCrop
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.hugging_face import HuggingFace
 from jaxmp.data.image_folder import ImageFolder, read_image
@@ -63,6 +66,18 @@ def test_images_are_brought_to_one_size_and_to_one_number_of_channels(folder):
     save(folder / "tall.png", tall)
     cropped = read_image(folder / "tall.png", (10, 10), 1)
     np.testing.assert_array_equal(cropped[..., 0], tall[15:25])
+
+
+@pytest.mark.slow
+def test_a_part_is_cut_at_random_in_training_and_from_the_middle_in_evaluation(folder):
+    data = ImageFolder(folder=str(folder), size=(6, 6), crop=RandomResizedCrop(size=4), std=(0.5,))
+    batch = {**everything(data.source("train")), "weight": np.ones(5, np.float32)}
+    middle = jax.jit(data.prepare(train=False))(batch, None)["image"]
+    np.testing.assert_allclose(middle, batch["image"][:, 1:5, 1:5] / np.float32(127.5), rtol=1e-6)
+    parts = jax.jit(data.prepare(train=True))(batch, jax.random.key(0))["image"]
+    assert parts.shape == middle.shape and (parts != middle).any()
+    with pytest.raises(InputError, match=r"crop = 3: expected RandomResizedCrop\(size=224\), say"):
+        ImageFolder(folder=str(folder), crop=3)
 
 
 @pytest.mark.parametrize("damage", [b"", b"GIF89a", None])
@@ -141,8 +156,12 @@ def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12.0, dtype=np.float32).reshape(4, 3))
     np.save(tmp_path / "label.npy", np.arange(4))
     source = TableFiles(train=str(tmp_path)).source("train")
-    assert isinstance(source.columns["x"], np.memmap)
-    assert everything(source)["x"].tolist() == np.arange(12.0).reshape(4, 3).tolist()
+    x = np.arange(12.0).reshape(4, 3)
+    for column in (source.columns["x"], pickle.loads(pickle.dumps(source.columns["x"]))):
+        for rows in ([0, 1, 2, 3], [3], [1, 2, 0, 0, 3], [2, 1, 0], [-1, 0], [0, 0], []):
+            read = column[np.array(rows, int)]
+            assert read.tolist() == x[rows].tolist() and read.shape == (len(rows), 3), rows
+    assert isinstance(source.columns["label"], np.ndarray) and nbytes(source) == 4 * (12 + 8)
     np.save(tmp_path / "label.npy", np.arange(5))
     with pytest.raises(InputError, match="has columns of lengths"):
         TableFiles(train=str(tmp_path)).source("train")

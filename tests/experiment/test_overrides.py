@@ -92,8 +92,13 @@ def at(value, path):
 # Where any other number or word will not do.
 OTHERS = {
     "model.cell": "gru",
-    "model.heads": None,  # divides the width
+    "model.depth": 26,
     "task.byte_counts": "other",
+    "task.padding": -2,
+    "data.channels": 1,
+    "data.crop.ratio": 2.0,
+    "data.features.bands": 20,
+    "data.features.high": 3900.0,
     "precision": "float32",
     "scaler.kind": "dynamic",
     "scaler.backoff_factor": 0.25,
@@ -117,8 +122,20 @@ OTHERS = {
 }
 
 
+CHOICES = {
+    "model.block": ("basic", "bottleneck"),
+    "model.strided": ("1x1", "3x3"),
+    "model.stem": ("7x7", "3x3"),
+    "model.shortcut": ("zeros", "projection"),
+}
+
+
 def another(path, value):
     """Another valid value of a leaf; None where it is no scalar."""
+    if ".".join(path) in CHOICES:
+        return next(choice for choice in CHOICES[".".join(path)] if choice != value)
+    if ".".join(path) in ("model.width", "model.heads"):  # the one stays a multiple of the other
+        return 2 * value
     if ".".join(path) in OTHERS:
         return OTHERS[".".join(path)]
     if isinstance(value, bool):

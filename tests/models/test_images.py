@@ -115,6 +115,7 @@ def test_a_pixel_of_a_unet_sees_as_far_as_its_levels_reach_and_keeps_its_place()
         (lambda: ResNet(blocks=(1, 0)), "ResNet: blocks=(1, 0): expected 1 or more"),
         (lambda: ResNet(block="wide"), "block='wide': expected basic or bottleneck"),
         (lambda: ResNet(strided="5x5"), "strided='5x5': expected 1x1 or 3x3"),
+        (lambda: ResNet(stem="5x5"), "stem='5x5': expected 7x7 or 3x3"),
         (lambda: CifarResNet(21), "depth=21: expected 6 n + 2"),
         (lambda: CifarResNet(shortcut="A"), "shortcut='A': expected projection or zeros"),
         (lambda: VGG((1, 1), (64,)), "VGG: blocks=(1, 1) beside channels=(64,)"),

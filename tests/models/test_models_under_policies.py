@@ -45,6 +45,7 @@ def frames(count, width):
 SMALL = {"vocabulary": 40, "context": 8, "layers": 2, "heads": 2, "width": 16}
 MODELS = {
     "resnet_basic": (ResNet(blocks=(1, 1), block="basic", channels=4, classes=3), image(32, 32, 3)),
+    "resnet_small_images": (ResNet(blocks=(1,), block="basic", channels=4, stem="3x3"), image(8, 8, 3)),
     "resnet_bottleneck": (ResNet(blocks=(1, 1), channels=4, classes=3, strided="1x1"), image(32, 32, 3)),
     "cifar_resnet": (CifarResNet(8, channels=4), image(8, 8, 3)),
     "vgg": (VGG((1, 2), (4, 8), (16,), 3, batch_norm=True), image(8, 8, 3)),

@@ -50,6 +50,8 @@ def convolutions(kernel, *channels):
         (VGG(), IMAGENET, 138_357_544),
         pytest.param(VGG((2, 2, 4, 4, 4)), IMAGENET, 143_667_240, marks=pytest.mark.slow),
         (vit_base(), IMAGENET, 86_567_656),
+        # pytorch-cifar's ResNet18 (github.com/kuangliu), for 32x32 pixels
+        pytest.param(resnet18(classes=10).clone(stem="3x3"), CIFAR, 11_173_962, marks=pytest.mark.slow),
         # timm's deit_tiny_patch16_224 and deit_small_patch16_224
         pytest.param(vit_tiny(), IMAGENET, 5_717_416, marks=pytest.mark.slow),
         pytest.param(vit_small(), IMAGENET, 22_050_664, marks=pytest.mark.slow),

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmp.errors import InputError
 from jaxmp.models.rnn import SequenceClassifier, SequenceLabeller, reverse
+from jaxmp.testing.sums import terms
 
 
 @pytest.mark.slow
@@ -40,6 +41,15 @@ def test_each_step_has_logits_and_padding_changes_nothing_in_those_that_count():
     assert of_alone.tolist() == [2]
     np.testing.assert_allclose(logits[1, :2], alone[0], atol=1e-6)
     assert len({tuple(x) for x in np.asarray(logits[counts]).tolist()}) == 6
+
+
+def test_turning_round_adds_up_no_gradients():
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(reverse(x, jnp.array([4, 2, 0]))))(x)
+
+    equations = jax.make_jaxpr(gradient)(jnp.ones((3, 4, 2), jnp.float16)).jaxpr.eqns
+    (scatter,) = (each for each in equations if each.primitive.name == "scatter-add")
+    assert scatter.invars[-1].aval.size == 24 and terms(scatter) == 1
 
 
 @pytest.mark.slow

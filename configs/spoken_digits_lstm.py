@@ -1,0 +1,33 @@
+"""Spoken digits with an LSTM over log-mel features.
+
+Source: S. Hochreiter and J. Schmidhuber, Long short-term memory, Neural Computation 9, 1997; masks of features after D.
+Park et al., SpecAugment, https://arxiv.org/abs/1904.08779.
+
+Data: Z. Jackson, Free Spoken Digit Dataset, https://github.com/Jakobovski/free-spoken-digit-dataset: 3,000 recordings
+by six speakers. Test is the official split, recordings 0 to 4 of each digit and speaker; of the others, 5 to 9 are
+validation and 10 to 49 train.
+
+Command:   jaxmp data prepare spoken_digits --manual FOLDER && jaxmp train spoken_digits_lstm --precision float32
+           FOLDER has fsdd_recordings.tar.gz, or the folder recordings
+Hardware:  1 CPU core, 41 s of its time
+Expected:  test accuracy 98.33, 98.33 and 97.67 % with seeds 0, 1 and 2 in float32; with seed 0 98.33 % in
+           mixed_bfloat16 and 98.67 % in mixed_float16, no step skipped. One recording of the 300 is 0.33 %
+"""
+
+from __future__ import annotations
+
+from jaxmp import Adam, Classification, CosineDecay, Experiment, Loop
+from jaxmp.data.audio import LogMel, Recordings, SpecAugment
+from jaxmp.models.rnn import SequenceClassifier
+
+
+def get_config() -> Experiment:
+    """An LSTM of 128 units over log-mel features, 50 frames a second, Dense 10; Adam with a cosine schedule."""
+    return Experiment(
+        model=SequenceClassifier(cell="lstm", width=128, classes=10, dropout=0.3),
+        data=Recordings(batch_size=64, features=LogMel(hop=160), augment=SpecAugment(bands=5, frames=5)),
+        task=Classification(inputs=("features", "frames")),
+        optimizer=Adam(2e-3, schedule=CosineDecay(warmup_steps=38), clip_norm=1.0),
+        precision="mixed_float16",
+        loop=Loop(epochs=30),
+    )
