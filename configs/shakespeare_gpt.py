@@ -16,7 +16,7 @@ Expected:  validation loss 1.864, 1.865 and 1.878 nats with seeds 0, 1 and 2 in 
 from __future__ import annotations
 
 from jaxmp import AdamW, CosineDecay, Experiment, Loop
-from jaxmp.data.text import TextBytes
+from jaxmp.data.text import TextWindows
 from jaxmp.models.transformer import GPT2
 from jaxmp.tasks.language import NextToken
 
@@ -25,7 +25,7 @@ def get_config() -> Experiment:
     """GPT-2 with 4 layers, 4 heads, width 128 and context 64; 2,000 steps of AdamW."""
     return Experiment(
         model=GPT2(vocabulary=256, context=64, layers=4, heads=4, width=128, dropout=0.0, bias=False),
-        data=TextBytes(length=64, batch_size=12),
+        data=TextWindows(length=64, batch_size=12),
         task=NextToken(),
         optimizer=AdamW(
             1e-3, schedule=CosineDecay(warmup_steps=100, final=0.1), weight_decay=0.1, b2=0.99, clip_norm=1.0

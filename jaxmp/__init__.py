@@ -1,8 +1,39 @@
 """jaxmp: training in mixed precision that runs any experiment under any precision, and proves what it did.
 
-The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that
-`import jaxmp`, and with it `jaxmp --help`, needs no JAX.
+Each public name has its own help, as in `help(jaxmp.loss_scaling)`: shapes, dtypes, errors and source.
+
+Policies: Policy, parse_policy, PolicyTree. with_policy applies one to a Flax Linen module, from_nnx to an NNX module,
+apply_policy to a function; explain shows what each module computes in. autocast runs any function in mixed precision,
+by lists of operations: TORCH, APEX_O1, or your own OperationLists.
+
+Loss scaling: loss_scaling wraps an optax optimizer, scale_loss scales the loss. Scalers: DynamicScaler, HeadroomScaler,
+StaticScaler, NoScaler; those of other frameworks are in jaxmp.scaling.historical. Read the state by loss_scale,
+last_step_finite, skipped_steps, consecutive_skips.
+
+Rounding and formats: apply_updates (to nearest, stochastic, Kahan); Format, parse_format, fake_quantize,
+DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks, from_ml_dtypes. A Recipe
+is the formats of a layer's three products.
+
+Optimizer numerics: float32_math, global_norm, clip_by_global_norm; state_format keeps the state in few bits, in arrays
+of PackedArray.
+
+Steps: make_loss, make_train_step, make_eval_step, TrainState; several losses and frozen parts: Objective, and
+ObjectiveSpec where a task names them.
+
+Experiments: Experiment, of a model, LoRA beside it; data: Arrays, TFDS, Augment, and Dataset, the base of your own,
+any of them cut by random_split, k_folds, balanced; a task: Classification, others in jaxmp.tasks, a function
+(FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an optimizer: SGD,
+Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop,
+Scaling, Parallel.
+
+Runs: fit, steps, Run, compare; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an Evaluated, and
+may return Stop.
+
+Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
 """
+
+# The public names are the imports in `if TYPE_CHECKING:` below. Each is imported when it is first used, so that
+# `import jaxmp`, and with it `jaxmp --help`, needs no JAX.
 
 # ruff: noqa: F401 (the imports are for editors, type checkers and `_homes`)
 
@@ -18,12 +49,14 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.augment import Augment
     from jaxmp.data.dataset import Dataset
+    from jaxmp.data.splits import balanced, k_folds, random_split
     from jaxmp.data.tfds import TFDS
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment
     from jaxmp.experiment.settings import Loop, Parallel
     from jaxmp.modules.functions import apply_policy
     from jaxmp.modules.linen import explain, with_policy
+    from jaxmp.modules.lora import LoRA
     from jaxmp.modules.nnx import from_nnx
     from jaxmp.precision.autocast import APEX_O1, TORCH, OperationLists, autocast
     from jaxmp.precision.blocks import BlockFormat, PackedBlocks, from_ml_dtypes, pack, parse_block_format, quantize
@@ -33,9 +66,11 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.recipe import Recipe
     from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.fit import fit, steps
+    from jaxmp.runs.hooks import Evaluated, StepInfo, Stop
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
     from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
+    from jaxmp.scaling.state_format import PackedArray, state_format
     from jaxmp.scaling.transform import (
         consecutive_skips,
         last_step_finite,
@@ -46,11 +81,15 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     )
     from jaxmp.studies.audit import audit
     from jaxmp.studies.cheapest_policy import find_policy
+    from jaxmp.studies.compare import compare
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
+    from jaxmp.studies.what_if import what_if
     from jaxmp.tasks.classification import Classification
+    from jaxmp.tasks.function import FunctionTask
     from jaxmp.tasks.loss import make_loss
     from jaxmp.tasks.task import Task
+    from jaxmp.tasks.weighted import Weighted, class_weights
     from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.metrics import Mean, MetricSpec
     from jaxmp.training.objective import Objective, ObjectiveSpec

@@ -29,6 +29,8 @@ from jaxmp.commands import (
     report,
     runs,
     train,
+    weights,
+    what_if,
 )
 from jaxmp.commands.command import HELP, Command
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, InputError, RunFailed, nearest
@@ -39,10 +41,12 @@ COMMANDS: dict[str, Command] = {
         train.COMMAND,
         eval.COMMAND,
         predict.COMMAND,
+        weights.COMMAND,
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,
         find_policy.COMMAND,
+        what_if.COMMAND,
         find_lr.COMMAND,
         report.COMMAND,
         runs.COMMAND,

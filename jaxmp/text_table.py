@@ -7,6 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
+class Table(str):
+    """The text of a table, with the cells that it shows, for whoever shows them otherwise."""
+
+    rows: list[Sequence[str]]
+    header: Sequence[str]
+
+
 def table(
     rows: Iterable[Sequence[str]],
     *,
@@ -14,7 +21,7 @@ def table(
     right: Collection[int] = (),
     widths: Sequence[int] = (),
     indent: int = 0,
-) -> str:
+) -> Table:
     """Returns `rows` as lines of text, with two spaces between columns, and none at the end of a line.
 
     Args:
@@ -32,6 +39,7 @@ def table(
     mnist    60,000
     digits    1,797
     """
+    rows = list(rows)
     lines = [*([header] if header else []), *rows]
     least = dict(enumerate(widths))
     wide = [max(least.get(i, 0), *map(len, column)) for i, column in enumerate(zip(*lines, strict=True))]
@@ -39,7 +47,9 @@ def table(
         "  ".join(cell.rjust(wide[i]) if i in right else cell.ljust(wide[i]) for i, cell in enumerate(line))
         for line in lines
     )
-    return "\n".join(" " * indent + line.rstrip() for line in aligned)
+    text = Table("\n".join(" " * indent + line.rstrip() for line in aligned))
+    text.rows, text.header = rows, header
+    return text
 
 
 def without_nan(value: Any) -> Any:

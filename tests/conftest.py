@@ -57,15 +57,26 @@ def with_made_up_rows(experiment, rows):
     import numpy as np  # with jaxmp's data, which import JAX, not above: see `pytest_runtest_setup`
 
     from jaxmp.data.arrays import Arrays
-    from jaxmp.data.text import TextBytes
+    from jaxmp.data.text import TextDataset, TextWindows
+    from jaxmp.data.tokenizer import Bytes
 
     data = experiment.data
 
+    def texts(split):
+        rng = np.random.default_rng(0)
+        if isinstance(data, TextWindows):
+            return {data.column: [rng.bytes(rows * data.length + 1)]}
+        room = data.length - 2  # beside the special tokens
+        lengths = rng.integers(room // 2 + 1, room + 1, rows)  # two of them do not fit into one row
+        return {data.column: [rng.bytes(length) for length in lengths], "label": rng.integers(0, 2, rows)}
+
+    if isinstance(data, TextDataset):
+        tokenizer = data.tokenizer if isinstance(data.tokenizer, Bytes) else Bytes(special=True)
+        data = dataclasses.replace(data, rows=Arrays(texts), tokenizer=tokenizer, batch_size=8)
+        return dataclasses.replace(experiment, data=data)
+
     def load(split):
         rng = np.random.default_rng(0)
-        if isinstance(data, TextBytes):
-            tokens = rng.integers(0, 256, (2, rows, data.length)).astype(np.int32)
-            return dict(zip(("tokens", "next_tokens"), tokens, strict=True))
         shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[data.name]
         image = rng.integers(0, 256, (rows, *shape)).astype(np.uint8)
         return {"image": image, "label": rng.integers(0, 10, rows)}

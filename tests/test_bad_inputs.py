@@ -54,6 +54,8 @@ CONFIGS = {
         "make(loop=dict(epochs=1.5))": "loop.epochs = 1.5 whole",
         "make(loop=dict(steps=np.float32(2.5)))": "loop.steps = 2.5 whole",
         "make(loop=dict(log_every=0))": "loop.log_every = 0 whole",
+        "make(loop=dict(limit_batches=0))": "loop.limit_batches = 0 whole",
+        "make(loop=dict(max_minutes=0))": "loop.max_minutes=0.0 above",
         "make(loop=dict(patience='3'))": "loop.patience = '3' whole",
     },
     "a seed": {

@@ -12,6 +12,7 @@ import pytest
 
 import jaxmp
 import jaxmp.testing
+from jaxmp.data.text import TextDataset
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Loop
 from jaxmp.runs.fit import fit
@@ -27,12 +28,23 @@ def shipped(name):
     return ConfigFile.find(str(Path(__file__).parent.parent / "configs" / f"{name}.py")).experiment()
 
 
+# Full-size configs, each with a smaller model of its kind and shorter rows, and its number of parameters.
+FULL_SIZE = {
+    "openwebtext_gpt2_124m": ({"layers": 2, "heads": 2, "width": 64, "context": 32}, 124_439_808),
+    "bert_base_mlm": ({"layers": 2, "heads": 2, "width": 64, "hidden": 128, "context": 32}, 109_514_298),
+}
+
+
 @pytest.fixture
 def four_steps(made_up):
     """A config, by name, with 32 random rows of the same shape, and a checkpoint half way."""
 
     def of(name):
-        experiment = made_up(shipped(name), 32)
+        experiment = shipped(name)
+        if name in FULL_SIZE:
+            model, data = experiment.model.clone(**FULL_SIZE[name][0]), dataclasses.replace(experiment.data, length=32)
+            experiment = dataclasses.replace(experiment, model=model, data=data)
+        experiment = made_up(experiment, 32)
         schedule = experiment.optimizer.schedule
         schedule = dataclasses.replace(schedule, warmup_steps=min(schedule.warmup_steps, 4))
         optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
@@ -95,12 +107,29 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     found = [error for error in errors["relative_error"] if error is not None]  # None: not finite at the first scale
     assert all(0 < error < 64 * 2.0**-11 for error in found) and (found or overflows), errors
 
-    (given,) = Trainer(experiment).inputs
-    rng, shape = np.random.default_rng(1), (4, *given.shape[1:])
-    whole = jnp.issubdtype(given.dtype, jnp.integer)
-    example = jnp.asarray(rng.integers(0, 256, shape) if whole else rng.standard_normal(shape), given.dtype)
+    trainer = Trainer(experiment)
+    if isinstance(experiment.data, TextDataset):
+        batch = trainer.feed(fuse=False).batch(0)
+        example = tuple(batch[name][:4] for name in experiment.task.inputs)
+    else:
+        (given,) = trainer.inputs
+        example = jnp.asarray(np.random.default_rng(1).standard_normal((4, *given.shape[1:])), given.dtype)
     laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_full_size_config_has_the_published_parameters_and_runs_two_steps(made_up, name):
+    experiment = made_up(shipped(name), 2)
+    report = jaxmp.audit(experiment)  # of whole rows, traced and not run
+    assert not report.findings and list(report.dot_flops_by_dtype) == ["bfloat16"]
+    data = dataclasses.replace(experiment.data, length=64, batch_size=1)
+    losses = []
+    for info in jaxmp.steps(dataclasses.replace(experiment, data=data, loop=Loop(steps=2, steps_per_dispatch=1))):
+        losses.append(info.metrics["loss"])
+        assert sum(leaf.size for leaf in jax.tree.leaves(info.state.params)) == FULL_SIZE[name][1]
+    assert len(losses) == 2 and all(np.isfinite(float(loss.compute())) for loss in losses)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)])

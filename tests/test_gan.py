@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +26,13 @@ from jaxmp.cli import main
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Parallel
+from jaxmp.instruments.gradient_error import gradient_error
 from jaxmp.reports.run_report import report
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.gradients import compare_gradients
+from jaxmp.testing import StepAdapter, step_laws
 from jaxmp.training.metrics import compute
 from jaxmp.trees import by_path
 
@@ -220,7 +224,11 @@ def start(workdir):
 def lines(path):
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: of for key, of in record.items() if key not in ("wall_seconds", "examples_per_second")}
+        {
+            key: of
+            for key, of in record.items()
+            if key not in ("wall_seconds", "examples_per_second", "steps_per_second")
+        }
         for record in records
     ]
 
@@ -309,6 +317,18 @@ def test_too_many_skips_in_a_row_are_of_one_objective_and_the_message_names_it(t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", [BOTH, BOTH[:1]])
+def test_a_failed_run_names_what_was_not_finite_of_each_objective_that_was_skipped(failing, tmp_path):
+    scaler = {name: jaxmp.StaticScaler(2.0 ** (100 if name in failing else 1)) for name in BOTH}
+    with pytest.raises(RunFailed, match=r"^\d steps of discriminator in a row were skipped") as error:
+        fit(gan(scaler=scaler, max_consecutive_skips=2, every=1), workdir=tmp_path, log=lambda message: None)
+    for name in BOTH:
+        after = "" if failing == BOTH else ", with the parameters that generator left in it"
+        found = rf"; not finite in step \d of {name}, at loss scale 1.26765e\+30{after}: the gradient of {name}/"
+        assert (re.search(found, str(error.value)) is not None) == (name in failing), str(error.value)
+
+
+@pytest.mark.slow
 def test_blame_and_find_policy_are_of_the_objective_that_is_named(trained, capsys):
     run, _ = trained
     found = jaxmp.blame(run, 1, objective="discriminator", log=lambda message: None)
@@ -325,10 +345,86 @@ def test_blame_and_find_policy_are_of_the_objective_that_is_named(trained, capsy
         (["blame", folder, "--objective", "generatr"], "did you mean 'generator'"),
         (["blame", folder, "--step", "2", "--objective", "generator"], "in this step discriminator runs"),
         (["find-policy", str(FILE)], "expected --objective, one of discriminator, generator"),
-        (["compare", str(FILE), "--gradients", "1"], "--gradients takes a single objective"),
     ):
         assert main(command) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compare_measures_the_gradients_of_each_objective_where_it_is_due(tmp_path):
+    options = ["--precision", "float32", "mixed_float16", "--seeds", "0", "--workdir", str(tmp_path)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["compare", str(FILE), "--gradients", "2", *options, "--loop.steps", "6"]) == 0
+    page = (tmp_path / "gan" / "compare.html").read_text()
+    assert "Gradients of discriminator" in page and "Gradients of generator" in page
+    found = json.loads((tmp_path / "gan" / "compare.json").read_text())["gradients"]["objectives"]
+    assert {name: of["steps"] for name, of in found.items()} == {"discriminator": [1, 4], "generator": [1, 5]}
+    for name, of in found.items():
+        exact, half = (of["precisions"][precision] for precision in ("float32", "mixed_float16"))
+        assert max(exact["relative_error"]) < 1e-5 and half["worst"]["parameter"].startswith(name)
+
+
+@pytest.mark.slow
+def test_compare_takes_the_gradient_of_an_objective_from_the_state_that_it_sees(monkeypatch):
+    experiment, references = gan(steps=1, precision="float32", scaler=jaxmp.NoScaler()), []
+
+    def seen(gradients, reference):
+        references.append(reference)
+        return gradient_error(gradients, reference)
+
+    monkeypatch.setattr("jaxmp.studies.gradients.gradient_error", seen)
+    compare_gradients({"float32": experiment}, 1)
+    trainer = Trainer(experiment)
+    batch = trainer.feed(fuse=False).batch(0)
+    state = jax.jit(trainer._make_step(("discriminator",)))(trainer.init(), batch)[0]
+    loss_fn = jaxmp.make_loss(experiment.model, experiment.task, "float32", objective="generator", train=False)
+
+    def mean(own):
+        total, (weight, *_) = loss_fn({**state.params, "generator": own}, state.model_state, batch, state.key)
+        return total / weight
+
+    expected = {f"generator/{path}": leaf for path, leaf in by_path(jax.grad(mean)(state.params["generator"])).items()}
+    assert set(expected) == set(references[1])
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(references[1][path], leaf, rtol=1e-4, atol=1e-6)
+
+
+def laws_of(order, every):
+    trainer = Trainer(gan(order=order, every=every))
+    step, batch = jax.jit(trainer.train_step), trainer.feed(fuse=False).batch(0)
+    claims = {"growth_interval": {"discriminator": 8, "generator": 4}, "max_scale": 2.0**24, "hysteresis": 1}
+    return step_laws(StepAdapter(lambda: trainer.devices.put_state(trainer.init()), step, batch, **claims))
+
+
+@pytest.mark.slow
+def test_no_law_of_a_step_accuses_it():
+    laws = laws_of("in_turn", 2)
+    assert not laws.broken, str(laws)
+    holds = {result.law for result in laws if result.verdict == "holds"}
+    assert {
+        "growth_step_is_right",
+        "scale_moves_as_claimed",
+        "not_due_stays",
+        "skipped_statistics_are_dropped",
+    } <= holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["others_do_not_matter", "skipped_beside_others", "skipped_statistics_are_dropped"])
+def test_its_objectives_leave_each_other_alone_at_once_too(law):
+    assert at_once()[law].verdict == "holds", str(at_once()[law])
+
+
+@functools.cache
+def at_once():
+    return laws_of("at_once", 1)
+
+
+@pytest.mark.slow
+def test_it_begins_with_the_weights_of_a_run_where_one_objective_alone_is_averaged(trained, tmp_path):
+    experiment = dataclasses.replace(gan(steps=1, ema_decay=None), task=averaging_the_generator(gan().task))
+    state = Run(fit(experiment, workdir=tmp_path, init_from=trained[0].path).path, experiment).state()
+    assert set(by_path(state.ema)) == {path for path in by_path(state.params) if path.startswith("generator/")}
 
 
 @pytest.mark.slow
@@ -367,6 +463,22 @@ def test_the_order_and_the_share_of_the_steps_of_objectives_are_part_of_the_iden
     turned = dataclasses.replace(gan().task)
     object.__setattr__(turned, "__class__", _turned(type(turned)))
     assert dataclasses.replace(gan(), task=turned).hash != gan().hash
+
+
+def averaging_the_generator(task):
+    """The task of the GAN, with an average of the generator's weights alone."""
+    specs = {**task.objectives, "generator": dataclasses.replace(task.objectives["generator"], ema_decay=0.5)}
+    kind = type("Adversarial", (type(task),), {"objectives": property(lambda self: specs)})
+    return kind(**{field.name: getattr(task, field.name) for field in dataclasses.fields(task)})
+
+
+def test_the_average_of_one_objective_is_said_by_the_task_and_part_of_the_identity():
+    experiment = dataclasses.replace(gan(ema_decay=None), task=averaging_the_generator(gan().task))
+    assert experiment.hash != gan(ema_decay=None).hash
+    decays = {name: objective.ema_decay for name, objective in Trainer(experiment).objective.items()}
+    assert decays == {"discriminator": None, "generator": 0.5}
+    with pytest.raises(InputError, match=r"ObjectiveSpec\.ema_decay = 1\.5: expected a number between 0 and 1"):
+        jaxmp.ObjectiveSpec(ema_decay=1.5)
 
 
 def _turned(kind):

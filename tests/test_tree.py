@@ -13,7 +13,7 @@ import jaxmp
 PACKAGE = Path(jaxmp.__file__).parent
 GROUND = ("errors", "trees", "jaxprs", "text_table")
 ROOMS = (
-    *("precision", "data", "models", "modules", "scaling", "training", "tasks", "instruments", "testing"),
+    *("html", "precision", "data", "models", "modules", "scaling", "training", "tasks", "instruments", "testing"),
     *("experiment", "distributed", "runs", "deploy", "reports", "studies", "commands"),
 )
 TOP = ("cli", "child", "__main__", "__init__")

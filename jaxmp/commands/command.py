@@ -140,6 +140,14 @@ def parse(
     return values, experiment, overrides
 
 
+def options_alone(options: type, argv: Sequence[str], prog: str, description: str) -> Any:
+    """Reads the arguments of a command that are all options of its own, as where it is given a run.
+
+    Raises: SystemExit: 0 after `--help`; 2 after a message about an argument.
+    """
+    return _read(options, argv, prog=prog, description=description)
+
+
 def require_path(**paths: str | None) -> None:
     """Raises InputError if a path is empty (mostly an unset shell variable), a URL, or begins with `~` of nobody."""
     for name, path in paths.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from jaxmp.commands.command import Command
@@ -12,24 +13,68 @@ from jaxmp.text_table import table
 
 @dataclass(frozen=True)
 class Options:
-    """`jaxmp configs` has no options."""
+    """The options of `jaxmp configs`."""
+
+    markdown: bool = False
+    """print a Markdown page with the whole record of each config, as in configs/README.md"""
 
 
 def configs(options: Options) -> int:
     """Lists the configs that have a name: those in ./configs, and those that come with jaxmp."""
-    found = config_file.available()
+    found = sorted(config_file.available())
     if not found:
         raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
-    print(table([(name, _about(name)) for name in sorted(found)]))
+    records = {name: _record(name) for name in found}
+    print(page(records) if options.markdown else table([(name, _title(text)) for name, text in records.items()]))
     return DONE
 
 
-def _about(name: str) -> str:
-    """The first line of a config's docstring; why there is none, if the file cannot be read."""
+_INTRODUCTION = """# Configs
+
+Each config is one file of this folder, and its docstring is the record of the experiment: source, command, hardware,
+time and result. This page is made of them, by
+
+    uv run jaxmp configs --markdown > configs/README.md
+
+`uv run jaxmp train NAME --help` lists every field of a config; `--dry-run` shows shapes, policies and memory.
+"""
+
+
+def page(records: dict[str, str]) -> str:
+    """Returns a Markdown page made of the docstrings `records` of configs: a table of all, and a section of each.
+
+    A docstring is a title, paragraphs, and a list of entries such as `Command:   jaxmp train digits_mlp`, whose text
+    goes on in indented lines.
+    """
+    rows = [f"| [{name}](#{name}) | {_title(text).rstrip('.')} |" for name, text in records.items()]
+    sections = [f"## {name}\n\n{_markdown(text)}" for name, text in records.items()]
+    return "\n".join([_INTRODUCTION, "| config | what it trains |", "|---|---|", *rows, "", "\n\n".join(sections)])
+
+
+def _record(name: str) -> str:
+    """The docstring of a config; why there is none, if the file cannot be read."""
     try:
-        return config_file.ConfigFile.find(name).docstring.partition("\n")[0]
+        return config_file.ConfigFile.find(name).docstring
     except InputError as error:
         return f"(cannot be read: {error})"
+
+
+def _title(record: str) -> str:
+    return record.partition("\n")[0]
+
+
+def _markdown(record: str) -> str:
+    """The docstring with its entries as a list; the command in code."""
+    paragraphs = []
+    for paragraph in record.split("\n\n"):
+        entries = re.split(r"^(Command|Hardware|Expected):\s+", paragraph, flags=re.MULTILINE)
+        if len(entries) == 1:
+            paragraphs.append(paragraph)
+            continue
+        items = {key: " ".join(text.split()) for key, text in zip(entries[1::2], entries[2::2], strict=True)}
+        lines = [f"- {key}: {f'`{text}`' if key == 'Command' else text}" for key, text in items.items()]
+        paragraphs.append("\n".join([*filter(None, [entries[0].strip()]), *lines]))
+    return "\n\n".join(paragraphs)
 
 
 COMMAND = Command("configs", Options, configs)

@@ -25,34 +25,55 @@ def list_datasets(options: ListOptions) -> int:
         print(f"{dataset.name:<20} {dataset.version:<8} {_rows(dataset)}")
     for name, why in catalog.damaged_datasets().items():
         print(f"{name:<20} damaged: {why}")
-    print(f"\nlooked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
+    for name, what in catalog.unprepared().items():
+        print(f"{name:<20} not prepared: `jaxmp data prepare {name} --manual FOLDER` makes it from {what}")
+    print("\nfiles of your own, which need no preparing: jaxmp data info FOLDER_OF_IMAGES, or TABLE.csv")
+    print(f"looked in {catalog.data_folder()} ($JAXMP_DATA, $TFDS_DATA_DIR) and {catalog.own_folder()}")
     return DONE
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """The options of `jaxmp data prepare` and `jaxmp data info`."""
+    """The options of `jaxmp data info`."""
 
     name: str
-    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2."""
+    """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2. Or a path: a folder of images,
+    with a folder in it for each split and class; a table (.csv, .jsonl, .parquet, .npz); a folder of .npy files."""
 
 
-def prepare(options: DatasetOptions) -> int:
+@dataclass(frozen=True)
+class PrepareOptions(DatasetOptions):
+    """The options of `jaxmp data prepare`."""
+
+    manual: str | None = None
+    """Folder of the files that mnist or spoken_digits is made from; by default downloads/manual in the data folder."""
+
+
+def prepare(options: PrepareOptions) -> int:
     """Prepares a dataset, unless it is prepared already.
 
-    jaxmp's own datasets need no network; any other is prepared by its TFDS builder.
+    jaxmp itself prepares digits, and mnist and spoken_digits from the files in --manual; the others, TFDS's builders.
+
+    Files of your own need no preparing: if NAME is a path, shows what is in them.
     """
     from jaxmp.data.catalog import prepare_dataset
 
-    dataset = prepare_dataset(options.name)
+    if _is_path(options.name):
+        return info(options)
+    dataset = prepare_dataset(options.name, options.manual)
     print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
     return DONE
 
 
 def info(options: DatasetOptions) -> int:
-    """Shows rows, features, licence and source of a prepared dataset."""
+    """Shows rows, features, licence and source of a prepared dataset; of files, rows and columns."""
     from jaxmp.data.catalog import describe
 
+    if _is_path(options.name):
+        from jaxmp.data.files import describe_files
+
+        _print_lines(describe_files(options.name))
+        return DONE
     description = describe(options.name)
     dataset = description.dataset
     lines = {
@@ -65,10 +86,21 @@ def info(options: DatasetOptions) -> int:
         "licence": description.licence,
         "citation": description.citation,
     }
+    _print_lines(lines)
+    return DONE
+
+
+def _print_lines(lines: dict[str, str]) -> None:
     for key, value in lines.items():
         if value:
             print(f"{key:<9} {value}")
-    return DONE
+
+
+def _is_path(name: str) -> bool:
+    from jaxmp.data.catalog import list_datasets
+    from jaxmp.data.files import is_path
+
+    return is_path(name) and name not in {dataset.name for dataset in list_datasets()}
 
 
 def _rows(dataset: Prepared) -> str:
@@ -76,5 +108,5 @@ def _rows(dataset: Prepared) -> str:
 
 
 LIST = Command("data list", ListOptions, list_datasets)
-PREPARE = Command("data prepare", DatasetOptions, prepare)
+PREPARE = Command("data prepare", PrepareOptions, prepare)
 INFO = Command("data info", DatasetOptions, info)

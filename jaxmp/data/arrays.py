@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmp.data.dataset import Split
+from jaxmp.data.fingerprint import digest
 from jaxmp.data.images import Images
 from jaxmp.data.source import Columns, as_column
 from jaxmp.data.transforms import errors_named, function_name
 from jaxmp.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The arrays of `Arrays.of`, as the function that loads them; known by what they hold."""
+
+    digests: Mapping[str, Any]
+    """dtype, shape and digest of each column of each split"""
+    arrays: Mapping[str, Mapping[str, Any]] = field(init=False, repr=False)
+    """the columns of each split, by name"""
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Mapping[str, Any]]) -> Given:
+        """The function that loads these columns of these splits."""
+        given = cls(digests(arrays))
+        object.__setattr__(given, "arrays", arrays)
+        return given
+
+    def __call__(self, split: Split) -> Mapping[str, Any] | None:
+        """The columns of a split; None if there is no such split."""
+        return self.arrays.get(split)
+
+
+def digests(splits: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, str]]:
+    """What the columns of splits hold, `float32[3] 5f6a...` by split and name; equal in every process."""
+    return {
+        split: {name: f"{of.dtype.name}{list(of.shape)} {digest(of)[:16]}" for name, of in columns.items()}
+        for split, columns in splits.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,37 @@ class Arrays(Images):
     load: Callable[..., Any]
     """Function that returns a split, load("train") -> {name: array}; also called with "validation" and "test", of which
     it may return None if there is no such split."""
+
+    @classmethod
+    def of(
+        cls,
+        train: Mapping[str, Any],
+        *,
+        validation: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Arrays:
+        """The dataset of arrays that are there already; they, not a function, are a part of the experiment's hash.
+
+        Args:
+          train: the training rows: arrays, lists or columns of text with one leading axis, by name; or a DataFrame.
+          validation: the validation rows, if there are any; `jaxmp.random_split` takes them from `train`.
+          test: the test rows, if there are any.
+          fields: the other fields of `Arrays`, such as `batch_size`.
+
+        >>> import numpy as np
+        >>> data = Arrays.of({"x": np.zeros((100, 3)), "label": np.zeros(100, int)}, batch_size=20)
+        >>> len(data.source("train"))
+        100
+        """
+        given = {"train": train, "validation": validation, "test": test}
+        splits = {}
+        for split, arrays in given.items():
+            if arrays is not None:
+                if not hasattr(arrays, "keys"):
+                    raise InputError(f"Arrays.of: {split} is a {type(arrays).__name__}; expected arrays by name")
+                splits[split] = {str(name): as_column(name, arrays[name]) for name in arrays.keys()}
+        return cls(load=Given.of(splits), **fields)
 
     def source(self, split: Split) -> Columns | None:
         """The rows that `load(split)` returned: a dict of arrays, of text too, with one leading axis; None if None.

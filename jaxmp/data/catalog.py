@@ -1,7 +1,8 @@
 """Which datasets are prepared, where, and how to prepare others: what `jaxmp data list|prepare|info` shows.
 
 Datasets are looked for in two folders: the data folder ($JAXMP_DATA, else $TFDS_DATA_DIR, else ~/tensorflow_datasets),
-which is only read, and `cache_folder()`/tfds, which `prepare_dataset` writes.
+which is only read, and `cache_folder()`/tfds, which `prepare_dataset` writes. jaxmp prepares some datasets itself: what
+its dependencies hold when it is first used, and others from files of one's own, in a manual folder.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def own_folder() -> Path:
 
 
 def list_datasets() -> list[Prepared]:
-    """All versions of the prepared datasets, and jaxmp's own even if unprepared; by name, newest version first.
+    """All versions of the prepared datasets, and those that jaxmp prepares when first used; by name, newest first.
 
     Those whose description cannot be read are left out; see `damaged_datasets`.
     """
     found = {(entry.name, entry.version): entry for entry in _found() if isinstance(entry, Prepared)}
-    for name, version in builders.VERSIONS.items():
+    for name, version in _offline().items():
         found.setdefault((name, version), Prepared(name, version, own_folder() / name / version, {}, 0))
     newest_first = sorted(found.values(), key=lambda entry: _order(entry.version), reverse=True)
     return sorted(newest_first, key=lambda entry: entry.name)
@@ -95,7 +96,7 @@ def find_dataset(name: str, version: str | None = None) -> Prepared:
 
     Raises InputError if it is not prepared, with the folders searched and the command that prepares it.
     """
-    if name in builders.VERSIONS and version in (None, builders.VERSIONS[name]):
+    if name in _offline() and version in (None, builders.VERSIONS[name]):
         return _prepare_own(name)
     entries = list_datasets()
     versions = [entry for entry in entries if entry.name == name]
@@ -113,23 +114,45 @@ def find_dataset(name: str, version: str | None = None) -> Prepared:
     if configs:
         raise InputError(f"dataset {name!r} needs a config; prepared: {', '.join(configs)} ({looked})")
     names = {entry.name for entry in entries}
-    raise InputError(
-        f"dataset {name!r} is not prepared ({looked}); to prepare it: `jaxmp data prepare {name}`; "
-        f"prepared: {', '.join(sorted(names))}{nearest(name, names)}"
-    )
+    hint = _from_files(name) if name in builders.MANUAL else f"to prepare it: `jaxmp data prepare {name}`"
+    mean = "" if name in builders.MANUAL else nearest(name, {*names, *builders.MANUAL})
+    raise InputError(f"dataset {name!r} is not prepared ({looked}); {hint}; prepared: {', '.join(sorted(names))}{mean}")
 
 
-def prepare_dataset(name: str) -> Prepared:
-    """Prepares `name` in `own_folder()` if it is not prepared yet: jaxmp's own offline, any other by TFDS's builder.
+def unprepared() -> dict[str, str]:
+    """What the files are that jaxmp makes a dataset from, by the name of each such dataset that is not prepared."""
+    prepared = {entry.name for entry in list_datasets()}
+    return {name: what for name, (_, what) in builders.MANUAL.items() if name not in prepared}
 
-    Raises InputError if TFDS does not know the name, if TensorFlow, which its builders import, is not installed, or if
-    the builder fails, for example because the source cannot be downloaded.
+
+def prepare_dataset(name: str, manual: str | os.PathLike[str] | None = None) -> Prepared:
+    """Prepares `name` in `own_folder()` if it is not prepared yet: by jaxmp, or by TFDS's builder.
+
+    Args:
+      name: of the dataset.
+      manual: folder of the files that it is made from, if jaxmp makes it from files; by default `manual_folder()`.
+
+    Raises:
+      InputError: the manual folder has none of the files, or one is damaged; TFDS does not know the name; TensorFlow,
+        which its builders import, is not installed; or the builder fails, for example because the source cannot be
+        downloaded.
     """
-    if name in builders.VERSIONS:
+    if name in _offline():
         return _prepare_own(name)
     for entry in list_datasets():
         if entry.name == name:
             return entry
+    if name in builders.MANUAL:
+        folder = manual_folder() if manual is None else local_path("manual folder", manual)
+        if builders.has_files(name, folder):
+            return _prepare_own(name, folder)
+        if manual is not None or name == "spoken_digits":
+            raise InputError(_no_files(name, folder))
+    elif manual is not None:
+        raise InputError(
+            f"manual folder {os.fspath(manual)!r}: jaxmp makes {' and '.join(builders.MANUAL)} from files of yours, "
+            f"not {name!r}{nearest(name, builders.MANUAL)}"
+        )
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
@@ -139,6 +162,7 @@ def prepare_dataset(name: str) -> Prepared:
         raise InputError(
             f"preparing {name!r} runs TFDS's own builder, which imports TensorFlow, and that is not installed: "
             "`uv sync --extra prepare`, or `pip install 'jaxmp[prepare]'` (reading what is prepared needs none)"
+            + (f"; or, without TensorFlow, {_from_files(name)}" if name in builders.MANUAL else "")
         )
     try:
         tfds.builder(name, data_dir=own_folder(), file_format=FORMAT).download_and_prepare()
@@ -175,12 +199,31 @@ def read_tfds_info(dataset: Prepared) -> Any:
         ) from error
 
 
-def _prepare_own(name: str) -> Prepared:
+def manual_folder() -> Path:
+    """TFDS's folder for files of one's own: `data_folder()`/downloads/manual. It need not exist."""
+    return data_folder() / "downloads" / "manual"
+
+
+def _offline() -> dict[str, str]:
+    """The versions of the datasets that jaxmp prepares from its dependencies alone, by name."""
+    return {name: version for name, version in builders.VERSIONS.items() if name not in builders.MANUAL}
+
+
+def _from_files(name: str) -> str:
+    return f"`jaxmp data prepare {name} --manual FOLDER` makes it from {builders.MANUAL[name][1]}"
+
+
+def _no_files(name: str, folder: Path) -> str:
+    names, _ = builders.MANUAL[name]
+    return f"{folder} has none of {', '.join(names)}; {_from_files(name)}, in FOLDER"
+
+
+def _prepare_own(name: str, manual: Path | None = None) -> Prepared:
     version = builders.VERSIONS[name]
     folder = own_folder() / name / version
 
     def build(draft: Path) -> None:
-        builders.prepare(name, draft)
+        builders.prepare(name, draft, manual)
         for file in (draft / name / version).iterdir():
             file.rename(draft / file.name)
         shutil.rmtree(draft / name)

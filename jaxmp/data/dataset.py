@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class Dataset(abc.ABC):
     """Functions of rows on the host, rows -> rows, applied in order: a tokenizer, for example."""
     transforms: tuple[Callable[..., Any], ...] = ()
     """Functions of one example on the device, (key, row) -> row, applied in order; key is None in evaluation."""
+    cuts: tuple[Any, ...] = ()
+    """How rows are dealt to splits anew, in order; set by jaxmp.random_split, k_folds and balanced."""
 
     def __post_init__(self) -> None:
         """Raises InputError for a size or a function that cannot be used."""
@@ -52,6 +54,8 @@ class Dataset(abc.ABC):
             functions = getattr(self, name)
             if not isinstance(functions, tuple) or not all(map(callable, functions)):
                 raise InputError(f"data.{name} is {functions!r}; expected a tuple of functions, (function,)")
+        if not isinstance(self.cuts, tuple) or not all(hasattr(cut, "source") for cut in self.cuts):
+            raise InputError(f"data.cuts is {self.cuts!r:.80}; expected what jaxmp.random_split sets")
 
     @abc.abstractmethod
     def source(self, split: Split) -> Source | None:
@@ -59,6 +63,13 @@ class Dataset(abc.ABC):
 
         Raises InputError if the rows cannot be read.
         """
+
+    def encode(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rows of one's own, columns by name, in the form in which `source` has them; here the rows themselves.
+
+        A dataset whose `source` changes the rows that it is made of, texts into tokens, say, extends this method.
+        """
+        return rows
 
     def read(self, split: Split) -> Source | None:
         """The rows of one split after the host transforms; None if there is no such split.
@@ -74,9 +85,24 @@ class Dataset(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: a copy opens its own splits."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_loaded")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def _read(self, split: Split) -> Source | None:
+        source = self._cut(split, self.cuts)
+        if source is None:
+            return None
+        return HostTransformed(source, self.host_transforms) if self.host_transforms else source
+
+    def _cut(self, split: Split, cuts: tuple[Any, ...]) -> Source | None:
+        """The rows of a split after `cuts`; without any, those of `source`, which is opened once."""
+        if cuts:
+            return cuts[-1].source(split, lambda before: self._cut(before, cuts[:-1]))
+        opened = self.__dict__.setdefault("_opened", {})
+        if f"whole {split}" not in opened:
+            opened[f"whole {split}"] = self._whole(split)
+        return opened[f"whole {split}"]
+
+    def _whole(self, split: Split) -> Source | None:
         call = f"{type(self).__name__}.source({split!r})"
         try:
             source = self.source(split)
@@ -96,7 +122,7 @@ class Dataset(abc.ABC):
             )
         if not len(source):
             raise InputError(f"{call} has no rows")
-        return HostTransformed(source, self.host_transforms) if self.host_transforms else source
+        return source
 
     def prepare(self, *, train: bool) -> Prepare:
         """What is done to a batch on the device: `(batch, key, global_index=None) -> batch`, pure, to be traced.

@@ -32,7 +32,8 @@ def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
 
     Returns:
       `rows`, the number of rows; `sampled`, the number of rows that were read, None if all; and `columns`: the dtype,
-      the shape of a row and a digest of the bytes of each column, by name.
+      the shape of a row and a digest of the bytes of each column, by name. Of texts that were split into tokens,
+      `vocabulary`, the digest of the vocabulary.
     """
     source = source.source if isinstance(source, HostTransformed) else source
     rows = len(source)
@@ -51,11 +52,21 @@ def fingerprint(source: Source, *, workers: int = 0) -> dict[str, Any]:
         }
         for name, column in sorted(sample.items())
     }
-    return {"rows": rows, "sampled": len(spread) if size > WHOLE_BYTES else None, "columns": columns}
+    found = {"rows": rows, "sampled": len(spread) if size > WHOLE_BYTES else None, "columns": columns}
+    vocabulary = getattr(source, "vocabulary_sha256", None)
+    return found if vocabulary is None else {**found, "vocabulary": vocabulary}
+
+
+def digest(column: np.ndarray) -> str:
+    """The SHA-256 of a column's content, 64 hexadecimal digits; of text and objects too."""
+    return hashlib.sha256(_bytes(column)).hexdigest()
 
 
 def changed_rows(split: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what a split differs from the recorded one, a sentence each; empty if in nothing that was compared."""
+    before, after = recorded.get("vocabulary"), now.get("vocabulary")
+    if before != after:
+        return [f"the tokens of {split} are of another vocabulary: its digest is {after} (was {before})"]
     if recorded["rows"] != now["rows"]:
         return [f"{split} has {now['rows']} rows (was {recorded['rows']})"]
     was, is_, found = recorded["columns"], now["columns"], []

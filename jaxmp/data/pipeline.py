@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric
+from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric, permutation
 from jaxmp.data.transforms import apply_host_transforms, read_rows
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
@@ -30,12 +30,8 @@ SAMPLED_ROWS = 256  # of a source that is no arrays
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version.
-
-    A generator's raw bits are guaranteed to stay as they are (NEP 19), and its `permutation` is not.
-    """
-    bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(examples)
-    return np.argsort(bits, kind="stable").astype(np.int32)
+    """The order in which an epoch visits the rows: a permutation, int32 (examples,), equal in every NumPy version."""
+    return permutation(seed, epoch, examples)
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,10 @@ class Batches:
     """Rows of a batch, counted over all devices."""
     seed: int
     """Seed of the order of the rows."""
+    limit: int | None = None
+    """The most batches of an epoch; all by default. Each epoch takes other rows."""
+    repeat: bool = False
+    """Whether every epoch takes the batches of the first."""
 
     def __post_init__(self):
         if self.batch_size > self.examples:
@@ -56,11 +56,12 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Number of batches of an epoch, the padded one included."""
-        return -(-self.examples // self.batch_size)
+        whole = -(-self.examples // self.batch_size)
+        return whole if self.limit is None else min(self.limit, whole)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """The rows of each batch of an epoch, int32 (per_epoch, batch_size); the last is padded with the first rows."""
-        order = epoch_order(self.seed, epoch, self.examples)
+        order = epoch_order(self.seed, 0 if self.repeat else epoch, self.examples)
         return np.resize(order, (self.per_epoch, self.batch_size))
 
     def weights(self, position: int | jax.Array) -> np.ndarray | jax.Array:
@@ -277,13 +278,18 @@ def _check_columns(split: str, found: Mapping[str, Any], train: Mapping[str, Any
 
 
 def batch_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of rows as `dataset.source` gives them: after the host transforms, each with weight 1, not yet prepared.
+    """A batch of rows as `dataset.source` gives them, or `dataset.encode` takes them: after the host transforms.
+
+    Each row has weight 1. The batch is not yet prepared.
 
     Args:
       dataset: whose host transforms are applied.
       rows: arrays of shape (n, ...); a column "weight" that is left after the host transforms is ignored.
     """
-    columns = {name: column if hasattr(column, "dtype") else as_column(name, column) for name, column in rows.items()}
+    columns = {
+        name: column if hasattr(column, "dtype") else as_column(name, column)
+        for name, column in dataset.encode(rows).items()
+    }
     columns = apply_host_transforms(dataset.host_transforms, columns)
     columns.pop("weight", None)
     return _numeric(columns) | {"weight": np.ones(len(next(iter(columns.values()))), np.float32)}

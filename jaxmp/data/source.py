@@ -1,4 +1,4 @@
-"""Where rows come from: the protocol `Source`, and `Columns`, its form over arrays."""
+"""Where rows come from: the protocol `Source`; `Columns`, its form over arrays; `Rows`, some rows of another."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ class Columns:
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {name: np.asarray(column[indices]) for name, column in self.columns.items()}
+
+
+class Rows:
+    """Some rows of a `Source`, as a `Source`.
+
+    Args:
+      source: the rows to take from.
+      indices: int (n,), which of them, in this order.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+        self.thread_safe = getattr(source, "thread_safe", False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return self.source[self.indices[indices]]
 
 
 def as_column(name: Any, values: Any) -> np.ndarray:
@@ -107,3 +126,12 @@ def _objects(values: Any) -> np.ndarray:
     for index, value in enumerate(values):  # not at once: NumPy would look into values that are arrays
         column[index] = value
     return column
+
+
+def permutation(seed: int, stream: int, rows: int) -> np.ndarray:
+    """A random order of `rows` rows, int32 (rows,), equal in every NumPy version.
+
+    A generator's raw bits are guaranteed to stay as they are (NEP 19), and its `permutation` is not.
+    """
+    bits = np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)).random_raw(rows)
+    return np.argsort(bits, kind="stable").astype(np.int32)

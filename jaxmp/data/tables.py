@@ -23,11 +23,12 @@ from jaxmp.errors import InputError, local_path
 STDIN = "-"
 
 
-def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_table(path: str | os.PathLike[str], where: str = "input") -> dict[str, np.ndarray]:
     """The columns of a table, by name: arrays of shape (rows,), or (rows, ...) where each row holds as many numbers.
 
     The suffix says what the file is: .csv (the first line has the names), .jsonl (an object a line), .parquet or .npz
-    (arrays with a common leading axis). `-` reads standard input, CSV or JSON lines.
+    (arrays with a common leading axis). `-` reads standard input, CSV or JSON lines. Messages about the path begin with
+    `where`.
 
     Raises:
       InputError: there is no such file, it is of another kind or broken, or it has no rows.
@@ -36,13 +37,13 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         text = sys.stdin.buffer.read()
         kind = ".jsonl" if text.lstrip()[:1] == b"{" else ".csv"
         return _read("standard input", kind, io.BytesIO(text))
-    file = local_path("input", path)
-    kind = table_kind(file, "input")
+    file = local_path(where, path)
+    kind = table_kind(file, where)
     try:
         with file.open("rb") as opened:
             return _read(str(file), kind, opened)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"input {str(file)!r}: {error.strerror}; expected a file") from None
+        raise InputError(f"{where} {str(file)!r}: {error.strerror}; expected a file") from None
 
 
 def table_kind(path: str | os.PathLike[str], where: str) -> str:
@@ -77,10 +78,15 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, np.ndarray])
 def _read(name: str, kind: str, file: IO[bytes]) -> dict[str, np.ndarray]:
     with _broken(name, kind):
         columns = _READ[kind](file)
+    check_lengths(name, columns)
+    return columns
+
+
+def check_lengths(name: str, columns: Mapping[str, np.ndarray]) -> None:
+    """Raises InputError, which begins with `name`, unless the columns have one length, of at least one row."""
     lengths = {column: array.shape[0] if array.ndim else None for column, array in columns.items()}
     if not columns or len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
         raise InputError(f"{name} has columns of lengths {lengths}; expected one length, of at least one row")
-    return columns
 
 
 @contextlib.contextmanager

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import optax
 
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.tfds import TFDS
+from jaxmp.data.transforms import function_name
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.settings import Loop, Parallel
+from jaxmp.html.elements import Elements, shortened
+from jaxmp.modules.lora import ADAPTERS, LoRA
+from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.scaling.scalers import Scaler, Scaling
 from jaxmp.tasks.classification import Classification
+from jaxmp.tasks.function import as_task
 from jaxmp.tasks.task import objectives_of, refuse_several
 from jaxmp.training.objective import EVERYTHING, check_trains
-from jaxmp.training.optimizers import Adam
+from jaxmp.training.optimizers import Adam, is_optimizer
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,21 @@ class Experiment:
     data: Any = TFDS()
     """Dataset: TFDS, Arrays or your own, with its batch size and how its rows are prepared."""
     task: Any = Classification()
-    """How a batch is fed to the model, and how its outputs become a loss and metrics."""
+    """How a batch is fed to the model, and how its outputs become a loss and metrics: a Task, or a function of
+    (outputs, batch)."""
     optimizer: Any = Adam()
-    """Optimizer: SGD, Adam, AdamW, LAMB or Lion; of several objectives, a mapping by name, or one for all of them."""
+    """Optimizer: SGD, Adam, AdamW, LAMB, Lion, or any optax transformation; of several objectives, a mapping by name,
+    or one for all of them."""
     precision: str = "mixed_float16"
     """Dtypes of weights, computation and outputs: float32, mixed_bfloat16, mixed_float16 or p=f32,c=bf16,o=f32.
     Rules for single modules go before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
     scaler: Any = Scaling()
     """Loss scaling, which keeps small gradients from becoming 0 in float16; by objective, where it differs."""
     trains: tuple[str, ...] = EVERYTHING
-    """Parameters to train, the others are frozen: patterns of paths, such as head or **/bias, or of modules."""
+    """Parameters to train, the others are frozen: patterns of paths, such as head or **/bias, or of modules. With LoRA,
+    those to train beside the adapters; by default none."""
+    lora: LoRA = LoRA()
+    """Adapters of low rank, which are trained in place of the model's weights."""
     parallel: Parallel = Parallel()
     """How a step is distributed over devices: it changes the last digits, and no run's hash."""
     loop: Loop = Loop()
@@ -62,11 +73,15 @@ class Experiment:
                 raise InputError(
                     f"{field.name} = {value.__qualname__}: expected an instance, {value.__qualname__}(...)"
                 )
-        of_ones_own = "or a frozen dataclass of your own with make(steps), which returns an optax transformation"
+        object.__setattr__(self, "task", as_task(self.task))
         in_32_bits = isinstance(self.seed, numbers.Integral) and 0 <= self.seed < 2**32
         self._require("model", _has(self.model, "init", "apply"), "a Flax Linen module; of NNX, jaxmp.from_nnx(make)")
         self._require("data", isinstance(self.data, Dataset), "TFDS(name=...), Arrays(load), or a Dataset of your own")
-        self._require("task", _has(self.task, "__call__") and hasattr(self.task, "inputs"), "Classification(), say")
+        self._require(
+            "task",
+            _has(self.task, "__call__") and hasattr(self.task, "inputs"),
+            "Classification(), say, or a function of (outputs, batch)",
+        )
         names = list(objectives_of(self.task))
         check_trains(self.trains, "trains")
         if names and self.trains != EVERYTHING:
@@ -74,9 +89,19 @@ class Experiment:
                 f"trains = {self.trains!r}: the objectives of {type(self.task).__name__} say what each of them trains; "
                 "expected no trains beside them"
             )
-        expected = f"Adam(1e-3) or another of jaxmp's, {of_ones_own}"
+        expected = (
+            "Adam(1e-3) or another of jaxmp's, an optax transformation, a function of the number of steps that returns "
+            "one, or a frozen dataclass of your own with such a make(steps)"
+        )
+        self._require("lora", isinstance(self.lora, LoRA), "LoRA(rank=8), say")
+        if self.lora.rank and names:
+            raise InputError(
+                f"lora.rank = {self.lora.rank}: the objectives of {type(self.task).__name__} say what each of them "
+                "trains; expected 0, no adapters"
+            )
+        _ = self.adapted_model  # refuses a model without modules
         for part, optimizer in self._by_objective("optimizer", names):
-            _require_part(part, optimizer, _has(optimizer, "make"), expected)
+            _require_part(part, optimizer, is_optimizer(optimizer), expected)
         self._require("precision", isinstance(self.precision, str), "a string; of a policy, str(policy)")
         for part, scaler in self._by_objective("scaler", names):
             is_scaler = isinstance(scaler, Scaling) or _has(scaler, "init", "update")
@@ -123,6 +148,18 @@ class Experiment:
         """The policies that `precision` names: one, or a tree of rules."""
         return PolicyTree.parse(self.precision)
 
+    @property
+    def adapted_model(self) -> Any:
+        """The model that is trained: with the adapters of `lora`; `model` itself where there are none."""
+        return as_model(self.model).under(self.lora) if self.lora.rank else self.model
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are trained: `trains`; with LoRA the adapters, and what that names beside."""
+        if not self.lora.rank:
+            return self.trains
+        return ADAPTERS if self.trains == EVERYTHING else (*ADAPTERS, *self.trains)
+
     def optimizer_of(self, objective: str) -> Any:
         """The optimizer of one of several objectives."""
         return self.optimizer[objective] if isinstance(self.optimizer, Mapping) else self.optimizer
@@ -158,13 +195,49 @@ class Experiment:
         objectives = objectives_of(self.task)
         if not objectives:
             return fields
-        specs = [{"name": name, "trains": list(spec.trains), "every": spec.every} for name, spec in objectives.items()]
+        specs = [
+            {"name": name, "trains": list(spec.trains), "every": spec.every}
+            | ({} if spec.ema_decay is None else {"ema_decay": spec.ema_decay})
+            for name, spec in objectives.items()
+        ]
         return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}
+
+    def _repr_html_(self) -> str:
+        """Shows the parts in a notebook, each with what differs from its defaults."""
+        rows = [(field.name, in_words(getattr(self, field.name))) for field in dataclasses.fields(self)]
+        found = Elements()
+        found.table(("part", "what differs from its defaults"), rows)
+        return found.cell()
 
     @property
     def hash(self) -> str:
         """12 hexadecimal digits that name the run's folder: of the fields that decide and choose, see `identity`."""
         return identity_hash(self)
+
+
+def in_words(value: Any) -> str:
+    """A part of an experiment in one line: its class, and the fields that differ from their defaults."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name}: {in_words(of)}" for name, of in value.items())
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return f"({', '.join(map(in_words, value))}{',' if len(value) == 1 else ''})"
+        if isinstance(value, optax.GradientTransformation):
+            made = getattr(value.update, "__qualname__", "update").partition(".")[0]
+            return f"optax transformation ({made})"
+        named = callable(value) and (hasattr(value, "__qualname__") or hasattr(value, "__wrapped__"))
+        return function_name(value) if named else shortened(repr(value), 60)
+    changed = []
+    for field in dataclasses.fields(value):
+        if not field.init or field.name in ("parent", "name"):
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        of = getattr(value, field.name, None)
+        if of is not default and not (type(of) is type(default) and of == default):
+            changed.append(f"{field.name}={in_words(of)}")
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def _has(part: Any, *methods: str) -> bool:

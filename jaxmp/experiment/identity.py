@@ -17,10 +17,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.experiment.canonical import canonical
+from jaxmp.modules.lora import LoRA
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.objective import EVERYTHING
 
@@ -113,11 +115,40 @@ def _kind(path: str, kinds: Mapping[str, str]) -> str:
     return next((kinds[name] for name in above if name in kinds), "decides")
 
 
+_ABSENT = object()
+
+# Fields that were added after 0.1, and the default with which they change nothing: left out, so that a run of before
+# keeps its folder. `*` is the name of an objective.
+_ADDED_LATER: dict[str, Any] = {
+    "trains": list(EVERYTHING),
+    **{f"lora.{name}": value for name, value in json.loads(json.dumps(canonical(LoRA(), "lora"))).items()},
+    "lora": {},
+    "data.cuts": [],
+    "optimizer.state_format": None,
+    "optimizer.*.state_format": None,
+    "loop.limit_batches": None,
+    "loop.overfit_batches": None,
+}
+
+
+def _places(content: Any, path: Sequence[str]) -> list[dict[str, Any]]:
+    """The dicts at `path`, in which `*` is any name."""
+    if not isinstance(content, dict):
+        return []
+    if not path:
+        return [content]
+    below = content.values() if path[0] == "*" else [content.get(path[0])]
+    return [place for value in below for place in _places(value, path[1:])]
+
+
 def _normal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with the precision in one spelling, and without `trains` where that is everything, as it was before."""
+    """A copy with the precision in one spelling, without fields that were added later and have their default."""
     copied = json.loads(json.dumps(content))
-    if copied.get("trains") == list(EVERYTHING):
-        del copied["trains"]
+    for path, default in _ADDED_LATER.items():
+        *above, field = path.split(".")
+        for place in _places(copied, above):
+            if place.get(field, _ABSENT) == default:
+                del place[field]
     if isinstance(copied.get("precision"), str):
         copied["precision"] = str(PolicyTree.parse(copied["precision"]))
     return copied

@@ -23,6 +23,12 @@ class Loop:
     """Passes over the training set."""
     steps: int | None = None
     """Steps to train; replaces epochs."""
+    limit_batches: int | None = None
+    """Batches of an epoch to train on, and as many rows of each other split to evaluate on; by default all."""
+    overfit_batches: int | None = None
+    """Train on the same few batches in every epoch, and validate on their rows: a model that learns fits them all."""
+    max_minutes: float | None = field(default=None, metadata={"identity": "operates"})
+    """Save and stop after so many minutes; the same command goes on. By default never."""
     log_every: int = field(default=50, metadata={"identity": "operates"})
     """Steps between two lines of training metrics; each line shows the mean since the last one."""
     eval_every: int | None = field(default=None, metadata={"identity": "chooses"})
@@ -58,11 +64,15 @@ class Loop:
         """Refuses what could not run."""
         for name in ("epochs", "log_every", "keep", "max_consecutive_skips", "accumulate_steps"):
             object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
-        for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch"):
+        limits = ("limit_batches", "overfit_batches")
+        for name in ("steps", "eval_every", "save_every", "patience", "ranges_every", "steps_per_dispatch", *limits):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole_number(f"loop.{name}", getattr(self, name), 1))
         if self.ema_decay is not None:
             object.__setattr__(self, "ema_decay", float(number("loop.ema_decay", self.ema_decay)))
+        if self.max_minutes is not None:
+            object.__setattr__(self, "max_minutes", float(number("loop.max_minutes", self.max_minutes)))
+        self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "a number above 0")
         self._require("accumulate_overflow", self.accumulate_overflow in OVERFLOWS, " or ".join(OVERFLOWS))
         self._require("batch_norm", self.batch_norm in ("global", "replica"), "global or replica")
         self._require("mode", self.mode in (None, "max", "min"), "max or min")

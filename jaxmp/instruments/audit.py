@@ -26,6 +26,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from jaxmp.html.elements import cell_of
 from jaxmp.instruments import numbers
 from jaxmp.instruments.finding import Counted, Finding, found
 from jaxmp.instruments.numbers import Number
@@ -192,6 +193,10 @@ class Audit:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of(self._lines())
+
     def _lines(self) -> Iterator[str]:
         flops = self.dot_flops_by_dtype
         yield "FLOPs of dots and convolutions"
@@ -206,7 +211,7 @@ class Audit:
         for (before, after), n in changes.most_common():
             yield f"  {before} to {after}: {n}, of {elements[before, after]:,} elements"
         if self.program is not None:
-            yield str(self.program)
+            yield from self.program.lines()
         yield "findings" if self.findings else "findings\n  none"
         for finding in self.findings:
             yield f"  {finding}"

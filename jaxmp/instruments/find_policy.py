@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.html.elements import cell_of
 from jaxmp.instruments.audit import Dot, audit
 from jaxmp.instruments.float64 import draws, in_float64
 from jaxmp.instruments.gradient_error import float64_arrays
@@ -168,6 +169,10 @@ class FoundPolicy:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of(self._lines())
 
     def _lines(self) -> Iterator[str]:
         of = {"noise": "its noise", "gradient": "its norm", "float32": "the error of float32"}[self.unit]

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import SAME_VALUES, bare, interpret, scan_counts, tracing
+from jaxmp.scaling.state_format import PackedArray
 from jaxmp.text_table import table
 from jaxmp.training.objective import EVERYTHING, trained_view
 from jaxmp.trees import is_inexact, is_key
@@ -36,6 +38,7 @@ class Item(NamedTuple):
     trained), frozen parameters, moments, other state, batch, gradients, weights cast for compute, or saved
     activations"""
     dtype: str
+    """dtype, or block format of an optimizer's packed state"""
     arrays: int
     nbytes: int
 
@@ -53,6 +56,10 @@ class Memory:
     def to_json(self) -> list[dict[str, Any]]:
         """Returns the items as lists, dicts, strings and integers."""
         return [item._asdict() for item in self.items]
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
 
     def __str__(self) -> str:
         shown = [(item.name, item.dtype, item.nbytes) for item in self.items if item.nbytes >= 0.005 * MIB]
@@ -78,7 +85,8 @@ def memory(
       params: the parameters, arrays or `jax.ShapeDtypeStruct`s. Leaves without a gradient, such as integers, count as
         other state.
       args: the further arguments of `loss`, such as the batch.
-      opt_state: the optimizer's state. Float arrays count as moments, all else as other state.
+      opt_state: the optimizer's state. Float arrays count as moments, all else as other state. Arrays that
+        `state_format` packs are moments, elements and scales together, under the name of their block format.
       state: what else persists between steps, such as batch statistics or an average of the weights.
       trains: the parameters that are differentiated, see `jaxmp.Objective`; the others are frozen.
 
@@ -130,8 +138,11 @@ def memory(
         if place is not None:
             kind = "master weights" if place in flow.masters else "parameters"
         items.add(kind, leaf)
-    for leaf in jax.tree.leaves(opt_state):
-        items.add("moments" if leaf.shape and is_inexact(leaf) else "other state", leaf)
+    for leaf in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PackedArray)):
+        if isinstance(leaf, PackedArray):
+            items.add_packed("moments", leaf)
+        else:
+            items.add("moments" if leaf.shape and is_inexact(leaf) else "other state", leaf)
     for leaf in jax.tree.leaves(state):
         items.add("other state", leaf)
     for leaf in jax.tree.leaves(args):
@@ -227,6 +238,11 @@ class _Items:
         key = name, str(leaf.dtype)
         self.arrays[key] += 1
         self.sizes[key] += device_nbytes(leaf)
+
+    def add_packed(self, name: str, packed: PackedArray) -> None:
+        key = name, str(packed.format)
+        self.arrays[key] += 1
+        self.sizes[key] += sum(map(device_nbytes, jax.tree.leaves(packed)))
 
     def memory(self) -> Memory:
         return Memory(tuple(Item(*key, n, self.sizes[key]) for key, n in self.arrays.items()))

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import (
     Place,
     bare,
@@ -148,6 +149,10 @@ class Blame:
 
     def __str__(self) -> str:
         return table(self.rows(), widths=(10,))
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yields the lines of the table: a name and a text each."""

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import in_library
 from jaxmp.text_table import table
 
@@ -163,9 +164,14 @@ class Program:
         }
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(self.lines())
 
-    def _lines(self) -> Iterator[str]:
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of(self.lines())
+
+    def lines(self) -> Iterator[str]:
+        """Yields the parts of the text."""
         launches = self.launches()
         yield f"compiled for {self.target}: {sum(launches.values())} kernels a call"
         dtypes = sorted({dtype for _, dtype in launches})

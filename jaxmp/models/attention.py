@@ -69,7 +69,8 @@ class Attention(nn.Module):
 
         Args:
           x: the tokens' vectors.
-          mask: bool or 0 and 1, (batch, length): False for tokens that none may see; None: all are seen.
+          mask: (batch, length), bool or whole numbers: False or 0 for tokens that none may see, padding; None: all are
+            seen. With other numbers, of several texts in a row, a token sees those with its own number alone.
           start: of decoding with a cache: position of the first token, an int32 scalar. Keys and values go to the
             collection "cache", and the tokens see what is there up to their own positions. There is no `mask` then.
           train: whether dropout drops.
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             positions = jnp.arange(length) + (0 if start is None else start)
             query, key = (rotate(each, positions, base=self.rope) for each in (query, key))
-        causal, seen = self.causal, None if mask is None else mask.astype(bool)[:, None, None, :]
+        causal, seen = self.causal, None if mask is None else _seen(mask)
         if start is not None:
             key, value = self._cached("keys", key, start), self._cached("values", value, start)
             at = start + jnp.arange(length)
@@ -133,6 +134,16 @@ class Attention(nn.Module):
                 "128 in a head, a multiple of 8, no dropout in attention, and with a mask an even number of tokens"
             )
         return self.kernel == "cudnn" or (self.kernel == "auto" and supported and has_cudnn_attention())
+
+
+def _seen(mask: jax.Array) -> jax.Array:
+    """Which tokens are seen, bool (batch, 1, 1, length), or (batch, 1, length, length) of several texts in a row."""
+    seen = mask.astype(bool)[:, None, None, :]
+    if not jnp.issubdtype(mask.dtype, jnp.integer):
+        return seen
+    # Padding sees all that is no padding, as with a mask of 0 and 1.
+    own = mask[:, None, :, None]
+    return seen & ((own == mask[:, None, None, :]) | (own == 0))
 
 
 def has_cudnn_attention() -> bool:

@@ -5,15 +5,19 @@
     logits = GPT2().apply(variables, tokens)
 
 A converter takes the tensors of a file by name, and returns the model's variables as float32 NumPy arrays. It raises
-InputError unless each of them is there, in its shape, and each tensor of the file is used, or known to have no use.
+InputError, which names each that differs, unless all of them are there, in their shapes, and each tensor of the file is
+used, or known to have no use. With `only`, patterns of variables such as `blocks_*`, it converts and checks these
+alone, and returns no others. `convert` chooses the converter by the class of the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,13 @@ from jaxmp.models.resnet import ResNet
 from jaxmp.models.rnn import SequenceClassifier
 from jaxmp.models.transformer import BERT, GPT2, BERTClassifier, BERTMaskedLM, Llama
 from jaxmp.models.vit import ViT
-from jaxmp.trees import by_path
+from jaxmp.trees import Pattern, by_path
 
 Tensors = Mapping[str, Any]
 """arrays by name, as NumPy takes them"""
+
+EVERYTHING = ("**",)
+"""the patterns of all variables"""
 
 _DTYPES: dict[str, Any] = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
@@ -76,7 +83,32 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def bert_from_transformers(model: BERT, tensors: Tensors) -> dict[str, Any]:
+def write_safetensors(path: str | Path, tensors: Tensors) -> None:
+    """Writes arrays by name as a safetensors file, which replaces one that is there when it is whole.
+
+    Raises: InputError if an array's dtype has no name in this format, or the file cannot be written.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    header, data, offset = {}, [], 0
+    for name, tensor in tensors.items():
+        array = np.asarray(tensor)
+        if array.dtype not in names:
+            raise InputError(f"{path}: {name!r} is of dtype {array.dtype.name}; expected one of {', '.join(_DTYPES)}")
+        end = offset + array.nbytes
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": (offset, end)}
+        data.append(array.tobytes())
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    partial = Path(path).with_name(f"{Path(path).name}.partial")
+    try:
+        partial.write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *data)))
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def bert_from_transformers(model: BERT, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
     """Variables of a `BERT`, `BERTClassifier` or `BERTMaskedLM` from `transformers`' names, with or without "bert.".
 
     Pooler and `classifier` of a `BERTClassifier` are left out where the file has none, and are to be initialised.
@@ -113,10 +145,10 @@ def bert_from_transformers(model: BERT, tensors: Tensors) -> dict[str, Any]:
     else:
         params["pooler"] = source.dense("pooler.dense")
     unused = ("cls.*", "classifier.*", "pooler.*", "embeddings.position_ids")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), unused=unused, fresh=fresh)
+    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused, fresh=fresh)
 
 
-def gpt2_from_transformers(model: GPT2, tensors: Tensors) -> dict[str, Any]:
+def gpt2_from_transformers(model: GPT2, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
     """Variables of a `GPT2` from `transformers`' names, with or without "transformer."."""
     source = _Source(model, tensors, prefix="transformer.")
     params: dict[str, Any] = {
@@ -137,10 +169,10 @@ def gpt2_from_transformers(model: GPT2, tensors: Tensors) -> dict[str, Any]:
             "mlp_norm": source.norm(f"{at}ln_2"),
         }
     unused = ("h.*.attn.bias", "h.*.attn.masked_bias", "lm_head.weight")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), unused=unused)
+    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused)
 
 
-def llama_from_transformers(model: Llama, tensors: Tensors) -> dict[str, Any]:
+def llama_from_transformers(model: Llama, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
     """Variables of a `Llama` from `transformers`' names, with or without "model."; norms of heads as Qwen3 has them."""
     source = _Source(model, tensors, prefix="model.")
     params: dict[str, Any] = {"tokens": source.embed("embed_tokens"), "norm": source.norm("norm")}
@@ -160,10 +192,10 @@ def llama_from_transformers(model: Llama, tensors: Tensors) -> dict[str, Any]:
     if not model.tied:
         params["head"] = source.dense("lm_head")
     unused = ("lm_head.weight", "*.rotary_emb.inv_freq")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), unused=unused)
+    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused)
 
 
-def resnet_from_torchvision(model: ResNet, tensors: Tensors) -> dict[str, Any]:
+def resnet_from_torchvision(model: ResNet, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
     """Variables of a `ResNet` ("v1.5", `strided="3x3"`) from torchvision's names, with its batch statistics."""
     source = _Source(model, tensors)
     params: dict[str, Any] = {"stem": source.conv("conv1"), "head": source.dense("fc")}
@@ -182,18 +214,21 @@ def resnet_from_torchvision(model: ResNet, tensors: Tensors) -> dict[str, Any]:
                 block[name], block_statistics[name] = source.batch_norm(f"{at}downsample.1")
             params[f"stage{stage}_block{index + 1}"] = block
             statistics[f"stage{stage}_block{index + 1}"] = block_statistics
-    channels = params["stem"]["kernel"].shape[2]
-    image = jnp.zeros((1, 32, 32, channels))
-    return source.variables({"params": params, "batch_stats": statistics}, image, unused=("*.num_batches_tracked",))
+    if model.block == "bottleneck" and model.strided != "3x3":
+        raise InputError(f"ResNet: strided={model.strided!r}: expected '3x3', as torchvision's weights want it")
+    image = jnp.zeros((1, 32, 32, source.size("conv1.weight", 1, otherwise=3)))
+    variables = {"params": params, "batch_stats": statistics}
+    return source.variables(variables, image, only, unused=("*.num_batches_tracked",))
 
 
-def vit_from_torchvision(model: ViT, tensors: Tensors) -> dict[str, Any]:
-    """Variables of a `ViT` from torchvision's names."""
-    source = _Source(model, tensors)
+def vit_from_torchvision(model: ViT, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
+    """Variables of a `ViT` from torchvision's names, those of its published files too."""
+    renamed = ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3."))  # in the published files
+    source = _Source(model, tensors, renamed=renamed)
     params: dict[str, Any] = {
         "patches": source.conv("conv_proj", bias=True),
-        "class_token": {"array": source.take("class_token")[0]},
-        "positions": {"array": source.take("encoder.pos_embedding")[0]},
+        "class_token": {"array": source.take("class_token", lambda x: x[0])},
+        "positions": {"array": source.take("encoder.pos_embedding", lambda x: x[0])},
         "norm": source.norm("encoder.ln"),
         "head": source.dense("heads.head"),
     }
@@ -209,12 +244,15 @@ def vit_from_torchvision(model: ViT, tensors: Tensors) -> dict[str, Any]:
             "down": source.dense(f"{at}mlp.3"),
             "mlp_norm": source.norm(f"{at}ln_2"),
         }
-    side = model.patch * math.isqrt(len(params["positions"]["array"]) - 1)
-    image = jnp.zeros((1, side, side, params["patches"]["kernel"].shape[2]))
-    return source.variables({"params": params}, image)
+    patches = source.size("encoder.pos_embedding", 1, otherwise=2) - 1
+    side = model.patch * math.isqrt(patches)
+    image = jnp.zeros((1, side, side, source.size("conv_proj.weight", 1, otherwise=3)))
+    return source.variables({"params": params}, image, only)
 
 
-def recurrent_from_torch(model: SequenceClassifier, tensors: Tensors) -> dict[str, Any]:
+def recurrent_from_torch(
+    model: SequenceClassifier, tensors: Tensors, *, only: Sequence[str] = EVERYTHING
+) -> dict[str, Any]:
     """Variables of the recurrent layers of a `SequenceClassifier` from those of `torch.nn.RNN`, `LSTM` or `GRU`.
 
     The embedding and the head, which torch's modules do not have, are left out.
@@ -225,51 +263,91 @@ def recurrent_from_torch(model: SequenceClassifier, tensors: Tensors) -> dict[st
     directions = {"forward": "", "backward": "_reverse"} if model.bidirectional else {"forward": ""}
     for index in range(model.layers):
         for direction, suffix in directions.items():
-            names = [f"{name}_l{index}{suffix}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            arrays = [np.split(source.take(name), len(gates)) for name in names]
+            w_input, w_state, b_input, b_state = (
+                f"{name}_l{index}{suffix}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
             cell: dict[str, Any] = {}
-            for gate, w_input, w_state, b_input, b_state in zip(gates, *arrays, strict=True):
-                of_input, of_state = {"kernel": w_input.T}, {"kernel": w_state.T}
+            for i, gate in enumerate(gates):
+                of_gate = functools.partial(_of_gate, i, len(gates))
+                of_input: dict[str, Any] = {"kernel": source.take(w_input, of_gate)}
+                of_state: dict[str, Any] = {"kernel": source.take(w_state, of_gate)}
                 if gate == "n":  # whose reset gate stands before the sum
-                    of_input["bias"], of_state["bias"] = b_input, b_state
+                    of_input["bias"], of_state["bias"] = source.take(b_input, of_gate), source.take(b_state, of_gate)
                 else:
-                    (of_state if model.cell == "lstm" else of_input)["bias"] = b_input + b_state
+                    both = source.take(b_input, lambda a, b, f=of_gate: f(a) + f(b), b_state)
+                    (of_state if model.cell == "lstm" else of_input)["bias"] = both
                 cell |= {f"i{gate}": of_input, f"h{gate}": of_state}
             params[f"{direction}_{index}"] = cell
-    width = params["forward_0"]["i" + gates[0]]["kernel"].shape[0]
+    width = source.size("weight_ih_l0", 1, otherwise=1)
     sequence = jnp.zeros((1, 1), jnp.int32) if model.vocabulary is not None else jnp.zeros((1, 1, width))
-    return source.variables({"params": params}, sequence, fresh=("head", "tokens"))
+    return source.variables({"params": params}, sequence, only, fresh=("head", "tokens"))
+
+
+def convert(model: Any, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
+    """Variables of a model by the converter of its class, see `CONVERTERS`.
+
+    Raises: InputError if the model's class has no converter, and as the converters do.
+    """
+    for kind, converter in CONVERTERS.items():
+        if isinstance(model, kind):
+            return converter(model, tensors, only=only)
+    names = ", ".join(kind.__name__ for kind in CONVERTERS)
+    raise InputError(
+        f"{type(model).__name__}: no converter from a file with tensors such as {', '.join(sorted(tensors)[:3])}; "
+        f"expected a model that is one of {names}, or a file with the model's own paths"
+    )
+
+
+CONVERTERS: dict[type, Callable[..., dict[str, Any]]] = {
+    BERT: bert_from_transformers,
+    GPT2: gpt2_from_transformers,
+    Llama: llama_from_transformers,
+    ResNet: resnet_from_torchvision,
+    ViT: vit_from_torchvision,
+    SequenceClassifier: recurrent_from_torch,
+}
+"""The converter of each class of models."""
+
+
+def _of_gate(index: int, count: int, array: np.ndarray) -> np.ndarray:
+    """The part of one gate of what torch keeps of all gates as one; of a kernel, as Flax keeps it."""
+    return np.split(array, count)[index].T
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A variable that is yet to be made from tensors of the file, so that only those that are wanted are read."""
+
+    names: tuple[str, ...]
+    make: Callable[..., np.ndarray]
 
 
 class _Source:
-    """The tensors of a file, of which each is taken by name once."""
+    """The tensors of a file by name."""
 
     def __init__(
         self, model: Any, tensors: Tensors, *, prefix: str = "", renamed: Sequence[tuple[str, str]] = ()
     ) -> None:
         self.model, self.kind = model, type(model).__name__
         self.tensors: dict[str, Any] = {}
-        self.left: set[str] = set()
         for name, tensor in tensors.items():
             plain = name.removeprefix(prefix)
             for old, new in renamed:
                 plain = plain.replace(old, new)
             self.tensors[plain] = tensor
-            self.left.add(plain)
 
     def has(self, name: str) -> bool:
         """Whether the file has a tensor of this name."""
         return name in self.tensors
 
-    def take(self, name: str) -> np.ndarray:
-        """The tensor of this name, in float32. Raises InputError if there is none."""
-        if name not in self.tensors:
-            raise InputError(
-                f"{self.kind}: the file has no tensor {name!r}, and is of another architecture or size; it has "
-                f"{len(self.tensors)} others{nearest(name, self.tensors)}"
-            )
-        self.left.discard(name)
-        return np.asarray(self.tensors[name]).astype(np.float32)
+    def size(self, name: str, axis: int, *, otherwise: int) -> int:
+        """The size of a tensor along an axis; `otherwise` if the file has no such tensor or axis."""
+        shape = np.shape(self.tensors[name]) if name in self.tensors else ()
+        return shape[axis] if axis < len(shape) else otherwise
+
+    def take(self, name: str, make: Callable[..., np.ndarray] = lambda x: x, *more: str) -> _Taken:
+        """The variable that `make` makes of the tensor of this name, and those of `more`, in float32."""
+        return _Taken((name, *more), make)
 
     def embed(self, name: str) -> dict[str, Any]:
         return {"embedding": self.take(f"{name}.weight")}
@@ -285,53 +363,112 @@ class _Source:
     def dense(self, name: str, *, transposed: bool = True) -> dict[str, Any]:
         """A Dense layer; `transposed`, as torch's Linear keeps its kernel."""
         bias = {"bias": self.take(f"{name}.bias")} if self.has(f"{name}.bias") else {}
-        kernel = self.take(f"{name}.weight")
-        return {"kernel": kernel.T if transposed else kernel, **bias}
+        return {"kernel": self.take(f"{name}.weight", np.transpose if transposed else np.asarray), **bias}
 
     def split(
         self, name: str, parts: Sequence[str], *, transposed: bool = True, separator: str = "."
     ) -> dict[str, dict[str, Any]]:
         """Several Dense layers that are kept as one."""
-        kernel = self.take(f"{name}{separator}weight")
-        kernels = np.split(kernel.T if transposed else kernel, len(parts), axis=1)
-        given = f"{name}{separator}bias"
-        biases = np.split(self.take(given), len(parts)) if self.has(given) else None
-        return {
-            part: {"kernel": kernels[i], **({} if biases is None else {"bias": biases[i]})}
-            for i, part in enumerate(parts)
-        }
+
+        def part(index: int, array: np.ndarray) -> np.ndarray:
+            array = array.T if transposed and array.ndim == 2 else array
+            return np.array_split(array, len(parts), axis=-1)[index]
+
+        given, dense = f"{name}{separator}bias", {}
+        for index, of in enumerate(parts):
+            take = functools.partial(self.take, make=functools.partial(part, index))
+            dense[of] = {
+                "kernel": take(f"{name}{separator}weight"),
+                **({"bias": take(given)} if self.has(given) else {}),
+            }
+        return dense
 
     def conv(self, name: str, *, bias: bool = False) -> dict[str, Any]:
         """A convolution, whose kernel torch keeps as (out, in, height, width)."""
         more = {"bias": self.take(f"{name}.bias")} if bias else {}
-        return {"kernel": self.take(f"{name}.weight").transpose(2, 3, 1, 0), **more}
+        return {"kernel": self.take(f"{name}.weight", lambda x: np.moveaxis(x, (0, 1), (-1, -2))), **more}
 
     def variables(
-        self, variables: dict[str, Any], inputs: Any, *, unused: Sequence[str] = (), fresh: Sequence[str] = ()
+        self,
+        variables: dict[str, Any],
+        inputs: Any,
+        only: Sequence[str],
+        *,
+        unused: Sequence[str] = (),
+        fresh: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The variables, checked against those of the model for such inputs.
+        """The variables that `only` names, made and checked against those of the model for such inputs.
 
         Args:
-          variables: what was converted.
+          variables: what is to be converted.
           inputs: the model's input.
+          only: patterns of their paths, without the name of the collection.
           unused: patterns of the names of tensors that may be left over.
           fresh: modules of the model that may be missing.
 
-        Raises: InputError if a variable is missing, has another shape, or is none of the model's; or a tensor is left
-          over.
+        Raises: InputError if a variable is missing, has another shape or no floats, or is none of the model's; or a
+          tensor is left over, where all variables are wanted.
         """
-        expected = by_path(jax.eval_shape(self.model.init, jax.random.key(0), inputs))
-        given = by_path(variables)
-        wrong = [
-            f"{path} is {list(given[path].shape) if path in given else 'missing'}, expected "
-            f"{list(expected[path].shape) if path in expected else 'none'}"
-            for path in sorted({*given, *expected})
-            if (path in given or path.split("/")[1] not in fresh)
-            and (path not in given or path not in expected or given[path].shape != expected[path].shape)
-        ]
-        left = [name for name in sorted(self.left) if not any(fnmatch.fnmatch(name, each) for each in unused)]
-        wrong += [f"the tensor {name!r} of the file has no place in the model" for name in left]
+        patterns = [Pattern(text) for text in only]
+
+        def wanted(tree: Any) -> dict[str, Any]:
+            leaves = by_path(tree).items()
+            return {p: leaf for p, leaf in leaves if any(each.covers(p.partition("/")[2]) for each in patterns)}
+
+        expected = wanted(jax.eval_shape(self.model.init, jax.random.key(0), inputs))
+        chosen: dict[str, _Taken] = wanted(variables)
+        missing = [name for taken in chosen.values() for name in taken.names if not self.has(name)]
+        if chosen and len(set(missing)) == len({name for taken in chosen.values() for name in taken.names}):
+            raise InputError(
+                f"{self.kind}: the file is of another architecture: it has none of the tensors of a {self.kind}, such "
+                f"as {missing[0]!r}; it has {', '.join(sorted(self.tensors)[:3]) or 'no tensors'}"
+            )
+        made: dict[str, np.ndarray] = {}
+        wrong: list[str] = []
+        for path, taken in chosen.items():
+            problem = self._problem(taken)
+            if problem is None:
+                try:
+                    made[path] = taken.make(*(np.asarray(self.tensors[x]).astype(np.float32) for x in taken.names))
+                except (ValueError, IndexError):
+                    given = ", ".join(f"{x!r} is {list(np.shape(self.tensors[x]))}" for x in taken.names)
+                    problem = f"it cannot be made of a tensor of this shape: {given}"
+            shape = list(expected[path].shape) if path in expected else "none"
+            if problem is not None and path in expected:
+                wrong.append(f"{path} is missing, expected {shape}: {problem}")
+            elif path in made and list(made[path].shape) != shape:
+                wrong.append(f"{path} is {list(made[path].shape)}, expected {shape}")
+        for path in expected:
+            if path not in chosen and path.split("/")[1] not in fresh:
+                wrong.append(f"{path} is missing, expected {list(expected[path].shape)}")
+        if tuple(only) == EVERYTHING:
+            used = {name for taken in chosen.values() for name in taken.names}
+            left = [name for name in sorted(self.tensors) if name not in used]
+            left = [name for name in left if not any(fnmatch.fnmatch(name, each) for each in unused)]
+            wrong += [f"the tensor {name!r} of the file has no place in the model" for name in left]
         if wrong:
-            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-            raise InputError(f"{self.kind}: the file does not fit the model: {'; '.join(wrong[:8])}{more}")
-        return variables
+            listed = "".join(f"\n  {one}" for one in wrong)
+            raise InputError(f"{self.kind}: the file does not fit the model:{listed}")
+        return _nested(made)
+
+    def _problem(self, taken: _Taken) -> str | None:
+        """Why a variable cannot be made of the file; None if it can."""
+        for name in taken.names:
+            if name not in self.tensors:
+                return f"the file has no tensor {name!r}{nearest(name, self.tensors)}"
+            dtype = np.asarray(self.tensors[name]).dtype
+            if not jnp.issubdtype(dtype, jnp.floating):
+                return f"the tensor {name!r} is of dtype {dtype.name}, expected floats"
+        return None
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict of leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *above, last = path.split("/")
+        node = tree
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree

@@ -1,4 +1,4 @@
-"""`SequenceClassifier`: a simple recurrent network, an LSTM or a GRU that classifies sequences.
+"""`SequenceClassifier` and `SequenceLabeller`: a simple recurrent network, an LSTM or a GRU over sequences.
 
 Sources: J. Elman, Finding structure in time, Cognitive Science 14, 1990 (simple); S. Hochreiter and J. Schmidhuber,
 Long short-term memory, Neural Computation 9, 1997, with the forget gate of F. Gers et al., 2000 (LSTM); K. Cho et al.,
@@ -46,11 +46,7 @@ class SequenceClassifier(nn.Module):
     """Dropout rate of embeddings and of the result of each layer, during training."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "width", "layers", "embedding", "classes")
-        check_rates(self, "dropout")
-        check_choice(self, "cell", tuple(CELLS))
-        if self.vocabulary is not None:
-            check_sizes(self, "vocabulary")
+        check_fields(self)
         super().__post_init__()
 
     @nn.compact
@@ -64,23 +60,9 @@ class SequenceClassifier(nn.Module):
             One of no steps has the hidden state 0. None: all steps count.
           train: whether dropout drops.
         """
-        whole = jnp.issubdtype(sequence.dtype, jnp.integer)
-        if self.vocabulary is None:
-            if whole or sequence.ndim < 3:
-                raise InputError(self._refused(sequence, "features, floats (batch, time, ...), or a vocabulary"))
-            x = sequence.reshape(*sequence.shape[:2], -1)
-        else:
-            if not whole or sequence.ndim != 2:
-                raise InputError(self._refused(sequence, "tokens, whole numbers (batch, time)"))
-            x = nn.Embed(self.vocabulary, self.embedding, name="tokens")(sequence)
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = features(self, sequence, train=train)
         count = jnp.full(x.shape[:1], x.shape[1]) if length is None else length
-        for index in range(self.layers):
-            outputs: list[Any] = [nn.RNN(self._cell(f"forward_{index}"))(x)]
-            if self.bidirectional:
-                backward: Any = nn.RNN(self._cell(f"backward_{index}"))
-                outputs.append(reverse(backward(reverse(x, count)), count))
-            x = nn.Dropout(self.dropout, deterministic=not train)(jnp.concatenate(outputs, axis=-1))
+        x = recurrent_layers(self, x, count, train=train)
         # The last step of each direction, or zeros: one term of each sum is not zero, so that it is exact.
         step = jnp.arange(x.shape[1])
         is_last, is_first = step == count[:, None] - 1, (step == 0) & (count[:, None] > 0)
@@ -91,11 +73,109 @@ class SequenceClassifier(nn.Module):
         ]
         return nn.Dense(self.classes, name="head")(jnp.concatenate(ends, axis=-1))
 
-    def _cell(self, name: str) -> Any:
-        return CELLS[self.cell](self.width, name=name)
 
-    def _refused(self, sequence: jax.Array, expected: str) -> str:
-        return f"SequenceClassifier: the sequence is {sequence.dtype}{list(sequence.shape)}; expected {expected}"
+class SequenceLabeller(nn.Module):
+    """Recurrent layers, scanned over time, and a Dense layer at each step: logits of a class for every step.
+
+    Raises:
+      InputError: as `SequenceClassifier`.
+    """
+
+    cell: Literal["simple", "lstm", "gru"] = "lstm"
+    """Kind of recurrent cell."""
+    width: int = 128
+    """Width of the hidden state, in each direction."""
+    layers: int = 1
+    """Number of recurrent layers."""
+    bidirectional: bool = False
+    """Whether each layer also runs over the sequence from its end to its beginning."""
+    vocabulary: int | None = None
+    """Number of tokens, if the sequences are of whole numbers; None: they are of features."""
+    embedding: int = 128
+    """Width of a token's vector, with a `vocabulary`."""
+    classes: int = 10
+    """Number of logits of a step."""
+    dropout: float = 0.0
+    """Dropout rate of embeddings and of the result of each layer, during training."""
+    stack: int = 1
+    """Number of neighbouring steps that are joined to one before the first layer: the result has fewer steps."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_sizes(self, "stack")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, sequence: jax.Array, length: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps sequences to logits (batch, steps, classes), and how many steps of each count, int32 (batch,).
+
+        There are time / `stack` steps, rounded up; a last one that is not whole is filled up with zeros.
+
+        Args:
+          sequence: as for `SequenceClassifier`.
+          length: number of steps that count of each sequence, int (batch,); the rest is padding, which changes nothing
+            in those that count. None: all steps count.
+          train: whether dropout drops.
+        """
+        x = features(self, sequence, train=train)
+        count = jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length.astype(jnp.int32)
+        if self.stack > 1:
+            x = jnp.where(jnp.arange(x.shape[1])[:, None] < count[:, None, None], x, 0)  # of a step that is not whole
+            x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.stack), (0, 0)))
+            x = x.reshape(x.shape[0], -1, self.stack * x.shape[2])
+            count = -(-count // self.stack)
+        x = recurrent_layers(self, x, count, train=train)
+        return nn.Dense(self.classes, name="head")(x), count
+
+
+def check_fields(model: Any) -> None:
+    """Raises InputError for a field of a recurrent model that is out of range."""
+    check_sizes(model, "width", "layers", "embedding", "classes")
+    check_rates(model, "dropout")
+    check_choice(model, "cell", tuple(CELLS))
+    if model.vocabulary is not None:
+        check_sizes(model, "vocabulary")
+
+
+def features(model: Any, sequence: jax.Array, *, train: bool) -> jax.Array:
+    """The vectors that the first layer of `model` reads, (batch, time, width): embeddings of tokens, or the features.
+
+    Called within a compact method of `model`. Raises InputError if the sequence is not what its `vocabulary` says.
+    """
+    whole = jnp.issubdtype(sequence.dtype, jnp.integer)
+    is_tokens = model.vocabulary is not None
+    if whole != is_tokens or (sequence.ndim != 2 if is_tokens else sequence.ndim < 3):
+        expected = "features, floats (batch, time, ...), or a vocabulary"
+        raise InputError(
+            f"{type(model).__name__}: the sequence is {sequence.dtype}{list(sequence.shape)}; expected "
+            f"{'tokens, whole numbers (batch, time)' if is_tokens else expected}"
+        )
+    if not is_tokens:
+        return sequence.reshape(*sequence.shape[:2], -1)
+    x = nn.Embed(model.vocabulary, model.embedding, name="tokens")(sequence)
+    return nn.Dropout(model.dropout, deterministic=not train)(x)
+
+
+def recurrent_layers(model: Any, x: jax.Array, length: jax.Array, *, train: bool) -> jax.Array:
+    """The result of the recurrent layers of `model` at each step, (batch, time, width or, of both directions, 2 width).
+
+    Called within a compact method of `model`.
+
+    Args:
+      model: its fields say which layers.
+      x: (batch, time, features).
+      length: number of steps that count of each sequence, int (batch,).
+      train: whether dropout drops.
+    """
+    for index in range(model.layers):
+        outputs: list[Any] = [nn.RNN(CELLS[model.cell](model.width, name=f"forward_{index}"))(x)]
+        if model.bidirectional:
+            backward: Any = nn.RNN(CELLS[model.cell](model.width, name=f"backward_{index}"))
+            outputs.append(reverse(backward(reverse(x, length)), length))
+        x = nn.Dropout(model.dropout, deterministic=not train)(jnp.concatenate(outputs, axis=-1))
+    return x
 
 
 def reverse(x: jax.Array, length: jax.Array) -> jax.Array:

@@ -119,11 +119,14 @@ class BERT(nn.Module):
         ]
         self.pooler = nn.Dense(self.width, kernel_init=TRUNCATED)
 
-    def encode(self, tokens: jax.Array, mask: Any = None, segments: Any = None, *, train: bool = False) -> jax.Array:
+    def encode(
+        self, tokens: jax.Array, mask: Any = None, segments: Any = None, positions: Any = None, *, train: bool = False
+    ) -> jax.Array:
         """The last hidden states, (batch, length, width); for the arguments see `__call__`."""
         _check_length(self, tokens)
         segments = jnp.zeros_like(tokens) if segments is None else segments
-        x = self.tokens(tokens) + self.positions(_positions(tokens)) + self.types(segments)
+        positions = _positions(tokens) if positions is None else positions
+        x = self.tokens(tokens) + self.positions(positions) + self.types(segments)
         x = self.embedding_dropout(self.embedding_norm(x), deterministic=not train)
         for block in self.blocks:
             x = block(x, mask, train=train)
@@ -133,16 +136,20 @@ class BERT(nn.Module):
         """The pooled first token (batch, width) of the last hidden states (batch, length, width)."""
         return nn.tanh(self.pooler(hidden[:, 0]))
 
-    def __call__(self, tokens: jax.Array, mask: Any = None, segments: Any = None, *, train: bool = False) -> Any:
+    def __call__(
+        self, tokens: jax.Array, mask: Any = None, segments: Any = None, positions: Any = None, *, train: bool = False
+    ) -> Any:
         """Maps tokens, int (batch, length), to the last hidden states (batch, length, width) and their pooled form.
 
         Args:
           tokens: tokens, from 0 on.
-          mask: bool or 0 and 1, (batch, length): False for padding; None: no padding.
+          mask: (batch, length), bool or whole numbers: False or 0 for padding; None: no padding. Of several texts in a
+            row, the number of each token's text, from 1 on.
           segments: segment of each token, int (batch, length); None: 0.
+          positions: position of each token, int (batch, length); None: its place in the row.
           train: whether dropout drops.
         """
-        hidden = self.encode(tokens, mask, segments, train=train)
+        hidden = self.encode(tokens, mask, segments, positions, train=train)
         return hidden, self.pool(hidden)
 
 
@@ -162,9 +169,11 @@ class BERTClassifier(BERT):
         self.head_dropout = nn.Dropout(self.dropout)
         self.classifier = nn.Dense(self.classes, kernel_init=TRUNCATED)
 
-    def __call__(self, tokens: jax.Array, mask: Any = None, segments: Any = None, *, train: bool = False) -> Any:
+    def __call__(
+        self, tokens: jax.Array, mask: Any = None, segments: Any = None, positions: Any = None, *, train: bool = False
+    ) -> Any:
         """Maps tokens, int (batch, length), to logits (batch, classes); for the arguments see `BERT`."""
-        pooled = self.pool(self.encode(tokens, mask, segments, train=train))
+        pooled = self.pool(self.encode(tokens, mask, segments, positions, train=train))
         return self.classifier(self.head_dropout(pooled, deterministic=not train))
 
 
@@ -178,9 +187,27 @@ class BERTMaskedLM(BERT):
         self.transform_norm = nn.LayerNorm(epsilon=1e-12)
         self.output_bias = Broadcast((self.vocabulary,))
 
-    def __call__(self, tokens: jax.Array, mask: Any = None, segments: Any = None, *, train: bool = False) -> Any:
-        """Maps tokens, int (batch, length), to logits (batch, length, vocabulary); for the arguments see `BERT`."""
-        hidden = self.encode(tokens, mask, segments, train=train)
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: Any = None,
+        segments: Any = None,
+        positions: Any = None,
+        predicted: Any = None,
+        *,
+        train: bool = False,
+    ) -> Any:
+        """Maps tokens, int (batch, length), to logits (batch, length, vocabulary); for the arguments see `BERT`.
+
+        Args:
+          predicted: places in the row, int (batch, count), all different: the logits are for these alone, (batch,
+            count, vocabulary); None: for all.
+        """
+        hidden = self.encode(tokens, mask, segments, positions, train=train)
+        if predicted is not None:
+            # Said to be all different, so that their gradients need not be added up, in half.
+            rows = jnp.arange(tokens.shape[0])[:, None]
+            hidden = hidden.at[rows, predicted].get(unique_indices=True)
         x = self.transform_norm(nn.gelu(self.transform(hidden), approximate=False))
         logits = self.tokens.attend(x)
         return logits + self.output_bias(logits.shape, logits.dtype)
@@ -223,13 +250,29 @@ class GPT2(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, decode: bool = False, train: bool = False) -> jax.Array:
-        """Maps tokens, int (batch, length), to the logits of the next ones, (batch, length, vocabulary)."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: Any = None,
+        positions: Any = None,
+        *,
+        decode: bool = False,
+        train: bool = False,
+    ) -> jax.Array:
+        """Maps tokens, int (batch, length), to the logits of the next ones, (batch, length, vocabulary).
+
+        Args:
+          tokens: tokens, from 0 on.
+          mask: as of `BERT`; None in decoding.
+          positions: position of each token, int (batch, length); None: its place in the row, or in what is decoded.
+          decode: whether to go on from the cache, and to keep keys and values in it.
+          train: whether dropout drops.
+        """
         _check_length(self, tokens)
         start = _advance(self, tokens) if decode else None
         embed = nn.Embed(self.vocabulary, self.width, embedding_init=NORMAL, name="tokens")
-        positions = nn.Embed(self.context, self.width, embedding_init=NORMAL, name="positions")
-        x = embed(tokens) + positions(_positions(tokens, start))
+        embed_position = nn.Embed(self.context, self.width, embedding_init=NORMAL, name="positions")
+        x = embed(tokens) + embed_position(_positions(tokens, start) if positions is None else positions)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         # What is added to the residual stream begins the smaller the more layers add to it (section 2.3).
         init: dict[str, Any] = {
@@ -243,7 +286,7 @@ class GPT2(nn.Module):
             block = Block(
                 attention, 4 * self.width, bias=self.bias, dropout=self.dropout, name=f"blocks_{index}", **init
             )
-            x = block(x, start=start, train=train)
+            x = block(x, mask, start=start, train=train)
         return embed.attend(nn.LayerNorm(epsilon=1e-5, use_bias=self.bias, name="norm")(x))
 
 

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 
 from jaxmp.modules.nnx import FromNNX
+from jaxmp.trees import path_and_above
 
 Context = nn.module.InterceptorContext
 """What Flax tells an interceptor: `module` and `method_name`."""
@@ -42,6 +43,8 @@ class Order(enum.IntEnum):
     """outside the policy: it sees what a module hands on, in the dtype that the next module gets"""
     POLICY = enum.auto()
     """outside random draws: they mask activations that are cast already"""
+    ADAPTERS = enum.auto()
+    """inside the policy, which the products of an adapter are under like those of the layer beside it"""
     RANDOM_DRAWS = enum.auto()
     """innermost: it replaces the module's own draws and nothing else"""
 
@@ -69,6 +72,11 @@ class Intervention:
         Raises: InputError if it takes modules.
         """
         return apply
+
+    @contextlib.contextmanager
+    def initializing(self) -> Iterator[Interceptor | None]:
+        """Context manager around the `init` of a model: an interceptor that adds parameters to it; None if none do."""
+        yield None
 
     def trace_key(self) -> Hashable:
         """What makes the trace of a call different from that of other calls.
@@ -135,6 +143,17 @@ def intervening(*interventions: Intervention) -> Iterator[None]:
         yield
     finally:
         _ambient.reset(token)
+
+
+@contextlib.contextmanager
+def initializing(apply: Callable[..., Any]) -> Iterator[None]:
+    """Context manager around the `init` of a model: the interventions of its `apply` add their parameters."""
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(each.initializing()) for each in _intervened(apply).interventions]
+        interceptors = tuple(each for each in found if each is not None)
+        if interceptors:
+            stack.enter_context(nn.intercept_methods(_in_turn(interceptors)))
+        yield
 
 
 @contextlib.contextmanager
@@ -222,6 +241,13 @@ class MetModules:
         for each in inner:
             if isinstance(each, nn.Module) and each.scope is not None:
                 self.owners.setdefault("/".join(each.path), path)
+
+    def with_owners(self, path: str) -> list[str]:
+        """The path, and those of the nn.RNNs whose cells it is in."""
+        paths = [path]
+        for each in paths:  # which grows on the way
+            paths += [self.owners[at] for at in path_and_above(each) if self.owners.get(at, path) not in paths]
+        return paths
 
 
 @contextlib.contextmanager

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import bare
 from jaxmp.modules.functions import by_operations
 from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene, trace_apart
 from jaxmp.modules.linen_layers import is_complex, knows_dtype, run_method
-from jaxmp.modules.model import as_model, mode_argument
+from jaxmp.modules.model import as_model, mode_argument, module_of
 from jaxmp.modules.recipe_layers import PRODUCT_LAYERS, RecipeCall, Spread, with_stream
 from jaxmp.modules.sensitive import EDGE, LAYER, ROUNDED, sensitive
 from jaxmp.precision.autocast import between_layers, computing, hand_on, in_float32
@@ -35,7 +36,7 @@ from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree
 from jaxmp.precision.recipe import GRADIENT_AMAX, HISTORIES
 from jaxmp.text_table import table
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_and_above, path_name
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_name
 
 
 def with_policy(
@@ -258,6 +259,10 @@ class Explanation(tuple[ModulePolicy, ...]):
         ]
         return table(rows, header=("module", "class", "parameters", "policy", "rule"), right=[2])
 
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
+
 
 def explain(
     model: Any, policy: Policy | PolicyTree | str, batch: Any, *, inputs: tuple[str, ...] = ("image",), **kwargs: Any
@@ -284,7 +289,10 @@ def explain(
     classes = met.classes
     if any(not any(rule.names(path, classes) for path in classes) for rule in tree.rules):
         # It may name what only training calls.
-        classes = classes | _modules(model, *arguments, **{**mode_argument(model, True, "init"), **kwargs})[1].classes
+        classes = (
+            classes
+            | _modules(model, *arguments, **{**mode_argument(module_of(model), True, "init"), **kwargs})[1].classes
+        )
     tree.require_match(classes)
     sizes = dict.fromkeys(found, 0)
     for path, leaf in by_path(params).items():
@@ -368,7 +376,7 @@ def _inputs(batch: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
 
 def _modules(model: Any, *inputs: Any, **kwargs: Any) -> tuple[dict[str, Any], MetModules, Any]:
     """The modules that `init` calls, by path, what rules may call them, and the shapes of the parameters, unboxed."""
-    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"": model}
+    found: dict[str, Any] = {} if isinstance(module_of(model), nn.Module) else {"": model}
     met = MetModules()
 
     def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
@@ -388,10 +396,7 @@ def _modules(model: Any, *inputs: Any, **kwargs: Any) -> tuple[dict[str, Any], M
 
 def _rule(tree: PolicyTree, met: MetModules, path: str) -> Rule | None:
     """The first rule that covers the module at `path`, or one that it belongs to."""
-    paths = [path]
-    for each in paths:  # which grows on the way
-        paths += [met.owners[at] for at in path_and_above(each) if met.owners.get(at, path) not in paths]
-    covering = [tree.rule(at, met.classes) for at in paths]
+    covering = [tree.rule(at, met.classes) for at in met.with_owners(path)]
     return next((rule for rule in tree.rules if rule in covering), None)
 
 

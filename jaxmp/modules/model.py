@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 
-from jaxmp.modules.interventions import Intervention, intervene
+from jaxmp.modules.interventions import Intervention, initializing, intervene
 
 
 @runtime_checkable
@@ -64,6 +64,11 @@ def as_model(model: Any) -> Model:
     return model if isinstance(model, Model) else FlaxModel(model, model.apply)
 
 
+def module_of(model: Any) -> Any:
+    """The Flax module that a `Model` is of; any other object is returned as it is."""
+    return model.module if isinstance(model, FlaxModel) else model
+
+
 @dataclasses.dataclass(frozen=True)
 class FlaxModel:
     """A `Model` of an object with Linen's `init(key, *inputs)` and `apply(variables, *inputs, rngs=, mutable=)`.
@@ -79,7 +84,8 @@ class FlaxModel:
     def init(self, key: jax.Array, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See `Model`. Further arguments of the module's `__call__` may be given; by default it does not train."""
         mode = mode_argument(self.module, False, "init")
-        variables = dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
+        with initializing(self.run):
+            variables = dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
         params = variables.pop("params", {})
         return params, _without_sown(variables)
 

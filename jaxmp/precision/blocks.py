@@ -496,6 +496,51 @@ def from_ml_dtypes(
     )
 
 
+class BlockScales(NamedTuple):
+    """The scales with which an array is rounded to a block format."""
+
+    of_blocks: jax.Array
+    """float32, NaN where a block holds an infinity or NaN: the shape of the array, with the number of blocks along each
+    axis"""
+    of_numbers: jax.Array
+    """float32, shape of the array: the scale of each number's block"""
+    amax: jax.Array
+    """float32, shape of `of_blocks`: the largest finite magnitude of each block whose numbers are all finite, else 0"""
+
+
+def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int] | None = None) -> BlockScales:
+    """Computes the scales with which `pack` and `quantize` round `x`; arguments are as for `quantize`.
+
+    >>> block_scales(jnp.array([[1.0] * 32 + [448.0], [0.0] * 33]), "mxfp8").of_blocks
+    Array([[0.00390625, 1.        ],
+           [0.        , 0.        ]], dtype=float32)
+    """
+    format = parse_block_format(format) if isinstance(format, str) else format
+    x = check_carrier(x, format)
+    layout, magnitude = _Layout(x.shape, format.block, _axes(x.shape, format, axis)), float32_bits(x) & ~_SIGN
+    scaling = _scaling(magnitude, layout, format)
+    if format.scale == "e8m0":
+        # 2^-127, which float32 holds as a subnormal number, is the scale of blocks of zeros alone: it is given as 0.
+        bits = jnp.where(scaling.bad, jnp.uint32(INFINITY | 0x400000), scaling.stored.astype(jnp.uint32) << 23)
+        scale = bitcast_convert_type(bits, jnp.float32)
+    elif format.scale == "f32":
+        scale = scaling.stored
+    else:
+        assert scaling.tensor_scale is not None
+        scale = jnp.where(scaling.bad, jnp.nan, _e4m3_numbers(scaling.stored) * scaling.tensor_scale)
+    amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
+    amax = bitcast_convert_type(jnp.where(scaling.bad, jnp.uint32(0), amax), jnp.float32)
+    whole = layout.ungrouped(jnp.broadcast_to(scale, layout.split))
+    return BlockScales(jnp.squeeze(scale, layout.inner), whole, jnp.squeeze(amax, layout.inner))
+
+
+def _e4m3_numbers(codes: jax.Array) -> jax.Array:
+    """Returns the numbers of codes of positive e4m3, float32."""
+    code = codes.astype(jnp.uint32)
+    normal = bitcast_convert_type((code << 20) + np.uint32((127 - _E4M3.bias) << 23), jnp.float32)
+    return jnp.where(code < 8, code.astype(jnp.int32).astype(jnp.float32) * _E4M3.smallest_subnormal, normal)
+
+
 # Emulation with integer operations. Below, `bits` are the bits of a float32, as uint32.
 
 _SIGN = np.uint32(0x80000000)

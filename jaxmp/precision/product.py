@@ -296,6 +296,24 @@ def round_operand(
         return jnp.where(jnp.isfinite(x), rounded, x)
 
 
+def block_axes(operand: RecipeOperand, axes: tuple[int, int]) -> tuple[int, ...]:
+    """Returns the axes of an operand along which the blocks of its block format run; for `axes` see `round_operand`."""
+    assert isinstance(operand.format, BlockFormat)
+    if isinstance(operand.format.block, tuple) and len(operand.format.block) == 2:
+        return axes
+    return (axes[_SUMMED[operand.product, operand.role]],)
+
+
+def transformed(x: jax.Array, operand: RecipeOperand, axes: tuple[int, int]) -> jax.Array:
+    """Returns an operand after its Hadamard transform, as `round_operand` is given it; float32. See `round_operand`."""
+    x = x.astype(FLOAT32)
+    if not operand.hadamard:
+        return x
+    stages, is_left = operand.hadamard.bit_length() - 1, PRODUCTS[operand.product][0] == operand.role
+    axis = axes[_SUMMED[operand.product, operand.role]]
+    return hadamard(x, operand.hadamard, axis, exponent=stages // 2 if is_left else stages - stages // 2)
+
+
 def hadamard(x: jax.Array, length: int, axis: int = -1, *, exponent: int | None = None) -> jax.Array:
     """Multiplies blocks of `length` numbers along an axis by a random Hadamard matrix; fills up the last with zeros.
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.reports.figure import Axis, Series, bar_figure, interval_figure, line_figure
-from jaxmp.reports.page import NO_VALUE, Page, provenance_rows
-from jaxmp.reports.run_report import Curve, curve_figures, loss_scales, metrics_of, number, policy_tables, shown, title
+from jaxmp.html.elements import NO_VALUE, Elements, Link
+from jaxmp.html.figure import Axis, Series, bar_figure, interval_figure, line_figure
+from jaxmp.reports.page import Page, provenance_rows
+from jaxmp.reports.run_report import loss_scales, number, policy_tables, shown
+from jaxmp.runs.curves import Curve, curve_figures, metrics_of, title
 from jaxmp.text_table import table
 from jaxmp.training.metrics import MetricSpec, spec_of, specs_from_json
 
@@ -46,15 +48,46 @@ def text(comparison: dict[str, Any]) -> str:
     return "\n".join([*lines, table(cells, header=[short[header[i]] for i in columns], right=right)])
 
 
-def page(comparison: dict[str, Any]) -> Page:
+def cell(comparison: dict[str, Any]) -> str:
+    """The first table of the page and its first figures, as the HTML of a notebook's cell.
+
+    Args:
+      comparison: as for `page`.
+    """
+    specs, found = specs_from_json(comparison["metrics"]), Elements()
+    found.table(*_summary(comparison, specs))
+    for failure in failures(comparison):
+        found.paragraph(f"Failed: {failure}", "bad")
+    on_top, _ = _curves(comparison, specs)
+    found.figures([*on_top, *_interval_figures(comparison, specs)])
+    if len(comparison["precisions"]) > 1:
+        found.paragraph(comparison["interval"], "note")
+    return found.cell()
+
+
+def _curves(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tuple[list[Any], list[Any]]:
+    """The figures of the loss and of the monitored metric, and all others, as `Elements.figures` takes them."""
+    curves = _lines_of(comparison, specs)
+    figures = curve_figures(curves)
+    names = [title(metric) for metric in (*list(metrics_of(curves))[:1], comparison["monitor"])]
+    main = {name for metric in names for name in (metric, f"{metric}, validation")}
+    on_top = [figure for figure in figures if figure[0] in main]
+    return on_top, [figure for figure in figures if figure[0] not in main]
+
+
+def _lines_of(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> list[Curve]:
+    return [Curve(r["precision"], r["seed"], r["metrics"], bool(r["failed"]), specs) for r in comparison["runs"]]
+
+
+def page(comparison: dict[str, Any], reports: Mapping[str, str] | None = None) -> Page:
     """Draws the page of a comparison.
 
     Args:
       comparison: what `jaxmp.studies.compare.compare` returns, or the JSON that `jaxmp compare` wrote.
+      reports: where the report of each run is, by its folder, relative to the page; those get a link.
     """
     precisions, seeds = comparison["precisions"], comparison["seeds"]
     specs = specs_from_json(comparison["metrics"])
-    curves = [Curve(r["precision"], r["seed"], r["metrics"], bool(r["failed"]), specs) for r in comparison["runs"]]
     devices = comparison["devices"]
     dot = "\N{MIDDLE DOT}"
     lead = (
@@ -66,21 +99,19 @@ def page(comparison: dict[str, Any]) -> Page:
     result.table(*_summary(comparison, specs))
     for failure in failures(comparison):
         result.paragraph(f"Failed: {failure}", "bad")
-    figures = curve_figures(curves)
-    names = [title(metric) for metric in (*list(metrics_of(curves))[:1], comparison["monitor"])]
-    main = {name for metric in names for name in (metric, f"{metric}, validation")}
-    on_top = [figure for figure in figures if figure[0] in main]
+    on_top, others = _curves(comparison, specs)
     result.figures([*on_top, *_interval_figures(comparison, specs)])
     if len(precisions) > 1:
         result.paragraph(comparison["interval"], "note")
     result.section("Training")
-    others = [figure for figure in figures if figure[0] not in main]
-    result.figures([*others, *_difference_curves(curves, precisions)])
+    result.figures([*others, *_difference_curves(_lines_of(comparison, specs), precisions)])
     _cost(result, comparison)
     if comparison["gradients"]:
-        _gradients(result, comparison["gradients"])
+        several = comparison["gradients"].get("objectives")
+        for name, errors in (several or {"": comparison["gradients"]}).items():
+            _gradients(result, errors, f" of {name}" if several else "")
     _precision(result, comparison)
-    _origin(result, comparison, specs)
+    _origin(result, comparison, specs, reports or {})
     result.data(comparison)
     return result
 
@@ -255,21 +286,22 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
     result.paragraph(note, "note")
 
 
-def _gradients(result: Page, errors: dict[str, Any]) -> None:
-    result.section("Gradients", errors["method"])
+def _gradients(result: Page, errors: dict[str, Any], of: str) -> None:
+    """The section on the gradients `of` an objective; of a single one, an empty text."""
+    result.section(f"Gradients{of}", errors["method"])
     figures = []
     for key, label in (("relative_error", "relative error"), ("one_minus_cosine", "1 \N{MINUS SIGN} cosine")):
         series = [
             Series(precision, errors["steps"], [math.nan if v is None else v for v in rows[key]], style)
             for style, (precision, rows) in enumerate(errors["precisions"].items())
         ]
-        name = f"Gradients: {label} against {errors['against']}"
+        name = f"Gradients{of}: {label} against {errors['against']}"
         figures.append((name, line_figure(Axis("step", include=(0.0,)), Axis(label, "log10"), series, name=name), ""))
     result.figures(figures)
     rows = []
-    for precision, of in errors["precisions"].items():
-        medians = [number(_median(of[name]), ".2e") for name in ("relative_error", "one_minus_cosine")]
-        worst = of["worst"]
+    for precision, found in errors["precisions"].items():
+        medians = [number(_median(found[name]), ".2e") for name in ("relative_error", "one_minus_cosine")]
+        worst = found["worst"]
         error = "not finite" if worst["relative_error"] is None else number(worst["relative_error"], ".2e")
         rows.append([precision, *medians, worst["parameter"], error, str(worst["step"])])
     header = ["precision", "relative error, median", "1 \N{MINUS SIGN} cosine, median", "worst parameter", "its error"]
@@ -303,7 +335,9 @@ def _precision(result: Page, comparison: dict[str, Any]) -> None:
     policy_tables(result, {precision: ended.get(precision) for precision in comparison["precisions"]})
 
 
-def _origin(result: Page, comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> None:
+def _origin(
+    result: Page, comparison: dict[str, Any], specs: Mapping[str, MetricSpec], reports: Mapping[str, str]
+) -> None:
     result.section("Runs")
     metrics = _metrics(comparison)
     rows = []
@@ -316,7 +350,7 @@ def _origin(result: Page, comparison: dict[str, Any], specs: Mapping[str, Metric
                 *(shown(spec_of(specs, m), test.get(m)) for m in metrics),
                 f"{_skipped(r):,}",
                 loss_scales(r["summary"]),
-                r["run"],
+                Link(r["run"], reports[r["run"]]) if r["run"] in reports else r["run"],
                 "failed" if r["failed"] else "",
             ]
         )

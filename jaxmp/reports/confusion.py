@@ -26,7 +26,7 @@ def confusion(predicted: Mapping[str, np.ndarray], target: str | None) -> list[s
 
     labels, classes = labels.ravel(), classes.ravel()
     names = sorted({*labels.tolist(), *classes.tolist()})
-    blocks = []
+    blocks: list[str] = []
     if len(names) <= MOST_CLASSES:
         counts = confusion_matrix(labels, classes, labels=names)
         rows = [[str(name), *map(str, row)] for name, row in zip(names, counts.tolist(), strict=True)]

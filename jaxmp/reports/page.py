@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmp.errors import InputError
-
-NO_VALUE = "\N{EN DASH}"
-"""text of a table cell without a number"""
+from jaxmp.html.elements import DARK, LIGHT, Elements, element_style, escape
 
 
 @dataclass
-class Page:
-    """The parts of a page, shown in the order in which they are added."""
+class Page(Elements):
+    """One page, made of the parts of `Elements`."""
 
     title: str
     """title of the page"""
     lead: str = ""
     """line under the title"""
-    parts: list[str] = field(default_factory=list)
-    """HTML of each part"""
-
-    def section(self, title: str, text: str = "") -> None:
-        """Begins a section with a title and a paragraph of plain text."""
-        self.parts.append(f"<h2>{escape(title)}</h2>")
-        self.paragraph(text)
-
-    def paragraph(self, text: str, kind: str = "") -> None:
-        """Adds a paragraph of plain text; `kind` is its class in the style sheet."""
-        if text:
-            self.parts.append(f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>")
-
-    def figures(self, figures: Sequence[tuple[str, str, str]]) -> None:
-        """Adds figures, side by side where they fit: `(title, <svg> element, caption)` each, the caption plain text."""
-        items = [
-            f"<figure><h3>{escape(title)}</h3>{svg}"
-            + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "")
-            for title, svg, caption in figures
-        ]
-        self.parts.append(f'<div class="figures">{"".join(f"{item}</figure>" for item in items)}</div>')
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = True) -> None:
-        """Adds a table of plain text, columns of numbers aligned right. `first`: the first column holds headings."""
-        right = ["n" if all(_is_number(row[i]) for row in rows) else "" for i in range(len(header))]
-        head = "".join(_cell("th", text, kind) for text, kind in zip(header, right, strict=True))
-        body = "".join(
-            "<tr>"
-            + "".join(
-                _cell("th" if first and i == 0 else "td", text, kind)
-                for i, (text, kind) in enumerate(zip(row, right, strict=True))
-            )
-            + "</tr>"
-            for row in rows
-        )
-        self.parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-
-    def details(self, title: str, text: str) -> None:
-        """Adds preformatted text, folded away."""
-        self.parts.append(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
     def data(self, value: Any) -> None:
         """Adds the numbers behind the page as JSON, for programs."""
@@ -74,7 +31,9 @@ class Page:
         self.parts.append(f'<script type="application/json" id="data">{text}</script>')
 
     def __str__(self) -> str:
-        style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+        style = f":root {{ color-scheme: light dark; {LIGHT} }}\n"
+        style += f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}\n{element_style()}"
+        style += (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
         lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -118,16 +77,3 @@ def provenance_rows(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {number}" for name, number in origin.get("versions", {}).items() if number)),
         ("git revision", f"{git['revision']}{' and changes' if dirty else ''}" if git else "none"),
     ]
-
-
-def escape(text: str) -> str:
-    """Escapes plain text for HTML."""
-    return html.escape(text, quote=True)
-
-
-def _cell(tag: str, text: str, kind: str) -> str:
-    return f'<{tag} class="{kind}">{escape(text)}</{tag}>' if kind else f"<{tag}>{escape(text)}</{tag}>"
-
-
-def _is_number(text: str) -> bool:
-    return not text or (text[0] in "+-<0123456789.\N{MINUS SIGN}\N{EN DASH}" and not text[1:2].isalpha())

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmp.html.elements import NO_VALUE
+from jaxmp.html.figure import Axis, histogram_figure
 from jaxmp.instruments.ranges import FORMATS
 from jaxmp.precision.formats import parse_format
-from jaxmp.reports.figure import Axis, histogram_figure
-from jaxmp.reports.page import NO_VALUE, Page
+from jaxmp.reports.page import Page
 
 
 def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> None:

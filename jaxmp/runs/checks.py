@@ -16,6 +16,7 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import check_splits, check_values, nbytes, sample
 from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
+from jaxmp.experiment.experiment import Experiment
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import check_rows
 
@@ -25,13 +26,15 @@ def check(trainer: Trainer) -> None:
 
     Raises:
       InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
-        monitored metric that is not measured, columns that differ between the splits, labels out of range, integers
-        that do not fit in 32 bits, patience without a validation split, workers that would run the script again.
+        monitored metric that is not measured, a vocabulary that is too large for the model, columns that differ
+        between the splits, labels out of range, integers that do not fit in 32 bits, patience without a validation
+        split, workers that would run the script again.
     """
     experiment = trainer.experiment
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
+    check_vocabulary(experiment)
     others: dict[Split, Source] = {split: trainer.source(split) for split in trainer.splits if split != "train"}
     if experiment.loop.patience is not None and "validation" not in others:
         raise InputError(
@@ -44,6 +47,17 @@ def check(trainer: Trainer) -> None:
     check_targets(trainer, *trainer.splits)
     if workers := reading_processes(trainer):
         refuse_unguarded_script(workers)
+
+
+def check_vocabulary(experiment: Experiment) -> None:
+    """Raises InputError if the data have more tokens than the model; JAX would take the last one for those beyond."""
+    vocabulary = getattr(experiment.data, "vocabulary", None)
+    tokens, room = getattr(vocabulary, "size", None), getattr(experiment.model, "vocabulary", None)
+    if isinstance(tokens, int) and isinstance(room, int) and tokens > room:
+        raise InputError(
+            f"model.vocabulary = {room}: the vocabulary of data.tokenizer has {tokens} tokens, numbered from 0 to "
+            f"{tokens - 1}; expected --model.vocabulary {tokens} or more, or a smaller vocabulary"
+        )
 
 
 def reading_processes(trainer: Trainer) -> int:

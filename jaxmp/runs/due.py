@@ -1,8 +1,10 @@
-"""`Due`: what is due after which step of a run."""
+"""`Due`: what is due after which step of a run; and `Interruption`: whether a session stops before the last."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 
 from jaxmp.experiment.settings import Loop
 
@@ -16,6 +18,8 @@ class Due:
     """steps of an epoch"""
     last: int
     """the last step of the run"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step of a trace, each of which is dispatched singly"""
 
     def evaluation(self, step: int) -> bool:
         """Whether the validation set is evaluated after this step."""
@@ -49,4 +53,32 @@ class Due:
         every = [loop.log_every, loop.eval_every, loop.save_every, loop.max_consecutive_skips, self.per_epoch]
         every.append(loop.ranges_every)
         due = [step + n - step % n for n in every if n]
+        if self.profile is not None and step < self.profile[1]:
+            due.append(max(self.profile[0] - 1, step + 1))
         return min(*due, self.last, step + most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interruption:
+    """Whether a session of a run saves and stops before the end: after a signal, or when its time is up."""
+
+    signalled: Callable[[], bool]
+    """whether a signal came"""
+    began: float
+    """when the session began, by `time.monotonic`"""
+    max_minutes: float | None
+    """minutes that it may take, `Loop.max_minutes`; None for any time"""
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether the session has taken its minutes."""
+        return self.max_minutes is not None and time.monotonic() - self.began >= 60 * self.max_minutes
+
+    def asked(self) -> bool:
+        """Whether to stop now."""
+        return self.signalled() or self.time_is_up
+
+    @property
+    def why(self) -> str:
+        """The words for a message: "" after a signal."""
+        return f" after {self.max_minutes:g} minutes (loop.max_minutes)" if self.time_is_up else ""

@@ -1,18 +1,21 @@
 """Trainer: `steps`, a generator, and `fit`, which evaluates, saves, writes and stops around it.
 
 Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, and the ranges of
-the first of its steps if they were counted, while this one runs; then, if this step is due for it, evaluate, write,
-save; then the next batch, its ranges if they are due, and the next dispatch. A line is on disk before a checkpoint of
-its step is begun, so that a run that is killed at any moment and resumed ends with the same lines.
+the first of its steps if they were counted, while this one runs; then the hooks of a `StepInfo`; then, if this step is
+due for it, evaluate, write, the hooks of an `Evaluated`, save; then the next batch, its ranges if they are due, and the
+next dispatch. A line is on disk before a checkpoint of its step is begun, so that a run that is killed at any moment
+and resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 
@@ -27,7 +30,8 @@ from jaxmp.experiment.reachable import made_by
 from jaxmp.instruments.nonfinite import name_nonfinite
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.checks import check, check_targets, reading_processes
-from jaxmp.runs.due import Due
+from jaxmp.runs.console import Console
+from jaxmp.runs.due import Due, Interruption
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
     DEVICES,
@@ -42,26 +46,19 @@ from jaxmp.runs.going_on import (
     refuse_other_rows_if_readable,
     with_session,
 )
+from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
+from jaxmp.runs.run import Run
+from jaxmp.runs.trace import StepRange, Trace
 from jaxmp.runs.trainer import SPLITS, Trainer
+from jaxmp.runs.weights_file import WeightsFile
 from jaxmp.runs.writers import escaped_output
 from jaxmp.scaling.transform import consecutive_skips, find_state
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
 from jaxmp.training.objective import objective_key
 from jaxmp.training.state import TrainState
-
-
-class StepInfo(NamedTuple):
-    """Where training stands after a dispatch."""
-
-    step: int
-    """steps attempted so far"""
-    state: TrainState
-    """the state after them; donated to the next dispatch, so copy what you keep"""
-    metrics: Metrics
-    """what was measured since the last line that is due, on the device; `jaxmp.training.metrics.compute` fetches it"""
 
 
 class Fitted(NamedTuple):
@@ -75,6 +72,10 @@ class Fitted(NamedTuple):
     """whether a signal stopped it before its end, after saving"""
     trained: bool = True
     """whether this call trained; False if the run had ended before"""
+
+    def _repr_html_(self) -> str:
+        """Shows the run in a notebook, as `jaxmp.Run(path)` does."""
+        return Run(self.path)._repr_html_()
 
 
 def steps(experiment: Experiment, state: TrainState | None = None) -> Iterator[StepInfo]:
@@ -106,13 +107,16 @@ def _dispatches(
     metrics: Any,
     first: int,
     count_ranges: Callable[[int, Any], None] = lambda step, state: None,
+    due: Due | None = None,
+    run: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Iterator[StepInfo]:
     """The dispatches from step `first` to the end, as placed on the devices. `metrics` begins anew after each line.
 
-    `count_ranges(step, state)` is given the state before a step whose ranges are due.
+    `count_ranges(step, state)` is given the state before a step whose ranges are due. `due` says where dispatches end;
+    `run(state, metrics, step, count)` makes one, by default the feed's.
     """
     loop = trainer.experiment.loop
-    due = Due(loop, trainer.batches.per_epoch, trainer.steps)
+    due, run = due or Due(loop, trainer.batches.per_epoch, trainer.steps), run or feed.run
     nothing = trainer.devices.put(trainer.no_metrics)
     step = first
     try:
@@ -120,7 +124,7 @@ def _dispatches(
             if due.ranges(step):
                 count_ranges(step, state)
             stop = due.next_stop(step, loop.steps_per_dispatch or trainer.steps)
-            state, metrics = feed.run(state, metrics, step, stop - step)
+            state, metrics = run(state, metrics, step, stop - step)
             step = stop
             yield StepInfo(step, state, metrics)
             if due.line(step):
@@ -140,6 +144,9 @@ def fit(
     continue_from: str | os.PathLike[str] | None = None,
     init_from: str | os.PathLike[str] | None = None,
     init_only: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
+    profile: tuple[int, int] | None = None,
+    progress: Literal["auto", "none"] = "auto",
     log: Callable[[str], None] = print,
 ) -> Fitted:
     """Trains an experiment in a run folder: `workdir/name/<hash>-s<seed>`.
@@ -157,15 +164,63 @@ def fit(
       continue_from: a run, `RUN` or `RUN@STEP`: goes on from all of its last state, or of that step, with what is
         changed in the experiment, in a folder of its own. Its batches have to be the same.
       init_from: a run, `RUN`, `RUN@best` or `RUN@STEP`: begins with its weights and model state, by path, and all else
-        fresh. With a moving average there, it is the average that is taken.
+        fresh. With a moving average there, it is the average that is taken. Or a file of pretrained weights,
+        `FILE.safetensors`, see `jaxmp.runs.weights_file`.
       init_only: patterns of the weights to take, see `jaxmp.trees.Pattern`; the others begin fresh. By default all.
+      profile: the first and the last of the steps to trace, counted from 1; the trace goes to `plugins/profile` in
+        the run folder, and xprof opens it.
+      progress: whether the screen shows a bar on a terminal and in a notebook, and lines elsewhere ("auto"), or neither
+        ("none").
+      hooks: functions of your own, called between steps and after evaluations; see `jaxmp.runs.hooks`. They are no part
+        of the run's identity, and change no bit of it.
       log: takes each message to the user.
 
     Raises:
-      InputError: the experiment, its data or the folder cannot be used; nothing was written or lost.
-      RunFailed: the loss is NaN, too many steps in a row were skipped, or the scaler gave up. The state is saved.
+      InputError: the experiment, its data or the folder cannot be used, or `profile` names steps that this session does
+        not make; nothing was written or lost.
+      RunFailed: the loss is NaN, too many steps in a row were skipped, the scaler gave up, or a hook raised. The state
+        is saved.
     """
-    log, origin = log if processes.is_first() else _silent, origin or {}
+    called = Hooks(hooks)
+    with contextlib.ExitStack() as stack:
+        console = None
+        if progress != "none" and processes.is_first():
+            console = Console()
+            stack.callback(console.close)
+        return _fit(
+            experiment,
+            console,
+            workdir=workdir,
+            name=name,
+            origin=origin or {},
+            overwrite=overwrite,
+            continue_from=continue_from,
+            init_from=init_from,
+            init_only=init_only,
+            traced=None if profile is None else StepRange(*profile),
+            hooks=called,
+            log=log if processes.is_first() else _silent,
+        )
+
+
+def _fit(
+    experiment: Experiment,
+    console: Console | None,
+    *,
+    workdir: str | os.PathLike[str],
+    name: str,
+    origin: dict[str, Any],
+    overwrite: bool,
+    continue_from: str | os.PathLike[str] | None,
+    init_from: str | os.PathLike[str] | None,
+    init_only: Sequence[str],
+    traced: StepRange | None,
+    hooks: Hooks,
+    log: Callable[[str], None],
+) -> Fitted:
+    """`fit`, with what shows its progress; None for nothing."""
+    began, doing = time.monotonic(), _silent if console is None else console.doing
+    doing("reading data")
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
@@ -187,20 +242,23 @@ def fit(
     trainer = Trainer(experiment)
     fuse = recorded["fuse_steps"] if recorded else trainer.fuse_steps
     check(trainer)
+    if traced is not None:
+        traced.check(0, trainer.steps)
     rows = processes.from_first(lambda: trainer.fingerprints(workers=reading_processes(trainer)))
+    doing("compiling")
     if recorded:
         refuse_other_rows(folder, recorded, rows)
     # Nothing is taken over where a session before has done so, and trained on.
     begins = parent is not None and processes.from_first(
-        lambda: not recorded or max(folder.checkpoint_steps(), default=0) < max(parent.step * parent.takes_all, 1)
+        lambda: not recorded or max(folder.checkpoint_steps(), default=0) < (parent.step if parent.takes_all else 1)
     )
     if parent is not None and begins:
         parent.check(trainer, rows)
-        fuse = parent.config.get("fuse_steps", fuse) if parent.takes_all else fuse
+        fuse = parent.config.get("fuse_steps", fuse) if isinstance(parent, Parent) and parent.takes_all else fuse
     feed = trainer.feed(fuse=fuse)
     fresh = trainer.init()
     if parent is not None and begins and not parent.takes_all:
-        fresh = parent.give_weights(fresh, log)
+        fresh = parent.give_weights(trainer, fresh, log)
     with contextlib.ExitStack() as stack:
 
         def take_folder() -> None:
@@ -220,7 +278,9 @@ def fit(
                     "rows": rows,
                 }
                 if parent is not None:
-                    run |= {"begins_with": begins_with, "parent": str(parent.folder.path.absolute())}
+                    run |= {"begins_with": begins_with}
+                if isinstance(parent, Parent):
+                    run |= {"parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
                 shown: dict[str, Any] = {"metrics": specs_to_json(trainer.metric_specs)}
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
@@ -229,7 +289,7 @@ def fit(
         if not recorded:
             log_neighbours(folder, trainer, fresh, rows, begins_with, log)
         carried = None
-        if parent is not None and begins and parent.takes_all:
+        if isinstance(parent, Parent) and begins and parent.takes_all:
             carried = parent.carry_over(trainer, fresh, log)
         processes.from_first(take_folder)
         if carried is not None:
@@ -238,9 +298,11 @@ def fit(
         _log_particulars(trainer, log)
         log_sampled(rows, log)
         log_changes(changes, log)
-        stop = stack.enter_context(stop_signals())
-        with _Session(trainer, feed, folder, log, stop) as session:
+        stop = Interruption(stack.enter_context(stop_signals()), began, experiment.loop.max_minutes)
+        with _Session(trainer, feed, folder, log, stop, traced, console, hooks) as session:
             step, state, metrics = session.resume(fresh)
+            if traced is not None:
+                traced.check(step, trainer.steps)
             if changes:
                 processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
             return session.train(step, state, metrics)
@@ -252,8 +314,8 @@ def _silent(message: str) -> None:
 
 def _parent(
     continue_from: str | os.PathLike[str] | None, init_from: str | os.PathLike[str] | None, init_only: Sequence[str]
-) -> Parent | None:
-    """The run whose state or weights a run begins with; None if it begins afresh."""
+) -> Parent | WeightsFile | None:
+    """What a run begins with: the state or weights of another, or weights of a file; None if it begins afresh."""
     if continue_from is not None and init_from is not None:
         raise InputError(
             f"--continue {continue_from} and --init-from {init_from}: expected one of the two, all of a run's state or "
@@ -263,6 +325,8 @@ def _parent(
         raise InputError(f"--init-only {' '.join(init_only)}: only with --init-from, which is not given")
     if continue_from is not None:
         return Parent.find(continue_from, "continue")
+    if init_from is not None and WeightsFile.is_named_by(init_from):
+        return WeightsFile.find(init_from, init_only)
     return None if init_from is None else Parent.find(init_from, "init", init_only)
 
 
@@ -311,6 +375,11 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
     for line in trainer.frozen():
         log(line)
+    if experiment.loop.overfit_batches is not None:
+        log(
+            f"loop.overfit_batches = {experiment.loop.overfit_batches}: every epoch trains on the same "
+            f"{len(trainer.source('validation'))} rows, and they are the validation split"
+        )
 
 
 class _Session:
@@ -326,12 +395,16 @@ class _Session:
         feed: Feed,
         folder: RunFolder,
         log: Callable[[str], None],
-        stop_asked: Callable[[], bool],
+        stop: Interruption,
+        traced: StepRange | None,
+        console: Console | None,
+        hooks: Hooks,
     ):
-        self.trainer, self.feed, self.folder, self.log = trainer, feed, folder, log
-        self.stop_asked = stop_asked  # of this process
+        self.trainer, self.feed, self.folder, self.log, self.hooks = trainer, feed, folder, log, hooks
+        self.stop = stop  # of this process
         self.stop_agreed = False  # of all, see `_stops`
-        self.records = Records(trainer, folder)
+        self.traced, self.trace = traced, Trace(traced, folder.path, log)
+        self.records = Records(trainer, folder, console)
         self.checkpoints: Checkpoints = folder.checkpoints(
             keep=trainer.experiment.loop.keep, best_of=trainer.monitor.name, mode=trainer.monitor.best
         )
@@ -348,6 +421,7 @@ class _Session:
             if error is None or not processes.several():
                 stack.callback(self.checkpoints.close)
             stack.callback(self.records.close)
+            stack.callback(self.trace.close)
 
     def resume(self, fresh: TrainState) -> tuple[int, TrainState, Metrics]:
         """Step, state and metrics to go on from: of the newest whole checkpoint, else `fresh`."""
@@ -360,14 +434,21 @@ class _Session:
         return step, tree["state"], tree["metrics"]
 
     def train(self, step: int, state: TrainState, metrics: Metrics) -> Fitted:
-        """Trains from `step` to the end, to early stopping, or to a signal."""
+        """Trains from `step` to the end, to early stopping, to a hook's `Stop`, or to a signal."""
         trainer, devices, records = self.trainer, self.trainer.devices, self.records
-        due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps)
+        due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps, self.traced)
         placed = devices.put_state(state)
         state = devices.get(placed)
         waiting: Line | None = None
-        dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges)
-        for info in () if records.out_of_patience() else dispatches:
+
+        def run(state: Any, metrics: Any, first: int, count: int) -> tuple[Any, Any]:
+            result = self.trace.run(self.feed.run, state, metrics, first, count)
+            records.dispatched(first, first + count, result[1])
+            return result
+
+        dispatches = _dispatches(trainer, self.feed, placed, devices.put(metrics), step, self._count_ranges, due, run)
+        because = processes.from_first(functools.partial(self.folder.read_stop, at=step))  # by a hook, before
+        for info in () if records.out_of_patience() or because else dispatches:
             step, state, metrics = info.step, devices.get(info.state), devices.get(info.metrics)
             before, waiting = waiting, None
             since_line = trainer.no_metrics if due.line(step) else metrics  # as the next dispatch begins
@@ -376,27 +457,59 @@ class _Session:
             # The line of the dispatch before: this one is under way, so waiting for those numbers idles no device.
             problem = self._write(before)
             records.write_ranges()
-            if not (problem or due.save(step) or self._stops()):
+            failed = None
+            if not problem:
+                because, failed = self._call_hooks(StepInfo(step, state, metrics))
+            if not (problem or because or failed or due.save(step) or self._stops()):
                 continue
-            if problem:  # by now this step is done too: the last of the run, which gets a line, whatever is due
+            if problem or because:  # this step is the last of the run, which gets a line, whatever is due
                 waiting = (waiting or self._line(step, True, metrics, state))._replace(due=True)
                 since_line = trainer.no_metrics
             problem, waiting = self._write(waiting) or problem, None
             if problem:
                 self._fail(problem, step, state, since_line)
-            evaluates = due.evaluation(step) and "validation" in trainer.splits
+            evaluates = (due.evaluation(step) or because) and "validation" in trainer.splits
             measured = records.evaluate(step, state, "validation") if evaluates else None
+            if measured is not None and not failed:
+                evaluated = Evaluated(step, state, "validation", measured, self.folder.path)
+                again, failed = self._call_hooks(evaluated)
+                because = because or again
+            if because and not failed:
+                self.log(f"stopped after step {step}: {because}")
+                processes.from_first(functools.partial(self.folder.write_stop, step, because))
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
-            if due.evaluation(step) and records.out_of_patience():
+            records.interrupted()
+            if failed:
+                self._fail_in_hook(failed, step)
+            if because or (due.evaluation(step) and records.out_of_patience()):
                 break
             if self._stops() and step < trainer.steps:
                 self.checkpoints.wait()
-                self.log(f"stopped at step {step} and saved in {self.folder.path}; the same command goes on from there")
+                self.log(
+                    f"stopped at step {step}{self.stop.why} and saved in {self.folder.path}; the same command goes on "
+                    "from there"
+                )
                 return Fitted(self.folder.path, {}, stopped=True)
-        return Fitted(self.folder.path, self._finish(step, state), stopped=False)
+        return Fitted(self.folder.path, self._finish(step, state, because), stopped=False)
+
+    def _call_hooks(self, value: StepInfo | Evaluated) -> tuple[str | None, HookFailed | None]:
+        """Why a hook stops the run, and what went wrong in one; None each if not."""
+        try:
+            return self.hooks.call(value), None
+        except HookFailed as error:
+            return None, error
+
+    def _fail_in_hook(self, failed: HookFailed, step: int) -> NoReturn:
+        """Ends the run after a checkpoint of `step`, because of a hook."""
+        self.checkpoints.wait()
+        reason = f"{failed}, after step {step}"
+        processes.from_first(lambda: self.folder.write_failure(step, reason))
+        raise RunFailed(
+            f"{reason}. The state is saved in {self.folder.path}; with the hook mended, the same call goes on"
+        ) from (failed.__cause__ or failed)
 
     def _line(self, step: int, due: bool, metrics: Metrics, state: TrainState) -> Line:
-        return self.records.line(step, due, metrics, state, stop=self.stop_asked())
+        return self.records.line(step, due, metrics, state, stop=self.stop.asked())
 
     def _write(self, line: Line | None) -> str | None:
         """Writes a line; returns why the run cannot go on, if it cannot."""
@@ -405,12 +518,12 @@ class _Session:
         return verdict.problem
 
     def _stops(self) -> bool:
-        """Whether a signal stops the run after this dispatch.
+        """Whether a signal, or the time, stops the run after this dispatch.
 
-        Several processes stop together, though the signal may reach one: each line carries whether any of them was
+        Several processes stop together, though a signal may reach one: each line carries whether any of them was
         asked to, and all come to know it when they wait for its numbers anyway.
         """
-        return self.stop_agreed if processes.several() else self.stop_asked()
+        return self.stop_agreed if processes.several() else self.stop.asked()
 
     def _count_ranges(self, step: int, state: Any) -> None:
         """Dispatches the counting of the next step's ranges; they are fetched when the step is under way."""
@@ -420,12 +533,16 @@ class _Session:
             seen = trainer.state_seen(name)(state, batch)
             self.records.add_ranges(step + 1, trainer.step_ranges(name)(seen, batch), state, name)
 
-    def _finish(self, step: int, state: TrainState) -> dict[str, Any]:
-        """The last evaluation, on the test set, and the summary."""
+    def _finish(self, step: int, state: TrainState, because: str | None) -> dict[str, Any]:
+        """The last evaluation, on the test set, and the summary. `because`: why a hook ended the run."""
         experiment, records = self.trainer.experiment, self.records
         self.checkpoints.wait()
         splits = self.trainer.splits
         test = records.evaluate(step, state, "test") if "test" in splits else {}
+        if "test" in splits:
+            _, failed = self._call_hooks(Evaluated(step, state, "test", test, self.folder.path))
+            if failed:
+                self._fail_in_hook(failed, step)
         best_step, best = records.best()
         best_on_test = self._test_of_best(best_step, step, state, test) if "test" in splits else None
         summary = {
@@ -436,6 +553,7 @@ class _Session:
             if "validation" in splits
             else {},
             "stopped_early": step < self.trainer.steps,
+            **({"stopped_because": because} if because else {}),
             "wall_seconds": records.seconds(),
             **self.trainer.parameter_counts,
             "precision": str(experiment.policy),
@@ -471,19 +589,27 @@ class _Session:
         )
 
     def _culprit(self, step: int, state: TrainState) -> str | None:
-        """What was not finite in the last step, which is repeated; None if that was not skipped, or is not at hand.
-
-        A skipped step left the state as it was, but for the loss scale. Of several objectives, that is so for the last
-        that ran.
-        """
+        """What was not finite in the last step, of each objective that was skipped in it; None if none was."""
         due = self.trainer.due(step - 1)
-        if not due:
-            return None
-        name = due[-1]
+        skipped = [name for name in due if self._was_skipped(state, name)]
+        found = []
+        for name in skipped:
+            # Whose changes it did not see, though they are in the state by now.
+            changed = due if self.trainer.order == "at_once" else due[due.index(name) :]
+            found.append(self._repeated(step, state, name, [each for each in changed if each not in skipped]))
+        return "; ".join(found) or None
+
+    def _was_skipped(self, state: TrainState, name: str | None) -> bool:
         opt_state = state.opt_state if name is None else state.opt_state[name]
-        scaling = find_state(opt_state)
-        if scaling is None or not int(consecutive_skips(opt_state)):
-            return None
+        return find_state(opt_state) is not None and bool(consecutive_skips(opt_state))
+
+    def _repeated(self, step: int, state: TrainState, name: str | None, changed: list[str | None]) -> str:
+        """What was not finite in the last step of an objective, which is repeated.
+
+        A skipped step left the state as it was, but for the loss scale; others may have `changed` it in the same step.
+        """
+        scaling = find_state(state.opt_state if name is None else state.opt_state[name])
+        assert scaling is not None
         devices, batch, scale = self.trainer.devices, self.feed.batch(step - 1), scaling.skipped_scale
         if devices.several_processes:
             batch = devices.whole(batch)
@@ -491,7 +617,8 @@ class _Session:
         key = key if name is None else objective_key(key, name)
         grads, measured, _ = self.trainer.gradients(name)(state.params, state.model_state, scale, batch, key)
         found = name_nonfinite(grads, measured.loss)
-        if found is None:
-            return f"step {step}, repeated at loss scale {float(scale):g} on one device, is finite"
         of = "" if name is None else f" of {name}"
-        return f"not finite in step {step}{of}, at loss scale {float(scale):g}: {found}"
+        after = f", with the parameters that {', '.join(map(str, changed))} left in it" if changed else ""
+        if found is None:
+            return f"step {step}{of}, repeated at loss scale {float(scale):g} on one device{after}, is finite"
+        return f"not finite in step {step}{of}, at loss scale {float(scale):g}{after}: {found}"

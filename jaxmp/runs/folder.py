@@ -271,6 +271,19 @@ class RunFolder:
         except (ValueError, KeyError, TypeError):
             return f"{self._failure} is damaged; the same `jaxmp train` says it again"
 
+    def write_stop(self, step: int, why: str) -> None:
+        """Writes stop.json: that a hook ended the run after `step`."""
+        _write_json(self.path / "stop.json", {"step": step, "why": why})
+
+    def read_stop(self, *, at: int) -> str | None:
+        """Why a hook ended the run after the step `at`; None if it did not. One of another step is forgotten."""
+        path = self.path / "stop.json"
+        content = json.loads(path.read_text()) if path.exists() else {"step": None, "why": None}
+        if content["step"] != at:
+            path.unlink(missing_ok=True)
+            return None
+        return content["why"]
+
     def write_lines(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Writes metrics.jsonl anew, with the lines of another run that this one begins with."""
         temporary = self.metrics.with_suffix(".partial")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxmp.data.fingerprint import changed_rows
 from jaxmp.distributed import processes
@@ -21,12 +20,12 @@ from jaxmp.experiment.identity import HASHED, Difference, differences
 from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.runs.checkpoint import Checkpoints, describe, named_leaves
 from jaxmp.runs.folder import RunFolder, parse_step
+from jaxmp.runs.initial_weights import as_leaf, check_only, choose_weights, part_of, weights_of, with_weights
 from jaxmp.runs.records import best_evaluation, counted_evaluations, is_out_of_patience
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import skipped_steps
 from jaxmp.training import schedules
 from jaxmp.training.state import TrainState
-from jaxmp.trees import Pattern, is_key
 
 Log = Callable[[str], None]
 
@@ -216,11 +215,14 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
 SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
 """fields of the data that leave each step its rows"""
 
+OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
+"""fields of the loop that give steps other rows"""
+
 
 def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
     kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
-    return path.partition(".")[0] == "data" and not kept
+    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not kept)
 
 
 # From the state or the weights of another run.
@@ -270,9 +272,7 @@ class Parent:
         name, at, which = os.fspath(text).rpartition("@")
         if not at or Path(os.fspath(text)).exists():
             name, which = os.fspath(text), "last"
-        for pattern in only:
-            if Pattern(pattern).by_class:
-                raise InputError(f"--init-only {pattern}: a weight has no class; expected a path such as **/kernel")
+        check_only(only)
         folder = RunFolder.find(local_path(f"{option} RUN", name))
         config, steps = folder.read_config(), folder.checkpoint_steps()
         folder.refuse_earlier_version(config)
@@ -409,7 +409,7 @@ class Parent:
             saved.get(path) == expected.get(path) for path in {*saved, *expected} if _of_scaler(path)
         )
         same_metrics = all(
-            saved.get(path) == expected.get(path) for path in {*saved, *expected} if _part(path) == "metrics"
+            saved.get(path) == expected.get(path) for path in {*saved, *expected} if part_of(path) == "metrics"
         )
         takes: dict[str, str] = {}
         began, wrong = [], []
@@ -417,25 +417,25 @@ class Parent:
             source = path
             if _of_scaler(path):
                 source = path if same_scaler else ""
-            elif _part(path) == "metrics":
+            elif part_of(path) == "metrics":
                 source = path if same_metrics else ""
-            elif _part(path) == "ema" and path not in saved:
+            elif part_of(path) == "ema" and path not in saved:
                 source = path.replace("state/ema", "state/params", 1)
                 began.append("the moving average of the weights (from the weights)")
-            elif _part(path) == "compensation" and path not in saved:
+            elif part_of(path) == "compensation" and path not in saved:
                 source = ""
                 began.append("the compensation of the rounding of updates")
             if not source:
                 continue
             takes[path] = source
-            averaged = _part(path) == "ema" and source != path
+            averaged = part_of(path) == "ema" and source != path
             if not averaged and saved.get(source) != expected[path]:
                 wrong.append(f"  {path}: {saved.get(source, 'nothing')} there, {expected[path]} here")
         dropped = [path for path in saved if path not in expected]
         wrong += [
             f"  {path}: {saved[path]} there, nothing here"
             for path in dropped
-            if not _of_scaler(path) and _part(path) not in ("metrics", "ema", "compensation")
+            if not _of_scaler(path) and part_of(path) not in ("metrics", "ema", "compensation")
         ]
         if wrong:
             raise InputError(
@@ -454,7 +454,7 @@ class Parent:
         wanted = named_leaves(template)
         takes, began = self._taken(trainer, fresh, checkpoints.leaves(step))
         read = checkpoints.read_leaves(step, {source: wanted[path] for path, source in takes.items()})
-        leaves = [_as(read[takes[path]], leaf) if path in takes else leaf for path, leaf in wanted.items()]
+        leaves = [as_leaf(read[takes[path]], leaf) if path in takes else leaf for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), began
 
     def _log(self, trainer: Trainer, state: TrainState, began: list[str], log: Log) -> None:
@@ -486,7 +486,7 @@ class Parent:
 
     # The weights alone.
 
-    def give_weights(self, fresh: TrainState, log: Log) -> TrainState:
+    def give_weights(self, trainer: Trainer, fresh: TrainState, log: Log) -> TrainState:
         """The fresh state of a run, with the parent's weights; averaged ones where it keeps an average.
 
         Batch statistics and other state of the model go with the weights.
@@ -494,60 +494,18 @@ class Parent:
         Raises: InputError if a leaf differs in path, shape or dtype, or a pattern of --init-only matches none.
         """
         checkpoints = self.folder.checkpoints()
-        option = f"--init-from {self.folder.path}"
         try:
-            saved = checkpoints.leaves(self.step)
-            mine = named_leaves({"state": {"params": fresh.params, "model_state": fresh.model_state}})
-            patterns = [Pattern(text) for text in self.only]
-            weights = {path: _within(path) for path in {**saved, **mine} if _part(path) in ("params", "model_state")}
-            for pattern in patterns:
-                if not any(pattern.covers(name) for path, name in weights.items() if path in mine):
-                    raise InputError(
-                        f"--init-only {pattern}: no such weight; {pattern.what_there_is(_parameters(mine))}"
-                    )
-            taken = [
-                path for path, name in weights.items() if not patterns or any(each.covers(name) for each in patterns)
-            ]
-            wrong = [
-                f"  {_within(path)}: {saved.get(path, 'nothing')} there, "
-                f"{describe(mine[path]) if path in mine else 'nothing'} here"
-                for path in taken
-                if path not in mine or saved.get(path) != describe(mine[path])
-            ]
-            if wrong:
-                raise InputError(
-                    f"{option}: its weights of step {self.step} differ from this model's; --init-only PATTERN takes "
-                    "those that a pattern names, and the others begin fresh:\n" + "\n".join(wrong)
-                )
+            saved, mine = checkpoints.leaves(self.step), weights_of(fresh)
+            what = f"--init-from {self.folder.path}: its weights of step {self.step}"
+            adapters = bool(trainer.experiment.lora.rank)
+            taken = choose_weights(saved, fresh, self.only, what, adapters=adapters)
             averaged = {path: path.replace("state/params", "state/ema", 1) for path in taken}
             source = {path: averaged[path] if averaged[path] in saved else path for path in taken}
             read = checkpoints.read_leaves(self.step, {source[path]: mine[path] for path in taken})
         finally:
             checkpoints.close()
-        leaves = [_as(read[source[path]], leaf) if path in source else leaf for path, leaf in mine.items()]
-        tree = {"state": {"params": fresh.params, "model_state": fresh.model_state}}
-        given = jax.tree.unflatten(jax.tree.structure(tree), leaves)["state"]
         log(f"weights of step {self.step} of {self.folder.path}: {len(taken)} of {len(mine)} leaves, the others fresh")
-        ema = None
-        if fresh.ema is not None:
-            ema = jax.tree.map(lambda average, param: _as(jnp.copy(param), average), fresh.ema, given["params"])
-        return dataclasses.replace(fresh, params=given["params"], model_state=given["model_state"], ema=ema)
-
-
-def _part(path: str) -> str:
-    """ "params" of state/params/Dense_0/kernel; "metrics" of metrics/loss/total."""
-    names = path.split("/")
-    return names[1] if names[0] == "state" and len(names) > 1 else names[0]
-
-
-def _within(path: str) -> str:
-    """The path of a weight in the model: Dense_0/kernel, of model state without the name of its collection."""
-    names = path.split("/")[2:]
-    return "/".join(names[1:] if _part(path) == "model_state" else names)
-
-
-def _parameters(paths: Iterable[str]) -> list[str]:
-    return [_within(path) for path in paths]
+        return with_weights(fresh, {path: read[source[path]] for path in taken})
 
 
 def _of_scaler(path: str) -> bool:
@@ -558,21 +516,13 @@ def _of_scaler(path: str) -> bool:
     return "scaler" in names or names[-1] == "skipped_scale"
 
 
-def _as(value: Any, like: Any) -> Any:
-    """A restored leaf in the dtype of `like`, on its devices."""
-    if is_key(value) or value.dtype == like.dtype:
-        return value
-    cast = jnp.asarray(value, like.dtype)
-    return cast if not getattr(like, "committed", False) else jax.device_put(cast, like.sharding)
-
-
 def _rate(optimizer: Any, steps: int | None, applied: int) -> float | None:
     """The learning rate of the step after `applied` ones; None if the optimizer does not say it."""
     schedule: Any = getattr(optimizer, "schedule", None)
     peak = getattr(optimizer, "learning_rate", None)
-    if not hasattr(schedule, "make") or peak is None or steps is None:
+    if schedule is None or peak is None or steps is None:
         return None
-    return float(schedule.make(peak, steps)(applied))
+    return float(schedules.make_schedule(schedule, peak, steps)(applied))
 
 
 def _rate_of_json(optimizer: Any, steps: int | None, applied: int) -> float | None:

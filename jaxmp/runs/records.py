@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -14,10 +15,11 @@ import jax
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
 from jaxmp.instruments.ranges import StepRanges
+from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
-from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
 from jaxmp.training.feed import LONG_SKIP
@@ -62,23 +64,25 @@ class Records:
     Args:
       trainer: of the run.
       folder: where the lines go.
+      console: shows them; None if nothing does.
     """
 
-    def __init__(self, trainer: Trainer, folder: RunFolder):
+    def __init__(self, trainer: Trainer, folder: RunFolder, console: Console | None = None):
         self._trainer, self._folder, self._loop = trainer, folder, trainer.experiment.loop
+        self._console = console
         self._writers: list[Writer] = []
         self._objectives = trainer.objectives
         self._read = jax.jit(functools.partial(_read, names=tuple(self._objectives)))
         self._ranges: list[_Ranges] = []  # not written yet
         self._evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
         self._seconds_before = 0.0  # of the sessions before this one
-        self._began = self._line_at = time.perf_counter()
-        self._line_step = 0
+        self._began = time.perf_counter()
+        self._pace = Pace()
 
     def open(self, step: int) -> None:
         """Goes on after `step`: later lines are cut off, and the evaluations up to there are read back."""
         processes.from_first(lambda: self._open_writers(step))
-        self._seconds_before, self._evaluated = processes.from_first(self._so_far)
+        self._seconds_before, self._evaluated = processes.from_first(lambda: self._so_far(step))
         self._line_step = step
 
     def close(self) -> None:
@@ -93,21 +97,34 @@ class Records:
         self._writers = [
             JsonLines(self._folder.metrics, resume_step=step),
             TensorBoard(path, resume_step=step),
-            Console(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs),
         ]
+        if self._console is not None:
+            self._console.begin(trainer.steps, trainer.batches.per_epoch, trainer.metric_specs, step)
+            self._writers.append(self._console)
         if self._loop.wandb:
             past = self._folder.read_lines()
             writer = WeightsAndBiases(path, path.parent.name, trainer.experiment.to_json(), session=session, past=past)
             self._writers.append(writer)
 
-    def _so_far(self) -> tuple[float, list[tuple[int, float]]]:
+    def _so_far(self, step: int) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""
         records = self._folder.read_lines()
         since = self._folder.read_config().get("best_since", 0)
-        evaluated = counted_evaluations(records, self._trainer, since)
+        stopped_at = step if self._folder.read_stop(at=step) else None
+        evaluated = counted_evaluations(records, self._trainer, since, stopped_at)
         return records[-1]["wall_seconds"] if records else 0.0, evaluated
 
     # Training lines.
+
+    def dispatched(self, first: int, last: int, result: Any) -> None:
+        """Notes that steps `first + 1` to `last` were handed to the device; `result` holds arrays that they make."""
+        self._pace.dispatched(first, last, result)
+        if self._console is not None:
+            self._console.began()
+
+    def interrupted(self) -> None:
+        """Notes that something else than steps ran: an evaluation, a checkpoint."""
+        self._pace.interrupted()
 
     def line(self, step: int, due: bool, metrics: Metrics, state: TrainState, *, stop: bool) -> Line:
         """Begins a line: nothing is waited for.
@@ -131,11 +148,10 @@ class Records:
         stop = readings.pop("stop")
         problems = [self._problem(line.step, name, values, readings) for name in self._objectives or (None,)]
         if line.due:
-            now = time.perf_counter()
-            examples = (line.step - self._line_step) * self._trainer.batches.batch_size
-            rate = examples / max(now - self._line_at, 1e-9)
-            self._record(line.step, "train", values | {"examples_per_second": rate}, readings)
-            self._line_at, self._line_step = now, line.step
+            rate, speed = self._pace.reached(line.step), {}
+            if rate is not None:
+                speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.batch_size}
+            self._record(line.step, "train", values | speed, readings)
         return Verdict(next(filter(None, problems), None), stop)
 
     def _problem(
@@ -193,7 +209,6 @@ class Records:
         self._record(step, split, values, {name: of for name, of in readings.items() if is_bookkeeping(name)})
         if split == "validation":
             self._evaluated.append((step, values[self._trainer.monitor.name]))
-        self._line_at = time.perf_counter()  # the time of an evaluation is not the time of a step
         return values
 
     def counts(self, step: int, state: TrainState) -> dict[str, Any]:
@@ -205,7 +220,7 @@ class Records:
 
     def measure(self, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, and returns the metrics."""
-        return compute(self._trainer.evaluation(state, self._trainer.source(split)))
+        return compute(self._trainer.evaluation(state, self._trainer.evaluated(split)))
 
     def best(self) -> tuple[int, float]:
         """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) before the first."""
@@ -237,31 +252,75 @@ class Records:
             writer.write(record)
 
 
-Evaluated = list[tuple[int, float]]
+PACE_SECONDS = 5.0
+"""how far back the speed is measured: a single line is seen late where the host is busy, and the next one early"""
+
+
+class Pace:
+    """The speed of the steps over the last seconds in which steps ran: compiling, evaluating and saving do not count.
+
+    Args:
+      seconds: how far back.
+    """
+
+    def __init__(self, seconds: float = PACE_SECONDS):
+        self._seconds = seconds
+        self._since: tuple[int, float] | None = None  # a step, and when it was done
+        self._timed: collections.deque[tuple[int, float]] = collections.deque()  # numbers of steps, and their seconds
+
+    def interrupted(self) -> None:
+        """Leaves out the time up to the next dispatch, and that which it takes to compile."""
+        self._since = None
+
+    def dispatched(self, first: int, last: int, result: Any) -> None:
+        """Notes that the call that makes steps `first + 1` to `last` has returned, with arrays in `result`."""
+        if self._since is None:
+            # XLA:CPU runs cheap programs within the call: then its time, which may be that of compiling, is left out.
+            ran = all(leaf.is_ready() for leaf in jax.tree.leaves(result)[:1])
+            self._since = last if ran else first, time.perf_counter()
+
+    def reached(self, step: int) -> float | None:
+        """Steps a second, now that `step` is done; None if none was timed since the last call."""
+        before, now = self._since, time.perf_counter()
+        self._since = step, now
+        if before is None or before[0] >= step:
+            return None
+        timed = self._timed
+        timed.append((step - before[0], now - before[1]))
+        while sum(seconds for _, seconds in timed) - timed[0][1] >= self._seconds:
+            timed.popleft()
+        return sum(steps for steps, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9)
+
+
+Evaluations = list[tuple[int, float]]
 """step and monitored metric of each evaluation"""
 
 
-def counted_evaluations(records: Iterable[Mapping[str, Any]], trainer: Trainer, since: int = 0) -> Evaluated:
+def counted_evaluations(
+    records: Iterable[Mapping[str, Any]], trainer: Trainer, since: int = 0, stopped_at: int | None = None
+) -> Evaluations:
     """The evaluations among lines that count for the best and for patience: those that this run's loop would make.
 
     Args:
       records: lines of metrics.jsonl.
       trainer: of the run.
       since: evaluations at or before this step do not count: they measured something else.
+      stopped_at: the step after which a hook ended the run, whose evaluation counts as the last one's does.
     """
     due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
     evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
-    return [(line["step"], _number(line[name])) for line in evaluations if due.evaluation(line["step"])]
+    steps = [(line["step"], line) for line in evaluations]
+    return [(step, _number(line[name])) for step, line in steps if due.evaluation(step) or step == stopped_at]
 
 
-def best_evaluation(evaluated: Evaluated, trainer: Trainer) -> tuple[int, float]:
+def best_evaluation(evaluated: Evaluations, trainer: Trainer) -> tuple[int, float]:
     """Step and monitored metric of the best evaluation, the earliest of equals; (0, NaN) if all are NaN."""
     sign = 1 if trainer.monitor.best == "max" else -1
     numbers = [pair for pair in evaluated if not math.isnan(pair[1])]
     return max(numbers, key=lambda pair: (sign * pair[1], -pair[0]), default=(0, math.nan))
 
 
-def is_out_of_patience(evaluated: Evaluated, trainer: Trainer) -> bool:
+def is_out_of_patience(evaluated: Evaluations, trainer: Trainer) -> bool:
     """Whether so many of the last evaluations were no better that training stops early."""
     patience = trainer.experiment.loop.patience
     best_step, _ = best_evaluation(evaluated, trainer)

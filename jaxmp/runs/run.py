@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,16 +23,22 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import Comparison, made_by
+from jaxmp.html.elements import Elements
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
+from jaxmp.runs.curves import Curve, curve_figures
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.initial_weights import weights_by_path
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
 from jaxmp.tasks.task import predictions
 from jaxmp.training.evaluation import evaluation_key
-from jaxmp.training.metrics import MetricSpec, compute, specs_from_json
+from jaxmp.training.metrics import MetricSpec, compute, spec_of, specs_from_json
 from jaxmp.training.state import TrainState
 from jaxmp.trees import upcast
+
+WEIGHTS = ("evaluated", "ema", "raw")
+"""which weights of a state predictions are made with"""
 
 
 class Run:
@@ -56,6 +63,7 @@ class Run:
         self._folder = RunFolder.find(local_path("run", path))
         self._folder.read_config()  # refuses what is no run
         self._given = experiment
+        self._states: dict[Any, TrainState] = {}  # by what names a checkpoint
 
     @property
     def path(self) -> Path:
@@ -64,6 +72,29 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """Shows in a notebook how the run stands, its metrics and its curves; of one that trains, as far as it is."""
+        metrics, specs, config = self.metrics, self.metric_specs, self.config
+        summary = self.summary if self.has_ended else {}
+        last = {**(metrics[-1] if metrics else {}), **summary}
+        rows = [
+            ("run", str(self.path)),
+            ("state", f"failed: {self.failure}" if self.failure else "finished" if self.has_ended else "not ended"),
+            ("precision", str(config["experiment"]["precision"])),
+            ("seed", str(config["seed"])),
+            ("steps", f"{last.get('steps', last.get('step', 0)):,}"),
+            ("skipped", f"{last.get('skipped_steps', 0):,}"),
+        ]
+        for name, value in summary.get("test", {}).items():
+            spec = spec_of(specs, name)
+            rows.append((f"test {spec.label(name)}", "not finite" if value is None else spec.text(value)))
+        found = Elements()
+        found.table(("", ""), rows)
+        if metrics:
+            curve = Curve(str(config["experiment"]["precision"]), config["seed"], metrics, bool(self.failure), specs)
+            found.figures(curve_figures([curve]))
+        return found.cell()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -182,6 +213,19 @@ class Run:
             raise InputError(f"{self.path} has no checkpoint yet")
         return found[1]["state"]
 
+    def weights(self, step: int | Literal["last", "best"] = "last", *, merged: bool = False) -> dict[str, np.ndarray]:
+        """Parameters and model state of a checkpoint by path, such as Dense_0/kernel; averaged where the run has that.
+
+        Args:
+          step: see `state`.
+          merged: with LoRA, the weights of the model without adapters that computes the same.
+        """
+        state = self.state(step)
+        params = state.averaged_params
+        if merged:
+            params = self.experiment.lora.merge(params)
+        return {path: np.asarray(leaf) for path, leaf in weights_by_path(params, state.model_state).items()}
+
     def count_ranges(self, step: int | Literal["last", "best"] = "last") -> list[dict[str, Any]]:
         """Lines of `ranges`, of the step after a checkpoint: that step is computed again, and its ranges counted.
 
@@ -208,30 +252,42 @@ class Run:
         """The steps of which there is a checkpoint, ascending."""
         return self._folder.checkpoint_steps()
 
-    @functools.cached_property
-    def _last_state(self) -> TrainState:
-        return self.state()
+    def _chosen(self, state: TrainState | int | str | None, weights: str) -> TrainState:
+        """The state whose `averaged_params` are the weights that are asked for."""
+        if not isinstance(state, TrainState):
+            at: Any = "last" if state is None else state
+            if at not in self._states:
+                self._states[at] = self.state(at)
+            state = self._states[at]
+        if weights not in WEIGHTS:
+            raise InputError(f"weights={weights!r}: expected {', '.join(WEIGHTS)}{nearest(str(weights), WEIGHTS)}")
+        if weights == "ema" and state.ema is None:
+            raise InputError(f"weights='ema': {self.path} keeps no average of its weights (loop.ema_decay is not set)")
+        return dataclasses.replace(state, ema=None) if weights == "raw" else state
 
-    def apply(self, batch: dict[str, Any], state: TrainState | None = None) -> Any:
+    def apply(
+        self, batch: dict[str, Any], state: TrainState | int | str | None = None, *, weights: str = "evaluated"
+    ) -> Any:
         """The model's outputs for rows of the data, under the run's policy; from averaged weights where it has them.
 
         Args:
           batch: rows as the data has them (`run.experiment.data.source("test")[indices]`), at least the task's inputs;
             they go through the data's host transforms and are prepared as in evaluation.
-          state: whose weights; `run.state("best")`, say. By default those of the last checkpoint, read once.
+          state: whose weights: "last" (the default), "best", the number of a step, or a state. Each is read once.
+          weights: "evaluated", which evaluation uses: the moving average where the run keeps one; "ema", the average,
+            or an InputError where there is none; "raw", the weights as they were trained.
         """
-        return self._of_batch(batch_of(self.experiment.data, batch), state)
+        return self._of_batch(batch_of(self.experiment.data, batch), self._chosen(state, weights))
 
-    def _of_batch(self, batch: dict[str, Any], state: TrainState | None) -> Any:
+    def _of_batch(self, batch: dict[str, Any], state: TrainState) -> Any:
         """The outputs for a batch that is not prepared yet."""
-        state = self._last_state if state is None else state
         inputs = {name: jnp.asarray(column) for name, column in batch.items()}
         return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state))
 
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
         experiment = self.experiment
-        model = as_model(experiment.model).under(UnderPolicy(experiment.policy))
+        model = as_model(experiment.adapted_model).under(UnderPolicy(experiment.policy))
         prepared = experiment.data.prepare(train=False)
 
         @jax.jit
@@ -258,13 +314,18 @@ class Run:
         return source
 
     def predict(
-        self, rows: Split | Mapping[str, Any] = "test", state: TrainState | None = None
+        self,
+        rows: Split | Mapping[str, Any] = "test",
+        state: TrainState | int | str | None = None,
+        *,
+        weights: str = "evaluated",
     ) -> dict[str, np.ndarray]:
         """The model's predictions for a split or for rows of your own, as `task.predictions` gives them.
 
         Args:
           rows: name of a split; or arrays of shape (n, ...) by name, as the data has them, at least the task's inputs.
-          state: whose weights, as in `apply`.
+          state: whose weights, as in `apply`: "last", "best", the number of a step, or a state.
+          weights: "evaluated", "ema" or "raw", as in `apply`.
 
         Returns:
           Arrays of shape (n, ...) in the order of the rows, floats of less than 32 bits as float32. The task's target
@@ -275,6 +336,7 @@ class Run:
         """
         data, task = self.experiment.data, self.experiment.task
         source = self.source(rows) if isinstance(rows, str) else _columns(data, rows)
+        chosen = self._chosen(state, weights)
         found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         for batch in evaluation_batches(source, data.eval_batch_size):
             missing = [name for name in task.inputs if name not in batch]
@@ -284,7 +346,7 @@ class Run:
                     f"{', '.join(sorted(set(batch) - {'weight'}))}{nearest(missing[0], batch)}"
                 )
             there = int(np.sum(batch["weight"]))  # the last batch is filled up with rows of weight 0
-            predicted = predictions(task, self._of_batch(batch, state))
+            predicted = predictions(task, self._of_batch(batch, chosen))
             target = getattr(task, "target", None)
             if target in batch:
                 predicted[target] = batch[target]
@@ -292,16 +354,17 @@ class Run:
                 found[name].append(np.asarray(upcast(values))[:there])
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
-    def evaluate(self, split: Split = "test", state: TrainState | None = None) -> dict[str, float]:
-        """The metrics of a whole split, under the policy and with the weights of `apply`.
+    def evaluate(
+        self, split: Split = "test", state: TrainState | int | str | None = None, *, weights: str = "evaluated"
+    ) -> dict[str, float]:
+        """The metrics of a split as the run evaluates it, under the policy and with the weights of `apply`.
 
-        Raises: InputError as `source` does.
+        That is the whole split, but for `loop.limit_batches`. Raises InputError as `source` does.
         """
-        source = self.source(split)
-        state = self._last_state if state is None else state
+        self.source(split)  # refuses other rows
         trainer = self.trainer
-        placed = trainer.devices.get(trainer.devices.put_state(state))
-        return compute(trainer.evaluation(placed, source))
+        placed = trainer.devices.get(trainer.devices.put_state(self._chosen(state, weights)))
+        return compute(trainer.evaluation(placed, trainer.evaluated(split)))
 
 
 def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:

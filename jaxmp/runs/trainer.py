@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
-from jaxmp.data.source import Source
+from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
@@ -38,7 +38,7 @@ from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Stream
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, decay_mask
+from jaxmp.training.optimizers import Optimizer, decay_mask, make_optimizer
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
@@ -79,8 +79,28 @@ class Trainer:
 
     def _source(self, split: Split) -> Source | None:
         if split not in self._sources:
-            self._sources[split] = self.experiment.data.read(split)
+            self._sources[split] = self._repeated() if self._overfits(split) else self.experiment.data.read(split)
         return self._sources[split]
+
+    def _overfits(self, split: Split) -> bool:
+        return split == "validation" and self.experiment.loop.overfit_batches is not None
+
+    def _repeated(self) -> Rows:
+        """The rows of `loop.overfit_batches`: those that every epoch trains on."""
+        rows = self.batches.epoch_rows(0).ravel()[: self.batches.examples]
+        return Rows(self.source(), np.unique(rows))
+
+    def evaluated(self, split: Split) -> Source:
+        """The rows of a split that are evaluated: all, or those of `loop.limit_batches`, spread evenly over the split.
+
+        They are counted in training batches, so that `data.eval_batch_size` changes no metric but by rounding. Raises
+        InputError as `source` does.
+        """
+        source, limit = self.source(split), self.experiment.loop.limit_batches
+        most = len(source) if limit is None else limit * self.experiment.data.batch_size
+        if most >= len(source):
+            return source
+        return Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
 
     def fingerprints(self, *, workers: int = 0) -> dict[str, Any]:
         """What the rows of each split are, as JSON; see `jaxmp.data.fingerprint`. `workers` processes read train."""
@@ -90,8 +110,14 @@ class Trainer:
     @functools.cached_property
     def batches(self) -> Batches:
         """Which rows each step sees."""
-        data = self.experiment.data
-        return Batches(examples=len(self.source()), batch_size=data.batch_size, seed=self.experiment.seed)
+        data, loop = self.experiment.data, self.experiment.loop
+        return Batches(
+            examples=len(self.source()),
+            batch_size=data.batch_size,
+            seed=self.experiment.seed,
+            limit=loop.limit_batches if loop.overfit_batches is None else loop.overfit_batches,
+            repeat=loop.overfit_batches is not None,
+        )
 
     @functools.cached_property
     def steps(self) -> int:
@@ -155,16 +181,18 @@ class Trainer:
         """What is trained, on one replica's share of a batch: one objective, or several by name."""
         experiment = self.experiment
         if not self.objectives:
-            tx = loss_scaling(experiment.optimizer.make(self.steps), experiment.make_scaler())
-            return Objective(self.loss_fn(), tx, trains=experiment.trains, ema_decay=experiment.loop.ema_decay)
+            tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
+            return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=experiment.loop.ema_decay)
         scalers = experiment.make_scalers()
         return {
             name: Objective(
                 self.loss_fn(name),
-                loss_scaling(experiment.optimizer_of(name).make(-(-self.steps // spec.every)), scalers[name]),
+                loss_scaling(
+                    make_optimizer(experiment.optimizer_of(name), -(-self.steps // spec.every)), scalers[name]
+                ),
                 trains=spec.trains,
                 every=spec.every,
-                ema_decay=experiment.loop.ema_decay,
+                ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }
@@ -187,7 +215,7 @@ class Trainer:
         """The loss of this model, task and precision; for `kwargs`, such as `objective`, see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
         remat = {"remat": parallel.remat, "remat_policy": parallel.remat_policy}
-        return make_loss(experiment.model, experiment.task, experiment.policy, **{**remat, **kwargs})
+        return make_loss(experiment.adapted_model, experiment.task, experiment.policy, **{**remat, **kwargs})
 
     def loss_fn(self, objective: str | None = None) -> LossFn:
         """The training loss on one replica's share of a batch; of several objectives, that of one."""
@@ -285,7 +313,7 @@ class Trainer:
         """Evaluates states: `evaluation(state, source)`."""
         nothing = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name)}
         experiment = self.experiment
-        make = functools.partial(make_loss, experiment.model, experiment.task, experiment.policy, train=False)
+        make = functools.partial(make_loss, experiment.adapted_model, experiment.task, experiment.policy, train=False)
         loss_fn = {name: make(objective=name) for name in self.objectives} or make()
         return Evaluation(loss_fn, experiment.data, self.devices, nothing)
 
@@ -312,9 +340,9 @@ class Trainer:
 
         def init(key: jax.Array) -> TrainState:
             params_key, step_key = jax.random.split(key)
-            params, model_state = init_model(experiment.model, experiment.task, self.batch_spec, params_key)
-            params = cast_to_param(experiment.model, experiment.policy, params, *self.inputs)
-            delayed = init_delayed_scaling(experiment.model, experiment.policy, *self.inputs)
+            params, model_state = init_model(experiment.adapted_model, experiment.task, self.batch_spec, params_key)
+            params = cast_to_param(experiment.adapted_model, experiment.policy, params, *self.inputs)
+            delayed = init_delayed_scaling(experiment.adapted_model, experiment.policy, *self.inputs)
             return TrainState.create(
                 params,
                 self.objective,
@@ -367,7 +395,10 @@ class Trainer:
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
-        model, state = as_model(self.experiment.model).under(UnderPolicy(self.experiment.policy)), self.state_spec
+        model, state = (
+            as_model(self.experiment.adapted_model).under(UnderPolicy(self.experiment.policy)),
+            self.state_spec,
+        )
         apply = functools.partial(jax.eval_shape, lambda key, *args: model.apply(*args, key=key)[0])
         return apply(state.key, state.params, state.model_state, *self.inputs)
 
@@ -415,7 +446,7 @@ class Trainer:
 
     def explain(self) -> Explanation:
         """Which policy each module of the model runs under. Raises InputError if a rule matches none."""
-        return explain(self.experiment.model, self.experiment.policy, tuple(self.inputs))
+        return explain(self.experiment.adapted_model, self.experiment.policy, tuple(self.inputs))
 
     @property
     def inputs(self) -> list[jax.ShapeDtypeStruct]:

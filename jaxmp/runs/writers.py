@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, the screen.
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases; the screen is in console.py.
 
 A record is one flat mapping. Its fields:
 
@@ -35,17 +35,12 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from jaxmp.errors import InputError
 from jaxmp.text_table import without_nan
-
-if TYPE_CHECKING:
-    import rich.console
-
-    from jaxmp.training.metrics import MetricSpec
 
 Record = Mapping[str, Any]
 
@@ -324,92 +319,3 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Ends the run and, where online, waits for the upload."""
         self._run.finish()
-
-
-class Console:
-    """Shows records on the screen: a bar on a terminal, plain lines elsewhere.
-
-    The bar shows the last training record, and every evaluation leaves a line above it. Where the output goes to a file
-    or a pipe, each record is one line.
-
-    Args:
-      total_steps: the steps of the whole run.
-      steps_per_epoch: for the number of epochs.
-      metrics: the spec of each metric to show, in this order.
-      console: rich's console; by default one on the standard output.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        steps_per_epoch: int,
-        metrics: Mapping[str, MetricSpec],
-        console: rich.console.Console | None = None,
-    ):
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.table import Column
-
-        self._total_steps = total_steps
-        self._epochs = total_steps / steps_per_epoch
-        self._metrics = metrics
-        self._console = console or RichConsole()
-        self._progress = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
-                BarColumn(bar_width=10),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                expand=True,
-                refresh_per_second=4,
-            )
-            self._task = self._progress.add_task("compiling", total=None)
-            self._progress.start()
-
-    def write(self, record: Record) -> None:
-        """Shows the record; one of split "ranges" is not shown."""
-        if record["split"] == "ranges":
-            return
-        numbers = self._numbers(record)
-        if self._progress is None or record["split"] != "train":
-            line = f"{record['split']:10}  {numbers}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if self._progress is not None:
-            description = numbers if record["split"] == "train" else None  # None: as it was
-            self._progress.update(
-                self._task, completed=record["step"], total=self._total_steps, description=description
-            )
-
-    def close(self) -> None:
-        """Stops the bar as it stands and restores the cursor."""
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _numbers(self, record: Record) -> str:
-        several = any(name.startswith("loss_scale/") for name in record)
-
-        def mean(value: float, digits: int) -> str:
-            # Skipped steps are no part of a mean over training, nor those in which one of several objectives did not
-            # run: it is NaN where all steps were such.
-            nothing = math.isnan(value) and record["split"] == "train" and (record.get("skipped_steps") or several)
-            return "-" if nothing else f"{value:.{digits}f}"
-
-        def metric(name: str, digits: int) -> Callable[[Any], str]:
-            return lambda value: f"{name} {mean(value, digits)}"
-
-        fields: dict[str, Callable[[Any], str]] = {
-            "epoch": lambda epoch: f"epoch {epoch:.2f}/{self._epochs:g}",
-            "step": lambda step: f"step {step}/{self._total_steps}",
-            **{name: metric(name, spec.digits) for name, spec in self._metrics.items()},
-            "loss_scale": lambda scale: f"scale {scale:g}",
-            **{name: _scale_of(name) for name in record if name.startswith("loss_scale/")},
-            "skipped_steps": lambda steps: f"skipped {steps}",
-            "examples_per_second": lambda rate: f"{rate:,.0f} examples/s",
-        }
-        return "  ".join(show(record[name]) for name, show in fields.items() if name in record)
-
-
-def _scale_of(field: str) -> Callable[[Any], str]:
-    objective = field.partition("/")[2]
-    return lambda scale: f"scale {objective} {scale:g}"

@@ -97,7 +97,7 @@ def find_policy_of(
 
     return instrument.find_policy(
         lambda tree: _loss(experiment, tree, objective),
-        lambda tree: explain(experiment.model, tree, tuple(trainer.inputs)),
+        lambda tree: explain(experiment.adapted_model, tree, tuple(trainer.inputs)),
         points(),
         half=half,
         budget=budget,
@@ -115,7 +115,7 @@ def save(found: FoundPolicy, name: str, path: Path) -> None:
 
 def _loss(experiment: Experiment, policy: PolicyTree, objective: str | None) -> Callable[..., jax.Array]:
     """`(trained parameters, frozen parameters, model_state, batch) -> loss`, with None in place of the others."""
-    loss_fn = make_loss(experiment.model, experiment.task, policy, objective=objective)
+    loss_fn = make_loss(experiment.adapted_model, experiment.task, policy, objective=objective)
     mean_loss = scaled_mean_loss(loss_fn)
 
     def loss(own: Any, frozen: Any, model_state: Any, batch: Any) -> jax.Array:

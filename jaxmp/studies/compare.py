@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.audit import audit
-from jaxmp.reports.comparison import page
+from jaxmp.reports import comparison as pages
 from jaxmp.reports.page import command, write
-from jaxmp.reports.run_report import examples_per_second
+from jaxmp.reports.run_report import report
+from jaxmp.runs.curves import examples_per_second
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance
@@ -31,48 +33,70 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
 from jaxmp.studies.paired import method, paired
-from jaxmp.tasks.task import refuse_several
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
 
 
+class Comparison(dict[str, Any]):
+    """A comparison as JSON. `print` shows its table, a notebook its table and curves, `save` writes its page."""
+
+    def __str__(self) -> str:
+        return pages.text(self)
+
+    def __repr__(self) -> str:
+        return f"<comparison of {self['config']}: {', '.join(self['precisions'])}; seeds {self['seeds']}>"
+
+    def _repr_html_(self) -> str:
+        """Shows the first table and figures of the page in a notebook."""
+        return pages.cell(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the page, the JSON beside it, and the report of each run in its folder, which the page leads to.
+
+        Raises: InputError if a file cannot be written.
+        """
+        save(self, Path(path).expanduser())
+
+
 def compare(
-    config: ConfigFile,
-    precisions: Sequence[str],
-    seeds: Sequence[int],
+    subject: Experiment | ConfigFile,
+    precisions: Sequence[str] = ("float32", "mixed_bfloat16", "mixed_float16"),
+    seeds: Sequence[int] = (0, 1, 2),
     *,
+    name: str = "experiment",
     overrides: Sequence[str] = (),
     workdir: str = "runs",
     gradients: int = 0,
     gradients_against: str = "float64",
     log: Callable[[str], None] = print,
-) -> dict[str, Any] | None:
+) -> Comparison | None:
     """Trains those runs of the grid that are not finished yet, and measures differences, memory and operations.
 
     Args:
-      config: what to train.
+      subject: the experiment to train, or a config file.
       precisions: what `--precision` takes; all others are compared with the first.
       seeds: one run of each precision each.
-      overrides: further arguments of `jaxmp train` for all runs.
+      name: of the experiment, as `jaxmp.fit` takes it; a config file has its own.
+      overrides: for a config file, further arguments of `jaxmp train` for all runs.
       workdir: folder of all runs.
       gradients: at how many states of the first run to compare gradients; see `compare_gradients`.
       gradients_against: `float64`, or `float32` with the random masks of training.
       log: takes each message to the user.
 
     Returns:
-      The comparison as JSON, for `jaxmp.reports.comparison.page`; None if a signal stopped a run, after saving it. A
-      run that failed is included, with its message.
+      The comparison, a dict for JSON that prints as a table; None if a signal stopped a run, after saving it. A run
+      that failed is included, with its message.
 
     Raises: InputError as `grid` and `fit` do, before anything is trained.
     """
     if gradients < 0:
         raise InputError(f"gradients at {gradients} steps: expected a whole number of at least 0")
-    cells, results = grid(config, precisions, seeds, overrides), []
-    if gradients:
-        refuse_several(cells[0].experiment.task, "--gradients")
+    cells, results = grid(subject, precisions, seeds, overrides), []
+    name = subject.name if isinstance(subject, ConfigFile) else name
     for i, cell in enumerate(cells):
         log(f"[{i + 1}/{len(cells)}] {cell.precision}, seed {cell.seed}")
-        result = _train(config, cell, workdir, log)
+        origin = subject.origin(cell.overrides) if isinstance(subject, ConfigFile) else None
+        result = _train(cell, workdir, name, origin, log)
         if result is None:
             return None
         results.append(result)
@@ -84,9 +108,9 @@ def compare(
         log("measuring gradients")
         experiments = {cell.precision: cell.experiment for cell in cells[: len(precisions)]}
         errors = compare_gradients(experiments, gradients, against=gradients_against)
-    return {
-        "config": config.name,
-        "about": config.docstring.partition("\n")[0],
+    found = {
+        "config": name,
+        "about": subject.docstring.partition("\n")[0] if isinstance(subject, ConfigFile) else "",
         "overrides": list(overrides),
         "precisions": list(precisions),
         "seeds": list(seeds),
@@ -100,14 +124,17 @@ def compare(
         "gradients": errors,
         "runs": results,
     }
+    return Comparison(found)
 
 
-def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], None]) -> dict[str, Any] | None:
+def _train(
+    cell: Cell, workdir: str, name: str, origin: dict[str, Any] | None, log: Callable[[str], None]
+) -> dict[str, Any] | None:
     """Trains one cell and returns it as JSON; None if a signal stopped it."""
     experiment, failed = cell.experiment, None
     before = _peak()
     try:
-        fitted = fit(experiment, workdir=workdir, name=config.name, origin=config.origin(cell.overrides), log=log)
+        fitted = fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
     except RunFailed as error:
         failed = str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -119,7 +146,7 @@ def _train(config: ConfigFile, cell: Cell, workdir: str, log: Callable[[str], No
             return None
     if failed:
         log(f"failed: {failed}")
-    folder = RunFolder.of(experiment, workdir, config.name).path
+    folder = RunFolder.of(experiment, workdir, name).path
     run = Run(folder)
     summary = {} if failed else run.summary
     after = _peak()
@@ -204,6 +231,16 @@ def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) ->
 
 
 def save(comparison: dict[str, Any], output: Path) -> None:
-    """Writes the page to `output` and the JSON beside it. Raises InputError if a file cannot be written."""
+    """Writes the page to `output`, the JSON beside it, and the report of each run in its folder.
+
+    A run folder that is not there any more is left out. Raises InputError if a file cannot be written.
+    """
+    reports = {}
+    for path in dict.fromkeys(result["run"] for result in comparison["runs"]):
+        folder = RunFolder(Path(path))
+        if folder.is_unused():
+            continue
+        report([Run(path)]).write(folder.report)
+        reports[path] = os.path.relpath(folder.report, output.parent)
     write(output.with_suffix(".json"), json.dumps(comparison, indent=1, allow_nan=False) + "\n")
-    page(comparison).write(output)
+    pages.page(comparison, reports).write(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,18 +22,22 @@ class Cell(NamedTuple):
 
 
 def grid(
-    config: ConfigFile, precisions: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()
+    subject: Experiment | ConfigFile, precisions: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> list[Cell]:
     """Lists the runs seed by seed, so that runs that are compared are close in time as well.
 
     Args:
-      config: what to train.
+      subject: what to train.
       precisions: what `--precision` takes.
       seeds: one run of each precision each.
-      overrides: further arguments of `jaxmp train` for all runs.
+      overrides: further arguments of `jaxmp train` for all runs of a config file.
 
     Raises: InputError if a list is empty, a precision is unknown, or two are equal, however they are spelled.
     """
+    if not isinstance(subject, Experiment | ConfigFile):
+        raise InputError(f"compare: {subject!r:.60}: expected an Experiment")
+    if overrides and isinstance(subject, Experiment):
+        raise InputError("compare: overrides are those of a config file; expected dataclasses.replace(experiment, ...)")
     for name, values in (("--precision", precisions), ("--seeds", seeds)):
         if not values:
             raise InputError(f"{name}: nothing to compare; expected one value or more")
@@ -43,7 +48,11 @@ def grid(
     for seed in seeds:
         for precision in precisions:
             arguments = [*overrides, "--precision", precision, "--seed", str(seed)]
-            cells.append(Cell(precision, seed, config.experiment(arguments), arguments))
+            if isinstance(subject, ConfigFile):
+                experiment = subject.experiment(arguments)
+            else:
+                experiment = dataclasses.replace(subject, precision=precision, seed=seed)
+            cells.append(Cell(precision, seed, experiment, arguments))
     first: dict[str, str] = {}
     for cell in cells[: len(precisions)]:
         same = first.setdefault(cell.experiment.hash, cell.precision)

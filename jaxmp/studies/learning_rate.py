@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
-from jaxmp.reports.figure import Axis, Series, line_figure
+from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.reports.page import Page
 from jaxmp.runs.fit import steps
 from jaxmp.tasks.task import refuse_several

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
+from jaxmp.html.elements import cell_of
 from jaxmp.instruments import nonfinite
 from jaxmp.instruments.gradient_error import relative_error
 from jaxmp.instruments.nonfinite import AS_WRITTEN, Blame, Replay
@@ -122,6 +123,10 @@ class StepBlame:
 
     def __str__(self) -> str:
         return table(self._rows(), widths=(10,))
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        return cell_of([str(self)])
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "step", f"{self.step} of {self.run}"
@@ -382,7 +387,7 @@ class _Step:
     def _outputs(self, precision: str) -> Callable[..., Any]:
         """`(params, model_state, batch, key)` to what each module returns."""
         task = self.experiment.task
-        model = as_model(self.experiment.model).under(UnderPolicy(precision))
+        model = as_model(self.experiment.adapted_model).under(UnderPolicy(precision))
 
         def outputs(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
             return model.module_outputs(params, model_state, *(batch[name] for name in task.inputs), key=key)

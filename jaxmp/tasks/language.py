@@ -1,4 +1,4 @@
-"""`NextToken`: causal language modelling, with its perplexity and bits a byte."""
+"""`NextToken` and `MaskedLM`: language modelling, with perplexity, bits a byte, and accuracy."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from jaxmp.errors import InputError
-from jaxmp.tasks.task import Task
+from jaxmp.tasks.tokens import PerToken
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import ExpOfMean, Mean, Metrics, MetricSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class NextToken(Task):
+class LanguageModel(PerToken):
+    """The base of both: targets are tokens, of the same vocabulary as the first of `inputs`."""
+
+    def check_rows(self, outputs: Any, columns: Mapping[str, Any], split: str) -> None:
+        """Raises InputError if a target or an input token is outside [0, vocabulary); no loss would show it."""
+        for name in (self.target, self.inputs[0]):
+            self.check_range(name, outputs.shape[-1], columns, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken(LanguageModel):
     """Softmax cross-entropy of the next token, from logits (rows, length, vocabulary).
 
     All means are over the targets that count, so that neither padding nor how rows make up batches changes them.
     """
 
     inputs: tuple[str, ...] = ("tokens",)
-    """keys of the batch that the model is called with"""
+    """keys of the batch that the model is called with, the tokens first"""
     target: str = "next_tokens"
     """key of the tokens that follow, int (rows, length), from 0 on"""
-    padding: int = -1
-    """target that does not count"""
     byte_counts: str | None = None
-    """key of the number of bytes of each target, int (rows, length); None: each is one byte"""
+    """key of the number of bytes of each target, int (rows, length), `next_bytes` of `TextWindows`; None: each is one
+    byte"""
 
     metrics: ClassVar[Mapping[str, MetricSpec]] = {
         "loss": MetricSpec("min", "nats"),
@@ -40,51 +46,34 @@ class NextToken(Task):
         "bits_per_byte": MetricSpec("min", "bits", digits=3),
     }
 
-    def __post_init__(self) -> None:
-        """Checks that `inputs` are several."""
-        if isinstance(self.inputs, str):
-            raise InputError(f"task.inputs = {self.inputs!r}: expected a tuple, ({self.inputs!r},)")
-
     def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
         """Mean cross-entropy a token in nats; `perplexity`, its exponential; `bits_per_byte` of the targets' text."""
-        self.check(outputs, batch)
-        targets = batch[self.target]
-        counts = targets != self.padding
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            outputs.astype(jnp.float32), jnp.where(counts, targets, 0)
-        )
-        weight = jax.lax.broadcast_in_dim(batch["weight"], targets.shape, (0,)) * counts
+        losses, weight, targets = self.losses(outputs, batch)
         loss = Mean.of(losses, weight)
         byte_counts = jnp.ones_like(targets) if self.byte_counts is None else batch[self.byte_counts]
-        of_bytes = jnp.sum(weight * jnp.where(counts, byte_counts, 0))
+        of_bytes = jnp.sum(weight * jnp.where(weight != 0, byte_counts, 0))
         bits = Mean(loss.total / math.log(2), of_bytes)
         return loss, {"perplexity": ExpOfMean(*loss), "bits_per_byte": bits}
 
-    def check(self, outputs: Any, batch: Any) -> None:
-        """Raises InputError unless there is a whole number, the target, for each vector of logits."""
-        targets = batch[self.target]
-        if not hasattr(outputs, "shape"):
-            raise InputError(f"the model's outputs are of type {type(outputs).__name__}; expected one array of logits")
-        if not jnp.issubdtype(targets.dtype, jnp.integer) or targets.shape != outputs.shape[:-1]:
-            raise InputError(
-                f"{self.target!r} is {targets.dtype}{list(targets.shape)} beside logits of {list(outputs.shape)}; "
-                f"expected whole numbers, one for each vector of logits: {list(outputs.shape[:-1])}"
-            )
 
-    def check_rows(self, outputs: Any, columns: Mapping[str, Any], split: str) -> None:
-        """Raises InputError if a target or an input token is outside [0, vocabulary); no loss would show it."""
-        vocabulary = outputs.shape[-1]
-        for name in (self.target, *self.inputs):
-            tokens = columns.get(name)
-            if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or not tokens.size:
-                continue
-            least, most = int(tokens.min()), int(tokens.max())
-            if most >= vocabulary or (least < 0 and not (name == self.target and self._is_padded(tokens))):
-                padding = f", and {self.padding} for padding" if name == self.target else ""
-                raise InputError(
-                    f"{name!r} of the {split} split: tokens run from {least} to {most}; expected 0 to "
-                    f"{vocabulary - 1}, one for each of the model's {vocabulary} outputs{padding}"
-                )
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(LanguageModel):
+    """Softmax cross-entropy of hidden tokens, from logits (rows, length, vocabulary).
 
-    def _is_padded(self, tokens: np.ndarray) -> bool:
-        return not ((tokens < 0) & (tokens != self.padding)).any()
+    The data hide them, by a `jaxmp.data.masking.Masking`. All means are over the tokens to predict, so that neither
+    padding nor how rows make up batches changes them.
+
+    Source: J. Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805, section 3.1, task 1.
+    """
+
+    metrics: ClassVar[Mapping[str, MetricSpec]] = {
+        "loss": MetricSpec("min", "nats"),
+        "perplexity": MetricSpec("min", digits=2),
+        "accuracy": MetricSpec("max", "%"),
+    }
+
+    def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Mean, Metrics]:
+        """Mean cross-entropy a token in nats; `perplexity`, its exponential; `accuracy`, a share from 0 to 1."""
+        losses, weight, targets = self.losses(outputs, batch)
+        loss, correct = Mean.of(losses, weight), jnp.argmax(outputs, axis=-1) == targets
+        return loss, {"perplexity": ExpOfMean(*loss), "accuracy": Mean.of(correct, weight)}

@@ -17,13 +17,14 @@ from jaxmp.modules.recipe_layers import Spread
 from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
-from jaxmp.tasks.task import Task, check_returned, refuse_several, task_name, task_of
+from jaxmp.tasks.function import as_task
+from jaxmp.tasks.task import Task, change_batch, check_returned, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 
 
 def make_loss(
     model: Any,
-    task: Task,
+    task: Any,
     policy: Policy | PolicyTree | str,
     *,
     objective: str | None = None,
@@ -42,7 +43,8 @@ def make_loss(
 
     Args:
       model: a Linen module, or one of `from_nnx`; see `jaxmp.modules.model.as_model`.
-      task: names the model's inputs, and makes a loss and metrics of its outputs.
+      task: names the model's inputs, and makes a loss and metrics of its outputs: a `Task`, or a function of
+        (outputs, batch), see `jaxmp.FunctionTask`.
       policy: a `Policy`, a `PolicyTree`, or the text of one.
       objective: which of the task's several objectives; None for a task with a single one.
       train: False for evaluation: no dropout, and the model state is returned as it was given. What the model draws
@@ -59,6 +61,7 @@ def make_loss(
         given for a model of `from_nnx`; when the loss is called, a pattern of `remat` or a rule of the policy names no
         module.
     """
+    task = as_task(task)
     if objective is not None:
         task = task_of(task, objective)
     refuse_several(task, "make_loss without objective=")
@@ -72,6 +75,7 @@ def make_loss(
     under_policy = under(Spread(axis_name=replicas))
 
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
+        batch = change_batch(task, batch, key, train=train)
         inputs = [batch[name] for name in task.inputs]
         if train:
             count = len(batch["weight"])

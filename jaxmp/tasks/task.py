@@ -83,6 +83,18 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__}.__call__(outputs, batch)")
 
+    def change(self, batch: Batch, key: jax.Array, *, train: bool) -> Batch:
+        """The batch that the model and `__call__` see, a pure function of the batch and a key; here the batch itself.
+
+        Args:
+          batch: the rows of a replica and microbatch; `batch.get(jaxmp.training.batch.EXAMPLE_INDEX)`, int32
+            (examples,), is the place of each in the whole batch, None if this is the whole. What is drawn for a row
+            should depend on the key and on that place alone.
+          key: of training, the same for all parts of a batch; of evaluation, another one for each batch, or None.
+          train: whether it is for training.
+        """
+        return batch
+
     def predictions(self, outputs: Any) -> dict[str, Any]:
         """What `jaxmp predict` writes for a batch, by name: arrays of shape (examples, ...). Here: `output`.
 
@@ -154,6 +166,9 @@ class _OfObjective(Task):
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Mean, Metrics]:
         return self.task(outputs, batch, self.objective)
+
+    def change(self, batch: Batch, key: jax.Array, *, train: bool) -> Batch:
+        return change_batch(self.task, batch, key, train=train)
 
 
 def refuse_several(task: Any, what: str) -> None:
@@ -240,6 +255,17 @@ def check_returned(task: Any, returned: Any) -> None:
                 f"{kind} returned {what} as {name}; expected a jaxmp.Mean, whose weight says how many examples it "
                 "stands for: Mean.of(values, batch['weight'])"
             )
+
+
+CHANGE = 0x6368616E
+"""number of the stream of keys by which a task changes batches"""
+
+
+def change_batch(task: Any, batch: Batch, key: Any, *, train: bool) -> Batch:
+    """Calls `task.change`, if the task has one, with a key of its own."""
+    if not hasattr(task, "change") or getattr(type(task), "change", None) is Task.change:
+        return batch
+    return task.change(batch, None if key is None else jax.random.fold_in(key, CHANGE), train=train)
 
 
 def predictions(task: Any, outputs: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hypothesis
 from hypothesis import strategies as st
 
 from jaxmp.errors import InputError, nearest
+from jaxmp.html.elements import Elements, escape
 from jaxmp.text_table import table
 
 Example = TypeVar("Example")
@@ -127,6 +128,17 @@ class Laws:
             lines += textwrap.wrap(result.words, 116, initial_indent="      ", subsequent_indent="      ")
         count = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("holds", "broken", "skipped")}
         return "\n".join([*lines, f"  {count['holds']} hold, {count['broken']} broken, {count['skipped']} skipped"])
+
+    def _repr_html_(self) -> str:
+        """Checks the laws, and shows them in a notebook."""
+        found = Elements()
+        found.parts.append(f"<h3>{escape(self.title)}</h3>")
+        results = list(self)
+        rows = [(result.law, result.verdict, result.statement, result.words) for result in results]
+        said = any(result.words for result in results)
+        header = ("law", "verdict", "statement", "counterexample, or why it was skipped")
+        found.table(header[: 3 + said], [row[: 3 + said] for row in rows])
+        return found.cell()
 
     def __repr__(self) -> str:
         return f"<{len(self)} laws of {self.title}; print it to check them>"

@@ -73,6 +73,23 @@ def type_difference(before: Any, after: Any) -> str | None:
     return None
 
 
+def place_difference(before: Any, after: Any) -> str | None:
+    """Says where a leaf of two equal pytrees lies on other devices, for which jit compiles anew; or None."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        if (
+            isinstance(a, jax.Array)
+            and isinstance(b, jax.Array)
+            and (a.committed, a.sharding) != (b.committed, b.sharding)
+        ):
+            name = jax.tree_util.keystr(path) or "itself"
+            return f"leaf {name} of the first state {_placed(a)}; after a step it {_placed(b)}"
+    return None
+
+
+def _placed(x: jax.Array) -> str:
+    return f"{'lies' if x.committed else 'may lie anywhere, and is'} on {x.sharding}"
+
+
 def describe(tree: Any) -> str:
     """Describes a pytree: its structure, with dtype and shape for each leaf."""
     if isinstance(tree, dict):

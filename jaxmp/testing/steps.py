@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,8 +36,16 @@ from jaxmp.testing.chosen_gradients import (
 )
 from jaxmp.testing.faults import BadBatch, BadGradient, Clean, Fault
 from jaxmp.testing.laws import Broken, Law, Laws, Skipped, calling, require, require_methods
+from jaxmp.testing.objectives import (
+    ObjectiveTrial,
+    not_due_stays,
+    objectives_of,
+    others_do_not_matter,
+    skipped_beside_others,
+    skipped_statistics_are_dropped,
+)
 from jaxmp.testing.scalers import is_sound_scale
-from jaxmp.testing.snapshots import Snapshot, first_difference, restored, snapshot, type_difference
+from jaxmp.testing.snapshots import Snapshot, first_difference, place_difference, restored, snapshot, type_difference
 from jaxmp.testing.sums import SUMS, terms
 from jaxmp.testing.trial import (
     NO_GRADIENT,
@@ -58,7 +66,12 @@ MODEL_TERMS = 64
 
 @dataclasses.dataclass(frozen=True)
 class StepAdapter:
-    """The train step that `step_laws` tests. Any object with these attributes can stand in for it."""
+    """The train step that `step_laws` tests. Any object with these attributes can stand in for it.
+
+    Of a step with several objectives, each with a loss scale of its own, most laws are checked for each. What is
+    claimed of its scale, and what `loss`, `skipped_steps` and `consecutive_skips` return, may then be a mapping by
+    objective: by the last name in the path of its scaler, such as "generator" for `.opt_state['generator']`.
+    """
 
     init: Callable[[], Any]
     """`init()`: a fresh state, a pytree, the same at each call"""
@@ -77,17 +90,17 @@ class StepAdapter:
     """whether every leaf of the state has a leading axis over replicas, as under `pmap`"""
     microbatches: int = 1
     """how many steps make one update; `kept` then leaves out what sums the gradients of a window"""
-    min_scale: float | None = None
+    min_scale: float | Mapping[str, float] | None = None
     """floor of the scale; None if the step claims none"""
-    max_scale: float | None = None
+    max_scale: float | Mapping[str, float] | None = None
     """cap of the scale; None if the step claims none"""
-    growth_factor: float | None = None
+    growth_factor: float | Mapping[str, float] | None = None
     """factor by which the scale grows; None if the step claims none"""
-    backoff_factor: float | None = None
+    backoff_factor: float | Mapping[str, float] | None = None
     """factor by which the scale falls; None if the step claims none"""
-    growth_interval: int | None = None
+    growth_interval: int | Mapping[str, int] | None = None
     """applied updates in a row before the scale grows; None if the step claims no number"""
-    hysteresis: int | None = None
+    hysteresis: int | Mapping[str, int] | None = None
     """number of overflows in a row from which on the scale is lowered; None if the step claims none"""
     skipped_steps: Callable[[Any], Any] | None = None
     """`skipped_steps(state)`: number of skipped steps so far; by default that of `jaxmp.loss_scaling`"""
@@ -114,41 +127,9 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
         """The step does what the reference does."""
         _as_reference(reference, trial)
 
-    checks = (
-        repeatable,
-        types_stay,
-        one_compile,
-        trains,
-        scale_is_sound,
-        bad_gradient_is_skipped,
-        bad_batch_is_skipped,
-        bad_loss_is_skipped,
-        scale_falls,
-        skips_are_counted,
-        skips_leave_no_trace,
-        growth_step_is_right,
-        scale_stays_in_its_range,
-        scale_moves_as_claimed,
-        scale_does_not_matter,
-        finite_is_applied,
-        loss_in_float32,
-        gradients_keep_their_bits,
-        tiny_gradients_are_felt,
-        small_gradients_take_small_steps,
-        norms_in_float32,
-        moments_in_float32,
-        second_moments_decay,
-        updates_in_float32,
-        sums_in_float32,
-        complex_parameters_descend,
-        scale_stands_in_a_window,
-        dropped_window_is_empty,
-        random_numbers_advance,
-        survives_saving,
-        replicas_agree,
-        reduced_in_float32,
-        as_the_reference,
-    )
+    views = functools.cache(lambda: objectives_of(trial))
+    checks = [_of_each(check, views) if check in OF_AN_OBJECTIVE else check for check in LAWS]
+    checks += [as_the_reference, *(_between(check, views) for check in BETWEEN_OBJECTIVES)]
     laws = [Law.of(check, trial) for check in checks]
     require_methods("step_laws", adapter, ("init", "step"), laws)
     if getattr(adapter, "batch", None) is None:
@@ -193,12 +174,14 @@ def one_compile(trial: Trial) -> None:
     """
     with faults.compiled_anew():
         state = trial.step(trial.fresh())
+        placed = place_difference(trial.fresh(), state)
         for count in (2, 3, 4):
             before = compiles()
             state = trial.step(state)
             new = compiles() - before
             if new:
-                raise Broken(f"step {count} compiled {new} program{'s' * (new > 1)}, after what step 1 had compiled")
+                said = f"step {count} compiled {new} program{'s' * (new > 1)}, after what step 1 had compiled"
+                raise Broken(f"{said}: {placed}" if placed and count == 2 else said)
 
 
 def trains(trial: Trial) -> None:
@@ -523,6 +506,8 @@ def _require_kept(trial: Trial, fault: st.SearchStrategy[Fault]) -> None:
 
 def _changed(trial: Trial, good: int, fault: Fault, times: int, negative_zeros: bool) -> str | None:
     """What the same fault some times in a row changes, after some good steps."""
+    if not trial.reaches(fault):
+        return None
     state = trial.run([Clean()] * good, negative_zeros)
     kept = snapshot(trial.kept(state))
     for _ in range(times):
@@ -532,3 +517,113 @@ def _changed(trial: Trial, good: int, fault: Fault, times: int, negative_zeros: 
         return None
     zeros = ", from a state whose zeros are -0.0" if negative_zeros else ""
     return f"after {words([Clean()] * good + [fault] * times)}{zeros}: {different}"
+
+
+# --- which laws are of what
+
+OF_AN_OBJECTIVE = (
+    trains,
+    scale_is_sound,
+    bad_gradient_is_skipped,
+    bad_batch_is_skipped,
+    bad_loss_is_skipped,
+    scale_falls,
+    skips_are_counted,
+    skips_leave_no_trace,
+    growth_step_is_right,
+    scale_stays_in_its_range,
+    scale_moves_as_claimed,
+    scale_does_not_matter,
+    finite_is_applied,
+    loss_in_float32,
+    gradients_keep_their_bits,
+    tiny_gradients_are_felt,
+    small_gradients_take_small_steps,
+    norms_in_float32,
+    moments_in_float32,
+    second_moments_decay,
+    updates_in_float32,
+    complex_parameters_descend,
+    scale_stands_in_a_window,
+    dropped_window_is_empty,
+    random_numbers_advance,
+)
+"""laws that hold for each objective of a step, and so for each of its scalers"""
+BETWEEN_OBJECTIVES = (others_do_not_matter, skipped_beside_others, not_due_stays, skipped_statistics_are_dropped)
+"""laws of what the objectives of a step may not do to each other"""
+LAWS = (
+    repeatable,
+    types_stay,
+    one_compile,
+    trains,
+    scale_is_sound,
+    bad_gradient_is_skipped,
+    bad_batch_is_skipped,
+    bad_loss_is_skipped,
+    scale_falls,
+    skips_are_counted,
+    skips_leave_no_trace,
+    growth_step_is_right,
+    scale_stays_in_its_range,
+    scale_moves_as_claimed,
+    scale_does_not_matter,
+    finite_is_applied,
+    loss_in_float32,
+    gradients_keep_their_bits,
+    tiny_gradients_are_felt,
+    small_gradients_take_small_steps,
+    norms_in_float32,
+    moments_in_float32,
+    second_moments_decay,
+    updates_in_float32,
+    sums_in_float32,
+    complex_parameters_descend,
+    scale_stands_in_a_window,
+    dropped_window_is_empty,
+    random_numbers_advance,
+    survives_saving,
+    replicas_agree,
+    reduced_in_float32,
+)
+"""the laws of a step, in the order of the table"""
+
+
+def _of_each(check: Callable[[Trial], None], views: Callable[[], list[ObjectiveTrial]]) -> Callable[[Trial], None]:
+    """The law for each objective of a step; the law itself for a step with one."""
+
+    @functools.wraps(check)
+    def of_each(trial: Trial) -> None:
+        _check_each(check, views() or [trial])
+
+    return of_each
+
+
+def _between(
+    check: Callable[[Trial, list[ObjectiveTrial]], None], views: Callable[[], list[ObjectiveTrial]]
+) -> Callable[[Trial], None]:
+    """The law for each objective of a step, beside the others that have gradients of their own."""
+
+    @functools.wraps(check)
+    def between(trial: Trial) -> None:
+        several = views()
+        others = {id(view): [other for other in several if other.calls.isdisjoint(view.calls)] for view in several}
+        if not any(others.values()):
+            raise Skipped("the step has a single objective")
+        _check_each(lambda view: check(view, others[id(view)]), [view for view in several if others[id(view)]])
+
+    return between
+
+
+def _check_each(check: Callable[[Any], None], trials: Sequence[Any]) -> None:
+    """Checks a law for each objective; raises Skipped only if it is skipped for all of them."""
+    skipped: list[str] = []
+    for trial in trials:
+        of = f"objective {trial.name!r}: " if isinstance(trial, ObjectiveTrial) else ""
+        try:
+            check(trial)
+        except Skipped as reason:
+            skipped.append(f"{of}{reason}")
+        except Broken as broken:
+            raise Broken(f"{of}{broken}") from broken
+    if len(skipped) == len(trials):
+        raise Skipped(skipped[0])

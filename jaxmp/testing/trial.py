@@ -25,6 +25,8 @@ from jaxmp.trees import is_castable, is_floating, is_key, same_structure
 
 GROWTH_STEPS, GROWTH_SECONDS = 2500, 15.0
 """Limits on how long a law waits for the scale to grow."""
+WAIT = 128
+"""Number of steps within which each of several objectives has to be due once."""
 SOME = 8
 """Number of parameters on which a law that needs steps for each of them is tested, unless thoroughly."""
 WRONG_SHARE = 0.25
@@ -180,8 +182,15 @@ class Trial:
             return self._injected(state, batch, given, bad=fault)[0]
         return calling("the adapter's step", self.adapter.step, state, batch, given=given)
 
-    def _injected(self, state: Any, batch: Any, given: str, **what: Any) -> tuple[Any, Observed]:
-        with faults.injected(**what) as observed:
+    def _injected(
+        self,
+        state: Any,
+        batch: Any,
+        given: str,
+        chosen: faults.Chosen | None = None,
+        bad: BadGradient | None = None,
+    ) -> tuple[Any, Observed]:
+        with faults.injected(chosen, bad) as observed:
             out = calling("the adapter's step", self.adapter.step, state, batch, given=given)
             jax.block_until_ready(out)
         return out, observed
@@ -206,20 +215,41 @@ class Trial:
         return self._injected(state, batch, "gradients chosen by the law", chosen=scaled)
 
     def _scale_of_call(self, state: Any) -> dict[int, float]:
-        calls = {leaf.call for leaf in self.leaves}
-        scaler = self._scaler_of_call if len(self.scalers) > 1 else dict.fromkeys(calls, 0)
-        return {call: self.scale(state, scaler[call]) for call in calls}
+        scaler = dict.fromkeys((leaf.call for leaf in self.leaves), 0)
+        if len(self.scalers) > 1:
+            scaler |= self.calls_and_scalers[1]
+        return {call: self.scale(state, i) for call, i in scaler.items()}
 
     @functools.cached_property
-    def _scaler_of_call(self) -> dict[int, int]:
-        """Which scaler scales the loss of each call of `jax.grad`: the one whose change changes that loss."""
-        usual = self._injected(self.fresh(), self.adapter.batch, "a step")[1].losses
-        found = dict.fromkeys((leaf.call for leaf in self.leaves), 0)
-        for i in range(len(self.scalers)):
-            state = self.at_scale(self.fresh(), self.scale(self.fresh(), i) / 2, i)
-            losses = self._injected(state, self.adapter.batch, "a step")[1].losses
-            found |= {call: i for call in found if call in losses and losses[call][0] * 2 == usual[call][0]}
-        return found
+    def calls_and_scalers(self) -> tuple[list[int], dict[int, int]]:
+        """The calls of `jax.grad` that run, and for each the scaler whose change changes its loss.
+
+        Every gradient overflows meanwhile, so that no loss depends on what another one has changed.
+        """
+        state, scaled, ran = self.fresh(), dict[int, int](), list[int]()
+        for _ in range(WAIT):
+            after, usual = self.overflow(copied(state))
+            new = [call for call in usual if call not in ran]
+            ran += new
+            for i in range(len(self.scalers)) if new else ():
+                try:
+                    other = self.at_scale(copied(state), self.scale(state, i) / 2, i)
+                except Skipped:
+                    continue
+                losses = self.overflow(other)[1]
+                for call in new:
+                    one, half = (np.sort(np.ravel(np.asarray(x[call], np.float64))) for x in (usual, losses))
+                    if np.all(np.isfinite(one)) and np.any(one) and np.array_equal(one, 2 * half):
+                        scaled[call] = i
+            if len(set(scaled.values())) == len(self.scalers):
+                break
+            state = after
+        return ran, scaled
+
+    def overflow(self, state: Any) -> tuple[Any, dict[int, list[np.ndarray]]]:
+        """Returns the state after a step in which every gradient overflows, and the scaled losses by calls."""
+        out, seen = self._injected(state, self.adapter.batch, "an overflow", chosen=inf_for)
+        return self._state(out, self._start), seen.losses
 
     def chosen(self, state: Any, *choices: Callable[[GradientLeaf], Any]) -> Any:
         """Returns the state after one step for each choice of gradients; with clean steps if none can be put in."""
@@ -337,6 +367,10 @@ class Trial:
             )
         )
 
+    def reaches(self, fault: Fault) -> bool:
+        """Whether a fault is one of what this trial looks at: of a step with one objective, any is."""
+        return True
+
     @property
     def large_batches(self) -> list[BadBatch]:
         """Batches with one large number, in the first leaves that hold floats."""
@@ -392,6 +426,11 @@ class Trial:
 NO_GRADIENT = (
     "the step takes its gradient neither with jax.grad nor with jax.value_and_grad, called as such inside the step"
 )
+
+
+def inf_for(leaf: GradientLeaf) -> np.ndarray:
+    """Returns a gradient for a leaf that overflows."""
+    return np.full(leaf.shape, np.inf)
 
 
 def copied(state: Any) -> Any:

@@ -45,8 +45,7 @@ class Objective:
     def __post_init__(self) -> None:
         check_trains(self.trains, "Objective.trains")
         check_every(self.every, "Objective.every")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise InputError(f"Objective.ema_decay = {self.ema_decay!r}: expected a number between 0 and 1, or None")
+        check_ema_decay(self.ema_decay, "Objective.ema_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +62,13 @@ class ObjectiveSpec:
     """the parameters that it trains, see `Objective.trains`"""
     every: int = 1
     """it runs at the steps that this divides, from step 0 on"""
+    ema_decay: float | None = None
+    """decay of the moving average of the parameters that it trains; None: `loop.ema_decay`"""
 
     def __post_init__(self) -> None:
         check_trains(self.trains, "ObjectiveSpec.trains")
         check_every(self.every, "ObjectiveSpec.every")
+        check_ema_decay(self.ema_decay, "ObjectiveSpec.ema_decay")
 
 
 Objectives = Mapping[str, Objective]
@@ -77,6 +79,12 @@ def check_every(every: Any, where: str) -> None:
     """Raises InputError unless `every` is a whole number of at least 1; `where` names it in the message."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise InputError(f"{where} = {every!r}: expected a whole number of at least 1")
+
+
+def check_ema_decay(decay: Any, where: str) -> None:
+    """Raises InputError unless `decay` is a number between 0 and 1, or None; `where` names it in the message."""
+    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1):
+        raise InputError(f"{where} = {decay!r}: expected a number between 0 and 1, or None")
 
 
 def check_trains(trains: Any, where: str) -> None:

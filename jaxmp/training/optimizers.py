@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -19,7 +20,8 @@ import optax
 
 from jaxmp.errors import InputError, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
-from jaxmp.training.schedules import ConstantRate
+from jaxmp.scaling.state_format import parse_state_format, state_format
+from jaxmp.training.schedules import ConstantRate, make_schedule
 from jaxmp.trees import Pattern, path_name
 
 KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
@@ -52,6 +54,50 @@ def decay_mask(params: Any, *, patterns: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda path: any(pattern.matches(path) for pattern in wanted), paths)
 
 
+def is_optimizer(value: Any) -> bool:
+    """Whether `make_optimizer` takes `value`: an object with `make`, an optax transformation, or a function."""
+    if isinstance(value, optax.GradientTransformation):
+        return True
+    return not isinstance(value, type) and (callable(getattr(value, "make", None)) or isinstance(value, _FUNCTIONS))
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of an optimizer, for a run of `steps` steps.
+
+    Args:
+      optimizer: one of jaxmp's, or an object with a `make(steps)` like theirs; an optax transformation; or a function
+        of the number of steps that returns one: `lambda steps: optax.sgd(optax.linear_schedule(0.1, 0.0, steps))`.
+      steps: number of steps of the run.
+
+    Raises:
+      InputError: as the optimizer's `make` does; or what comes out is no optax transformation, or scales the loss
+        itself, which the experiment's scaler does.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        made, name = optimizer, "the optimizer"
+    else:
+        of_ones_own = isinstance(optimizer, _FUNCTIONS)
+        make = optimizer if of_ones_own else optimizer.make
+        name = f"optimizer: {getattr(make, '__qualname__', 'the function')}({steps})"
+        try:
+            made = make(steps)
+        except TypeError as error:
+            if not of_ones_own:
+                raise
+            raise InputError(f"{name} raised TypeError: {error}; expected a function of the number of steps") from error
+    if not isinstance(made, optax.GradientTransformation):
+        wrapped = " (.gradient_transformation() gives one)" if hasattr(made, "gradient_transformation") else ""
+        raise InputError(f"{name} is a {type(made).__name__}; expected an optax transformation{wrapped}")
+    if getattr(made.init, "__qualname__", "").startswith("loss_scaling."):
+        raise InputError(
+            f"{name} scales the loss; expected the optimizer alone, since Experiment.scaler says the scaling"
+        )
+    return made
+
+
 def _is_path(text: str) -> bool:
     """Whether `text` is a pattern for paths: a parameter has no class."""
     try:
@@ -62,7 +108,7 @@ def _is_path(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The base class of optimizers: learning rate, schedule, clipping and weight decay.
+    """The base class of optimizers: learning rate, schedule, clipping, weight decay and the formats of the state.
 
     Raises:
       InputError: a value is out of range.
@@ -72,21 +118,30 @@ class Optimizer:
     """Peak learning rate; the schedule multiplies it by a factor of 0 to 1."""
     _: KW_ONLY
     schedule: Any = ConstantRate()
-    """How the learning rate changes during the run: ConstantRate, CosineDecay, LinearDecay or StepDecay."""
+    """How the learning rate changes: ConstantRate, CosineDecay, LinearDecay, StepDecay, or an optax schedule, whose
+    values multiply the learning rate."""
     clip_norm: float | None = None
     """Largest global norm of the gradients: larger ones are scaled down to it. By default they are not clipped."""
     weight_decay: float = 0.0
     """Weight decay: this multiple of a parameter is added to its gradient (L2 regularisation)."""
     decay: tuple[str, ...] = KERNELS_AND_EMBEDDINGS
     """Parameters that decay: patterns of paths (*: part of a name, **: any names); by default not biases and norms."""
+    state_format: str | None = None
+    """Formats of fields of the optimizer's state: mu=e4m3:block128,nu=e4m3:block128,expanded. By default float32."""
 
     def __post_init__(self) -> None:
+        if callable(self.learning_rate):
+            kind = type(self).__name__
+            raise InputError(
+                f"{kind}.learning_rate is a function: expected a number; a schedule of learning rates is given as "
+                f"{kind}(1.0, schedule=...), whose values multiply the number"
+            )
         require(self, "learning_rate", 0 <= self.learning_rate < math.inf, "0 or a positive number")
         require(
             self,
             "schedule",
-            hasattr(self.schedule, "make"),
-            "ConstantRate(), CosineDecay(), LinearDecay() or StepDecay()",
+            not isinstance(self.schedule, type) and (hasattr(self.schedule, "make") or callable(self.schedule)),
+            "ConstantRate(), CosineDecay(), LinearDecay() or StepDecay(), or an optax schedule",
         )
         require(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number, or None")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
@@ -95,6 +150,8 @@ class Optimizer:
         require(
             self, "decay", all(_is_path(text) for text in self.decay), "paths of parameters, such as ('**/kernel',)"
         )
+        if self.state_format is not None:
+            parse_state_format(self.state_format)
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Returns the optax optimizer, with weight decay but without clipping."""
@@ -105,9 +162,12 @@ class Optimizer:
 
         Its state has one layout by class: what is off is `optax.identity()`, so that it can be turned on later.
 
-        Its `init` raises InputError if a pattern in `decay` matches no parameter.
+        Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
+        the optimizer's state does not have.
         """
-        rule = self._rule(self.schedule.make(self.learning_rate, steps))
+        rule = self._rule(make_schedule(self.schedule, self.learning_rate, steps))
+        if self.state_format is not None:
+            rule = state_format(rule, **parse_state_format(self.state_format))
         clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, rule)
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxmp.errors import require
+from jaxmp.errors import InputError, require
+
+LOOKED_AHEAD = np.unique([*range(64), *np.geomspace(64, 2**24, 512).astype(int)]).astype(np.int32)
+"""counts of applied steps at which an optax schedule is evaluated before it is used"""
+SMALLEST_PEAK = 0.05
+"""the largest factor of a schedule that is lower must be a schedule of learning rates, given as one of factors"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +126,44 @@ class StepDecay(Schedule):
         first_steps = [round(boundary * steps) if boundary < 1 else round(boundary) for boundary in self.boundaries]
         passed = jnp.sum(t >= jnp.array(first_steps, jnp.float32))
         return self.drop ** passed.astype(jnp.float32)
+
+
+def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
+    """The learning rate by count of applied steps, of a `Schedule` or of an optax schedule.
+
+    Args:
+      schedule: one of jaxmp's, or a function of the count (int32 scalar) such as
+        `optax.warmup_cosine_decay_schedule(0.0, 1.0, 100, 1000)`. Its values multiply `peak`, as those of jaxmp's do.
+      peak: the learning rate that the schedule multiplies; 1 where an optax schedule gives learning rates itself.
+      steps: number of steps of the run.
+
+    Raises:
+      InputError: an optax schedule raises, gives something else than a number of at least 0, or reaches less than a
+        twentieth: then it gives learning rates, and `peak` would multiply them once more.
+    """
+    make = getattr(schedule, "make", None)
+    if callable(make):
+        return make(peak, steps)
+    name = getattr(schedule, "__qualname__", type(schedule).__name__).removesuffix(".<locals>.schedule")
+    try:
+        with jax.ensure_compile_time_eval():
+            factors = np.asarray(jax.vmap(schedule)(jnp.asarray(LOOKED_AHEAD)))
+    except Exception as error:
+        raise InputError(
+            f"schedule {name} raised {type(error).__name__}, called with a count of steps (int32 scalar, traced): "
+            f"{str(error)[:200]}; expected a number of at least 0"
+        ) from error
+    within = factors[: max(int(np.searchsorted(LOOKED_AHEAD, steps)), 1)]  # beyond the run it may be anything
+    if factors.shape != LOOKED_AHEAD.shape or not np.all(within >= 0) or not np.all(np.isfinite(within)):
+        what = (
+            f"shape {factors.shape[1:]}" if factors.ndim != 1 else f"values from {within.min():g} to {within.max():g}"
+        )
+        raise InputError(
+            f"schedule {name} gives {what}; expected a finite number of at least 0 at each step of the run"
+        )
+    if peak != 1 and 0 < np.nanmax(factors) < SMALLEST_PEAK:
+        raise InputError(
+            f"schedule {name} reaches {np.nanmax(factors):g} at most, and a schedule multiplies the learning rate, "
+            f"{peak:g}; expected one with a peak of 1, or learning_rate=1.0 beside a schedule of learning rates"
+        )
+    return lambda count: jnp.asarray(peak * schedule(count), jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError
+from jaxmp.html.elements import Elements
 from jaxmp.precision.rounding import apply_updates, init_compensation
 from jaxmp.scaling.transform import LossScalingState, skipped_steps
+from jaxmp.text_table import table
 from jaxmp.training.objective import (
     Objective,
     Objectives,
@@ -22,14 +25,14 @@ from jaxmp.training.objective import (
     trained_by_any,
     trained_view,
 )
-from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
+from jaxmp.trees import by_path, has_gradient, strongly_typed, tree_where, upcast
 
 ROUNDING_KEY = 2**31 - 1
 """folded into the key of a step to get the key of stochastic rounding"""
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
     """The state of a training run. It holds only arrays; the model and the optimizer are separate functions."""
 
@@ -104,6 +107,27 @@ class TrainState:
             compensation=init_compensation(trained) if rounding == "kahan" else None,
         )
         return jax.tree.map(lambda x: jnp.copy(strongly_typed(x)), state)
+
+    def __repr__(self) -> str:
+        """Shows the shape and dtype of each leaf by path; no values."""
+        rows = [(path, f"{leaf.dtype}{list(leaf.shape)}") for path, leaf in self._leaves()]
+        return "\n".join([self._title(), table(rows, indent=2)])
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        rows = [(path, str(leaf.dtype), " x ".join(map(str, leaf.shape)) or "one") for path, leaf in self._leaves()]
+        found = Elements()
+        found.paragraph(self._title())
+        found.table(("leaf", "dtype", "shape"), rows)
+        return found.cell()
+
+    def _title(self) -> str:
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(self.params) if hasattr(x, "shape"))
+        return f"TrainState of {count:,} parameters"
+
+    def _leaves(self) -> list[tuple[str, Any]]:
+        fields = [{field.name: getattr(self, field.name)} for field in dataclasses.fields(self)]
+        return [(path, leaf) for of in fields for path, leaf in by_path(of).items() if hasattr(leaf, "shape")]
 
     @property
     def averaged_params(self) -> Any:

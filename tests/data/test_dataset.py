@@ -64,7 +64,7 @@ def get_config():
         precision="float32",
     )
 """
-TIMING = {"wall_seconds", "examples_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_text_that_the_task_names_is_refused_with_the_way_out(words):
 
 def test_a_dataset_has_nothing_of_images():
     assert {field.name for field in dataclasses.fields(jaxmp.Dataset)} == {
-        *("batch_size", "eval_batch_size", "device_limit", "workers", "host_transforms", "transforms")
+        *("batch_size", "eval_batch_size", "device_limit", "workers", "host_transforms", "transforms", "cuts")
     }
 
 

@@ -58,6 +58,16 @@ def test_a_batch_that_divides_the_set_has_no_padding():
     assert batches.weights(3).all()
 
 
+def test_a_limited_epoch_takes_its_first_batches_and_a_repeated_one_those_of_the_first_epoch():
+    whole = [BATCHES.epoch_rows(epoch) for epoch in range(2)]
+    for repeat in (False, True):
+        few = Batches(23, 5, 3, limit=2, repeat=repeat)
+        assert few.per_epoch == 2 and few.weights(1).all()
+        np.testing.assert_array_equal(few.epoch_rows(1), whole[0 if repeat else 1][:2])
+        np.testing.assert_array_equal(few.rows(3)[0], few.epoch_rows(1)[1])
+    assert Batches(23, 5, 3, limit=9).per_epoch == 5
+
+
 def test_the_rows_of_a_step_are_those_of_its_place_in_its_epoch():
     for step in (0, 4, 5, 12):
         rows, weight = BATCHES.rows(step)

@@ -35,6 +35,7 @@ from jaxmp import (
 )
 from jaxmp.experiment.canonical import canonical
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.reachable import made_by
 from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
 
@@ -84,7 +85,7 @@ def test_a_class_in_the_place_of_an_instance_is_refused():
         experiment(model=MLP)
 
 
-OPTIMIZER = r"Adam\(1e-3\) or another of jaxmp's, .*make\(steps\), which returns an optax transformation"
+OPTIMIZER = r"Adam\(1e-3\) or another of jaxmp's, an optax transformation, .*such a make\(steps\)"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ OPTIMIZER = r"Adam\(1e-3\) or another of jaxmp's, .*make\(steps\), which returns
         ("data", "mnist", r"TFDS\(name=...\), Arrays\(load\)"),
         ("task", "classification", r"Classification\(\)"),
         ("optimizer", "adam", OPTIMIZER),
-        ("optimizer", optax.adam(1e-2), OPTIMIZER),
+        ("optimizer", 1e-2, OPTIMIZER),
         ("precision", 3, "a string"),
         ("scaler", "dynamic", r"Scaling\('dynamic'\)"),
         ("parallel", "pmap", "Parallel"),
@@ -129,6 +130,37 @@ def test_a_part_of_ones_own_needs_its_methods_alone():
 def test_one_value_in_the_place_of_several_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_an_optax_transformation_is_named_by_all_that_it_was_made_of():
+    def with_decay(decay):
+        return optax.chain(optax.scale_by_adam(), lambda_decay(decay), optax.scale(-1e-3))
+
+    def lambda_decay(decay):
+        def update(updates, state, params):
+            return jax.tree.map(lambda u, p: u + decay * p, updates, params), state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    values = [
+        *(optax.adam(1e-3), optax.adam(2e-3), optax.adam(1e-3, b1=0.8), optax.sgd(1e-3)),
+        *(optax.adam(optax.cosine_decay_schedule(1e-3, steps)) for steps in (10, 20)),
+        *(lambda steps: optax.adam(optax.linear_schedule(1.0, 0.0, steps)), with_decay(0.1), with_decay(0.2)),
+    ]
+    hashes = [experiment(optimizer=value).hash for value in values]
+    assert len(set(hashes)) == len(values)
+    assert experiment(optimizer=optax.adam(1e-3)).hash == hashes[0]
+    assert made_by(experiment(optimizer=with_decay(0.1))) == made_by(experiment(optimizer=with_decay(0.1)))
+    assert any("lambda_decay" in name for name in made_by(experiment(optimizer=with_decay(0.1))))
+    with pytest.raises(InputError, match="is not the same in the next process"):
+        experiment(optimizer=optax.GradientTransformation(optax.sgd(1.0).init, Unnamed().update)).to_json()
+
+
+class Unnamed:
+    """What an object without fields holds is not known."""
+
+    def update(self, updates, state, params=None):
+        return updates, state
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from jaxmp.data.arrays import Arrays
+from jaxmp.data.splits import RandomSplit
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import HASHED, differences, field_kinds, identity_hash
 from jaxmp.models.mlp import MLP
+from jaxmp.modules.lora import LoRA
 from jaxmp.training.optimizers import Adam
 from jaxmp.training.schedules import CosineDecay
 
@@ -27,6 +29,7 @@ KINDS = {
     "loop.monitor": "chooses",
     "loop.mode": "chooses",
     "loop.patience": "chooses",
+    "loop.max_minutes": "operates",
     "loop.log_every": "operates",
     "loop.save_every": "operates",
     "loop.keep": "operates",
@@ -49,6 +52,8 @@ OTHER: dict[str, Any] = {
     "model": MLP(features=(3,)),
     "precision": "float32",
     "trains": ("Dense_1",),
+    "lora": LoRA(rank=2),
+    "lora.where": ("Dense_1",),
     "loop.mode": "max",
     "loop.monitor": "loss",
     "loop.accumulate_overflow": "microbatch",
@@ -60,6 +65,7 @@ OTHER: dict[str, Any] = {
     "parallel.remat_policy": "dots_saveable",
     "data.transforms": (load,),
     "data.host_transforms": (load,),
+    "data.cuts": (RandomSplit(),),
     "data.images": (),
     "data.mean": (0.5,),
     "data.std": (0.5,),
@@ -71,9 +77,11 @@ OTHER: dict[str, Any] = {
     "scaler": dataclasses.replace(BASE.scaler, kind="static"),
     "task.target": "class",
     "task.label_smoothing": 0.1,
+    "task.class_weights": (1.0, 2.0),
     "optimizer.schedule": CosineDecay(warmup_steps=3),
     "optimizer.clip_norm": 1.0,
     "optimizer.decay": ("**/kernel",),
+    "optimizer.state_format": "mu=block128",
     "data": dataclasses.replace(BASE.data, batch_size=3),
     "loop": dataclasses.replace(BASE.loop, epochs=3),
     "parallel": dataclasses.replace(BASE.parallel, mode="pmap"),
@@ -145,6 +153,15 @@ def test_a_kind_that_is_none_is_refused_with_the_nearest():
 
     with pytest.raises(InputError, match=r"task\.watched has the identity 'operate'.*did you mean 'operates'"):
         _ = dataclasses.replace(BASE, task=Wrong()).hash
+
+
+def test_a_run_recorded_before_a_field_was_added_differs_in_nothing(monkeypatch):
+    recorded, now = BASE.to_json(), BASE.hash
+    for name in ("limit_batches", "overfit_batches", "max_minutes"):
+        del recorded["loop"][name]
+    assert differences(recorded, BASE) == []
+    monkeypatch.setattr(Experiment, "to_json", lambda self: recorded)
+    assert BASE.hash == now
 
 
 def test_what_a_run_begins_with_is_part_of_its_identity():

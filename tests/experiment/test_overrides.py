@@ -92,7 +92,7 @@ def at(value, path):
 # Where any other number or word will not do.
 OTHERS = {
     "model.cell": "gru",
-    "model.heads": 3,  # the width, 128, becomes 129
+    "model.heads": None,  # divides the width
     "task.byte_counts": "other",
     "precision": "float32",
     "scaler.kind": "dynamic",
@@ -105,8 +105,13 @@ OTHERS = {
     "loop.monitor": "loss",
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
+    "optimizer.state_format": "mu=block128",
     "data.version": "1.0.0",
+    "data.overlong": "cut",
     "data.images": None,  # a tuple, where it is set
+    "data.rows.images": None,
+    "data.rows.version": "1.0.0",
+    "data.tokenizer.file": "other",
 }
 
 
@@ -117,7 +122,7 @@ def another(path, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return 2 * value if path[-1] == "width" else value + 1
     if isinstance(value, float):
         return value / 2 or 0.5
     return {str: "other", type(None): 7}.get(type(value))

@@ -11,6 +11,7 @@ import pytest
 from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.trainer import Trainer
+from jaxmp.scaling.state_format import state_format
 from jaxmp.studies.memory import memory
 from jaxmp.tasks.loss import make_loss
 
@@ -50,6 +51,15 @@ def test_state_and_gradients_are_counted_by_kind():
     assert seen["other state", "int32"] == 8  # Adam's count, and the step
     assert seen["batch", "bfloat16"] == 2 * 16 * 64
     assert not any(name == "parameters" for name, _ in seen)
+
+
+def test_packed_moments_count_with_elements_and_scales_under_the_name_of_their_format():
+    tx = state_format(optax.adam(1e-3), mu="block128", nu="block128", expand_range=True)
+    opt_state = jax.eval_shape(tx.init, params())
+    found = memory(mlp, params(), of((16, 64), BF16), opt_state=opt_state)
+    blocks = 64 * 32 // 128 + 32 * 8 // 128 + 1 + 1
+    assert sizes(found)["moments", "block128"] == found.nbytes("moments") == 2 * (COUNT + (4 + 2) * blocks)
+    assert [item.arrays for item in found.items if item.name == "moments"] == [8]
 
 
 def test_half_parameters_have_no_masters_and_half_gradients():

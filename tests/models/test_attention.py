@@ -11,7 +11,7 @@ import pytest
 import jaxmp.models.attention
 from jaxmp.errors import InputError
 from jaxmp.models.attention import Attention, attention_weights, rotate
-from jaxmp.models.transformer import BERT, GPT2, Llama
+from jaxmp.models.transformer import BERT, GPT2, BERTMaskedLM, Llama
 from jaxmp.modules.linen import with_policy
 
 SMALL = {"vocabulary": 11, "context": 12, "layers": 2, "heads": 4, "width": 32}
@@ -208,6 +208,32 @@ def test_padding_changes_nothing_that_an_encoder_says_of_the_rest():
 
 
 # --- cuDNN, of which a CPU shows how it is called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [GPT2(**SMALL), BERTMaskedLM(hidden=24, **SMALL)], ids=["gpt2", "bert"])
+def test_of_several_texts_in_a_row_each_is_as_it_is_alone(model):
+    texts, number = tokens(1, 12), jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    positions = jnp.array([[*range(5), *range(4), 0, 0, 0]])
+    variables = made(model, texts)
+    more = (None,) if isinstance(model, BERT) else ()
+    packed = jax.jit(model.apply)(variables, texts, number, *more, positions)
+    for part in (slice(0, 5), slice(5, 9)):
+        alone = jax.jit(model.apply)(variables, texts[:, part])
+        np.testing.assert_allclose(packed[:, part], alone, atol=1e-5)
+    # A mask of 0 and 1 is that of bools, at the padding too.
+    ones = (number > 0).astype(jnp.int32)
+    of_bools, of_ones = (jax.jit(model.apply)(variables, texts, mask) for mask in (number > 0, ones))
+    np.testing.assert_array_equal(of_bools, of_ones)
+
+
+@pytest.mark.slow
+def test_logits_of_some_places_are_those_of_all():
+    model, texts = BERTMaskedLM(hidden=24, **SMALL), tokens(3, 9)
+    variables, places = made(model, texts), jnp.array([[0, 8], [3, 2], [7, 1]])
+    some = jax.jit(model.apply)(variables, texts, None, None, None, places)
+    every = jax.jit(model.apply)(variables, texts)
+    np.testing.assert_allclose(some, jnp.take_along_axis(every, places[..., None], axis=1), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from jaxmp.instruments.audit import audit
 from jaxmp.models.dcgan import DCGAN
 from jaxmp.models.resnet import CifarResNet, ResNet
-from jaxmp.models.rnn import SequenceClassifier
+from jaxmp.models.rnn import SequenceClassifier, SequenceLabeller
 from jaxmp.models.transformer import BERT, GPT2, BERTClassifier, BERTMaskedLM, Llama
 from jaxmp.models.unet import UNet
 from jaxmp.models.vae import VAE
@@ -37,6 +37,11 @@ def tokens(count, **others):
     return given | {name: jax.ShapeDtypeStruct((ROWS, *shape), jnp.int32) for name, shape in others.items()}
 
 
+def frames(count, width):
+    given = {"features": jax.ShapeDtypeStruct((ROWS, count, width), jnp.float32)}
+    return given | {"frames": jax.ShapeDtypeStruct((ROWS,), jnp.int32)}
+
+
 SMALL = {"vocabulary": 40, "context": 8, "layers": 2, "heads": 2, "width": 16}
 MODELS = {
     "resnet_basic": (ResNet(blocks=(1, 1), block="basic", channels=4, classes=3), image(32, 32, 3)),
@@ -46,6 +51,7 @@ MODELS = {
     "simple_rnn": (SequenceClassifier("simple", 8, dropout=0.5), image(6, 5, 1)),
     "lstm": (SequenceClassifier("lstm", 8, 2, bidirectional=True, vocabulary=9), tokens(300, length=())),
     "gru": (SequenceClassifier("gru", 8), image(6, 5)),
+    "labeller": (SequenceLabeller("lstm", 8, bidirectional=True, stack=2, dropout=0.5), frames(301, 5)),
     "vit": (ViT(4, 2, 2, 16, 3, dropout=0.1, qk_norm=True), image(8, 8, 3)),
     "bert": (BERT(hidden=32, **SMALL), tokens(8, mask=(8,), segments=(8,))),
     "bert_classifier": (BERTClassifier(hidden=32, **SMALL), tokens(8, mask=(8,))),

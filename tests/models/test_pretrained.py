@@ -351,13 +351,27 @@ def test_a_file_that_is_no_safetensors_file_is_refused(data, names, tmp_path):
 @pytest.mark.parametrize(
     ("model", "change", "names"),
     [
-        (CASES["gpt2"].model.clone(layers=3), {}, "no tensor 'h.2.attn.c_attn.weight', and is of another architecture"),
+        (
+            CASES["gpt2"].model.clone(layers=3),
+            {},
+            "params/blocks_2/up/kernel is missing.* no tensor 'h.2.mlp.c_fc.weight'",
+        ),
         (CASES["gpt2"].model.clone(layers=1), {}, "'h.1.attn.c_attn.bias' of the file has no place in the model"),
         (CASES["gpt2"].model.clone(width=8), {}, r"params/blocks_0/attention/key/bias is \[16\], expected \[8\]"),
         (CASES["gpt2"].model.clone(bias=False), {}, r"params/blocks_0/attention/key/bias is \[16\], expected none"),
         (CASES["gpt2"].model, {"transformer.ln_f.bias": None}, "params/norm/bias is missing, expected"),
         (CASES["gpt2"].model, {"transformer.wpe.weight": None}, r"no tensor 'wpe.weight'.*did you mean 'wte.weight'\?"),
-        (BERT(**SMALL), {}, "BERT: the file has no tensor 'embeddings.word_embeddings.weight'"),
+        (CASES["gpt2"].model, {"transformer.wte.weight": np.zeros((10, 16), np.int8)}, "'wte.weight' is of dtype int8"),
+        (
+            CASES["gpt2"].model,
+            {"transformer.wte.weight": np.zeros(160)},
+            r"tokens/embedding is \[160\], expected \[10, 16\]",
+        ),
+        (
+            BERT(**SMALL),
+            {},
+            r"none of the tensors of a BERT, such as 'encoder.*'; it has transformer.h.0",
+        ),
     ],
 )
 def test_a_file_of_another_architecture_is_refused_by_name(model, change, names):

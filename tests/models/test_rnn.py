@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.models.rnn import SequenceClassifier, reverse
+from jaxmp.models.rnn import SequenceClassifier, SequenceLabeller, reverse
 
 
 @pytest.mark.slow
@@ -22,6 +22,24 @@ def test_padding_changes_nothing_and_a_sequence_of_no_steps_is_zeros(cell):
     np.testing.assert_allclose(logits[1], apply(variables, sequence[1:2, :4])[0], atol=1e-6)
     np.testing.assert_array_equal(logits[3], variables["params"]["head"]["bias"])
     assert len({tuple(x) for x in np.asarray(logits).tolist()}) == 4
+
+
+@pytest.mark.slow
+def test_each_step_has_logits_and_padding_changes_nothing_in_those_that_count():
+    model = SequenceLabeller("gru", 6, bidirectional=True, classes=3, stack=2)
+    sequence, length = jax.random.normal(jax.random.key(0), (3, 7, 5)), jnp.array([7, 4, 0])
+    variables = jax.jit(model.init)(jax.random.key(1), sequence, length)
+    apply = jax.jit(model.apply)
+    logits, steps = apply(variables, sequence, length)
+    assert logits.shape == (3, 4, 3) and steps.tolist() == [4, 2, 0] and steps.dtype == jnp.int32
+    padding = jnp.arange(7)[:, None] >= length[:, None, None]
+    again, _ = apply(variables, jnp.where(padding, 9.0, sequence), length)
+    counts = jnp.arange(4) < steps[:, None]
+    np.testing.assert_array_equal(again[counts], logits[counts])
+    alone, of_alone = apply(variables, sequence[1:2, :4])
+    assert of_alone.tolist() == [2]
+    np.testing.assert_allclose(logits[1, :2], alone[0], atol=1e-6)
+    assert len({tuple(x) for x in np.asarray(logits[counts]).tolist()}) == 6
 
 
 @pytest.mark.slow
@@ -57,6 +75,9 @@ def test_an_image_is_a_sequence_of_its_rows():
     ],
 )
 def test_a_sequence_that_does_not_fit_is_refused(fields, shape, dtype, names):
-    with pytest.raises(InputError) as error:
-        jax.eval_shape(SequenceClassifier(**fields).init, jax.random.key(0), jnp.zeros(shape, dtype))
-    assert names in str(error.value)
+    for model in (SequenceClassifier, SequenceLabeller):
+        with pytest.raises(InputError) as error:
+            jax.eval_shape(model(**fields).init, jax.random.key(0), jnp.zeros(shape, dtype))
+        assert names in str(error.value) and model.__name__ in str(error.value)
+    with pytest.raises(InputError, match="SequenceLabeller: stack=0: expected 1 or more"):
+        SequenceLabeller(stack=0)

@@ -52,7 +52,7 @@ def test_interventions_run_in_the_one_order_however_they_are_given(given, nested
     else:
         apply = intervene(MODEL.apply, *interventions)
     apply(VARIABLES, X)
-    assert log == ["REMAT", "SHARDING", "OBSERVATION", "POLICY", "RANDOM_DRAWS"]
+    assert log == ["REMAT", "SHARDING", "OBSERVATION", "POLICY", "ADAPTERS", "RANDOM_DRAWS"]
 
 
 def test_one_interceptor_runs_all_interventions(monkeypatch):

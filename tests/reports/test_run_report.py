@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from jaxmp.reports.run_report import Curve, curve_figures, grouped_figure, metrics_of
+from jaxmp.runs.curves import Curve, curve_figures, grouped_figure, metrics_of
 from jaxmp.training.metrics import MetricSpec
 
 
@@ -38,9 +38,36 @@ def test_a_share_is_drawn_in_percent_whatever_its_name_and_an_accuracy_of_no_sha
     curve = Curve("a", 0, lines(loss=0.5, recall=0.25, accuracy_in_mm=3.0), specs=specs)
     assert curve.of("recall", "train") == ([1, 2], [25.0, 25.0])
     assert curve.of("accuracy_in_mm", "train") == ([1, 2], [3.0, 3.0])
-    figures = {name: labels(svg) for name, svg, _ in curve_figures([curve])}
+    figures = {name: labels(svg) for name, svg, _ in curve_figures([curve]) if svg}
     assert "recall, %" in figures["Recall"] and "loss, nats" in figures["Loss"]
     assert "accuracy in mm" in figures["Accuracy in mm"]
+
+
+def test_a_chart_that_says_nothing_is_a_sentence():
+    def words(*values, steps=(0, 0)):
+        curves = [
+            Curve(f"p{i}", 0, [{**line, "loss_scale": scale, "skipped_steps": skipped} for line, scale, skipped in zip(
+                lines(loss=1.0)[::2], of, steps, strict=True
+            )])
+            for i, of in enumerate(values)
+        ]  # fmt: skip
+        return {name: caption for name, svg, caption in curve_figures(curves) if not svg}
+
+    assert words((8.0, 8.0)) == {
+        "Loss scale": "8 from the first step to the last.", "Skipped steps": "no step was skipped."
+    }  # fmt: skip
+    assert words((1.0, 1.0), (1.0, 1.0))["Loss scale"] == "1 throughout, in all."
+    assert words((1.0, 1.0), (8.0, 8.0))["Loss scale"] == "never moved: 1 (p0); 8 (p1)."
+    assert words((8.0, 4.0), (1.0, 1.0), steps=(0, 1)) == {}
+    assert words((8.0, 8.0), steps=(1, 1)) == {"Loss scale": "8 from the first step to the last."}
+
+
+def test_names_stand_in_one_order_wherever_lines_end():
+    def ends(*values):
+        curves = [Curve(name, 0, lines(loss=v)) for name, v in zip("abc", values, strict=True)]
+        return [text for text in labels(grouped_figure(curves, "loss", "train", "Loss")) if text in "abc"]
+
+    assert ends(1.0, 2.0, 3.0) == ends(3.0, 1.0, 2.0) == list("abc")
 
 
 def test_metrics_are_drawn_in_the_order_of_their_specs_and_bookkeeping_is_none():

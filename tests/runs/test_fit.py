@@ -45,7 +45,7 @@ from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("fit")  # one worker: the fixtures train
 
-TIMING = {"wall_seconds", "examples_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
 
 
 def blobs(split):
@@ -162,6 +162,21 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_lines(finished, tmp_path, las
     assert lines(folder) == lines(finished.path)
     assert bits(final_state(folder, BASE)) == bits(final_state(finished.path, BASE))
     assert resumed.summary["best"] == finished.summary["best"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_optimizer_state_is_packed_goes_on_to_the_same_bits(tmp_path):
+    optimizer = Adam(1e-2, state_format="mu=block128,nu=block128,expanded")
+    experiment = with_loop(dataclasses.replace(BASE, optimizer=optimizer), steps=12)
+    whole = fit(experiment, workdir=tmp_path / "whole", name="blobs")
+    folder = tmp_path / "cut" / "blobs" / whole.path.name
+    shutil.copytree(whole.path, folder)
+    cut_back(folder, 5)
+    fit(experiment, workdir=tmp_path / "cut", name="blobs")
+    assert lines(folder) == lines(whole.path)
+    state = final_state(folder, experiment)
+    assert bits(state) == bits(final_state(whole.path, experiment))
+    assert {"uint8", "bfloat16"} <= {str(x.dtype) for x in jax.tree.leaves(state.opt_state)}
 
 
 @pytest.mark.slow

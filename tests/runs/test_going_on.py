@@ -41,7 +41,7 @@ from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("going on")  # one worker: the fixtures train
 
-TIMING = {"wall_seconds", "examples_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
 
 
 class Small(nn.Module):
@@ -161,6 +161,7 @@ def cut_back(workdir, finished, step):
 # In the same folder.
 
 OPERATES = [
+    ("loop.max_minutes", 60.0),
     ("loop.log_every", 3),
     ("loop.save_every", 2),
     ("loop.keep", 3),
@@ -356,6 +357,9 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "optimizer.b2": (0.9, GOES_ON),
     "optimizer.eps": (1e-3, GOES_ON),
     "trains": (("Dense_1/**",), OTHER_LEAVES),
+    "lora.rank": (1, OTHER_LEAVES),
+    "lora.alpha": (2.0, GOES_ON),
+    "lora.where": (("Dense_0",), GOES_ON),
     "precision": ("mixed_float16", GOES_ON),
     "scaler.kind": ("dynamic", GOES_ON),
     "scaler.init_scale": (2.0, GOES_ON),
@@ -367,6 +371,8 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "scaler.max_scale": (2.0**20, GOES_ON),
     "loop.epochs": (3, GOES_ON),
     "loop.steps": (4, "it stands at step 4, and this run has 4 steps"),
+    "loop.limit_batches": (2, OTHER_ROWS),
+    "loop.overfit_batches": (2, OTHER_ROWS),
     "loop.eval_every": (2, GOES_ON),
     "loop.monitor": ("loss", GOES_ON),
     "loop.mode": ("min", GOES_ON),

@@ -137,6 +137,27 @@ def test_apply_gives_the_outputs_of_the_averaged_weights_under_the_policy(traine
     assert 0 < from_averaged < 0.05 < from_last  # not float32, but near it
 
 
+def test_predictions_are_made_with_the_weights_that_are_named(trained):
+    run = Run(trained)
+    rows = {"image": run.experiment.data.source("test").columns["image"][:8]}
+    best, last = (run.state(step) for step in ("best", "last"))
+    for state, weights, expected in [
+        (None, "evaluated", last),
+        ("best", "evaluated", best),
+        (int(best.step), "ema", best),
+        (last, "raw", dataclasses.replace(last, ema=None)),
+        ("best", "raw", dataclasses.replace(best, ema=None)),
+    ]:
+        outputs = np.asarray(run.apply(rows, state, weights=weights))
+        np.testing.assert_array_equal(outputs, run.apply(rows, expected))
+        np.testing.assert_array_equal(outputs.argmax(-1), run.predict(rows, state, weights=weights)["prediction"])
+    assert not np.array_equal(run.apply(rows), run.apply(rows, weights="raw"))
+    with pytest.raises(InputError, match="did you mean 'raw'"):
+        run.predict(rows, weights="rwa")
+    with pytest.raises(InputError, match=r"keeps no average of its weights \(loop.ema_decay"):
+        run.apply(rows, dataclasses.replace(last, ema=None), weights="ema")
+
+
 def test_evaluate_gives_the_metrics_that_the_run_wrote(trained):
     run = Run(trained)
     assert run.evaluate() == run.summary["test"]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
-from rich.console import Console as RichConsole
 
 from jaxmp.errors import InputError
-from jaxmp.runs.writers import Console, JsonLines, TensorBoard, WeightsAndBiases, read_lines
-from jaxmp.training.metrics import MetricSpec
-
-SPECS = {"loss": MetricSpec("min"), "accuracy": MetricSpec("max", "%")}
+from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, read_lines
 
 
 def record(step: int, split: str = "train", **fields: float) -> dict:
@@ -266,67 +259,6 @@ def test_without_weights_and_biases_the_error_says_how_to_install_it(tmp_path, m
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"uv sync --extra wandb.*pip install 'jaxmp\[wandb\]'"):
         WeightsAndBiases(tmp_path, "name", {})
-
-
-def test_on_a_terminal_there_is_a_bar_with_the_numbers_and_a_line_for_each_evaluation():
-    screen = io.StringIO()
-    console = Console(100, 10, SPECS, RichConsole(force_terminal=True, file=screen, width=140, color_system=None))
-    console.write(record(20))
-    console.write(record(20, "validation", accuracy=0.75))
-    console.write(record(30, skipped_steps=2, loss_scale=16384.0))
-    console.close()
-    shown = screen.getvalue()
-    assert "\x1b[" in shown and "━" in shown
-    last = [line for line in shown.splitlines() if "step 30/" in line][-1]
-    for part in ("epoch 3.00/10", "step 30/100", "loss 0.0333", "accuracy 0.5000", "scale 16384", "skipped 2", "/s"):
-        assert part in last
-    assert len(re.findall(r"validation .*accuracy 0\.7500", shown)) == 1
-
-
-def test_elsewhere_each_record_is_one_plain_line(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    screen = io.StringIO()
-    console = Console(100, 10, SPECS, RichConsole(file=screen, width=40))
-    console.write(record(20))
-    console.write({"step": 20, "split": "validation", "loss": float("nan"), "[bold]": 1.0})
-    console.close()
-    assert screen.getvalue().splitlines() == [
-        "train       epoch 2.00/10  step 20/100  loss 0.0500  accuracy 0.5000  "
-        "scale 32768  skipped 1  1,234 examples/s",
-        "validation  step 20/100  loss nan",
-    ]
-
-
-def test_metrics_of_ones_own_are_shown_in_the_order_and_with_the_digits_of_their_specs():
-    specs = {"loss": MetricSpec("min", digits=1), "perplexity": MetricSpec("min", digits=2), "undeclared": MetricSpec()}
-    screen = io.StringIO()
-    console = Console(100, 10, specs, RichConsole(file=screen))
-    console.write({"step": 20, "split": "test", "undeclared": 0.5, "perplexity": 3.14159, "loss": 2.25, "other": 1.0})
-    assert screen.getvalue() == "test        step 20/100  loss 2.2  perplexity 3.14  undeclared 0.5000\n"
-
-
-def test_a_mean_over_no_applied_step_is_a_dash():
-    screen = io.StringIO()
-    Console(100, 10, SPECS, RichConsole(file=screen)).write(record(20, loss=float("nan"), accuracy=float("nan")))
-    assert "loss -  accuracy -  scale" in screen.getvalue()
-
-
-def test_the_numbers_of_each_objective_are_shown_and_a_dash_for_one_that_did_not_run():
-    screen, specs = io.StringIO(), {"a/loss": MetricSpec("min"), "b/loss": MetricSpec("min")}
-    of_two = {"a/loss": 0.5, "b/loss": float("nan"), "loss_scale/a": 8.0, "loss_scale/b": 2.0, "skipped_steps": 0}
-    Console(100, 10, specs, RichConsole(file=screen, width=140)).write({"step": 20, "split": "train", **of_two})
-    assert "a/loss 0.5000  b/loss -  scale a 8  scale b 2  skipped 0" in screen.getvalue()
-
-
-def test_a_resumed_run_does_not_count_the_steps_before_it_as_done_in_no_time():
-    console = Console(1000, 10, SPECS, RichConsole(force_terminal=True, file=io.StringIO(), width=140))
-    console.write(record(900))
-    (task,) = console._progress.tasks
-    assert task.completed == 900 and task.time_remaining is None
-    time.sleep(0.02)
-    console.write(record(901))
-    assert task.speed < 1 / 0.02
-    console.close()
 
 
 def test_importing_the_module_imports_none_of_the_packages_behind_it():

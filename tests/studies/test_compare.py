@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import jaxmp
 from jaxmp.cli import main
-from jaxmp.errors import RunFailed
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.reports.comparison import page
+from jaxmp.reports.comparison import page, text
 from jaxmp.runs.fit import Fitted
 from jaxmp.runs.run import Run
 from jaxmp.studies.compare import differences
@@ -268,6 +269,23 @@ def test_an_unknown_config_is_bad_input(capsys):
     assert main(["report"]) == 2
 
 
+@pytest.mark.slow
+def test_an_experiment_is_compared_from_python_as_a_config_is(compared, folder, tmp_path):
+    experiment = ConfigFile.find(str(folder / "net.py")).experiment([])
+    said = []
+    found = jaxmp.compare(experiment, PRECISIONS, seeds=(0,), workdir=tmp_path, log=said.append)
+    as_json = json.loads(json.dumps(found))
+    assert as_json["differences"] == compared[0]["differences"] and said[0] == "[1/2] float32, seed 0"
+    assert str(found) == text(found) and "mixed_float16" in str(found)
+    assert found._repr_html_().count("<svg") >= 4 and "Loss scale" not in found._repr_html_()
+    found.save(tmp_path / "c.html")
+    assert json.loads((tmp_path / "c.json").read_text()) == as_json
+    check_page((tmp_path / "c.html").read_text())
+    for subject, message in ((3, "expected an Experiment"), (experiment, "overrides are those of a config file")):
+        with pytest.raises(InputError, match=message):
+            jaxmp.compare(subject, PRECISIONS, overrides=["--seed", "1"])
+
+
 # What is written.
 
 
@@ -292,7 +310,8 @@ def check_page(text):
     checked = Checked()
     checked.feed(text)
     checked.close()
-    assert checked.open == [] and set(checked.references) <= {"data:,"}
+    links = [link for link in checked.references if link != "data:,"]
+    assert checked.open == [] and all(re.fullmatch(r"[^:]*/report\.html", link) for link in links)
     assert "@import" not in text and "url(" not in text
     assert set(re.findall(r"<script[^>]*>", text)) == {'<script type="application/json" id="data">'}
     visible = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
@@ -313,7 +332,10 @@ def curves_in(figures):
 
 @pytest.mark.slow
 def test_the_page_is_whole_and_has_the_data_of_every_curve(compared):
-    assert str(page(compared[0])) == compared[1]  # the JSON is all that the page is made from
+    links = {r["run"]: f"{Path(r['run']).name}/report.html" for r in compared[0]["runs"]}
+    assert str(page(compared[0], links)) == compared[1]  # the JSON is all that the page is made from
+    for path, link in links.items():
+        assert f'<a href="{link}">' in compared[1] and Path(path, "report.html").is_file()
     comparison = with_seed(compared[0], 1, 0.25)
     text = str(page(comparison))
     drawn = curves_in(check_page(text))
@@ -322,14 +344,14 @@ def test_the_page_is_whole_and_has_the_data_of_every_curve(compared):
             ("loss", 1, "validation", "Loss, validation"),
             ("loss", 1, "train", "Loss, training"),
             ("accuracy", 100, "validation", "Accuracy, validation"),
-            ("loss_scale", 1, "train", "Loss scale"),
-            ("skipped_steps", 1, "train", "Skipped steps"),
             ("examples_per_second", 1, "train", "Speed"),
         ]:
             lines = [line for line in run["metrics"] if line["split"] == split]
             steps = tuple(line["step"] for line in lines)
             values = pytest.approx([factor * line[metric] for line in lines], rel=1e-6)
             assert any(n == name and x == steps and list(y) == values for n, x, y in drawn), (metric, split)
+    assert "Loss scale: never moved: 1 (float32); 32,768 (mixed_float16)." in text
+    assert "Skipped steps: no step was skipped." in text
     loss = [[line["loss"] for line in r["metrics"] if line["split"] == "validation"] for r in comparison["runs"]]
     mean = pytest.approx(np.mean([loss[0], loss[2]], axis=0))
     assert any(n == "Loss, validation" and list(y) == mean for n, _, y in drawn)

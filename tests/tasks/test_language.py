@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.tasks.language import NextToken
+from jaxmp.tasks.language import MaskedLM, NextToken
 from jaxmp.tasks.regression import Regression
+from jaxmp.tasks.tokens import TokenClassification
 from jaxmp.training.metrics import ExpOfMean, Mean, compute, merge, zeros_like
 
 
@@ -42,6 +43,28 @@ def test_loss_perplexity_and_bits_a_byte_are_those_of_their_definitions_over_wha
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("task", [MaskedLM(), TokenClassification()], ids=["masked", "classes"])
+def test_a_target_for_each_token_counts_where_it_is_no_padding(task):
+    logits, batch = example()
+    batch["targets"] = batch.pop("next_tokens")
+    found = compute(measured(task, logits, batch))
+    nats, right, count = 0.0, 0.0, 0.0
+    for row, at in np.ndindex(4, 3):
+        target, weight = int(batch["targets"][row, at]), float(batch["weight"][row])
+        if target >= 0:
+            x = np.asarray(logits[row, at], np.float64)
+            nats += weight * (math.log(np.exp(x).sum()) - x[target])
+            right += weight * (x.argmax() == target)
+            count += weight
+    expected = {"loss": nats / count, "accuracy": right / count}
+    expected |= {"perplexity": math.exp(nats / count)} if isinstance(task, MaskedLM) else {}
+    assert found == pytest.approx(expected, rel=1e-6)
+    # Batches of other sizes, and rows that fill one up, make no other numbers.
+    parts = [measured(task, logits[a:b], {k: v[a:b] for k, v in batch.items()}) for a, b in ((0, 1), (1, 4))]
+    assert compute(merge(*parts)) == pytest.approx(found, rel=1e-6)
+    assert 0 < right < count
 
 
 @pytest.mark.slow
@@ -120,6 +143,14 @@ def test_what_does_not_fit_is_refused_before_the_first_step(check, names):
     with pytest.raises(InputError) as error:
         check()
     assert names in str(error.value)
+
+
+def test_masks_and_positions_are_no_tokens():
+    columns = {"tokens": np.array([[4, 0]]), "mask": np.array([[9, 9]]), "positions": np.array([[0, 99]])}
+    NextToken(inputs=("tokens", "mask", "positions")).check_rows(jnp.zeros((2, 3, 5)), columns, "train")
+    TokenClassification().check_rows(
+        jnp.zeros((2, 3, 5)), {"tokens": np.array([[99]]), "targets": np.array([[-1, 4]])}, ""
+    )
 
 
 def test_tokens_and_padding_that_fit_are_let_be():

@@ -463,6 +463,12 @@ NOTHING_TO_SAY = {
     "complex_parameters_descend",  # it has none
     *("scale_stands_in_a_window", "dropped_window_is_empty"),  # every step is an update
     "scale_moves_as_claimed",  # the adapter claims nothing
+    *(
+        "others_do_not_matter",
+        "skipped_beside_others",
+        "not_due_stays",
+        "skipped_statistics_are_dropped",
+    ),  # one objective
 }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,18 @@ import optax
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.training.optimizers import KERNELS_AND_EMBEDDINGS, LAMB, SGD, Adam, AdamW, Lion, decay_mask
-from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
+from jaxmp.scaling.transform import loss_scaling
+from jaxmp.training.optimizers import (
+    KERNELS_AND_EMBEDDINGS,
+    LAMB,
+    SGD,
+    Adam,
+    AdamW,
+    Lion,
+    decay_mask,
+    make_optimizer,
+)
+from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay, make_schedule
 
 PEAK, STEPS = 0.3, 1000
 
@@ -194,6 +205,21 @@ def test_clipping_comes_before_the_optimizer():
         (lambda: SGD(momentum=1.0), "SGD.momentum = 1.0"),
         (lambda: SGD(momentum=0.0, nesterov=True), "SGD.nesterov = True"),
         (lambda: SGD(schedule="cosine"), "SGD.schedule = 'cosine'"),
+        (lambda: Adam(optax.constant_schedule(1e-3)), "Adam.learning_rate is a function"),
+        (lambda: Adam(1e-3, schedule=lambda t: 1e-3 * t / t).make(9), "schedule test_optimizers.<lambda> gives values"),
+        (lambda: Adam(schedule=lambda t: jnp.ones(2)).make(9), "schedule test_optimizers.<lambda> gives shape (2,)"),
+        (lambda: Adam(schedule=lambda t: t.real()).make(9), "schedule test_optimizers.<lambda> raised"),
+        (
+            lambda: Adam(schedule=optax.cosine_decay_schedule(1e-3, 9)).make(9),
+            "schedule cosine_decay_schedule reaches 0.001 at most, and a schedule multiplies",
+        ),
+        (lambda: make_optimizer(lambda steps: 3, 9), "optimizer: test_optimizers.<lambda>(9) is a int"),
+        (lambda: make_optimizer(lambda: 3, 9), "optimizer: test_optimizers.<lambda>(9) raised TypeError"),
+        (
+            lambda: make_optimizer(lambda steps: optax.MultiSteps(optax.sgd(1.0), 2), 9),
+            "optimizer: test_optimizers.<lambda>(9) is a MultiSteps; expected an optax transformation (.gradient_",
+        ),
+        (lambda: make_optimizer(loss_scaling(optax.sgd(1.0)), 9), "the optimizer scales the loss"),
         (lambda: CosineDecay(warmup_steps=-1), "CosineDecay.warmup_steps = -1"),
         (lambda: CosineDecay(final=2.0), "CosineDecay.final = 2.0"),
         (lambda: LinearDecay(final=-0.1), "LinearDecay.final = -0.1"),
@@ -210,4 +236,22 @@ def test_clipping_comes_before_the_optimizer():
 def test_bad_values_name_the_field_and_what_was_expected(make, names):
     with pytest.raises(InputError) as error:
         make()
-    assert str(error.value).startswith(names) and "expected" in str(error.value)
+    text = re.sub(r"\S*<lambda>", "test_optimizers.<lambda>", str(error.value))
+    assert text.startswith(names) and "expected" in text
+
+
+def test_optax_schedules_multiply_the_learning_rate():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 100)
+    for given, peak in ((schedule, 0.5), (optax.cosine_decay_schedule(3e-4, 100), 1.0)):
+        made = make_schedule(given, peak, 100)
+        for step in (0, 5, 10, 60):
+            assert float(made(step)) == pytest.approx(peak * float(given(step)))
+    # A run shorter than its warm-up does not look like one of learning rates.
+    assert float(make_schedule(optax.linear_schedule(0.0, 1.0, 1000), 1e-3, 2)(1)) == pytest.approx(1e-6, rel=1e-4)
+
+
+def test_a_transformation_is_taken_as_it_is_and_a_function_is_told_the_number_of_steps():
+    tx = optax.adam(1e-3)
+    assert make_optimizer(tx, 9) is tx
+    assert make_optimizer(lambda steps: tx if steps == 9 else None, 9) is tx
+    assert isinstance(make_optimizer(Adam(), 9), optax.GradientTransformation)

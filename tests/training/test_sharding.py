@@ -309,6 +309,27 @@ def test_what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
 
 @pytest.mark.eight_devices
 @pytest.mark.slow
+def test_packed_optimizer_state_is_equal_to_the_bit_on_all_replicas_and_trains_in_every_sharding():
+    optimizer = AdamW(1e-3, state_format="mu=block128,nu=block128,expanded")
+    packed = dataclasses.replace(LAYERS, optimizer=optimizer)
+    plain = session(dataclasses.replace(LAYERS, optimizer=AdamW(1e-3)), 1).train(10)
+    for how in ({}, {"mode": "pmap"}, {"shard": "zero1"}, {"shard": "fsdp"}):
+        found = session(packed, **how)
+        np.testing.assert_allclose(found.train(10), plain, rtol=0.02)
+        opt_state = found.state_on_devices.opt_state
+        elements = [x for x in jax.tree.leaves(opt_state) if x.dtype == jnp.uint8]
+        assert len(elements) == 2 * len(jax.tree.leaves(found.state.params))
+        if found.devices.shard != "replicated":
+            largest = max(elements, key=lambda x: x.size)
+            assert largest.addressable_shards[0].data.size == largest.size // 8
+            continue
+        for x in numbers(opt_state):
+            copies = [np.asarray(shard.data).tobytes() for shard in x.addressable_shards]
+            assert len(copies) == 8 and len(set(copies)) == 1
+
+
+@pytest.mark.eight_devices
+@pytest.mark.slow
 def test_batch_norm_per_replica_averages_the_statistics_of_the_replicas():
     rows = images("train")["image"].reshape(ROWS, -1).astype(np.float64)
     for choice, mode in (("global", "jit"), ("replica", "jit"), ("replica", "pmap")):

@@ -1,17 +1,19 @@
 """Draws figures as SVG text, for a page that has to be one file: no plotting library, no script, no font of its own.
 
 Colours, dashes and text sizes are classes; the style sheet of `jaxmp.reports.page` gives them values, so that one
-drawing serves a light screen, a dark one and paper. Series differ by colour and by dashes, and carry their names at
-their ends: nothing is told by colour alone.
+drawing serves a light screen, a dark one and paper. Series differ by colour and by dashes, and are named on the
+right, in one order: nothing is told by colour alone.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jaxmp.html.elements import escape as _escape
+from jaxmp.html.elements import shortened
 
 STYLES = 6
 """Series that can be told apart; the style sheet has a colour and a dash for each."""
@@ -22,7 +24,7 @@ LETTER = 6.4
 """width of a letter at the size of labels, on average"""
 LABEL_HEIGHT = 15
 NAME_LETTERS = 28
-"""most letters of the name at the end of a line, to leave room for the line"""
+"""most letters of the name of a line, to leave room for the lines"""
 ROW_LETTERS = 15
 """most letters of a name on the left of its row, on paper too, where letters are a quarter wider"""
 LONG_LETTERS = 60
@@ -36,7 +38,7 @@ class Series:
     """One line of a figure."""
 
     label: str
-    """name at its end; "": no name"""
+    """name in the legend; "": none"""
     x: Sequence[float]
     y: Sequence[float]
     """values; NaN leaves a gap"""
@@ -80,8 +82,7 @@ def line_figure(x: Axis, y: Axis, series: Sequence[Series], *, name: str) -> str
     parts = [_frame(across, up, LEFT, right, TOP, HEIGHT)]
     for s in drawn:
         parts += _line(s, across, up)
-    ends = [(up(last[1]), across(last[0]), s) for s in drawn if s.label and (last := _last(s))]
-    parts += _labels(ends, right)
+    parts += _legend([s for s in drawn if s.label and _last(s)], right)
     if not any(_last(s) for s in drawn):
         parts.append(_text((LEFT + right) / 2, (TOP + HEIGHT - BOTTOM) / 2, "no finite value", "mute middle"))
     return _svg(parts, name, HEIGHT)
@@ -315,24 +316,17 @@ def _line(series: Series, across: _Scale, up: _Scale) -> list[str]:
     return parts
 
 
-def _labels(ends: list[tuple[float, float, Series]], edge: float) -> list[str]:
-    """Draws the names of the lines beside their ends, moved apart where they overlap, with a sample of each line."""
-    ends = sorted(ends, key=lambda end: end[0])
-    places: list[float] = []
-    for y, _, _ in ends:
-        places.append(max(y, places[-1] + LABEL_HEIGHT) if places else y)
-    overshoot = places[-1] - (HEIGHT - BOTTOM) if places else 0
-    for i in reversed(range(len(places))):  # those that were pushed out below push back
-        limit = places[i + 1] - LABEL_HEIGHT if i + 1 < len(places) else HEIGHT - BOTTOM
-        if overshoot > 0:
-            places[i] = min(places[i], limit)
+def _legend(named: Sequence[Series], edge: float) -> list[str]:
+    """Draws a sample and the name of each line on the right, from top to bottom in the order of the series.
+
+    The order is the same in all figures of a page, wherever the lines end.
+    """
     parts = []
-    for place, (y, x, series) in zip(places, ends, strict=True):
-        style = f"c{series.style % STYLES}"
+    for row, series in enumerate(named):
+        y, style = TOP + 6 + LABEL_HEIGHT * row, f"c{series.style % STYLES}"
         kind = "line faint" if series.faint else f"line d{series.style % STYLES}"
-        parts.append(f'<path class="leader" d="M{x + 4:.1f} {y:.1f}L{max(x, edge) + 12:.1f} {place:.1f}"/>')
-        parts.append(f'<path class="{style} {kind}" d="M{edge + 14} {place:.1f}h20"/>')
-        parts.append(_name(edge + 39, place + 4, series.label, "", NAME_LETTERS))
+        parts.append(f'<path class="{style} {kind}" d="M{edge + 14} {y:.1f}h20"/>')
+        parts.append(_name(edge + 39, y + 4, series.label, "", NAME_LETTERS))
     return parts
 
 
@@ -387,20 +381,12 @@ def _row_name(y: float, name: str, above: float) -> str:
 
 
 def _name(x: float, y: float, name: str, kind: str, letters: int) -> str:
-    """Draws a name of at most `letters` letters; of a longer one the middle is left out, and a tooltip shows it whole.
-
-    Two precisions mostly differ in the module that they begin with, or in the default that they end with.
-    """
+    """Draws a name of at most `letters` letters; a tooltip shows a longer one whole."""
     if len(name) <= letters:
         return _text(x, y, name, kind)
-    head = letters // 2
-    short = f"{name[:head]}\N{HORIZONTAL ELLIPSIS}{name[head + 1 - letters :]}"
+    short = shortened(name, letters)
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{_escape(short)}<title>{_escape(name)}</title></text>'
 
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{v:.7g}" for v in values)
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)

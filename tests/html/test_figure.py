@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from jaxmp.reports.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
+from jaxmp.html.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
 
 LONG = [f"encoder/layer_0=float32; rnn/*=mixed_float16; rnn=float32; mixed_{half}" for half in ("float16", "bfloat16")]
 

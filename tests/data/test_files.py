@@ -1,0 +1,243 @@
+"""Datasets of files: folders of images, tables, and Hugging Face's datasets."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmp.data.fingerprint import fingerprint
+from jaxmp.data.hugging_face import HuggingFace
+from jaxmp.data.image_folder import ImageFolder, read_image
+from jaxmp.data.pipeline import nbytes, resident
+from jaxmp.data.table_files import TableFiles
+from jaxmp.data.tables import write_table
+from jaxmp.errors import InputError
+
+
+def everything(source):
+    return source[np.arange(len(source))]
+
+
+# --- a folder of images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of 6 x 4 pixels: three cats and two dogs to train on, a dog to test on; no validation split."""
+    rng = np.random.default_rng(0)
+    for name in ("train/cat/1.png", "train/cat/2.jpg", "train/cat/3.PNG", "train/dog/1.png", "train/dog/2.png"):
+        save(tmp_path / name, rng.integers(0, 256, (6, 4, 3), np.uint8))
+    save(tmp_path / "test/dog/1.png", rng.integers(0, 256, (6, 4, 3), np.uint8))
+    (tmp_path / "train/cat/notes.txt").write_text("no image")
+    (tmp_path / "train/.cache").mkdir()
+    return tmp_path
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def test_a_class_is_a_folder_and_its_number_that_of_the_training_split(folder):
+    data = ImageFolder(folder=str(folder))
+    assert data.classes() == ["cat", "dog"]
+    train = everything(data.source("train"))
+    assert train["image"].shape == (5, 6, 4, 3) and train["label"].tolist() == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(train["image"][3], np.asarray(Image.open(folder / "train/dog/1.png")))
+    assert everything(data.source("test"))["label"].tolist() == [1] and data.source("validation") is None
+    source = data.source("train")
+    assert source.thread_safe and nbytes(source) == 5 * (6 * 4 * 3 + 4) and set(resident(source)) == {"image", "label"}
+    assert fingerprint(source)["rows"] == 5
+
+
+def test_images_are_brought_to_one_size_and_to_one_number_of_channels(folder):
+    save(folder / "train/dog/3.png", np.full((40, 10), 77, np.uint8))
+    with pytest.raises(InputError, match=r"dog/3.png is 40 x 10 pixels, and .*cat/1.png 6 x 4; .*data\.size"):
+        everything(ImageFolder(folder=str(folder)).source("train"))
+    images = everything(ImageFolder(folder=str(folder), size=(5, 5), channels=1).source("train"))["image"]
+    assert images.shape == (6, 5, 5, 1) and (images[-1] == 77).all()
+    tall = np.repeat(np.arange(40, dtype=np.uint8), 10).reshape(40, 10)
+    save(folder / "tall.png", tall)
+    cropped = read_image(folder / "tall.png", (10, 10), 1)
+    np.testing.assert_array_equal(cropped[..., 0], tall[15:25])
+
+
+@pytest.mark.parametrize("damage", [b"", b"GIF89a", None])
+def test_a_corrupt_image_is_bad_input_with_its_name(damage, folder):
+    file = folder / "train/dog/2.png"
+    file.write_bytes(file.read_bytes()[:60] if damage is None else damage)
+    with pytest.raises(
+        InputError, match=r"train/dog/2\.png cannot be read as an image \(.*copy it again, or remove it"
+    ):
+        everything(ImageFolder(folder=str(folder)).source("train"))
+
+
+def test_a_folder_that_is_not_there_or_of_no_class_is_bad_input_with_the_nearest_name(folder):
+    with pytest.raises(InputError, match=r"no folder 'trian' in it, .*there is test, train; did you mean 'train'\?"):
+        ImageFolder(folder=str(folder), train="trian").source("train")
+    with pytest.raises(InputError, match="nowhere': no folder 'train' in it"):
+        ImageFolder(folder=str(folder / "nowhere")).source("train")
+    (folder / "test/dgo").mkdir()
+    with pytest.raises(InputError, match=r"test/dgo: 'train' has no class 'dgo', only cat, dog; did you mean 'dog'\?"):
+        ImageFolder(folder=str(folder)).source("test")
+    (folder / "empty/cat").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"empty has no images in folders of classes; expected empty/CLASS/IMAGE.png"):
+        ImageFolder(folder=str(folder), train="empty").source("train")
+    with pytest.raises(InputError, match="channels = 2: expected 1 or 3"):
+        ImageFolder(folder=str(folder), channels=2)
+
+
+# --- tables
+
+FLOWERS = {
+    "length": np.array([5.1, 4.9, 6.3, 5.8]),
+    "width": np.array([3, 2, 3, 1]),
+    "species": np.array(["setosa", "virginica", "setosa", "versicolor"], object),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_gives_features_and_labels(kind, tmp_path):
+    path = str(tmp_path / f"train.{kind}")
+    write_table(path, FLOWERS)
+    data = TableFiles(train=path, features=("length", "width"), label="species")
+    rows = everything(data.source("train"))
+    assert rows["features"].dtype == np.float32
+    np.testing.assert_array_equal(
+        rows["features"], np.stack([FLOWERS["length"], FLOWERS["width"]], 1).astype(np.float32)
+    )
+    assert rows["label"].tolist() == [0, 2, 0, 1] and data.classes() == ["setosa", "versicolor", "virginica"]
+    assert data.source("validation") is None and data.source("test") is None
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_column_is_bad_input_with_the_nearest_name(split, tmp_path):
+    whole, part = str(tmp_path / "whole.csv"), str(tmp_path / "part.csv")
+    write_table(whole, FLOWERS)
+    write_table(part, {name: FLOWERS[name] for name in ("length", "species")})
+    files = {"train": part if split == "train" else whole, "test": part}
+    with pytest.raises(InputError, match=r"data\.features names 'width'; .*part\.csv has length, species$"):
+        TableFiles(**files, features=("length", "width")).source(split)
+    with pytest.raises(InputError, match=r"data\.label names 'spcies'; .*did you mean 'species'\?"):
+        TableFiles(train=whole, label="spcies").source("train")
+    with pytest.raises(InputError, match=r"data\.features names 'species', which in .* holds text; expected numbers"):
+        TableFiles(train=whole, features=("species",)).source("train")
+    with pytest.raises(InputError, match=r"data\.features = 'length': expected a tuple"):
+        TableFiles(train=whole, features="length")
+
+
+def test_a_label_that_no_training_row_has_is_bad_input_with_its_row(tmp_path):
+    train, test = str(tmp_path / "train.csv"), str(tmp_path / "test.csv")
+    write_table(train, FLOWERS)
+    write_table(test, {**FLOWERS, "species": np.array(["setosa", "versicolour", "setosa", "setosa"], object)})
+    with pytest.raises(InputError, match=r"test\.csv, row 1: species is 'versicolour', .*mean 'versicolor'\?"):
+        TableFiles(train=train, test=test, label="species").source("test")
+
+
+def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(12.0, dtype=np.float32).reshape(4, 3))
+    np.save(tmp_path / "label.npy", np.arange(4))
+    source = TableFiles(train=str(tmp_path)).source("train")
+    assert isinstance(source.columns["x"], np.memmap)
+    assert everything(source)["x"].tolist() == np.arange(12.0).reshape(4, 3).tolist()
+    np.save(tmp_path / "label.npy", np.arange(5))
+    with pytest.raises(InputError, match="has columns of lengths"):
+        TableFiles(train=str(tmp_path)).source("train")
+    os.truncate(tmp_path / "x.npy", 150)
+    with pytest.raises(InputError, match=r"x\.npy cannot be read as npy"):
+        TableFiles(train=str(tmp_path)).source("train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"data\.train '.*empty': the folder has no \.npy files"):
+        TableFiles(train=str(tmp_path / "empty")).source("train")
+    with pytest.raises(InputError, match=r"data\.test 'no\.csv': No such file"):
+        TableFiles(train=str(tmp_path), test="no.csv").source("test")
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [-1, 0, 1, 2]])
+def test_a_label_out_of_range_is_refused_before_the_first_step(labels, tmp_path):
+    import jaxmp
+    from jaxmp.models.mlp import MLP
+
+    path = str(tmp_path / "t.npz")
+    write_table(path, {"x": np.ones((4, 2), np.float32), "label": np.array(labels)})
+    experiment = jaxmp.Experiment(
+        model=MLP(features=(), classes=3),
+        data=TableFiles(train=path, images=(), batch_size=2),
+        task=jaxmp.Classification(inputs=("x",)),
+    )
+    with pytest.raises(InputError, match=rf"labels run from {labels[0]} to {labels[-1]}; expected 0 to 2"):
+        jaxmp.fit(experiment, workdir=tmp_path)
+
+
+# --- jaxmp data info
+
+
+def test_info_and_prepare_show_what_files_have(folder, capsys):
+    from jaxmp.cli import main
+
+    write_table(folder / "flowers.csv", FLOWERS)
+    np.save(folder / "train/x.npy", np.zeros((4, 3), np.float32))
+    for path, lines in {
+        str(folder): ["rows      train 5 (cat 3, dog 2), test 1 (cat 0, dog 1)", "image uint8 (6, 4, 3), of the first"],
+        str(folder / "flowers.csv"): ["rows      4", "length float64 (), width int64 (), species text ()"],
+        str(folder / "train"): ["TableFiles(train=", "features  x float32 (3,)"],
+    }.items():
+        for command in ("info", "prepare"):
+            assert main(["data", command, path]) == 0
+            out = capsys.readouterr().out
+            assert all(line in out for line in lines), out
+    for path, message in {
+        str(folder / "flowers.cvs"): "no such file or folder",
+        str(folder / "test/dog"): "no folder 'train' in it",
+        "flowers.csv": "data 'flowers.csv': there is no such file",
+    }.items():
+        assert main(["data", "info", path]) == 2
+        assert message in capsys.readouterr().err
+
+
+# --- Hugging Face
+
+
+def test_what_is_no_dataset_of_hugging_face_is_bad_input():
+    for value, what in ((None, "NoneType"), ({"x": [1]}, "dict")):
+        with pytest.raises(InputError, match=rf"\('train'\) returned {what}; expected a datasets\.Dataset"):
+            HuggingFace(lambda split, value=value: value).source("train")
+    assert HuggingFace(lambda split: None).source("test") is None
+    with pytest.raises(InputError, match=r"\('train'\) raised KeyError"):
+        HuggingFace(lambda split: {}[split]).source("train")
+
+
+@pytest.mark.slow
+def test_a_dataset_of_hugging_face_has_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face's datasets")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    made = datasets.Dataset.from_dict(
+        {
+            "label": [0, 1, 1, 0, 2],
+            "text": ["a", "b", "", "é", "e"],
+            "vector": [[row, 0.5] for row in range(5)],
+            "ragged": [[0] * row for row in range(5)],
+            "image": [Image.fromarray(image) for image in pixels],
+        },
+        features=datasets.Features(
+            {
+                "label": datasets.ClassLabel(num_classes=3),
+                "text": datasets.Value("string"),
+                "vector": datasets.Sequence(datasets.Value("float32")),
+                "ragged": datasets.Sequence(datasets.Value("int32")),
+                "image": datasets.Image(),
+            }
+        ),
+    ).with_format("numpy")
+    source = HuggingFace(lambda split: made if split == "train" else None).source("train")
+    rows = source[np.array([4, 0])]
+    assert rows["label"].tolist() == [2, 0] and rows["text"].tolist() == ["e", "a"]
+    assert rows["vector"].tolist() == [[4, 0.5], [0, 0.5]] and rows["ragged"].tolist() == [[0, 0, 0, 0], []]
+    np.testing.assert_array_equal(rows["image"], pixels[[4, 0]])
+    assert isinstance(source.columns["label"], np.ndarray) and set(resident(source)) == {"label", "vector", "image"}
+    both = datasets.DatasetDict({"train": made})
+    with pytest.raises(InputError, match=r"returned DatasetDict; expected a datasets\.Dataset"):
+        HuggingFace(lambda split: both).source("train")
