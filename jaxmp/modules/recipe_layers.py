@@ -85,7 +85,7 @@ class RecipeCall:
             learns = module.is_mutable_collection(HISTORIES) and not self.starting
             if role == "gradients":
                 # That of the last step: this step's is known in the backward pass, which uses this scale.
-                new = state = scaling.update(state, tap) if learns else state
+                new = state = scaling.update(state, jax.lax.stop_gradient(tap)) if learns else state
             else:
                 operand, over = (x, axis_name) if role == "activations" else (w, None)
                 amax = jax.lax.stop_gradient(largest_magnitude(operand, over)) if learns else None

@@ -90,7 +90,7 @@ def test_draws_are_the_same_through_jit_remat_and_parts_of_the_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [2])
+@pytest.mark.parametrize("parts", [1, 2])
 def test_delayed_scales_are_arrays_in_the_model_state_and_follow_the_magnitudes(parts):
     model = nn.Dense(3)
     batch = batch_of(jax.random.normal(KEY, (8, 4)), 8)
