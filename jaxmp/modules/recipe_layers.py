@@ -85,7 +85,7 @@ class RecipeCall:
             learns = module.is_mutable_collection(HISTORIES) and not self.starting
             if role == "gradients":
                 # That of the last step: this step's is known in the backward pass, which uses this scale.
-                new = state = scaling.update(state, tap) if learns else state
+                new = state = scaling.update(state, jax.lax.stop_gradient(tap)) if learns else state
             else:
                 operand, over = (x, axis_name) if role == "activations" else (w, None)
                 amax = jax.lax.stop_gradient(largest_magnitude(operand, over)) if learns else None
@@ -162,10 +162,8 @@ def run_product(
     def dot(x: jax.Array, w: jax.Array, numbers: Any, *_: Any, **__: Any) -> jax.Array:
         return dot_general(x, w, numbers, **products.surroundings(module, recipe, x, w))
 
-    def conv(
-        x: jax.Array, w: jax.Array, strides: Any, padding: Any, *args: Any, precision: Any = None, **how: Any
-    ) -> Any:
-        return conv_general_dilated(x, w, strides, padding, *args, **how, **products.surroundings(module, recipe, x, w))
+    def conv(x: jax.Array, w: jax.Array, strides: Any, padding: Any, *, precision: Any = None, **how: Any) -> Any:
+        return conv_general_dilated(x, w, strides, padding, **how, **products.surroundings(module, recipe, x, w))
 
     if isinstance(module, nn.Embed):
         query, table = args[0].astype(dtype), _stored(module, "embedding").astype(FLOAT32)

@@ -704,8 +704,8 @@ def _e4m3_scaling(amax: jax.Array, tensor_amax: jax.Array, format: BlockFormat) 
         tensor_scale = _once(divide(one, encode_tensor))
         multiplier = _once(multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max)))))
         scale, code = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
-        product = _once(multiply(scale, tensor_scale))
-        return code, tensor_scale, _once(jnp.minimum(divide(one, product), _LARGEST)), product
+        decode = _once(multiply(scale, tensor_scale))
+        return code, tensor_scale, _once(jnp.minimum(divide(one, decode), _LARGEST)), decode
     tensor_scale = _once(divide(tensor_amax, product))
     ratio = jnp.where(amax > 0, divide(divide(amax, largest), tensor_scale), jnp.uint32(0))
     scale, code = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))

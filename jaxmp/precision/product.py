@@ -47,7 +47,7 @@ class Draws(NamedTuple):
 
     key: jax.Array | None = None
     """PRNG key of this product in this step, the same on all replicas; None: nothing is drawn"""
-    index: jax.Array | None = None
+    places: jax.Array | None = None
     """indices of the examples in the whole batch, int32 (examples,); None: the batch is the whole"""
     examples: int | None = None
     """number of examples; the rows of an operand are drawn by the example if it divides their number"""
@@ -184,7 +184,7 @@ def matrix_product(
     Raises:
       InputError: stochastic rounding has nothing to draw from, or a `Delayed` operand no scale.
     """
-    return _product(_Plan(Matrices(batch), recipe, draws.examples, axis_name), x, w, draws.key, draws.index, delay)
+    return _product(_Plan(Matrices(batch), recipe, draws.examples, axis_name), x, w, draws.key, draws.places, delay)
 
 
 def dot_general(
@@ -245,7 +245,7 @@ def conv_general_dilated(
         feature_group_count,
     )
     contraction.products(recipe.accumulate)  # refuses what is not emulated before anything is computed
-    return _product(_Plan(contraction, recipe, draws.examples, axis_name), lhs, rhs, draws.key, draws.index, delay)
+    return _product(_Plan(contraction, recipe, draws.examples, axis_name), lhs, rhs, draws.key, draws.places, delay)
 
 
 def round_operand(
