@@ -134,6 +134,8 @@ _ADDED_LATER: dict[str, Any] = {
     **{f"lora.{name}": value for name, value in json.loads(json.dumps(canonical(LoRA(), "lora"))).items()},
     "lora": {},
     "data.cuts": [],
+    "task.class_weights": [],
+    "task.mixup": 0.0,
     "optimizer.state_format": None,
     "optimizer.*.state_format": None,
     "loop.limit_batches": None,

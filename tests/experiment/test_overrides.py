@@ -113,7 +113,6 @@ OTHERS = {
     "optimizer.state_format": "mu=block128",
     "data.version": "1.0.0",
     "data.overlong": "cut",
-    "data.second": "other",
     "data.images": None,  # a tuple, where it is set
     "data.rows.images": None,
     "data.rows.version": "1.0.0",
