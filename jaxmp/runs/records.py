@@ -98,8 +98,9 @@ class Records:
     def _open_writers(self, step: int) -> None:
         trainer, path = self._trainer, self._folder.path
         session = len(list(path.glob("events.out.tfevents.*")))  # each session has written one
+        self._writers = [JsonLines(self._folder.metrics, resume_step=step)]  # refuses lines that cannot be read
         board = TensorBoard(path, resume_step=step)
-        self._writers = [JsonLines(self._folder.metrics, resume_step=step), board]
+        self._writers.append(board)
         if step == 0:
             self._describe(board)
         if self._console is not None:

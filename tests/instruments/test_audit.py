@@ -248,7 +248,7 @@ def test_the_train_step_of_every_config_is_clean(made_up, path, precision):
     step, _ = trainer.program()
     report = audit(step, jax.eval_shape(trainer.init), trainer.batch_spec, policy=trainer.experiment.policy)
     of_loss = [found for found in report.findings if "jaxmp/tasks/ctc.py" in found.source]  # see test_configs.py
-    assert report.findings == of_loss and bool(of_loss) == ("ctc" in path.stem)
+    assert list(report.findings) == of_loss and bool(of_loss) == ("ctc" in path.stem)
     expected = {precision.removeprefix("mixed_")} | ({"float32"} if of_loss else set())
     assert set(report.dot_flops_by_dtype) == expected
 
