@@ -156,6 +156,7 @@ def test_rules_of_a_policy_reach_adapters_by_name():
     assert not any("lora" in path for path in rows if not path.startswith("head"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -281,6 +282,7 @@ class Two(nn.Module):
         return nn.Dense(3, name="Dense_1")(jnp.tanh(nn.Dense(8, name="Dense_0")(x)))
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_that_of_qwix_in_float32():
     given = arrays(SHAPES)
     params = {

@@ -45,6 +45,7 @@ def products(function, *args):
     return found
 
 
+@pytest.mark.slow
 def test_every_layer_with_a_kernel_has_three_products_of_the_recipe():
     x, model = jnp.ones((2, 4, 4, 3)), Every()
     variables = model.init(KEY, x)

@@ -84,6 +84,7 @@ def test_product_and_gradients_are_those_of_numpy_to_the_bit_where_sums_have_one
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_weight_in_two_dimensional_blocks_is_one_number_in_both_products():
     w = normal(0, 40, 56)
     recipe = parse_policy("nvfp4").recipe
@@ -157,6 +158,7 @@ def test_groups_of_a_convolution_have_blocks_of_their_own():
         np.testing.assert_allclose(dw[..., of_y], own_dw, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_accumulator_rounds_after_each_partial_sum():
     ones = jnp.ones((1, 64))
     narrow = parse_policy("fprop=high,accumulate=e5m2:1").recipe
@@ -178,6 +180,7 @@ def test_an_inf_in_a_gradient_is_not_lost_b23_b26(text):
     assert not np.isfinite(dx).all() and not np.isfinite(dw).all()
 
 
+@pytest.mark.slow
 def test_draws_follow_the_example_wherever_it_lies():
     recipe = parse_policy("wgrad=high,fprop=mxfp4:rceil,dgrad=high,stochastic=activations").recipe
     x, w = jnp.asarray(normal(0, 8 * 3, 32)), jnp.eye(32)

@@ -78,6 +78,7 @@ def test_the_state_is_that_of_float32_rounded_once_a_step(format):
         assert min(same) > 0.99  # another last digit before rounding, by XLA's fusion, may round to the other neighbour
 
 
+@pytest.mark.slow
 def test_elements_and_scales_take_as_many_bytes_as_the_format_says():
     state = jax.eval_shape(adam(expand_range=True, mu="block128", nu="int4:block32").init, params()).inner_state[0]
     for name, shape in {"rows": (3, 256), "kernel": (3, 3, 5, 7), "bias": (10,)}.items():

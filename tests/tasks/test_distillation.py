@@ -25,6 +25,7 @@ def constant(batch):
     return jnp.asarray(LOGITS[1], jnp.float16)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_paper_in_float64():
     task = Distillation(teacher=constant, temperature=2.0, teacher_weight=0.75)
     loss, metrics = task(jnp.asarray(LOGITS[0], jnp.float16), BATCH)

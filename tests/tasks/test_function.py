@@ -98,6 +98,7 @@ def test_weights_of_rows_weigh_the_loss_and_leave_the_other_metrics():
     assert dataclasses.replace(weighted, column="y").column == "y"
 
 
+@pytest.mark.slow
 def test_class_weights_are_those_of_torch_and_scikit_learn():
     from sklearn.utils.class_weight import compute_class_weight
 
