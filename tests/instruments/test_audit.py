@@ -240,11 +240,21 @@ def test_casts_have_a_path_and_a_line():
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in ("digits_mlp", "digits_cnn") else pytest.mark.slow) for p in CONFIGS]
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=[] if p.stem in ("digits_mlp", "digits_cnn") else pytest.mark.slow)
+        for p in CONFIGS
+    ],
 )
 @pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
 def test_the_train_step_of_every_config_is_clean(made_up, path, precision):
-    trainer = Trainer(dataclasses.replace(made_up(ConfigFile.find(str(path)).experiment(), 32), precision=precision))
+    experiment = made_up(ConfigFile.find(str(path)).experiment(), 32)
+    if hasattr(experiment.task, "teacher"):
+        pytest.skip("needs a teacher's run: audited in test_configs.py")
+    schedule = dataclasses.replace(experiment.optimizer.schedule, warmup_steps=0)  # a few steps have no room for one
+    optimizer = dataclasses.replace(experiment.optimizer, schedule=schedule)
+    loop = dataclasses.replace(experiment.loop, accumulate_steps=1)
+    trainer = Trainer(dataclasses.replace(experiment, optimizer=optimizer, precision=precision, loop=loop))
     step, _ = trainer.program()
     report = audit(step, jax.eval_shape(trainer.init), trainer.batch_spec, policy=trainer.experiment.policy)
     of_loss = [found for found in report.findings if "jaxmp/tasks/ctc.py" in found.source]  # see test_configs.py
