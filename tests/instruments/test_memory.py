@@ -199,7 +199,7 @@ def compiled_gradients(trainer):
     return compiled.memory_analysis().output_size_in_bytes
 
 
-LARGE = ("imagenet_",)  # minutes to compile
+LARGE = ("imagenet_", "openwebtext_", "bert_base_", "cifar10_resnet18", "cifar10_vit")  # long to compile
 CASES = [(path.stem, "mixed_float16") for path in CONFIGS if not path.stem.startswith(LARGE)]
 CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bfloat16,rounding=kahan")]
 
