@@ -54,6 +54,7 @@ def made_up():
 
 
 def with_made_up_rows(experiment, rows):
+    """The experiment over `rows` made-up rows, without a warm-up and microbatches that so few have no room for."""
     import numpy as np  # with jaxmp's data, which import JAX, not above: see `pytest_runtest_setup`
 
     from jaxmp.data.arrays import Arrays
@@ -62,7 +63,11 @@ def with_made_up_rows(experiment, rows):
     from jaxmp.data.text import TextDataset, TextWindows
     from jaxmp.data.tokenizer import Bytes
 
-    data = experiment.data
+    data, optimizer = experiment.data, experiment.optimizer
+    if hasattr(optimizer, "schedule") and hasattr(optimizer.schedule, "warmup_steps"):
+        optimizer = dataclasses.replace(optimizer, schedule=dataclasses.replace(optimizer.schedule, warmup_steps=0))
+    loop = dataclasses.replace(experiment.loop, accumulate_steps=1)
+    experiment = dataclasses.replace(experiment, optimizer=optimizer, loop=loop)
 
     def texts(split):
         rng = np.random.default_rng(0)
