@@ -98,13 +98,17 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-def slow(names):
-    """The convolutions that take long to compile are for the slow tests."""
-    return [name if name == "digits_mlp" else pytest.param(name, marks=pytest.mark.slow) for name in names]
+LONG = ("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "openwebtext_", "spoken_digits_rnn", "sst2_bert")
+"""configs that take long to compile, or have a like one among the others"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", slow(CONFIGS))
+def marked(names):
+    """The names for parametrize: the slow suite has those that compile in seconds."""
+    long = {name for name in names if name.startswith(LONG)}
+    return [pytest.param(name, marks=pytest.mark.full_size if name in long else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(CONFIGS))
 def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(four_steps, name, tmp_path):
     experiment = four_steps(name)
     whole = fit(experiment, workdir=tmp_path / "whole", log=lambda text: None)
@@ -121,8 +125,7 @@ def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(
     assert bits(states[0]) == bits(states[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", marked(CONFIGS))
 def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its_laws_hold(four_steps, name, tmp_path):
     experiment = four_steps(name)
     precision = experiment.precision

@@ -308,7 +308,7 @@ def test_what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_packed_optimizer_state_is_equal_to_the_bit_on_all_replicas_and_trains_in_every_sharding():
     optimizer = AdamW(1e-3, state_format="mu=block128,nu=block128,expanded")
     packed = dataclasses.replace(LAYERS, optimizer=optimizer)
