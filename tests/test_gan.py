@@ -409,7 +409,7 @@ def test_no_law_of_a_step_accuses_it():
     } <= holds
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("law", ["others_do_not_matter", "skipped_beside_others", "skipped_statistics_are_dropped"])
 def test_its_objectives_leave_each_other_alone_at_once_too(law):
     assert at_once()[law].verdict == "holds", str(at_once()[law])
