@@ -263,7 +263,7 @@ def marked(fault):
     return pytest.param(fault, marks=marks)
 
 
-@pytest.mark.parametrize("fault", map(marked, FAULTS))
+@pytest.mark.parametrize("fault", [marked(fault) for fault in FAULTS])
 def test_a_fault_between_two_objectives_is_found_by_its_law(fault):
     law, kwargs = FAULTS[fault]
     result = laws_of(fault, **kwargs)[law]
