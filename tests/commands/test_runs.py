@@ -80,7 +80,7 @@ def test_listing_runs_imports_no_jax():
 @pytest.mark.parametrize("columns", [80, 120, 400])
 def test_a_terminal_gets_no_line_that_it_would_wrap(listed, capsys, monkeypatch, columns):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda **_: os.terminal_size((columns, 24)))
     assert main(["runs", "w"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
