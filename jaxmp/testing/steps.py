@@ -521,36 +521,6 @@ def _changed(trial: Trial, good: int, fault: Fault, times: int, negative_zeros: 
 
 # --- which laws are of what
 
-OF_AN_OBJECTIVE = (
-    trains,
-    scale_is_sound,
-    bad_gradient_is_skipped,
-    bad_batch_is_skipped,
-    bad_loss_is_skipped,
-    scale_falls,
-    skips_are_counted,
-    skips_leave_no_trace,
-    growth_step_is_right,
-    scale_stays_in_its_range,
-    scale_moves_as_claimed,
-    scale_does_not_matter,
-    finite_is_applied,
-    loss_in_float32,
-    gradients_keep_their_bits,
-    tiny_gradients_are_felt,
-    small_gradients_take_small_steps,
-    norms_in_float32,
-    moments_in_float32,
-    second_moments_decay,
-    updates_in_float32,
-    complex_parameters_descend,
-    scale_stands_in_a_window,
-    dropped_window_is_empty,
-    random_numbers_advance,
-)
-"""laws that hold for each objective of a step, and so for each of its scalers"""
-BETWEEN_OBJECTIVES = (others_do_not_matter, skipped_beside_others, not_due_stays, skipped_statistics_are_dropped)
-"""laws of what the objectives of a step may not do to each other"""
 LAWS = (
     repeatable,
     types_stay,
@@ -586,6 +556,20 @@ LAWS = (
     reduced_in_float32,
 )
 """the laws of a step, in the order of the table"""
+OF_THE_WHOLE_STEP = (
+    repeatable,
+    types_stay,
+    one_compile,
+    sums_in_float32,
+    survives_saving,
+    replicas_agree,
+    reduced_in_float32,
+)
+"""laws of all of a step, whatever objectives it has"""
+OF_AN_OBJECTIVE = tuple(law for law in LAWS if law not in OF_THE_WHOLE_STEP)
+"""laws that hold for each objective of a step, and so for each of its scalers"""
+BETWEEN_OBJECTIVES = (others_do_not_matter, skipped_beside_others, not_due_stays, skipped_statistics_are_dropped)
+"""laws of what the objectives of a step may not do to each other"""
 
 
 def _of_each(check: Callable[[Trial], None], views: Callable[[], list[ObjectiveTrial]]) -> Callable[[Trial], None]:
