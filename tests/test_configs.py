@@ -23,6 +23,7 @@ from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.overflow import blame_run
+from jaxmp.testing import StepAdapter, step_laws
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
 
@@ -162,6 +163,24 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
             example = (example, jnp.array([steps, 1, steps // 2, steps - 1], jnp.int32))
     laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
+
+
+SHORT = ("digits_mlp", "mnist_vae")
+"""configs whose step the slow suite has time to check, of a single objective; `-m full_size` checks all others"""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SHORT else pytest.mark.full_size) for name in CONFIGS]
+)
+def test_the_laws_of_a_step_hold_for_the_step_of_a_config(four_steps, name):
+    trainer = Trainer(four_steps(name))
+    step, batch = jax.jit(trainer.train_step), trainer.feed(fuse=False).batch(0)
+    loss = None if trainer.objectives else lambda out: out[1]["loss"].total
+    laws = step_laws(StepAdapter(lambda: trainer.devices.put_state(trainer.init()), step, batch, loss=loss))
+    assert not laws.broken, str(laws)
+    assert {"trains", "types_stay", "one_compile", "bad_gradient_is_skipped", "survives_saving"} <= {
+        result.law for result in laws if result.verdict == "holds"
+    }
 
 
 @pytest.mark.full_size

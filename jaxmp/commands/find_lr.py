@@ -23,7 +23,9 @@ class Options:
     highest: float = 1.0
     """Learning rate of the last step."""
     steps: int = 200
-    """Number of steps; fewer where the loss diverges before."""
+    """Number of steps of the objective; fewer where the loss diverges before."""
+    objective: str | None = None
+    """Which of several objectives; the others train at their own learning rates."""
     output: str | None = None
     """HTML file to write, with the plot; by default runs/CONFIG/find_lr.html."""
 
@@ -33,7 +35,13 @@ def find_lr(config: ConfigFile, options: Options, experiment: Experiment, overri
     require_path(output=options.output)
     from jaxmp.studies import learning_rate as study
 
-    found = study.find_lr(experiment, lowest=options.lowest, highest=options.highest, steps=options.steps)
+    found = study.find_lr(
+        experiment,
+        lowest=options.lowest,
+        highest=options.highest,
+        steps=options.steps,
+        objective=options.objective,
+    )
     output = Path(options.output or Path("runs") / config.name / "find_lr.html").expanduser()
     study.save(found, config.name, output)
     print(f"{'learning rate':<16} {found.suggestion:.2g}")

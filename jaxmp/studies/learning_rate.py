@@ -20,9 +20,10 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.reports.page import Page
 from jaxmp.runs.fit import steps
-from jaxmp.tasks.task import refuse_several
+from jaxmp.tasks.task import objectives_of, require_objective
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import compute
+from jaxmp.training.objective import due_at
 from jaxmp.training.optimizers import Optimizer
 from jaxmp.training.schedules import Schedule
 
@@ -70,6 +71,7 @@ def find_lr(
     lowest: float = 1e-6,
     highest: float = 1.0,
     steps: int = 200,
+    objective: str | None = None,
     log: Callable[[str], None] = print,
 ) -> RangeTest:
     """Trains from fresh weights while the learning rate rises from `lowest` to `highest`, and keeps the losses.
@@ -80,36 +82,49 @@ def find_lr(
       experiment: what to train; its optimizer is one of jaxmp's.
       lowest: learning rate of the first step, above 0.
       highest: learning rate of the last step.
-      steps: number of steps; the test ends before that where the loss diverges.
+      steps: number of steps of the objective; the test ends before that where its loss diverges.
+      objective: which of several objectives the test is of; the others train at learning rates of their own.
       log: is told how the test ended, if it ended early.
 
     Raises:
-      InputError: the range is empty, there are fewer than 10 steps, the experiment has several objectives or an
-        optimizer of its own kind, or the first steps already diverge.
+      InputError: the range is empty, there are fewer than 10 steps, there is no such objective, the optimizer is of
+        its own kind, or the first steps already diverge.
     """
-    refuse_several(experiment.task, "find-lr")
+    require_objective(experiment.task, objective, "--objective")
     if not 0 < lowest < highest or not math.isfinite(highest):
         raise InputError(f"learning rates {lowest:g} to {highest:g}: expected 0 < lowest < highest")
     if steps < 10:
         raise InputError(f"steps {steps}: expected 10 or more")
-    if not isinstance(experiment.optimizer, Optimizer):
-        kind = type(experiment.optimizer).__name__
+    own = experiment.optimizer if objective is None else experiment.optimizer_of(objective)
+    if not isinstance(own, Optimizer):
+        kind = type(own).__name__
         raise InputError(
             f"optimizer: a {kind} has no learning rate to change; expected one of jaxmp's, Adam(1e-3), say"
         )
     rising = Rising(first=lowest / highest)
-    optimizer = dataclasses.replace(experiment.optimizer, learning_rate=highest, schedule=rising)
+    optimizer: Any = dataclasses.replace(own, learning_rate=highest, schedule=rising)
+    several = objectives_of(experiment.task)
+    whole = steps
+    if objective is not None:
+        optimizer = {name: experiment.optimizer_of(name) for name in several} | {objective: optimizer}
+        whole = steps * several[objective].every
     loop = dataclasses.replace(
-        experiment.loop, steps=steps, log_every=1, eval_every=steps, patience=None, ranges_every=None
+        experiment.loop, steps=whole, log_every=1, eval_every=whole, patience=None, ranges_every=None
     )
-    return _measured(dataclasses.replace(experiment, optimizer=optimizer, loop=loop), rising.make(highest, steps), log)
+    rate, changed = rising.make(highest, steps), dataclasses.replace(experiment, optimizer=optimizer, loop=loop)
+    return _measured(changed, objective, rate, log)
 
 
-def _measured(experiment: Experiment, rate: Callable[[int], Any], log: Callable[[str], None]) -> RangeTest:
+def _measured(
+    experiment: Experiment, objective: str | None, rate: Callable[[int], Any], log: Callable[[str], None]
+) -> RangeTest:
     found, average, least, skipped = RangeTest([], [], [], 0, False), 0.0, math.inf, 0
+    name = "loss" if objective is None else f"{objective}/loss"
     for info in steps(experiment):
-        loss = compute(info.metrics).get("loss", math.nan)
-        if float(info.metrics["loss"].weight) == 0:  # loss scaling skipped the step
+        if objective is not None and objective not in due_at(objectives_of(experiment.task), info.step - 1):
+            continue
+        loss = compute(info.metrics).get(name, math.nan)
+        if float(info.metrics[name].weight) == 0:  # loss scaling skipped the step
             skipped += 1
             continue
         applied = len(found.rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp import SGD, Arrays, Experiment, InputError, Loop
+from jaxmp import SGD, Arrays, Experiment, InputError, Loop, ObjectiveSpec
 from jaxmp.cli import main
 from jaxmp.studies.learning_rate import Rising, find_lr
 
@@ -86,6 +86,53 @@ def test_skipped_steps_are_counted_and_have_no_rate():
     found = find_lr(experiment(precision="float16", scaler=scaler), lowest=1e-4, highest=1e-3, steps=40)
     assert found.skipped > 0 and len(found.rates) == 40 - found.skipped
     np.testing.assert_allclose(found.rates, np.geomspace(1e-4, 1e-3, 40)[: len(found.rates)], rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabolas(jaxmp.Task):
+    """Two points, each on a parabola of its own; the second moves in every second step."""
+
+    inputs: tuple[str, ...] = ("y",)
+    objectives: ClassVar = {"flat": ObjectiveSpec(("flat",)), "steep": ObjectiveSpec(("steep",), every=2)}
+
+    def __call__(self, outputs, batch, objective):
+        curvature = {"flat": 4.0, "steep": 40.0}[objective]
+        errors = curvature / 2 * (outputs[objective].astype(jnp.float32) - batch["y"]) ** 2
+        return jaxmp.Mean.of(errors, batch["weight"]), {}
+
+
+class Points(nn.Module):
+    """A parameter for each objective."""
+
+    @nn.compact
+    def __call__(self, y):
+        return {name: Point(name=name)(y) for name in ("flat", "steep")}
+
+
+@pytest.mark.slow
+def test_of_several_objectives_one_is_tested_in_the_steps_in_which_it_is_due():
+    both = experiment(model=Points(), task=Parabolas())
+    suggested = {}
+    for name, curvature in (("flat", 4.0), ("steep", 40.0)):
+        found = find_lr(both, lowest=1e-5, highest=100.0, objective=name)
+        alone = find_lr(experiment(curvature), lowest=1e-5, highest=100.0)
+        assert found.rates[:100] == alone.rates[:100] and found.diverged and found.skipped == 0
+        suggested[name] = found.suggestion / alone.suggestion
+        assert found.losses[0] == pytest.approx(curvature / 2 * (10**2 + 1), rel=0.2)
+    assert suggested == pytest.approx({"flat": 1.0, "steep": 1.0}, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "expected"),
+    [
+        (Parabolas(), None, "Parabolas has several objectives; expected --objective, one of flat, steep"),
+        (Parabolas(), "step", "--objective.*'step'.*steep"),
+        (Parabola(), "flat", "--objective flat: Parabola has a single objective; expected no --objective"),
+    ],
+)
+def test_the_objective_of_a_range_test_has_to_be_one_of_the_task(task, objective, expected):
+    with pytest.raises(InputError, match=expected):
+        find_lr(experiment(model=Points(), task=task), objective=objective)
 
 
 def test_the_last_step_has_the_peak():

@@ -252,14 +252,9 @@ def _correct(**kwargs):
     return laws_of(**kwargs)
 
 
-NOT_FOUND_YET = {"clipped together with the other": "the law takes this step for one of a single objective"}
-
-
 def marked(fault):
     """The slow suite tries every second fault, `-m full_size` the others."""
     marks = [pytest.mark.slow if list(FAULTS).index(fault) % 2 else pytest.mark.full_size]
-    if fault in NOT_FOUND_YET:
-        marks.append(pytest.mark.xfail(strict=True, reason=NOT_FOUND_YET[fault]))
     return pytest.param(fault, marks=marks)
 
 
