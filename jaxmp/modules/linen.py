@@ -60,7 +60,8 @@ def with_policy(
         without a precision of its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
 
-    Raises (when called): InputError where a rule names nothing in the model, or nothing in it is a float.
+    Raises: InputError if `policy` is none, or `apply` is the model itself; when called, where a rule names nothing in
+    the model, or nothing in it is a float.
 
     >>> model = nn.Dense(3)
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
@@ -68,6 +69,8 @@ def with_policy(
     >>> with_policy(model.apply, half)(variables, jnp.ones((1, 2))).dtype
     dtype('float16')
     """
+    if isinstance(apply, nn.Module):
+        raise InputError(f"with_policy takes the function model.apply; {type(apply).__name__} is the model itself")
     return intervene(apply, UnderPolicy(policy, axis_name))
 
 

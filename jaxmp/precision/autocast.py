@@ -197,8 +197,10 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
       dtype: the half precision, bfloat16 or float16.
 
     Raises:
-      InputError: `dtype` is another dtype; or, when called, `fn` does not compute with floats.
+      InputError: `dtype` is another dtype, or `lists` no lists; or, when called, `fn` does not compute with floats.
     """
+    if not isinstance(lists, OperationLists):
+        raise InputError(f"autocast: lists {lists!r:.80}: expected TORCH, APEX_O1 or OperationLists; dtype= has a name")
     return _interpreted(fn, _Interpreter(lists, _half(dtype)))
 
 

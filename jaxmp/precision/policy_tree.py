@@ -173,10 +173,14 @@ class PolicyTree:
 
 
 def as_tree(policy: PolicyTree | Policy | str) -> PolicyTree:
-    """A tree from a tree, a policy for everything, or the text of either."""
+    """A tree from a tree, a policy for everything, or the text of either. Raises InputError if it is none of them."""
     if isinstance(policy, str):
         return PolicyTree.parse(policy)
-    return PolicyTree((), policy) if isinstance(policy, Policy) else policy
+    if isinstance(policy, Policy):
+        return PolicyTree((), policy)
+    if not isinstance(policy, PolicyTree):
+        raise InputError(f"precision {policy!r}: expected a Policy, a PolicyTree, or text such as 'mixed_float16'")
+    return policy
 
 
 def _parse_rule(segment: str, text: str) -> Rule:

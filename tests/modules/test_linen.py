@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.lax import Precision
 
+from jaxmp.errors import InputError
 from jaxmp.modules.linen import explain, with_policy
 from jaxmp.precision.policy import parse_policy
 
@@ -601,3 +602,8 @@ def test_explain_counts_all_parameters_of_any_model(name):
 def test_explain_passes_arguments_on():
     rows = explain(nn.BatchNorm(), parse_policy("float32"), ROWS, use_running_average=True)
     assert [(row.type, row.parameters) for row in rows] == [("BatchNorm", 12)]
+
+
+def test_a_model_in_the_place_of_its_apply_is_refused():
+    with pytest.raises(InputError, match=r"takes the function model\.apply; Dense is the model itself"):
+        with_policy(nn.Dense(3), "mixed_float16")

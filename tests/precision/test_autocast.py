@@ -741,3 +741,9 @@ def test_t20_an_outer_product_of_angles_is_not_in_half():
     found = autocast(lambda p, r: jnp.sin(jnp.einsum("t,f->tf", p, r)))(position, rate)
     exact = np.sin(np.outer(np.arange(1024.0), np.float64([1, np.float32(0.1)])))
     np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("lists", [jnp.float16, "mixed_float16"])
+def test_a_dtype_or_a_policy_in_the_place_of_the_lists_is_refused(lists):
+    with pytest.raises(InputError, match="expected TORCH, APEX_O1 or OperationLists"):
+        autocast(jnp.sin, lists)

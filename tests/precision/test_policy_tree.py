@@ -17,7 +17,7 @@ from jaxmp.cli import main
 from jaxmp.errors import InputError
 from jaxmp.modules.linen import cast_to_param, explain, with_policy
 from jaxmp.precision.policy import PRESETS, parse_policy
-from jaxmp.precision.policy_tree import PolicyTree, Rule
+from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree
 
 KEY = jax.random.key(0)
 
@@ -592,3 +592,9 @@ def test_a_rule_for_what_only_training_calls_holds_where_the_carry_has_the_dtype
         assert jax.eval_shape(apply, variables, x, rngs={"dropout": KEY}).dtype == jnp.float32
     with pytest.raises(InputError, match=r"nope=.* matches no module; there are drop, turns"):
         jax.eval_shape(with_policy(Sequence().apply, "nope=float32; mixed_float16"), variables, x)
+
+
+@pytest.mark.parametrize("policy", [jnp.float16, None, 16, {"head": "float32"}])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(InputError, match="expected a Policy, a PolicyTree, or text such as 'mixed_float16'"):
+        as_tree(policy)
