@@ -494,6 +494,9 @@ def test_hooks_are_called_by_each_process_and_one_that_fails_in_any_ends_the_run
         ["Evaluated", step] for step in ("5", "7", "7")
     ]
     failed = [(folder / f"failed{index}").read_text() for index in (0, 1)]
-    assert failed[0] == failed[1] and "fail raised OSError: no space on this machine, in process 1, after step 4" in failed[0]
+    assert (
+        failed[0] == failed[1]
+        and "fail raised OSError: no space on this machine, in process 1, after step 4" in failed[0]
+    )
     summary = Run(folder / "runs").summary
     assert summary["steps"] == 7 and summary["stopped_because"].startswith("enough (hook ")
