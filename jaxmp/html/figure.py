@@ -20,8 +20,8 @@ STYLES = 6
 
 WIDTH, HEIGHT = 560, 290
 LEFT, TOP, BOTTOM = 58, 30, 40
-LETTER = 6.4
-"""width of a letter at the size of labels, on average"""
+LETTER = 8.0
+"""width of a letter of a label, on average, where labels are largest: on paper, and in narrow windows"""
 LABEL_HEIGHT = 17
 NAME_LETTERS = 28
 """most letters of the name of a line, to leave room for the lines"""

@@ -155,6 +155,6 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
-    """The median over all training lines but the first, which includes compiling; NaN if there is no other."""
-    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line][1:]
+    """Returns the median speed of the lines that have one, of steps alone: see `records.Pace`. NaN if none has."""
+    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
     return statistics.median(rates) if rates else math.nan
