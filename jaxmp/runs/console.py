@@ -27,8 +27,8 @@ SPLIT_WIDTH = 10
 """columns of the name of the split at the beginning of a line"""
 LEAST_BAR, LONGEST_BAR = 8, 40
 """columns of the bar"""
-NOTEBOOK_WIDTH = 100
-"""columns of the lines in a notebook"""
+NOTEBOOK_WIDTH = 80
+"""columns of the lines in a notebook: what a cell holds in a window of 800 pixels"""
 PRE = "font-family: monospace; font-size: 13px; line-height: normal; white-space: pre; overflow-x: auto"
 """the style of the lines in a notebook: some notebooks break lines or have a proportional font"""
 
