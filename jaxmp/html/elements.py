@@ -15,7 +15,7 @@ NO_VALUE = "\N{EN DASH}"
 """text of a table cell without a number"""
 CELL_LETTERS = 44
 """most letters of a word in a table's cell; of a longer one the middle is left out, and a tooltip shows it whole"""
-HEADING_LETTERS = 30
+HEADING_LETTERS = 34
 """most letters of a cell that heads a row, which does not wrap"""
 INTERVAL_LETTERS = 24
 """most letters of the cells of a column whose lines are not broken"""

@@ -73,9 +73,9 @@ def _in_words(curves: Sequence[Curve], name: str) -> str:
         return "no step was skipped." if set(groups) == {0.0} else ""
     if len(groups) == 1:
         (value,) = groups
-        return f"{value:,g} from the first step to the last." if len(curves) == 1 else f"{value:,g} throughout, in all."
+        return f"{value:,g} in every line{'' if len(curves) == 1 else ', of all'}."
     parts = [f"{value:,g} ({', '.join(dict.fromkeys(names))})" for value, names in groups.items()]
-    return f"never moved: {'; '.join(parts)}."
+    return f"the same in every line: {'; '.join(parts)}."
 
 
 def _of_objectives(curves: Sequence[Curve], kind: str) -> list[str]:
