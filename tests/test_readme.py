@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -123,6 +125,74 @@ def test_links_lead_to_files_and_headings():
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if anchor else []
             anchors = {re.sub(r"\]\([^)]*\)|[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert not anchor or anchor in anchors, f"{page}: {target}"
+
+
+LIBRARIES = ["Keras 3", "Lightning 2", "HF Trainer", "kauldron", "jaxmp"]
+
+
+def table_rows(text, *, first):
+    """The rows, without their first two lines, of the tables whose header begins with `first`; a list of cells each."""
+    rows, inside = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if cells[1:] == LIBRARIES:
+            inside = cells[0].startswith(first) and bool(first) == bool(cells[0])
+        elif not cells:
+            inside = False
+        elif inside and set(line) - set("|-"):
+            rows.append(cells)
+    return rows
+
+
+@functools.cache
+def functions(file):
+    """The names of the functions of a Python file; none if there is no such file.
+
+    By their text: to parse the 45 files that are named takes a second of the quick suite.
+    """
+    return set(re.findall(r"^def (\w+)\(", file.read_text(), re.M)) if file.exists() else set()
+
+
+def wrong_comforts(text):
+    """What is wrong with the table of comforts, a sentence each."""
+    rows, wrong = table_rows(text, first=""), []
+    for name, *others, own in rows:
+        if not all(re.fullmatch(r"Y|(partly|no)( \([1-9]\d*\))?", cell) for cell in others):
+            wrong.append(f"{name}: expected Y, partly or no, with a number of lines: {others}")
+        shown = re.fullmatch(r"Y `(tests/[\w/]+\.py)::(test_\w+)`", own)
+        if not shown:
+            if not re.fullmatch(r"(partly|no)( \([1-9]\d*\))?: .{20,}", own):
+                wrong.append(f"{name}: expected Y and its test, or partly or no and the reason: {own}")
+            continue
+        if shown[2] not in functions(ROOT / shown[1]):
+            wrong.append(f"{name}: there is no {shown[1]}::{shown[2]}")
+    counts = [collections.Counter(row[i].split()[0].strip(":") for row in rows) for i in range(1, 6)]
+    for answer, *stated in table_rows(text, first="of "):
+        if stated != [str(count[answer]) for count in counts]:
+            wrong.append(f"{answer}: expected {[count[answer] for count in counts]}, the table above says {stated}")
+    return wrong
+
+
+def test_comforts_are_shown_by_tests_that_exist():
+    assert wrong_comforts(GUIDE) == []
+    assert len(table_rows(GUIDE, first="")) >= 72 and len(table_rows(GUIDE, first="of ")) == 3
+    assert f"| of {len(table_rows(GUIDE, first=''))} |" in GUIDE
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "message"),
+    [
+        ("::test_a_schedule_is_its_formula", "::test_a_schedule_is_its_formulae", "there is no"),
+        ("tests/training/test_optimizers.py::", "tests/training/optimizers.py::", "there is no"),
+        (" `tests/training/test_optimizers.py::test_a_schedule_is_its_formula`", "", "Y and its test"),
+        ("Y `tests/training/test_optimizers.py::test_a_schedule_is_its_formula`", "no (2)", "the reason"),
+        ("| Gradient clipping | Y |", "| Gradient clipping | yes |", "Y, partly or no"),
+        ("| Gradient clipping | Y |", "| Gradient clipping | no (3) |", "the table above says"),
+    ],
+)
+def test_what_is_wrong_with_the_table_of_comforts_is_found(there, instead, message):
+    assert GUIDE.count(there) == 1 or there.startswith("tests/")
+    assert any(message in sentence for sentence in wrong_comforts(GUIDE.replace(there, instead)))
 
 
 def test_configs_have_their_page():

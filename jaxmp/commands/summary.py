@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+LEAST_NAME = 16
+"""columns of the names, unless one is longer"""
 
-def print_summary(summary: Mapping[str, Any], above: str = "") -> None:
+
+def print_summary(summary: Mapping[str, Any]) -> None:
     """Prints one line for each number; a nested mapping's name goes before its own names. Lists are left out."""
+    rows = list(_rows(summary, ""))
+    width = max([LEAST_NAME, *(len(name) for name, _ in rows)])
+    for name, text in rows:
+        print(f"{name:<{width}} {text}")
+
+
+def _rows(summary: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
     for name, value in summary.items():
         if isinstance(value, Mapping):
-            print_summary(value, f"{above}{name} ")
+            yield from _rows(value, f"{above}{name} ")
         elif not isinstance(value, list):
-            print(f"{above + name:<16} {value:.6g}" if isinstance(value, float) else f"{above + name:<16} {value}")
+            yield above + name, f"{value:.6g}" if isinstance(value, float) else str(value)

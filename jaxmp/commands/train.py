@@ -97,8 +97,7 @@ def train(config: ConfigFile, options: Options, experiment: Experiment, override
         return DONE
     if not fitted.trained:
         print(f"{fitted.path} is finished: nothing was trained, this is its summary; --overwrite starts again")
-    print_summary(fitted.summary)
-    print(f"{'run':<16} {fitted.path}")
+    print_summary({**fitted.summary, "run": str(fitted.path)})
     return DONE
 
 

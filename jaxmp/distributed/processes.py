@@ -97,6 +97,21 @@ def from_first(function: Callable[[], Any]) -> Any:
     return value
 
 
+def from_each(value: Any) -> list[Any]:
+    """Returns the `value` of each process, in the order of their indices, in all processes.
+
+    All processes must call this at the same point of the program. The values must be JSON.
+    """
+    if not several():
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(own)))).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(own)] = own
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
+
+
 def _broadcast(text: str) -> str:
     """Returns the `text` of the first process in all processes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))

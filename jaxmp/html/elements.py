@@ -15,8 +15,10 @@ NO_VALUE = "\N{EN DASH}"
 """text of a table cell without a number"""
 CELL_LETTERS = 44
 """most letters of a word in a table's cell; of a longer one the middle is left out, and a tooltip shows it whole"""
-HEADING_LETTERS = 30
+HEADING_LETTERS = 34
 """most letters of a cell that heads a row, which does not wrap"""
+INTERVAL_LETTERS = 24
+"""most letters of the cells of a column whose lines are not broken"""
 
 # Those of Okabe and Ito 2008 (Color Universal Design), darkened where they stand on white, lightened on a dark screen;
 # each comes with dashes of its own.
@@ -85,12 +87,15 @@ class Elements:
         """Adds a table of plain text, columns of numbers aligned right. `first`: the first column holds headings."""
         count = len(header or rows[0])
         right = ["n" if all(_is_number(row[i]) for row in rows) else "" for i in range(count)]
+        # A number with its interval stands in one line, but beside longer words.
+        short = [max((len(row[i]) for row in rows), default=0) <= INTERVAL_LETTERS for i in range(count)]
+        kinds = [kind or ("s" if is_short else "") for kind, is_short in zip(right, short, strict=True)]
         head = "".join(_cell("th", text, kind) for text, kind in zip(header or [""] * count, right, strict=True))
         body = "".join(
             "<tr>"
             + "".join(
                 _cell("th" if first and i == 0 else "td", text, kind, wraps=not (first and i == 0))
-                for i, (text, kind) in enumerate(zip(row, right, strict=True))
+                for i, (text, kind) in enumerate(zip(row, kinds, strict=True))
             )
             + "</tr>"
             for row in rows

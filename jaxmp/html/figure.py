@@ -7,6 +7,7 @@ right, in one order: nothing is told by colour alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ STYLES = 6
 """Series that can be told apart; the style sheet has a colour and a dash for each."""
 
 WIDTH, HEIGHT = 560, 290
-LEFT, TOP, BOTTOM = 58, 30, 40
-LETTER = 6.4
-"""width of a letter at the size of labels, on average"""
+LEFT, TOP, BOTTOM = 66, 30, 40
+LETTER = 8.0
+"""width of a letter of a label, on average, where labels are largest: on paper, and in narrow windows"""
 LABEL_HEIGHT = 17
 NAME_LETTERS = 28
 """most letters of the name of a line, to leave room for the lines"""
@@ -250,6 +251,15 @@ class _Scale:
         plain = all(-3 <= e <= 4 for _, _, e in inside)
         return [(self(v), f"{v:,.{max(0, -e)}f}" if plain else _power(10, e)) for v, m, e in inside if plain or m == 1]
 
+    def ticks_side_by_side(self) -> list[tuple[float, str]]:
+        """Coordinates and texts of at most about 5 ticks, with a blank between their texts, on a horizontal axis."""
+        for count in (5, 4, 3, 2):
+            ticks = self.ticks(count)
+            rooms = [LETTER * (1 + (len(a) + len(b)) / 2) for (_, a), (_, b) in itertools.pairwise(ticks)]
+            if all(right - left >= room for (left, _), (right, _), room in zip(ticks, ticks[1:], rooms, strict=False)):
+                break
+        return ticks
+
 
 def _linear_ticks(low: float, high: float, count: int, whole: bool = False) -> list[tuple[float, str]]:
     """Whole multiples of 1, 2 or 5 times a power of ten, with as many decimals as they need."""
@@ -258,6 +268,8 @@ def _linear_ticks(low: float, high: float, count: int, whole: bool = False) -> l
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    if max(abs(low), abs(high)) >= 1e6:  # the room on the left is for 7 letters
+        return [(k * step, f"{k * step / 1e6:g}M".replace("-", "\N{MINUS SIGN}")) for k in multiples]
     return [(k * step, f"{k * step:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")) for k in multiples]
 
 
@@ -337,7 +349,7 @@ def _frame(across: _Scale, up: _Scale, left: float, right: float, top: float, he
         parts.append(_rule(left, y, right, y, "grid"))
         parts.append(_text(left - 8, y + 4, text, "tick end"))
     bottom = height - BOTTOM
-    for x, text in across.ticks():
+    for x, text in across.ticks_side_by_side():
         parts.append(_rule(x, bottom, x, bottom + 4, "axis"))
         parts.append(_text(x, bottom + 17, text, "tick middle"))
     parts.append(_rule(left, bottom, right, bottom, "axis"))
@@ -348,7 +360,7 @@ def _frame(across: _Scale, up: _Scale, left: float, right: float, top: float, he
 
 def _vertical_grid(across: _Scale, top: float, bottom: float, height: float) -> str:
     parts = []
-    for x, text in across.ticks():
+    for x, text in across.ticks_side_by_side():
         parts.append(_rule(x, top - 8, x, bottom, "grid"))
         parts.append(_text(x, bottom + 17, text, "tick middle"))
     parts.append(_text(across.end, height - 5, across.axis.label, "name end"))

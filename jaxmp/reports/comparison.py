@@ -278,8 +278,8 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
     caption = "Left part: arguments (state and batch). Right part: temporaries (activations, gradients)."
     figures.append(("Memory of a step", bar_figure(Axis("MiB"), memory, name="Memory of a step"), caption))
     result.figures(figures)
-    note = "Time: of each run the median over its lines but the first, which includes compiling; data and writing of "
-    note += "metrics included. Memory: the compiler's own account of the step."
+    note = "Time: the median of each run, over the last seconds before each of its lines. Reading data and writing "
+    note += "metrics count; compiling, evaluating and saving do not. Memory: the compiler's own account of the step."
     if comparison["platform"] == "cpu":
         note += " CPUs compute half precision in float32 with casts around it: here neither time nor memory says what "
         note += "an accelerator would gain."

@@ -27,8 +27,10 @@ SPLIT_WIDTH = 10
 """columns of the name of the split at the beginning of a line"""
 LEAST_BAR, LONGEST_BAR = 8, 40
 """columns of the bar"""
-NOTEBOOK_WIDTH = 100
-"""columns of the lines in a notebook"""
+NOTEBOOK_WIDTH = 80
+"""columns of the lines in a notebook: what a cell holds in a window of 800 pixels"""
+PRE = "font-family: monospace; font-size: 13px; line-height: normal; white-space: pre; overflow-x: auto"
+"""the style of the lines in a notebook: some notebooks break lines or have a proportional font"""
 
 
 class Console:
@@ -98,7 +100,7 @@ class Console:
             self._print(name + "  ".join(fields))
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it stands; what was done before the first step is taken away if there was none."""
         if self._screen is not None:
             self._screen.close()
 
@@ -280,7 +282,8 @@ class _Terminal:
         """Nothing to do: the bar is drawn four times a second."""
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it stands, if steps were made."""
+        self._live.transient = self._bar.doing is not None
         self._live.stop()
 
     def _drawn(self) -> Any:
@@ -314,16 +317,22 @@ class _Notebook:
             self._draw()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._draw()
+        """Leaves the bar as it stands, if steps were made."""
+        if self._bar.doing is None:
+            self._draw()
+        elif self._output is not None:
+            self._show("")
 
     def _draw(self) -> None:
-        from IPython.display import HTML, display
-
         before, bar, after, below = self._bar.layout(NOTEBOOK_WIDTH)
         done = round(bar * self._bar.share)
         line = f"{before}{'━' * done}{' ' * (bar - done)}{after}"
-        page = HTML(f"<pre>{html.escape(chr(10).join([*self._lines, line, *below]))}</pre>")
+        self._show(f'<pre style="{PRE}">{html.escape(chr(10).join([*self._lines, line, *below]))}</pre>')
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML, display
+
+        page = HTML(text)
         if self._output is None:
             self._output = display(page, display_id=True)
         else:

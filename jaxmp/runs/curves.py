@@ -73,9 +73,9 @@ def _in_words(curves: Sequence[Curve], name: str) -> str:
         return "no step was skipped." if set(groups) == {0.0} else ""
     if len(groups) == 1:
         (value,) = groups
-        return f"{value:,g} from the first step to the last." if len(curves) == 1 else f"{value:,g} throughout, in all."
+        return f"{value:,g} in every line{'' if len(curves) == 1 else ', of all'}."
     parts = [f"{value:,g} ({', '.join(dict.fromkeys(names))})" for value, names in groups.items()]
-    return f"never moved: {'; '.join(parts)}."
+    return f"the same in every line: {'; '.join(parts)}."
 
 
 def _of_objectives(curves: Sequence[Curve], kind: str) -> list[str]:
@@ -155,6 +155,6 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
-    """The median over all training lines but the first, which includes compiling; NaN if there is no other."""
-    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line][1:]
+    """Returns the median speed of the lines that have one, of steps alone: see `records.Pace`. NaN if none has."""
+    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
     return statistics.median(rates) if rates else math.nan

@@ -12,7 +12,8 @@
 
 The annotation of its first parameter says what a hook is called with: `StepInfo` after each dispatch of steps,
 `Evaluated` after each evaluation, `StepInfo | Evaluated` (or no annotation) after both. Hooks run on the host, in the
-order in which they are given, never inside a compiled step; where in the loop, `jaxmp.runs.fit` says.
+order in which they are given, never inside a compiled step; where in the loop, `jaxmp.runs.fit` says. Each of several
+processes calls them: write files and print where `jax.process_index() == 0`.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ class StateLost(HookFailed):
 class Hooks:
     """The hooks of a run.
 
-    Of several processes each calls all hooks, since a hook may compute with arrays that lie on the devices of all. What
-    they return in the first process counts.
+    Each of several processes calls all hooks, since a hook may compute with arrays that lie on the devices of all. A
+    `Stop` counts in the first process; a hook that raises in any of them ends the run in all.
 
     Args:
       hooks: the functions, in the order in which they are called.
@@ -116,13 +117,16 @@ class Hooks:
             found = self._call(wanted, value)
         except HookFailed as raised:
             error = raised
-        if processes.several():
-            outcome = [found, error and str(error)]
-            found, message = processes.from_first(lambda: outcome)
-            error = error or (message and HookFailed(message))
-        if error:
-            raise error
-        return found
+        if not processes.several():
+            if error:
+                raise error
+            return found
+        outcomes = processes.from_each([found, str(error) if error else None, isinstance(error, StateLost)])
+        failures = [f"{message}, in process {i}" for i, (_, message, _) in enumerate(outcomes) if message]
+        if failures:  # of one kind everywhere: all processes save the state, or none does
+            failed = StateLost if any(lost for _, _, lost in outcomes) else HookFailed
+            raise failed(failures[0]) from (error and error.__cause__)
+        return outcomes[0][0]
 
     def _call(self, wanted: list[tuple[str, Hook]], value: StepInfo | Evaluated) -> str | None:
         found = None

@@ -440,3 +440,63 @@ def test_what_fsdp_saves_on_any_processes_is_restored_to_the_bit_on_others(folde
         found.append(bits(tree))
     assert tree["state"].step == 10
     assert found == [found[0]] * 3
+
+
+HOOKED = """
+import sys
+from pathlib import Path
+
+from jaxmp.distributed.processes import join
+
+join(sys.argv[3], 2, int(sys.argv[-1]), 60)
+
+import jax
+import jax.numpy as jnp
+import jaxmp
+from noise import get_config
+
+index = jax.process_index()
+
+
+def note(seen: jaxmp.StepInfo | jaxmp.Evaluated):
+    total = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(seen.state.params))  # computed by all together
+    with Path(f"hooks{index}").open("a") as file:
+        print(type(seen).__name__, seen.step, total, file=file)
+
+
+def fail(info: jaxmp.StepInfo):
+    if index == 1 and info.step == 4:
+        raise OSError("no space on this machine")
+
+
+def stop(info: jaxmp.StepInfo):
+    return jaxmp.Stop("enough") if info.step == (5 if index == 1 else 7) else None
+
+
+try:
+    jaxmp.fit(get_config(), workdir="runs", hooks=(note, fail))
+except jaxmp.RunFailed as error:
+    Path(f"failed{index}").write_text(str(error))
+jaxmp.fit(get_config(), workdir="runs", hooks=(note, stop))
+"""
+
+
+@pytest.mark.slow
+def test_hooks_are_called_by_each_process_and_one_that_fails_in_any_ends_the_run_in_all(folder):
+    (folder / "hooked.py").write_text(HOOKED)
+    with job(folder, command=(sys.executable, "hooked.py")) as both:
+        done(both)
+    of_first, of_second = ((folder / f"hooks{index}").read_text().splitlines() for index in (0, 1))
+    assert of_first == of_second
+    steps = [int(line.split()[1]) for line in of_first if line.startswith("StepInfo")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7], "the second fit goes on after step 4, and ends where the first process says"
+    assert [line.split()[:2] for line in of_first if line.startswith("Evaluated")] == [
+        ["Evaluated", step] for step in ("5", "7", "7")
+    ]
+    failed = [(folder / f"failed{index}").read_text() for index in (0, 1)]
+    assert (
+        failed[0] == failed[1]
+        and "fail raised OSError: no space on this machine, in process 1, after step 4" in failed[0]
+    )
+    summary = Run(folder / "runs").summary
+    assert summary["steps"] == 7 and summary["stopped_because"].startswith("enough (hook ")

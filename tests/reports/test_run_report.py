@@ -54,12 +54,12 @@ def test_a_chart_that_says_nothing_is_a_sentence():
         return {name: caption for name, svg, caption in curve_figures(curves) if not svg}
 
     assert words((8.0, 8.0)) == {
-        "Loss scale": "8 from the first step to the last.", "Skipped steps": "no step was skipped."
+        "Loss scale": "8 in every line.", "Skipped steps": "no step was skipped."
     }  # fmt: skip
-    assert words((1.0, 1.0), (1.0, 1.0))["Loss scale"] == "1 throughout, in all."
-    assert words((1.0, 1.0), (8.0, 8.0))["Loss scale"] == "never moved: 1 (p0); 8 (p1)."
+    assert words((1.0, 1.0), (1.0, 1.0))["Loss scale"] == "1 in every line, of all."
+    assert words((1.0, 1.0), (8.0, 8.0))["Loss scale"] == "the same in every line: 1 (p0); 8 (p1)."
     assert words((8.0, 4.0), (1.0, 1.0), steps=(0, 1)) == {}
-    assert words((8.0, 8.0), steps=(1, 1)) == {"Loss scale": "8 from the first step to the last."}
+    assert words((8.0, 8.0), steps=(1, 1)) == {"Loss scale": "8 in every line."}
 
 
 def test_names_stand_in_one_order_wherever_lines_end():

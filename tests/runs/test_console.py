@@ -152,9 +152,16 @@ def test_a_notebook_gets_one_output_that_is_replaced(monkeypatch):
     console.write(record(30, "validation", accuracy=0.75))
     console.close()
     assert len(shown) < 10, "it is not drawn for each record"
-    assert "reading data" in shown[0] and shown[-1].startswith("<pre>validation")
+    before = f'<pre style="{module.PRE}">'
+    assert "reading data" in shown[0] and shown[-1].startswith(f"{before}validation")
+    assert "white-space: pre;" in before and "monospace" in before, "no notebook may break or stretch a line"
     assert "accuracy 0.7500" in shown[-1] and "step 30/100" in shown[-1] and "━" in shown[-1]
-    assert max(columns(line) for page in shown for line in page.splitlines()) <= module.NOTEBOOK_WIDTH + len("<pre>")
+    assert max(columns(line) for page in shown for line in page.splitlines()) <= module.NOTEBOOK_WIDTH + len(before)
+    shown.clear()
+    console = make(io.StringIO(), force_jupyter=True)
+    console.doing("reading data")
+    console.close()
+    assert shown[-1] == "", "nothing is left of what led to no step"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import types
 
 import pytest
 
 from jaxmp.runs import records
+from jaxmp.runs.curves import examples_per_second
 from jaxmp.runs.records import Pace
 
 
@@ -49,3 +51,9 @@ def test_the_speed_is_that_of_the_last_seconds_and_no_saw_tooth(clock):
         clock.seconds = 20 + (line - 20) / 4
         speed = pace.reached(10 * line)
     assert speed == pytest.approx(40.0), "it forgets what is longer ago"
+
+
+def test_the_speed_of_a_run_is_the_median_of_the_lines_that_have_one():
+    lines = [{"step": 1}, *({"step": i, "examples_per_second": v} for i, v in ((2, 10.0), (3, 30.0), (4, 20.0)))]
+    assert examples_per_second(lines) == 20.0 and examples_per_second(lines[:2]) == 10.0
+    assert math.isnan(examples_per_second(lines[:1]))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from jaxmp import Adam, Arrays, Classification, CosineDecay, Experiment, InputError, Loop, Run, Scaling, fit
 from jaxmp.runs.checks import check
+from jaxmp.runs.records import device_peak
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
 from jaxmp.training.metrics import WATCHABLE, Mean
@@ -73,6 +76,39 @@ def test_no_bit_of_a_run_changes_when_everything_is_logged(tmp_path, precision, 
     assert evaluated[0] == evaluated[1]
     assert all(set(WATCHABLE) <= set(line) for line in lines(runs[1]) if line["split"] == "train")
     assert not any(set(WATCHABLE) & set(line) for line in lines(runs[1]) if line["split"] != "train")
+
+
+def events(path):
+    """The events of a TFRecord file: each between its length with a checksum, and a checksum of its own."""
+    data = path.read_bytes()
+    while data:
+        end = 12 + int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12:end])
+        data = data[end + 4 :]
+
+
+@pytest.mark.slow
+def test_what_a_run_trains_on_is_on_the_pages_of_tensorboard(tmp_path):
+    run = Run(fit(watching(BASE, steps=4, log_images=3), workdir=tmp_path).path, BASE)
+    (file,) = run.path.glob("events.out.tfevents.*")
+    found = {value.tag: value for event in events(file) for value in event.summary.value}
+    assert [found.pop(f"train/batch/{i}").image.width for i in range(3)] == [6] * 3 and "train/batch/3" not in found
+    settings, policies = (found[f"{name}/text_summary"].tensor.string_val[0] for name in ("experiment", "policy"))
+    assert b"| optimizer.learning_rate | 0.01 |" in settings and b"Dense_0" in policies
+    metrics, values = (found[f"_hparams_/{name}"].metadata.plugin_data for name in ("experiment", "session_start_info"))
+    assert b"validation/accuracy" in metrics.content and b"optimizer.clip_norm" in values.content
+
+
+def test_the_most_memory_of_a_device_is_in_the_lines_where_the_device_tells(monkeypatch):
+    def devices(*told):
+        monkeypatch.setattr(
+            jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda t=t: t) for t in told]
+        )
+
+    devices(None, {})
+    assert device_peak() == {}
+    devices({"peak_bytes_in_use": 3}, None, {"peak_bytes_in_use": 5})
+    assert device_peak() == {"device_peak_bytes": 5}
 
 
 @pytest.mark.slow

@@ -350,7 +350,7 @@ def test_the_page_is_whole_and_has_the_data_of_every_curve(compared):
             steps = tuple(line["step"] for line in lines)
             values = pytest.approx([factor * line[metric] for line in lines], rel=1e-6)
             assert any(n == name and x == steps and list(y) == values for n, x, y in drawn), (metric, split)
-    assert "Loss scale: never moved: 1 (float32); 32,768 (mixed_float16)." in text
+    assert "Loss scale: the same in every line: 1 (float32); 32,768 (mixed_float16)." in text
     assert "Skipped steps: no step was skipped." in text
     loss = [[line["loss"] for line in r["metrics"] if line["split"] == "validation"] for r in comparison["runs"]]
     mean = pytest.approx(np.mean([loss[0], loss[2]], axis=0))
