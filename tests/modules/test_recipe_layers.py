@@ -8,9 +8,8 @@ import optax
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.jaxprs import equations
+from jaxmp.jaxprs import RECIPE, equations
 from jaxmp.modules.linen import explain, init_delayed_scaling, with_policy
-from jaxmp.precision.product import SCOPE
 from jaxmp.scaling.scalers import NoScaler
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.classification import Classification
@@ -41,7 +40,7 @@ def products(function, *args):
     found = dict.fromkeys(("fprop", "dgrad", "wgrad", ""), 0)
     for eqn, names in equations(jax.make_jaxpr(function)(*args)):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            found[next((name for name in ("fprop", "dgrad", "wgrad") if f"{SCOPE}{name}" in names), "")] += 1
+            found[next((name for name in ("fprop", "dgrad", "wgrad") if f"{RECIPE}{name}" in names), "")] += 1
     return found
 
 
