@@ -12,6 +12,7 @@ the seeds (`jaxmp.studies.paired`, which is what `jaxmp compare` uses).
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +42,13 @@ class Size(NamedTuple):
 
 SIZES = {
     "digits_cnn": Size(("--loop.steps", "300", "--loop.eval-every", "150"), "Dense_1=float32"),
-    "cifar10_cnn": Size(("--loop.steps", "120", "--loop.limit-batches", "64"), "Dense_0=float32"),
+    "cifar10_cnn": Size(("--loop.steps", "60", "--loop.limit-batches", "20"), "Dense_0=float32"),
     "shakespeare_gpt": Size(
         (
-            *("--model.layers", "2", "--model.width", "64", "--model.context", "32", "--data.length", "32"),
-            *("--loop.steps", "400", "--loop.eval-every", "400", "--loop.limit-batches", "400"),
+            *("--model.layers", "1", "--model.width", "64", "--model.context", "32", "--data.length", "32"),
+            *("--loop.steps", "200", "--loop.eval-every", "200", "--loop.limit-batches", "200"),
         ),
-        "blocks_1=float32; head=float32",
+        "blocks_0/down=float32; tokens=float32",
     ),
 }
 
@@ -97,33 +98,25 @@ def main(
     """
     file, size = ConfigFile.find(config), SIZES[config]
     names = precisions(size.high)
-    # By the seed first: what is stopped early has all precisions of the seeds that it finished.
-    found = {
-        (name, seed): loss_of(file, size.options, precision, seed, workdir)
-        for seed in seeds
-        for name, precision in names.items()
-    }
+    own = "python experiments/recipes/train.py"
+    how = f"{own} --config {config} --seeds {' '.join(map(str, seeds))} --output {output}"
+    content = {**provenance(patch=False), "command": how, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    content |= {"options": list(size.options), "method": method(len(seeds))}
+    losses: dict[str, dict[int, float | None]] = {}
     rows = []
     for name, precision in names.items():
-        row: dict[str, Any] = {"name": name, "precision": precision}
-        row["loss"] = {str(seed): found[name, seed]["loss"] for seed in seeds}
-        for reference in REFERENCES:
-            pairs = [(found[name, seed]["loss"], found[reference, seed]["loss"]) for seed in seeds]
+        found = {seed: loss_of(file, size.options, precision, seed, workdir)["loss"] for seed in seeds}
+        losses[name] = found
+        row: dict[str, Any] = {"name": name, "precision": precision, "loss": found}
+        for reference in [each for each in REFERENCES if each in losses and each != name]:
+            pairs = [(found[seed], losses[reference][seed]) for seed in seeds]
             differences = [own - other for own, other in pairs if own is not None and other is not None]
-            if name != reference:
-                row[f"difference to {reference}"] = paired(differences)._asdict()
+            row[f"difference to {reference}"] = paired(differences)._asdict()
         rows.append(row)
         print(json.dumps(without_nan(row)), flush=True)
-    if output is not None:
-        own = "python experiments/recipes/train.py"
-        how = f"{own} --config {config} --seeds {' '.join(map(str, seeds))} --output {output}"
-        content = {
-            **provenance(patch=False),
-            "command": how,
-            "options": list(size.options),
-            "method": method(len(seeds)),
-        }
-        output.write_text(json.dumps(without_nan({**content, "rows": rows}), indent=1, allow_nan=False) + "\n")
+        if output is not None:  # after each row: a run that is stopped leaves what it has
+            text = json.dumps(without_nan({**content, "rows": rows}), indent=1, allow_nan=False)
+            output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

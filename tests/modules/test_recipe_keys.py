@@ -65,10 +65,9 @@ def before_and_after(precision, **how):
     agree = True
     for leaf in jax.tree.leaves(state.params):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        whole = shards[0].shape == leaf.shape or trainer.devices.mode == "pmap"
+        whole = shards[0].shape == leaf.shape
         agree &= not whole or all(np.array_equal(shards[0], shard) for shard in shards)
-    after = jax.tree.map(lambda x: x[0], state.params) if trainer.devices.mode == "pmap" else state.params
-    return before, jax.device_get(after), agree
+    return before, jax.device_get(state.params), agree
 
 
 def step_of(precision, **how):
@@ -82,8 +81,9 @@ def on_one_device(precision):
     trainer = Trainer(experiment_of(precision))
     state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)
     key = jax.random.fold_in(state.key, state.step)
-    grads, _, _ = trainer.gradients()(state.params, state.model_state, jnp.float32(1), batch, key)
-    return jax.device_get(grads)
+    scale = jaxmp.loss_scale(state.opt_state)
+    grads, _, _ = trainer.gradients()(state.params, state.model_state, scale, batch, key)
+    return jax.tree.map(lambda x: np.asarray(x) / float(scale), grads)
 
 
 @pytest.mark.slow

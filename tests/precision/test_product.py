@@ -243,8 +243,8 @@ def test_errors_of_gaussians_in_mxfp4_are_quartets():
     """Within 1 % where the standard deviation is spread over an octave.
 
     A scale is a power of two, so that the error depends on where the standard deviation lies between two of them: at 1
-    it is 1.33e-2 to nearest, 3 % below Quartet's figure, and 2.72e-2 stochastic; the mean over an octave is theirs. (Their
-    code shrinks numbers by 3/4 under the floor rule, which at 1 gives 1.39e-2 and 2.84e-2, and the same mean.)
+    it is 1.33e-2 to nearest, 3 % below Quartet's figure, and 2.72e-2 stochastic; the mean over an octave is theirs.
+    (Their code shrinks numbers by 3/4 under the floor rule: 1.39e-2 and 2.84e-2 at 1, and the same means.)
 
     Source: Castro et al. 2025, Quartet, 2505.14669, table 2: 1.37e-2 and 2.77e-2, of the mean square.
     """
