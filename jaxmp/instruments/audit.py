@@ -130,6 +130,17 @@ class Audit:
         return dict(flops.most_common())
 
     @property
+    def flops_by_operands(self) -> dict[str, int]:
+        """The FLOPs by the dtype of the operands, or of products of a recipe by their formats A/B, largest first.
+
+        An operand that a recipe does not round is `high`, as in its text.
+        """
+        flops: collections.Counter[str] = collections.Counter()
+        for dot in self.dots:
+            flops["/".join(format or "high" for format in dot.formats) if dot.product else dot.dtype] += dot.flops
+        return dict(flops.most_common())
+
+    @property
     def flops_by_format(self) -> dict[tuple[str, str, str], int]:
         """The FLOPs of products with an operand that was rounded to an emulated format, largest first.
 

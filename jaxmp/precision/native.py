@@ -105,8 +105,8 @@ def native_product(x: PackedBlocks, w: PackedBlocks) -> jax.Array:
 
 def _scaled_matmul(x: PackedBlocks, w: PackedBlocks) -> jax.Array:
     """The product by `jax.nn.scaled_matmul`, which JAX lowers for GPUs alone."""
-    arrays = [each[None] for each in (_elements(x), _elements(w), _scales(x), _scales(w))]
-    y = jax.nn.scaled_matmul(*arrays, preferred_element_type=jnp.float32)[0]
+    a, b, of_a, of_b = (each[None] for each in (_elements(x), _elements(w), _scales(x), _scales(w)))
+    y = jax.nn.scaled_matmul(a, b, of_a, of_b, preferred_element_type=jnp.float32)[0]
     for each in (x, w):
         y = y if each.tensor_scale is None else y * each.tensor_scale
     return y
