@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/recipe_time.py --output experiments/benchmarks/recipe_time_cpu.json
 
-All steps of a config run in one process, in turn, so that other load on the machine affects all of them. Compare the
-ratios of the fastest rounds. `what-if` is the time in which all recipes are measured in one pass (`jaxmp what-if`), by
+Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they say
+what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if` is the time in which all recipes are measured in one pass (`jaxmp what-if`), by
 the number of recipes: a forward and a backward pass and the exact products are shared.
 """
 
@@ -43,14 +43,14 @@ def trainer_of(config: str, precision: str, options: tuple[str, ...]) -> Trainer
 
 
 def fastest(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest of `rounds` runs of each program, after one that compiles."""
+    """CPU seconds of the fastest of `rounds` runs of each program, after one that compiles."""
     seconds = dict.fromkeys(programs, float("inf"))
     for turn in range(rounds + 1):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             jax.block_until_ready(program())
             if turn:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+                seconds[name] = min(seconds[name], time.process_time() - start)
     return seconds
 
 
