@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/recipe_time.py --output experiments/benchmarks/recipe_time_cpu.json
 
-Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they say
-what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if` is the time in which all recipes are measured in one pass (`jaxmp what-if`), by
-the number of recipes: a forward and a backward pass and the exact products are shared.
+Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they
+say what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if`
+is the time in which all recipes are measured in one pass (`jaxmp what-if`), by the number of recipes: a forward and a
+backward pass and the exact products are shared.
 """
 
 from __future__ import annotations
