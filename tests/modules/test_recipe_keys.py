@@ -13,6 +13,7 @@ import pytest
 
 import jaxmp
 from jaxmp.data.arrays import Arrays
+from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop, Parallel
@@ -150,6 +151,34 @@ def test_cells_in_a_scan_draw_other_bits_in_each_step_of_time(by_hand, through):
     for i in range(6):
         for j in range(i):
             assert np.any(steps[i] != steps[j]), (i, j)
+
+
+class Stacked(nn.Module):
+    """Three layers whose weights are scanned over, as a transformer's are, under streams of the model's choice."""
+
+    split: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        streams = {"params": "params" in self.split, **dict.fromkeys(self.split, True)}
+        axes = {"variable_axes": {"params": 0}} if streams["params"] else {"variable_broadcast": "params"}
+        layers = nn.scan(lambda dense, x, _: (dense(x), None), split_rngs=streams, length=3, **axes)
+        return layers(nn.Dense(64, kernel_init=nn.initializers.ones, name="dense"), x, None)[0]
+
+
+@pytest.mark.slow
+def test_a_scan_that_hands_each_turn_the_same_key_is_refused():
+    x = jax.random.normal(KEY, (8, 64))
+    for split in (("params",), ("recipe",), ("params", "recipe"), ()):
+        model = Stacked(split)
+        variables = model.init(KEY, x)
+        apply = jax.jit(with_policy(model.apply, NOISY))
+        if split:
+            assert np.isfinite(apply(variables, x, rngs={"params": KEY})).all()
+            continue
+        with pytest.raises(InputError, match=r"dense is in an nn.scan.*split_rngs=\{..., 'recipe': True\}"):
+            apply(variables, x, rngs={"params": KEY})
+        with_policy(model.apply, NOISY.replace("stochastic=activations", "stochastic=none"))(variables, x)
 
 
 class Two(nn.Module):

@@ -273,7 +273,7 @@ def operands_share_their_noise(patch):
 
 
 def layers_share_their_key(patch):
-    patch.setattr(recipe_layers, "_key", lambda module: KEY)
+    patch.setattr(recipe_layers, "_key", lambda *_: KEY)
 
 
 def calls_of_a_layer_share_their_key(patch):
