@@ -24,6 +24,9 @@ Value = TypeVar("Value")
 
 QUANTIZE = "quantize_"
 """prefix of the scope around the equations that round to an emulated format, before the name of the format"""
+RECIPE = "recipe_"
+"""prefix of the scope around the equations of a product of a recipe, before the name of the product, and of the scope
+in it around the rounding of an operand: `recipe_wgrad/recipe_wgrad-gradients`"""
 LOSS_SCALE = "loss_scale"
 """scope around the multiplication of the loss by the loss scale"""
 
@@ -74,7 +77,8 @@ def scopes(eqn: Any, outer: str = "") -> str:
 def module_path(names: str) -> str:
     """Returns the path of modules and scopes in a name stack, the class of the model first.
 
-    Leaves out transformations, methods other than `__call__` (`LSTMCell_0.scan_fn`), and functions that JAX names.
+    Leaves out transformations, methods other than `__call__` (`LSTMCell_0.scan_fn`), functions that JAX names, and the
+    scopes of emulated formats and of the products of a recipe.
 
     >>> module_path("transpose(jvp(Net))/head")
     'Net/head'
@@ -91,7 +95,7 @@ def module_path(names: str) -> str:
         name = name.partition(".")[0]
         # Under remat the backward pass names the outermost scope twice, and a method stands before its module.
         repeated = parts and parts[-1] == name and (not wrapped or previous_wrapped)
-        if name and not repeated and name not in _NO_MODULES and not name.startswith(QUANTIZE):
+        if name and not repeated and name not in _NO_MODULES and not name.startswith((QUANTIZE, RECIPE)):
             parts.append(name)
         previous_wrapped = wrapped
     return "/".join(parts)
@@ -100,6 +104,18 @@ def module_path(names: str) -> str:
 def quantized(names: str) -> str:
     """Returns the name of the emulated format to which an equation with this name stack rounds, or ""."""
     found = re.findall(rf"{QUANTIZE}([\w-]+)", names)
+    return found[-1] if found else ""
+
+
+def recipe_product(names: str) -> str:
+    """Returns the product of a recipe that an equation with this name stack stands in (`fprop`, say), or ""."""
+    found = re.findall(rf"{RECIPE}(\w+)", names)
+    return found[-1] if found else ""
+
+
+def recipe_operand(names: str) -> str:
+    """Returns the operand whose rounding for a recipe an equation belongs to, such as `gradients`, or ""."""
+    found = re.findall(rf"{RECIPE}\w+-(\w+)", names)
     return found[-1] if found else ""
 
 

@@ -36,6 +36,11 @@ SYSTEMS = (
     "keras_on_jax",
     "optax_wrappers",
     "torch_grad_scaler",
+    "quantisers_of_jax",
+    "qwix_library",
+    "gfloat_library",
+    "keras_quantisers",
+    "torchao_library",
 )
 
 

@@ -92,6 +92,19 @@ def native_dtypes(device: Any) -> dict[str, bool]:
     return {}
 
 
+def native_formats(device: Any) -> Iterator[str]:
+    """Says of each block format whether the JAX device `device` multiplies arrays in it in one call."""
+    from jaxmp.precision.native import FORMATS, is_native, native_call
+
+    for name in FORMATS:
+        call = native_call(name)
+        assert call is not None
+        if is_native(name, device):
+            yield f"{name:<14} products native, by {call.call}"
+        else:
+            yield f"{name:<14} emulated; native from compute capability {call.capability} on, by {call.call}"
+
+
 def _versions() -> Iterator[str]:
     import importlib.metadata
     import platform
@@ -120,6 +133,7 @@ def _dtypes() -> Iterator[str]:
         yield f"{name:<14} {'native' if is_native else 'emulated: correct results, but not faster'}"
     if not native:
         yield f"unknown for {device.device_kind}"
+    yield from native_formats(device)
     if device.platform == "cpu":
         yield "XLA computes many half products on CPUs in float32: measure speed and memory of half precision on a GPU"
 

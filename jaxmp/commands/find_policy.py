@@ -24,7 +24,7 @@ class Options:
     unit: Literal["noise", "gradient", "float32"] = "noise"
     """Unit of that error: the gradient's spread over batches, the gradient's norm, or the error in float32."""
     half: str = "mixed_float16"
-    """Policy of the modules in half precision: mixed_float16 or mixed_bfloat16."""
+    """Policy of the modules in half precision: mixed_float16, mixed_bfloat16, or a recipe such as nvfp4."""
     batches: int = 4
     """Number of training batches to take gradients on, at each state."""
     warmup_steps: int = 100

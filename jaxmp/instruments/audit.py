@@ -38,6 +38,8 @@ from jaxmp.jaxprs import (
     bare,
     interpret,
     module_path,
+    quantized,
+    recipe_product,
     scan_counts,
     source_line,
     tracing,
@@ -82,6 +84,10 @@ class Dot(NamedTuple):
     path: str
     source: str
     times: int
+    formats: tuple[str, str] = ("", "")
+    """emulated format to which each operand was rounded; "" if to none"""
+    product: str = ""
+    """product of a layer under a recipe, `fprop`, `dgrad` or `wgrad`; "" without a recipe"""
 
 
 class Cast(NamedTuple):
@@ -124,6 +130,30 @@ class Audit:
         return dict(flops.most_common())
 
     @property
+    def flops_by_operands(self) -> dict[str, int]:
+        """The FLOPs by the dtype of the operands, or of products of a recipe by their formats A/B, largest first.
+
+        An operand that a recipe does not round is `high`, as in its text.
+        """
+        flops: collections.Counter[str] = collections.Counter()
+        for dot in self.dots:
+            flops["/".join(format or "high" for format in dot.formats) if dot.product else dot.dtype] += dot.flops
+        return dict(flops.most_common())
+
+    @property
+    def flops_by_format(self) -> dict[tuple[str, str, str], int]:
+        """The FLOPs of products with an operand that was rounded to an emulated format, largest first.
+
+        Keys are the product of a recipe (`fprop`, `dgrad`, `wgrad`; "" without a recipe) and the format of each operand
+        ("" if it was not rounded).
+        """
+        flops: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        for dot in self.dots:
+            if any(dot.formats):
+                flops[dot.product, *dot.formats] += dot.flops
+        return dict(flops.most_common())
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """All findings, checked against `policy` if there is one."""
         if self.policy is None:
@@ -139,7 +169,9 @@ class Audit:
         traced = set()
         for dot in self.dots:
             compute = self._lookup(policy, dot.path).compute_dtype
-            if compute in HALF and _is_wide(dot.dtype):
+            if dot.product:  # a recipe is emulated in float32, whatever is computed in around it
+                traced.add(dot.path)
+            elif compute in HALF and _is_wide(dot.dtype):
                 traced.add(dot.path)
                 what = f"{dot.primitive} of {dot.dtype} operands where the policy computes in {compute.name}"
                 yield Finding("float32 dot", what, dot.path, dot.source, dot.dtype, dot.times)
@@ -147,6 +179,7 @@ class Audit:
             path = _module_of(kernel.path)
             compute = self._lookup(policy, path).compute_dtype
             product = kernel.kind in ("product", "convolution", "attention") and path not in traced
+            product = product and not recipe_product(kernel.path)
             if product and compute in HALF and _is_wide(kernel.dtype):
                 what = f"compiled to {kernel.name} of {kernel.dtype} where the policy computes in {compute.name}"
                 yield Finding("float32 dot", what, path, kernel.source, kernel.dtype, kernel.times)
@@ -182,6 +215,10 @@ class Audit:
         """Returns the audit as dicts, lists, strings and integers."""
         return {
             "dot_flops_by_dtype": self.dot_flops_by_dtype,
+            "dot_flops_by_format": [
+                {"product": product, "formats": formats, "flops": n}
+                for (product, *formats), n in self.flops_by_format.items()
+            ],
             "findings": [finding._asdict() for finding in self.findings],
             "dots": [dot._asdict() for dot in self.dots],
             "casts": [cast._asdict() for cast in self.casts],
@@ -202,6 +239,15 @@ class Audit:
         yield "FLOPs of dots and convolutions"
         rows = [(dtype, f"{n:,}", f"{n / sum(flops.values()):.2%}") for dtype, n in flops.items()]
         yield table(rows, right=[1, 2], widths=(14, 18, 7), indent=2) if rows else "  none"
+        emulated = self.flops_by_format
+        if emulated:
+            yield "of these, emulated: operands rounded to a format of fewer bits, and multiplied in the dtype above"
+            total = sum(flops.values())
+            lines = [
+                (product or "product", left or "-", right or "-", f"{n:,}", f"{n / total:.2%}")
+                for (product, left, right), n in emulated.items()
+            ]
+            yield table(lines, right=[3, 4], indent=2)
         changes: collections.Counter[tuple[str, str]] = collections.Counter()
         elements: collections.Counter[tuple[str, str]] = collections.Counter()
         for cast in self.casts:
@@ -333,6 +379,8 @@ class _Facts:
     """the constant that was rounded to 1 when this was multiplied by it"""
     number: Number = Number()
     """the numbers in it"""
+    format: str = ""
+    """the emulated format to which it was rounded, then reshaped, padded or sliced at most"""
 
 
 _NOTHING = _Facts()
@@ -376,7 +424,7 @@ class _Walk:
             dataclasses.replace(f, number=numbers.of_aval(v.aval, f.number))
             for v, f in zip(eqn.invars, given, strict=True)
         ]
-        self._count(eqn, place)
+        self._count(eqn, given, place)
         self._find(eqn, given, place)
         if not eqn.outvars:
             return []
@@ -425,7 +473,7 @@ class _Walk:
         self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: Counted, adding: set[int]
     ) -> list[_Facts]:
         """One turn. A carry is a weight in the first turn alone."""
-        carried = [dataclasses.replace(f, weight=False, kept=True, number=Number()) for f in start]
+        carried = [dataclasses.replace(f, weight=False, kept=True, number=Number(), format="") for f in start]
         before = len(self.findings)
         out = self.function(jaxpr, [*own, *carried, *rest], place)
         sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
@@ -478,11 +526,13 @@ class _Walk:
     def _found(self, rule: str, what: str, dtype: Any, place: Counted) -> None:
         self.findings.append(found(rule, what, dtype, place))
 
-    def _count(self, eqn: Any, place: Counted) -> None:
+    def _count(self, eqn: Any, given: list[_Facts], place: Counted) -> None:
         name, path = eqn.primitive.name, place.module
         if name in _FLOPS and not _sums_nothing(eqn):
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
-            self.dots.append(Dot(name, dtype, _FLOPS[name](eqn) * place.times, path, place.source, place.times))
+            flops, product = _FLOPS[name](eqn) * place.times, recipe_product(place.names)
+            formats = given[0].format, given[1].format
+            self.dots.append(Dot(name, dtype, flops, path, place.source, place.times, formats, product))
         elif name == "ragged_dot_general":
             self.notes.add("ragged dots are not counted")
         elif name == "convert_element_type":
@@ -541,9 +591,12 @@ class _Walk:
 
     def _facts(self, eqn: Any, v: Any, given: list[_Facts], place: Counted) -> _Facts:
         name, aval = eqn.primitive.name, v.aval
+        format = quantized(place.names).replace("-", ":") or (given[0].format if name == "pad" else "")
         shared: dict[str, Any] = {"guarded": any(facts.guarded for facts in given), "flag": _decides(eqn, given)}
         if "transpose(" in place.names:
             shared["gradient"] = True
+        if format:
+            shared["format"] = format
         if name in _TRANSPARENT:
             first = given[0] if given else _NOTHING
             mask = first.mask or bool(eqn.invars and eqn.invars[0].aval.dtype == np.bool_)
@@ -553,7 +606,10 @@ class _Walk:
         if name == "add_any":
             return _Facts(product=any(facts.product for facts in given), **shared)
         if name in _FLOPS:
-            return _Facts(product=not any(facts.weight for facts in given), **shared)
+            of_weight = not any(facts.weight for facts in given)
+            if of_recipe := recipe_product(place.names):  # its operands are rounded, which hides that one is a weight
+                of_weight = of_recipe == "wgrad"
+            return _Facts(product=of_weight, **shared)
         if name == "select_n" and given[0].flag and not eqn.invars[0].aval.shape:
             return _Facts(**{**shared, "guarded": True})
         if name == "reduce_sum":

@@ -132,7 +132,8 @@ class FoundPolicy:
     float32: Gap
     """errors with all modules in float32"""
     flops_by_dtype: Mapping[str, int]
-    """FLOPs of all products in one loss and gradient under the tree, as audited"""
+    """FLOPs of all products in one loss and gradient under the tree, as audited: by the dtype of the operands, or of
+    products of a recipe by their formats, see `Audit.flops_by_operands`"""
     unresolved: tuple[str, ...]
     """paths of parameters that were not judged, because their gradient is rounding noise in float32 already"""
 
@@ -143,8 +144,9 @@ class FoundPolicy:
 
     @property
     def half_flops_share(self) -> float:
-        """The share of all FLOPs of products that runs in half under the tree."""
-        half = sum(self.flops_by_dtype.get(dtype.name, 0) for dtype in HALF)
+        """The share of all FLOPs of products that runs in half, or under a recipe, under the tree."""
+        names = {dtype.name for dtype in HALF}
+        half = sum(flops for name, flops in self.flops_by_dtype.items() if name in names or "/" in name)
         return half / (sum(self.flops_by_dtype.values()) or 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -239,7 +241,9 @@ def find_policy(
       explain: `explain(tree)` returns the modules and the policy of each, as `jaxmp.explain` does.
       points: where gradients are taken: float32 parameters, with at least two batches for each. They are read only
         after all other arguments were checked.
-      half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters.
+      half: the policy of modules in half: mixed_float16, mixed_bfloat16, or another with float32 parameters. With a
+        recipe, such as nvfp4, FLOPs are those of the products that it rounds, and only modules with such are tried
+        alone.
       budget: the largest error allowed, in units, of any parameter's gradient at any point.
       unit: the unit of the error of a parameter's gradient, at each point: "noise", the standard deviation of the exact
         gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
@@ -275,7 +279,7 @@ def find_policy(
     fewest = 2 if unit == "noise" else 1
     if not at or min(len(point.batches) for point in at) < fewest:
         raise InputError(f"find_policy: the unit {unit} takes {fewest} batches or more at each point, and one point")
-    flops = _flops(loss(full), rows, at[0])
+    flops = _flops(loss(full if policy.recipe is None else PolicyTree((), policy)), rows, at[0], policy)
     measure = _Measure(loss, at, loss_scale, unit)
     own = measure.of(full)
     log(f"float32: {own.error:.3g}")
@@ -314,27 +318,36 @@ def find_policy(
         trials=tuple(search.trials),
         gap=search.gap(taken),
         float32=own,
-        flops_by_dtype=audit(_gradient(loss(tree)), at[0].params, *at[0].batches[0]).dot_flops_by_dtype,
+        flops_by_dtype=audit(_gradient(loss(tree)), at[0].params, *at[0].batches[0]).flops_by_operands,
         unresolved=tuple(measure.unresolved),
     )
 
 
 def _require_half(half: Policy | str) -> Policy:
     policy = parse_policy(half) if isinstance(half, str) else half
-    if policy.compute_dtype not in HALF or policy.param_dtype != FLOAT32:
+    low = policy.compute_dtype in HALF or policy.recipe is not None
+    if not low or policy.param_dtype != FLOAT32:
         raise InputError(
-            f"half {half}: expected a policy that computes in half from float32 parameters, such as mixed_float16 or "
-            "mixed_bfloat16"
+            f"half {half}: expected a policy that computes in half or under a recipe, from float32 parameters, such as "
+            "mixed_float16, mixed_bfloat16 or nvfp4"
+        )
+    if policy.recipe is not None and policy.recipe.is_delayed:
+        raise InputError(
+            f"half {half}: its scales follow from the steps before, and gradients are measured one by one; expected a "
+            "recipe without delayed scales, such as fp8_current"
         )
     return policy
 
 
-def _flops(loss: Callable[..., Any], rows: Sequence[ModulePolicy], point: Point) -> dict[str, int]:
-    """FLOPs of the products of the loss and its gradient that each module runs itself, by path."""
+def _flops(
+    loss: Callable[..., Any], rows: Sequence[ModulePolicy], point: Point, half: Policy = _FULL
+) -> dict[str, int]:
+    """FLOPs of the products of the loss and its gradient that each module runs itself, by path; of those in a recipe,
+    if `half` has one."""
     flops = dict.fromkeys((row.module for row in rows), 0)
     for dot in audit(_gradient(loss), point.params, *point.batches[0]).dots:
         module = _module(dot, rows[0].type, flops)
-        if module is not None:
+        if module is not None and (half.recipe is None or dot.product):
             flops[module] += dot.flops
     return flops
 
@@ -476,11 +489,15 @@ class _Search:
 
     def run(self) -> frozenset[str]:
         """The modules in half."""
-        own = [row.module for row in self._rows if row.parameters or self._flops[row.module]]
+        # A recipe leaves what has no product of its own as it is, and refuses a model in which nothing has one.
+        every = self._half.recipe is None
+        own = [row.module for row in self._rows if (row.parameters and every) or self._flops[row.module]]
         for path in own:
             self.alone[path] = gap = self.gap(frozenset([path]))
             self._say(f"{path or '(model)'} in half: {gap.error:.3g}")
         fit = [path for path in own if self.alone[path].error <= self._budget]
+        if not fit and not every:
+            return frozenset()
         # The model's own code, and what goes along with it, brings no FLOPs: last.
         passive = [row.module for row in self._rows if row.module not in own]
         return self._grow(frozenset(), [*sorted(fit, key=self._cost), *passive])

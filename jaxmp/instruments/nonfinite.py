@@ -40,6 +40,8 @@ from jaxmp.jaxprs import (
     is_scaling,
     opened,
     quantized,
+    recipe_operand,
+    recipe_product,
     scan_counts,
     tracing,
 )
@@ -665,9 +667,16 @@ def _observed(eqn: Any, given: list[_Value], out: Any, place: _Place) -> Blame:
         inner = "/".join(str(each.source_info.name_stack) for each in bare(function).eqns)
         name = eqn.params.get("name", name)
     format = quantized(f"{place.names}/{inner}")
+    operand, product = recipe_operand(place.names), recipe_product(place.names)
+    if operand:
+        name = f"{f'quantize_{format}' if format else name} of the {operand} of {product}"
+    elif format:
+        name = f"quantize_{format}"
+    elif product:
+        name = f"{name}, the {product} of a recipe"
     operands = [x.value for x in given if is_inexact(x.value)]
     magnitudes = tuple(_magnitudes(f"operand {i}", x) for i, x in enumerate(operands))
-    return _blame_of(f"quantize_{format}" if format else name, place, _magnitudes("result", out, format), magnitudes)
+    return _blame_of(name, place, _magnitudes("result", out, format), magnitudes)
 
 
 def _argument(name: str, x: Any) -> Blame:

@@ -171,7 +171,7 @@ def gradients_and_module_counts(
             jax.eval_shape(noted, params, model_state, batch, key)
         # What is counted comes out as the gradient of an input that changes nothing, and so out of any transformation:
         # a scan adds up the gradients of its turns, and counts want to be added up.
-        sinks = {path: jnp.zeros((2, 2 * len(EDGES) + 3), jnp.float32) for path in met}
+        sinks = {path: jnp.zeros((2, encoded_size()), jnp.float32) for path in met}
 
         def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
             own, sinks = both
@@ -180,13 +180,17 @@ def gradients_and_module_counts(
 
         gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
         (grads, found), measured, _ = gradients((trained_view(params, trains), sinks), model_state, scale, batch, key)
-        return grads, measured, {path: ModuleCounts(_decoded(x[0]), _decoded(x[1])) for path, x in found.items()}
+        return grads, measured, {path: ModuleCounts(decoded(x[0]), decoded(x[1])) for path, x in found.items()}
 
     return counted
 
 
 def make_step_ranges(
-    objective: Objective, *, name: str | None = None, accumulate_steps: int = 1
+    objective: Objective,
+    *,
+    name: str | None = None,
+    accumulate_steps: int = 1,
+    blocks: Callable[..., Any] | None = None,
 ) -> Callable[[TrainState, Any], StepRanges]:
     """Makes a function that counts the magnitudes in a train step, without taking the step.
 
@@ -194,6 +198,8 @@ def make_step_ranges(
       objective: the loss of a whole batch, and the optimizer inside its loss scaling.
       name: of the objective, where the state is that of several; None for a single one.
       accumulate_steps: microbatches of a batch.
+      blocks: what `jaxmp.instruments.block_ranges.make_block_ranges` returns; adds the kinds `block_amax` and
+        `block_scales`, by `LAYER PRODUCT ROLE`.
 
     Returns:
       `(state, batch) -> StepRanges` of the step from that state: `parameters` (those that are trained), `gradients`,
@@ -222,6 +228,8 @@ def make_step_ranges(
             "outputs": {path: counts.outputs for path, counts in modules.items()},
             "output_gradients": {path: counts.gradients for path, counts in modules.items()},
         }
+        if blocks is not None:
+            counts |= blocks(state.params, state.model_state, scale, batch, key).counts()
         return StepRanges.of(counts, count_lost_updates(trained, updates))
 
     return step_ranges
@@ -402,24 +410,30 @@ def _tap(x: list[jax.Array], sink: jax.Array) -> list[jax.Array]:
 
 
 def _tap_forward(x: list[jax.Array], sink: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    return x, _encoded(count(x))
+    return x, encoded(count(x))
 
 
 def _tap_backward(outputs: jax.Array, cotangents: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-    return cotangents, jnp.stack([outputs, _encoded(count(cotangents))])
+    return cotangents, jnp.stack([outputs, encoded(count(cotangents))])
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _encoded(counts: Counts) -> jax.Array:
+def encoded_size() -> int:
+    """The length of what `encoded` returns."""
+    return 2 * len(EDGES) + 3
+
+
+def encoded(counts: Counts) -> jax.Array:
     """Counts as float32 whose sums over up to 4096 uses are exact: low 12 bits and the rest apart."""
     low, high = counts.counts & 0xFFF, counts.counts >> 12
     extremes = jnp.stack([counts.smallest, counts.largest, counts.uses])
     return jnp.concatenate([low.astype(jnp.float32), high.astype(jnp.float32), extremes])
 
 
-def _decoded(both: jax.Array) -> Counts:
+def decoded(both: Any) -> Counts:
+    """Undoes `encoded`, of a sum of such arrays."""
     bins = len(EDGES)
     counts = both[:bins].astype(jnp.int32) + (both[bins : 2 * bins].astype(jnp.int32) << 12)
     return Counts(counts, *both[2 * bins :])

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxmp.errors import InputError
 from jaxmp.modules.products import observed_products
-from jaxmp.precision.blocks import BlockFormat, Element, block_scales
+from jaxmp.precision.blocks import BlockFormat, block_scales, clips_above
 from jaxmp.precision.formats import Format
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.product import Contraction, block_axes, largest_magnitude, round_operand, transformed
@@ -290,23 +290,16 @@ class _Measure:
         if isinstance(format, BlockFormat):
             along = None if format.block == "tensor" else block_axes(operand, axes)
             found = block_scales(x, format, axis=along)
-            limit = found.of_numbers * _limit(format.element)
+            limit = found.of_numbers * clips_above(format.element)
             logs = jnp.log2(jnp.where(found.amax > 0, jnp.maximum(found.of_blocks, 2.0**-126), 1))
             scales = jnp.stack([jnp.sum(found.amax > 0).astype(jnp.float32), jnp.sum(logs), jnp.sum(logs**2)])
         elif delayed:
-            limit = _limit(format.format) / factor  # type: ignore[union-attr, operator]
+            limit = clips_above(format.format) / factor  # type: ignore[union-attr, operator]
         elif isinstance(format, Format):
-            limit = jnp.float32(_limit(format))
+            limit = jnp.float32(clips_above(format))
         there = x != 0
         sums, counts = _sums(x, rounded, there, there & (rounded == 0), jnp.abs(x) > limit)
         return rounded, jnp.concatenate([sums, jnp.full(1, x.size, jnp.float32), counts, scales])
-
-
-def _limit(element: Element) -> float:
-    """The magnitude from which an element is clipped, rather than rounded to the largest number."""
-    if isinstance(element, Format):
-        return element.max + 2.0 ** (element.max_exponent - element.mantissa_bits - 1)
-    return element.max + 2.0 ** -(element.fraction_bits + 1)
 
 
 def _sums(exact: jax.Array, rounded: jax.Array, *flags: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -66,7 +66,7 @@ class RecipeCall:
         number = self.calls[path]
         self.calls[path] += 1
         draws = Draws()
-        if recipe.is_stochastic and (key := _key(module)) is not None:
+        if recipe.is_stochastic and (key := _key(module, recipe, x)) is not None:
             draws = Draws(jax.random.fold_in(key, number), spread.index, spread.rows)
         delay = self._delay(module, path, number, recipe, x, w) if recipe.is_delayed else None
         return {"recipe": recipe, "draws": draws, "delay": delay, "axis_name": spread.axis_name}
@@ -126,13 +126,25 @@ def with_stream(rngs: Any) -> Any:
 _STREAM_KEY = 0x7265636  # "rec": apart from what the model draws with the same key
 
 
-def _key(module: nn.Module) -> jax.Array | None:
-    """The key of the products of a module; it leaves the model's own draws as they are."""
+def _key(module: nn.Module, recipe: Recipe, x: Any) -> jax.Array | None:
+    """The key of the products of a module; it leaves the model's own draws as they are.
+
+    Raises: InputError if the module is in an `nn.scan` or `nn.vmap` that hands each turn the same key.
+    """
     rngs = {} if module.scope is None else module.scope.rngs
     if STREAM in rngs:
         return rngs[STREAM].as_jax_rng()
     # Inside nn.scan there are the streams that it names: split by the turn, where the model says so.
     if "params" in rngs:
+        # What is split comes into the body with its inputs; what is not is a value from outside.
+        of_key, of_input = (getattr(each, "_trace", None) for each in (rngs["params"].rng, x))
+        if of_input is not None and of_key is not of_input:
+            path = "/".join(module.path)
+            raise InputError(
+                f"recipe {recipe}: {path} is in an nn.scan or nn.vmap of the model's own that hands each turn the same "
+                "random key, so that all would round alike. Expected the stream of the recipe among its streams: "
+                f"split_rngs={{..., {STREAM!r}: True}}"
+            )
         return jax.random.fold_in(rngs["params"].as_jax_rng(), _STREAM_KEY)
     return None
 

@@ -534,6 +534,13 @@ def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int]
     return BlockScales(jnp.squeeze(scale, layout.inner), whole, jnp.squeeze(amax, layout.inner))
 
 
+def clips_above(element: Element) -> float:
+    """Returns the magnitude from which an element is clipped, rather than rounded to the largest number."""
+    if isinstance(element, Format):
+        return element.max + 2.0 ** (element.max_exponent - element.mantissa_bits - 1)
+    return element.max + 2.0 ** -(element.fraction_bits + 1)
+
+
 def _e4m3_numbers(codes: jax.Array) -> jax.Array:
     """Returns the numbers of codes of positive e4m3, float32."""
     code = codes.astype(jnp.uint32)

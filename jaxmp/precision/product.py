@@ -20,13 +20,11 @@ import numpy as np
 from jax import lax
 
 from jaxmp.errors import InputError
+from jaxmp.jaxprs import RECIPE
 from jaxmp.precision.blocks import BlockFormat, round_blocks
 from jaxmp.precision.formats import Format, float32_bits, from_float32_bits, quantize, round_bits
 from jaxmp.precision.recipe import PRODUCTS, Delayed, Level, Recipe, RecipeOperand
 from jaxmp.trees import FLOAT32
-
-SCOPE = "recipe_"
-"""prefix of the scope around the equations of a product of a recipe, before the name of the product"""
 
 _LONGEST_UNROLLED = 16  # chunks of an accumulator; more are added in a loop
 
@@ -385,9 +383,10 @@ class _Plan:
     ) -> jax.Array:
         """Rounds the operands of one product and multiplies them; `shape` is that of a gradient."""
         given = []
-        with jax.named_scope(SCOPE + product):
+        with jax.named_scope(RECIPE + product):
             for side, (role, x) in enumerate(zip(PRODUCTS[product], (left, right), strict=True)):
-                given.append(self._operand(self.recipe.operand(product, role), x, side, key, index, scales))
+                with jax.named_scope(f"{RECIPE}{product}-{role}"):
+                    given.append(self._operand(self.recipe.operand(product, role), x, side, key, index, scales))
             return self.contraction.products(self.recipe.accumulate)[product](*given, shape)
 
     def _operand(

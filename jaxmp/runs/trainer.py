@@ -19,9 +19,11 @@ from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
 from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
 from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling
 from jaxmp.modules.model import as_model
+from jaxmp.precision.policy import parse_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.task import (
@@ -297,8 +299,20 @@ class Trainer:
         """
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
         return self._compiled(
-            f"ranges/{objective}", lambda: make_step_ranges(of, name=objective, accumulate_steps=parts)
+            f"ranges/{objective}",
+            lambda: make_step_ranges(of, name=objective, accumulate_steps=parts, blocks=self.block_ranges(objective)),
         )
+
+    def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
+        """The function of `make_block_ranges` for the recipes of the policy; None if nothing is rounded in blocks.
+
+        Raises: InputError if a rule of the policy matches no module.
+        """
+        if not any(block_operands(policy.recipe) for policy in self.experiment.policy.policies):
+            return None
+        recipes = {row.module: parse_policy(row.policy).recipe for row in self.explain()}
+        of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
+        return make_block_ranges(of.loss_fn, recipes, accumulate_steps=parts, trains=of.trains)
 
     def _compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Any:
         """What `make` makes, jitted; made at the first call with this name."""

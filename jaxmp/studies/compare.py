@@ -178,7 +178,7 @@ def _of_precision(cell: Cell) -> dict[str, Any]:
     step, arguments = trainer.program()
     memory = step.lower(*arguments).compile().memory_analysis()
     seen = audit(step, *arguments, policy=cell.experiment.policy, modules=trainer.explain())
-    flops = seen.dot_flops_by_dtype
+    flops = seen.flops_by_operands
     return {
         "precision": cell.precision,
         "policy": str(cell.experiment.policy),

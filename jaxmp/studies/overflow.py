@@ -20,12 +20,15 @@ import numpy as np
 from jaxmp.errors import InputError
 from jaxmp.html.elements import cell_of
 from jaxmp.instruments import nonfinite
+from jaxmp.instruments.block_ranges import OperandBlocks
 from jaxmp.instruments.gradient_error import relative_error
 from jaxmp.instruments.nonfinite import AS_WRITTEN, Blame, Replay
 from jaxmp.modules.linen import ModulePolicy, UnderPolicy
 from jaxmp.modules.model import as_model
-from jaxmp.precision.formats import Format, parse_format, quantize
+from jaxmp.precision.blocks import BlockFormat, quantize
+from jaxmp.precision.formats import Format, parse_format
 from jaxmp.precision.policy import Policy
+from jaxmp.precision.recipe import Delayed
 from jaxmp.runs.replay import Past, PastStep
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
@@ -39,6 +42,8 @@ SMALLEST_SCALE = -24
 """base 2 logarithm of the smallest loss scale that is tried"""
 MOST_RULES = 12
 """largest number of rules that are tried; each costs a replay of the step"""
+MOST_CLIPPED = 3
+"""largest number of operands with clipped blocks that are shown"""
 UNDERFLOW = 0.01
 """A gradient is reported if at least this share of it is 0 here and not in float32. Underflow loses the same numbers in
 every step, unlike rounding errors, which change sign."""
@@ -106,6 +111,9 @@ class StepBlame:
     """which of several objectives the step is of; None for a single one"""
     deviations: tuple[Deviation, ...] = ()
     """if all values are finite: outputs from the first module on, then gradients from the last module back"""
+    blocks: tuple[OperandBlocks, ...] = ()
+    """under a recipe, the operands with a block that is clipped, or that holds an infinity or NaN: of the forward
+    products from the first layer on, then of the gradients from the last layer back"""
 
     @property
     def worst(self) -> Deviation | None:
@@ -119,6 +127,7 @@ class StepBlame:
         return fields | {
             "found": found,
             "deviations": [each._asdict() | {"excess": each.excess} for each in self.deviations],
+            "blocks": [each.to_json() for each in self.blocks],
         }
 
     def __str__(self) -> str:
@@ -135,6 +144,7 @@ class StepBlame:
         yield "precision", f"{self.precision}, loss scale {self.scale:g}"
         if self.found is None:
             yield from self._finite_rows()
+            yield from self._block_rows()
             return
         yield from self.found.rows()
         if self.found.backward and self.scale != 1:
@@ -146,6 +156,19 @@ class StepBlame:
             yield "module", self.module or "none: the model's own code, or the cast of its input or output"
             yield "scale", self._scale_says()
         yield "rule", self._rule_says()
+        yield from self._block_rows()
+
+    def _block_rows(self) -> Iterator[tuple[str, str]]:
+        """The first block that is not finite, and the operands of which most is clipped."""
+        bad = next((each for each in self.blocks if each.scales.nan), None)
+        if bad is not None:
+            where = "" if bad.first_nonfinite is None else f", the first is {bad.first_nonfinite}"
+            count = f"{bad.scales.nan:,} of {bad.blocks:,} blocks of {bad.format} hold inf or NaN"
+            yield "block", f"{bad.name}: {count}{where}"
+        clipped = sorted((each for each in self.blocks if each.clipped), key=lambda each: -each.clipped / each.numbers)
+        for each in clipped[:MOST_CLIPPED]:
+            where = "" if each.first_clipped is None else f", the first is {each.first_clipped}"
+            yield "clipped", f"{each.name}: {each.clipped / each.numbers:.2%} of {each.format}{where}"
 
     def _scale_says(self) -> str:
         if self.passing_scale is not None:
@@ -230,7 +253,9 @@ class _Step:
     def blame(self, run: str) -> StepBlame:
         """See `blame_run`."""
         scale = self.scale
-        result = StepBlame(run, self.step, self.experiment.precision, scale, None, objective=self.objective)
+        result = StepBlame(
+            run, self.step, self.experiment.precision, scale, None, objective=self.objective, blocks=self._blocks()
+        )
         replay = self._replay(self.experiment.precision)
         found = self._blamed(replay, scale)
         if found is None:
@@ -249,6 +274,16 @@ class _Step:
             rule=next(filter(self._prevents, self._rules(module, rows, found.backward)), None) if helps else None,
             float32_helps=helps,
         )
+
+    def _blocks(self) -> tuple[OperandBlocks, ...]:
+        """See `StepBlame.blocks`. On one device: scales of a tensor are those of the whole batch."""
+        measure = self.trainer.block_ranges(self.objective)
+        if measure is None:
+            return ()
+        found = jax.jit(measure)(*self._arguments(self.scale)).read()
+        forward = [each for each in found if each.product == "fprop"]
+        backward = [each for each in reversed(found) if each.product != "fprop"]
+        return tuple(each for each in (*forward, *backward) if each.clipped or each.scales.nan)
 
     def gradients(self, precision: str) -> Callable[..., Any]:
         """`(params, model_state, loss_scale, batch, key)` to scaled gradients and loss, as the step computes them.
@@ -331,12 +366,12 @@ class _Step:
         for (module, what), value in here.items():
             true = expected[module, what]
             threshold = EXCESS * max(
-                format.unit_roundoff, *(relative_error(draw[module, what], true) for draw in draws)
+                _unit_roundoff(format), *(relative_error(draw[module, what], true) for draw in draws)
             )
             lost = 0.0 if what == "output" else float(np.sum((value == 0) & (true != 0)) / max(np.sum(true != 0), 1))
             yield Deviation(module, what, relative_error(value, true), threshold, lost)
 
-    def _rounded(self, format: Format, draw: int) -> tuple[Any, Any]:
+    def _rounded(self, format: Format | BlockFormat, draw: int) -> tuple[Any, Any]:
         """The parameters and the batch, weights and inputs rounded stochastically to a format."""
         keys = itertools.count()
 
@@ -344,9 +379,10 @@ class _Step:
             if not is_castable(x):
                 return x
             key = jax.random.fold_in(jax.random.key(draw), next(keys))
-            return quantize(x.astype(jnp.float32), format, rounding="stochastic", key=key, saturate=True).astype(
-                x.dtype
-            )
+            saturate = True if isinstance(format, Format) else None  # block formats saturate
+            wide = jnp.atleast_1d(x.astype(jnp.float32))
+            rounded = quantize(wide, format, rounding="stochastic", key=key, saturate=saturate)
+            return rounded.reshape(x.shape).astype(x.dtype)
 
         inputs = {name: rounded(self.batch[name]) for name in self.experiment.task.inputs}
         return jax.tree.map(rounded, self.params), {**self.batch, **inputs}
@@ -395,9 +431,27 @@ class _Step:
         return outputs
 
 
-def _coarsest(policies: Sequence[Policy]) -> Format:
-    formats = [policy.operands or parse_format(policy.compute_dtype.name) for policy in policies]
-    return max(formats, key=lambda format: format.unit_roundoff)
+def _coarsest(policies: Sequence[Policy]) -> Format | BlockFormat:
+    formats: list[Format | BlockFormat] = []
+    for policy in policies:
+        formats.append(policy.operands or parse_format(policy.compute_dtype.name))
+        for operand in () if policy.recipe is None else policy.recipe.operands():
+            format = operand.format
+            # For arrays of any number of axes: one scale, which is no finer than those of blocks.
+            if isinstance(format, Delayed):
+                format = BlockFormat(format.format, "tensor")
+            elif isinstance(format, BlockFormat) and len(format.block) != 1:
+                format = BlockFormat(format.element, "tensor")
+            formats += [] if format is None else [format]
+    return max(formats, key=_unit_roundoff)
+
+
+def _unit_roundoff(format: Format | BlockFormat) -> float:
+    """Half of the largest relative distance of neighbours; of integers, that at the largest of a block."""
+    if isinstance(format, Format):
+        return format.unit_roundoff
+    element = format.element
+    return element.unit_roundoff if isinstance(element, Format) else 2.0 ** -(element.bits - 1)
 
 
 def _module(path: str, modules: Sequence[str]) -> str:

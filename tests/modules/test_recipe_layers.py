@@ -8,9 +8,8 @@ import optax
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.jaxprs import equations
+from jaxmp.jaxprs import RECIPE, equations
 from jaxmp.modules.linen import explain, init_delayed_scaling, with_policy
-from jaxmp.precision.product import SCOPE
 from jaxmp.scaling.scalers import NoScaler
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.classification import Classification
@@ -41,7 +40,7 @@ def products(function, *args):
     found = dict.fromkeys(("fprop", "dgrad", "wgrad", ""), 0)
     for eqn, names in equations(jax.make_jaxpr(function)(*args)):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            found[next((name for name in ("fprop", "dgrad", "wgrad") if f"{SCOPE}{name}" in names), "")] += 1
+            found[next((name for name in ("fprop", "dgrad", "wgrad") if f"{RECIPE}{name}" in names), "")] += 1
     return found
 
 
@@ -144,3 +143,44 @@ def test_explain_says_the_recipe_of_each_module():
     rows = explain(Every(), "@Conv=float32; nvfp4", jnp.ones((2, 4, 4, 3)))
     policies = {row.module: row.policy for row in rows}
     assert policies["Dense_0"].endswith("recipe=nvfp4") and "recipe" not in policies["Conv_0"]
+
+
+def rounded_to(bits, x):
+    """Rounds float64 to a significand of so many bits, ties to even."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def summed(a, b, levels):
+    """a b by the levels of an accumulator, innermost first, each (bits of its significand, terms); in float64."""
+    if not levels:
+        return a @ b
+    *inner, (bits, terms) = levels
+    total = np.zeros((a.shape[0], b.shape[1]))
+    for start in range(0, a.shape[1], terms):
+        part = slice(start, start + terms)
+        total = rounded_to(bits, total + summed(a[:, part], b[part], inner))
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("carrier", "bits"), [("bf16", 8), ("f16", 11), ("f32", 24)])
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [("e8m9:32", [(10, 32)]), ("e8m9:16/f32:64", [(10, 16), (24, 64)]), ("f32:128", [(24, 128)]), ("none", [])],
+)
+def test_carriers_and_accumulators_round_where_and_how_they_say(carrier, bits, text, levels):
+    """Whole numbers, whose sums are exact in any order, so that only what is rounded on purpose is seen."""
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.integers(-1, 8, shape) * 1.0 for shape in ((192, 160), (160, 96), (192, 96)))
+    model = nn.Dense(96, use_bias=False)
+    apply = with_policy(model.apply, f"p=f32,c={carrier},o=f32,recipe=mxfp8,accumulate={text}")
+    y, back = jax.vjp(
+        lambda x, w: apply({"params": {"kernel": w}}, x), jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    )
+    dx, dw = back(jnp.asarray(g, jnp.float32))
+    # The carrier holds activations and gradients between layers; the gradient of the weights is float32.
+    np.testing.assert_array_equal(y, rounded_to(bits, summed(x, w, levels)))
+    np.testing.assert_array_equal(dx, rounded_to(bits, summed(g, w.T, levels)))
+    np.testing.assert_array_equal(dw, summed(x.T, g, levels))
+    assert dw.dtype == jnp.float32 and (text != "e8m9:32" or np.any(summed(x, w, levels) != x @ w))

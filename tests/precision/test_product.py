@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.precision.blocks import quantize
+from jaxmp.precision.blocks import BlockFormat, block_scales, quantize
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.product import (
     Delay,
@@ -239,38 +239,64 @@ def test_a_convolution_refuses_an_accumulator_that_is_not_float32():
 
 
 @pytest.mark.slow
-def test_errors_of_a_gaussian_in_mxfp4_are_quartets():
-    """Source: Castro et al. 2025, Quartet, 2505.14669, table 2. Ours to nearest is 1.327e-2, 3.1 % below theirs."""
-    x = jax.random.normal(KEY, (2**20,))
-    nearest = quantize(x, "mxfp4:rceil")
-    stochastic = quantize(x, "mxfp4:rceil", rounding="stochastic", key=jax.random.key(1))
-    assert float(jnp.mean((nearest - x) ** 2)) == pytest.approx(1.37e-2, rel=0.035)
-    assert float(jnp.mean((stochastic - x) ** 2)) == pytest.approx(2.77e-2, rel=0.03)
+def test_errors_of_gaussians_in_mxfp4_are_quartets():
+    """Within 1 % where the standard deviation is spread over an octave.
+
+    A scale is a power of two, so that the error depends on where the standard deviation lies between two of them: at 1
+    it is 1.33e-2 to nearest, 3 % below Quartet's figure, and 2.72e-2 stochastic; the mean over an octave is theirs.
+    (Their code shrinks numbers by 3/4 under the floor rule: 1.39e-2 and 2.84e-2 at 1, and the same means.)
+
+    Source: Castro et al. 2025, Quartet, 2505.14669, table 2: 1.37e-2 and 2.77e-2, of the mean square.
+    """
+    deviations = 2.0 ** ((np.arange(8) + 0.5) / 8)
+    x = jax.random.normal(KEY, (8, 2**18)) * deviations[:, None].astype(np.float32)
+    for rounding, expected in (("nearest", 1.37e-2), ("stochastic", 2.77e-2)):
+        y = quantize(x, "mxfp4:rceil", rounding=rounding, key=None if rounding == "nearest" else jax.random.key(1))
+        errors = np.mean(np.square(np.asarray(y - x, np.float64)), axis=1) / deviations**2
+        assert np.mean(errors) == pytest.approx(expected, rel=0.01), rounding
+        assert np.ptp(errors) > 0.03 * expected  # the phase matters: else one deviation would do
 
 
-# Formats whose scale rule clips nothing: nvfp4's rounds its scales to nearest, and clips (see `BlockFormat.unbiased`).
-UNBIASED = [
-    *("mxfp8:rceil", "mxfp8_e5m2:rceil", "mxfp6_e2m3:rceil", "mxfp6_e3m2:rceil", "mxfp4:rceil", "mxfp4:ceil"),
-    *("block128", "int8:group32", "e5m2", "e4m3:tensor"),
+MX = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxint8")
+STOCHASTIC = [
+    *(f"{name}:{rule}" for name in MX for rule in ("rceil", "floor", "ceil", "even")),
+    *("nvfp4", "nvfp4:torchao", "nvfp4_16x16", "block128", "block128x128", "int8:group32", "int4:channel"),
+    *("e4m3:tensor", "e5m2"),
 ]
+"""Every element format with every scale rule"""
+IN_THE_SLOW_SUITE = {"mxfp4:rceil", "mxfp4:floor", "mxfp8_e4m3:rceil", "nvfp4", "block128", "e5m2"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", UNBIASED)
-def test_the_mean_of_stochastic_roundings_is_the_number(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in IN_THE_SLOW_SUITE else pytest.mark.full_size)
+        for name in STOCHASTIC
+    ],
+)
+def test_the_mean_of_stochastic_roundings_is_the_number_or_the_largest_where_it_is_clipped(name):
+    """E[Q(x)] is x clipped to the largest number of its block: of a rule that clips nothing (`unbiased`), it is x."""
     operand = parse_policy(f"wgrad={name},stochastic=wgrad").recipe.operand("wgrad", "gradients")
     x = jax.random.normal(KEY, (32, 64))
-    draws = 2000
+    expected, draws = np.asarray(x, np.float64), 2000
+    if isinstance(operand.format, BlockFormat):
+        axes = {"tensor": None, (16, 16): (0, 1), (128, 128): (0, 1)}.get(operand.format.block, 0)
+        limit = np.asarray(block_scales(x, operand.format, axis=axes).of_numbers, np.float64)
+        limit = limit * operand.format.element.max
+        assert not operand.format.unbiased or np.all(np.abs(expected) <= limit * (1 + 1e-6))
+        assert not name.startswith("mxfp4:floor") or np.any(np.abs(expected) > limit)
+        expected = np.clip(expected, -limit, limit)
+    center = jnp.asarray(expected, jnp.float32)
 
     @jax.jit
     def total(key):
         def add(i, carry):
             y = round_operand(x, operand, noise=random_bits(jax.random.fold_in(key, i)[None], x.shape))
-            return carry[0] + (y - x), carry[1] + (y - x) ** 2
+            return carry[0] + (y - center), carry[1] + (y - center) ** 2
 
         return jax.lax.fori_loop(0, draws, add, (jnp.zeros_like(x), jnp.zeros_like(x)))
 
     error, square = (np.asarray(v, np.float64) for v in total(KEY))
-    for axes in ((0, 1), 0, 1):  # all numbers, each row, each column
-        z = error.sum(axes) / (np.sqrt(square.sum(axes)) + 1e-6)
-        assert np.max(np.abs(z)) < 4.5, axes
+    for axes, bound in (((0, 1), 4), (0, 4.5), (1, 4.5)):  # all numbers; the largest of 64 columns, of 32 rows
+        z = error.sum(axes) / (np.sqrt(square.sum(axes)) + 1e-4)
+        assert np.max(np.abs(z)) < bound, axes

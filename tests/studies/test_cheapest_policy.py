@@ -546,3 +546,42 @@ def test_a_budget_below_float32_or_below_all_modules_says_what_would_do(data):
         jaxmp.find_policy(*by_hand(data), budget=1e-5, loss_scale=1.0)
     with pytest.raises(InputError, match=r"unit 'noice': expected one of noise, gradient, float32"):
         jaxmp.find_policy(*by_hand(data), unit="noice")
+
+
+class Normed(nn.Module):
+    """Two layers, and a normalisation, in which a recipe rounds nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="last")(nn.LayerNorm(name="norm")(nn.Dense(64, name="first")(x)))
+
+
+@pytest.mark.slow
+def test_which_layers_bear_a_recipe_is_found():
+    x = jax.random.normal(jax.random.key(0), (4, 32, 64))
+    model = Normed()
+    params = model.init(jax.random.key(1), x[0])["params"]
+    target = jax.random.normal(jax.random.key(2), (32, 4))
+
+    def loss(tree):
+        apply = jaxmp.with_policy(model.apply, tree)
+
+        def of_batch(params, x):
+            y = apply({"params": params}, x, rngs={"params": jax.random.key(0)})
+            return jnp.mean(y * target)
+
+        return of_batch
+
+    points = [(params, [(each,) for each in x])]
+    explain = lambda tree: jaxmp.explain(model, tree, x[0])  # noqa: E731
+    errors = find_policy(loss, explain, points, half="mxfp4", budget=1e6, unit="gradient")
+    alone = {each.module: each.alone for each in errors.modules}
+    assert alone["norm"] is None and alone[""] is None  # no product of theirs is rounded
+    assert errors.precision == "mxfp4" and errors.half_flops_share == 1
+    better, worse = sorted(("first", "last"), key=lambda name: alone[name].error)
+    budget = (alone[better].error * alone[worse].error) ** 0.5
+    found = find_policy(loss, explain, points, half="mxfp4", budget=budget, unit="gradient")
+    assert found.tree.lookup(worse).recipe is None and found.tree.lookup(better).recipe is not None
+    assert set(found.flops_by_dtype) == {"mxfp4:rceil/mxfp4:rceil", "float32"}
+    with pytest.raises(InputError, match=r"fp8_delayed: its scales follow.*fp8_current"):
+        find_policy(loss, explain, points, half="fp8_delayed")

@@ -1,0 +1,103 @@
+"""Times a train step under each recipe beside the same step in float32, on a CPU, where formats are emulated.
+
+    python experiments/benchmarks/recipe_time.py --output experiments/benchmarks/recipe_time_cpu.json
+
+Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they
+say what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if`
+is the time in which all recipes are measured in one pass (`jaxmp what-if`), by the number of recipes: a forward and a
+backward pass and the exact products are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.settings import Parallel
+from jaxmp.instruments.what_if import make_what_if, recipe_of
+from jaxmp.precision.recipe import RECIPES
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Trainer
+
+CONFIGS = {
+    "digits_mlp": (),
+    "digits_cnn": (),
+    "cifar10_cnn": (),
+    "shakespeare_gpt": ("--model.layers", "1"),
+}
+"""configs, each with options that make compiling it affordable: all layers of a GPT take the same time"""
+
+
+def trainer_of(config: str, precision: str, options: tuple[str, ...]) -> Trainer:
+    """The config under a precision, on one device."""
+    experiment = ConfigFile.find(config).experiment(["--precision", precision, *options])
+    return Trainer(dataclasses.replace(experiment, parallel=Parallel("jit")))
+
+
+def fastest(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """CPU seconds of the fastest of `rounds` runs of each program, after one that compiles."""
+    seconds = dict.fromkeys(programs, float("inf"))
+    for turn in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.process_time()
+            jax.block_until_ready(program())
+            if turn:
+                seconds[name] = min(seconds[name], time.process_time() - start)
+    return seconds
+
+
+def of_config(config: str, recipes: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """The times of one config, and their ratios to float32's."""
+    programs: dict[str, Callable[[], Any]] = {}
+    for precision in ("float32", *recipes):
+        trainer = trainer_of(config, precision, CONFIGS[config])
+        state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)
+        step = jax.jit(trainer.train_step)
+        programs[precision] = lambda step=step, state=state, batch=batch: step(state, batch)
+    trainer = trainer_of(config, "float32", CONFIGS[config])
+    state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)
+    named = {name: recipe_of(name) for name in recipes}
+    measure = jax.jit(make_what_if(trainer.replayed[None].loss_fn, named))
+    arguments = state.params, state.model_state, jnp.float32(1), batch, state.key
+    programs["what-if, all recipes"] = lambda: measure(*arguments)
+    seconds = fastest(programs, rounds)
+    ratios = {name: seconds[name] / seconds["float32"] for name in recipes}
+    ratios["what-if, each recipe"] = seconds["what-if, all recipes"] / seconds["float32"] / len(recipes)
+    return {"config": config, "options": list(CONFIGS[config]), "seconds": seconds, "steps in float32": ratios}
+
+
+def main(
+    configs: tuple[str, ...] = tuple(CONFIGS),
+    recipes: tuple[str, ...] = tuple(RECIPES),
+    rounds: int = 15,
+    output: Path | None = None,
+) -> None:
+    """Prints the ratios, and writes them after each config.
+
+    Args:
+      configs: of `CONFIGS`.
+      recipes: the recipes to time.
+      rounds: number of timed runs of each step.
+      output: file for the results, as JSON.
+    """
+    rows = []
+    for config in configs:
+        rows.append(of_config(config, recipes, rounds))
+        print(config, {name: round(each, 2) for name, each in rows[-1]["steps in float32"].items()}, flush=True)
+        if output is not None:
+            how = f"python experiments/benchmarks/recipe_time.py --configs {' '.join(configs)} --output {output}"
+            content = {**provenance(patch=False), "command": how, "rounds": rounds, "rows": rows}
+            output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

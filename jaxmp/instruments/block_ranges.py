@@ -1,0 +1,271 @@
+"""Ranges by block: how large the blocks of a recipe's operands are, which scales they have, and which of them clip.
+
+    measure = make_block_ranges(loss_fn, {"Dense_0": RECIPES["nvfp4"]})
+    for operand in measure(params, model_state, jnp.float32(1), batch, key).read():
+        print(operand.layer, operand.product, operand.role, operand.amax.exponents, operand.first_clipped)
+
+The step runs as it does in training, under its own recipe. What each operand of each product is rounded from is
+measured where it is multiplied, and no result changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size
+from jaxmp.modules.products import observed_products
+from jaxmp.precision.blocks import BlockFormat, block_scales, clips_above
+from jaxmp.precision.product import Contraction, block_axes, transformed
+from jaxmp.precision.recipe import Recipe, RecipeOperand
+from jaxmp.training.batch import LossFn
+from jaxmp.training.gradients import make_gradients
+from jaxmp.training.objective import EVERYTHING, fill, trained_view
+
+
+class Block(NamedTuple):
+    """One block of an operand."""
+
+    place: tuple[int, ...]
+    """its place among the blocks: along an axis of the operand without blocks, the place of the number; the operand has
+    the axes (..., rows, features), those of weights are (..., input features, output features), and a convolution's
+    are its own"""
+    amax: float
+    """largest finite magnitude of the block; 0 if it holds an infinity or NaN"""
+    scale: float
+    """its scale; NaN if it holds an infinity or NaN"""
+
+    def __str__(self) -> str:
+        return f"block ({', '.join(map(str, self.place))}) with amax {self.amax:.4g} and scale {self.scale:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OperandBlocks:
+    """The blocks of one operand of a product of a layer, before it is rounded."""
+
+    layer: str
+    """path of the module"""
+    product: str
+    """`fprop`, `dgrad` or `wgrad`"""
+    role: str
+    """`activations`, `weights` or `gradients`; these are times the loss scale"""
+    format: str
+    amax: Range
+    """largest finite magnitudes of the blocks; blocks with an infinity or NaN are counted as NaN"""
+    scales: Range
+    """scales of the blocks; those of blocks with an infinity or NaN are NaN"""
+    numbers: int
+    clipped: int
+    """how many numbers are beyond the largest of the format in their block"""
+    clipped_blocks: int
+    """how many blocks have such a number"""
+    first_clipped: Block | None
+    """the first of these, in C order; None if there is none, or if the layer runs several times"""
+    first_nonfinite: Block | None
+    """the first block with an infinity or NaN; None as `first_clipped`"""
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, over all runs of the layer."""
+        return self.amax.size
+
+    @property
+    def name(self) -> str:
+        """Layer, product and role, such as `Dense_0 wgrad gradients`."""
+        return f"{self.layer or '(model)'} {self.product} {self.role}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as dicts, lists, strings and numbers."""
+        own = {name: getattr(self, name) for name in ("layer", "product", "role", "format", "numbers", "clipped")}
+        first = {
+            name: None if block is None else {"place": list(block.place), "amax": block.amax}
+            for name, block in (("first_clipped", self.first_clipped), ("first_nonfinite", self.first_nonfinite))
+        }
+        ranges = {"amax": self.amax.to_json(), "scales": self.scales.to_json()}
+        return {**own, "clipped_blocks": self.clipped_blocks, **first, **ranges}
+
+
+def block_operands(recipe: Recipe | None) -> tuple[RecipeOperand, ...]:
+    """Returns the operands of a recipe that are rounded in blocks, in the order of its products."""
+    operands = () if recipe is None else tuple(recipe.operands())
+    return tuple(operand for operand in operands if isinstance(operand.format, BlockFormat))
+
+
+def make_block_ranges(
+    loss_fn: LossFn,
+    recipes: Mapping[str, Recipe | None],
+    *,
+    accumulate_steps: int = 1,
+    trains: tuple[str, ...] = EVERYTHING,
+) -> Callable[..., BlockRanges]:
+    """Makes a function that measures the blocks of all operands that are rounded in blocks, in one step.
+
+    Measured are Dense, DenseGeneral and Conv layers, also within attention, scan, remat and vmap. Blocks of a layer
+    that runs several times are counted together.
+
+    Args:
+      loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`.
+      recipes: the recipe of each module by path, such as `{row.module: parse_policy(row.policy).recipe}` for the rows
+        of `jaxmp.explain`; layers without one are left out.
+      accumulate_steps: number of microbatches of a batch.
+      trains: the parameters that are differentiated, see `jaxmp.Objective`.
+
+    Returns:
+      `(params, model_state, scale, batch, key) -> BlockRanges`; works under jit.
+    """
+
+    def measure(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> BlockRanges:
+        shapes: dict[str, dict[RecipeOperand, tuple[int, ...]]] = {}
+
+        def note(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
+            operands = {"activations": x, "weights": w, "gradients": y}
+            shapes[path] = {
+                operand: _scales_of(operands[operand.role], operand, contraction).of_blocks.shape
+                for operand in block_operands(recipes.get(path))
+            }
+            return y
+
+        def noted(*args: Any) -> Any:  # a function of its own: of `loss_fn`, JAX may know the shapes
+            return loss_fn(*args)
+
+        with observed_products(note):
+            jax.eval_shape(noted, params, model_state, batch, key)
+        met = {path: found for path, found in shapes.items() if found}
+        # What is measured comes out as the gradient of an input that changes nothing, as in `make_what_if`.
+        sinks = {path: jnp.zeros((len(found), _SIZE), jnp.float32) for path, found in met.items()}
+
+        def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
+            own, sinks = both
+
+            def tapped(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
+                return _tap((contraction, tuple(met[path])), y, x, w, sinks[path]) if path in met else y
+
+            with observed_products(tapped):
+                return loss_fn(fill(own, params), model_state, batch, key)
+
+        gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
+        (_, found), _, _ = gradients((trained_view(params, trains), sinks), model_state, scale, batch, key)
+        return BlockRanges(found, tuple((path, tuple(of.items())) for path, of in met.items()))
+
+    return measure
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("sums",), meta_fields=("operands",))
+@dataclasses.dataclass(frozen=True)
+class BlockRanges:
+    """What was measured of all operands, on the device."""
+
+    sums: dict[str, jax.Array]
+    """by the path of the layer, float32 (operands, sums)"""
+    operands: tuple[tuple[str, tuple[tuple[RecipeOperand, tuple[int, ...]], ...]], ...]
+    """by the path of the layer: the operands, and how many blocks each has along its axes"""
+
+    def counts(self) -> dict[str, dict[str, Counts]]:
+        """The largest magnitudes and the scales of blocks by the name of the operand, for `StepRanges`; traceable."""
+        found: dict[str, dict[str, Counts]] = {"block_amax": {}, "block_scales": {}}
+        for path, operands in self.operands:
+            for i, (operand, _) in enumerate(operands):
+                name, sums = f"{path or '(model)'} {operand.product} {operand.role}", self.sums[path][i]
+                found["block_amax"][name] = decoded(sums[:_COUNTS])
+                found["block_scales"][name] = decoded(sums[_COUNTS : 2 * _COUNTS])
+        return found
+
+    def read(self) -> tuple[OperandBlocks, ...]:
+        """Fetches what was measured, by layer and operand."""
+        sums = jax.device_get(self.sums)
+        return tuple(
+            _read(path, operand, shape, sums[path][i])
+            for path, operands in self.operands
+            for i, (operand, shape) in enumerate(operands)
+        )
+
+
+_COUNTS = encoded_size()
+_FIRST = 5  # of a block: index in two parts, amax, scale, and whether there is one
+_SIZE = 2 * _COUNTS + 2 + 2 * _FIRST + 2
+
+
+def _scales_of(x: jax.Array, operand: RecipeOperand, contraction: Contraction) -> Any:
+    """The scales with which an operand is rounded."""
+    assert isinstance(operand.format, BlockFormat)
+    axes = contraction.axes[operand.role]
+    along = None if operand.format.block == "tensor" else block_axes(operand, axes)
+    return block_scales(transformed(x, operand, axes), operand.format, axis=along)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(plan: Any, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> jax.Array:
+    return y
+
+
+def _tap_forward(plan: Any, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> Any:
+    return y, (x, w)
+
+
+def _tap_backward(plan: Any, kept: Any, g: jax.Array) -> Any:
+    (contraction, operands), (x, w) = plan, kept
+    arrays = {"activations": x, "weights": w, "gradients": g}
+    rows = [_measured(arrays[operand.role], operand, contraction) for operand in operands]
+    return g, jnp.zeros_like(x), jnp.zeros_like(w), jnp.stack(rows)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _measured(x: jax.Array, operand: RecipeOperand, contraction: Contraction) -> jax.Array:
+    """The sums of one operand, float32 (_SIZE,)."""
+    assert isinstance(operand.format, BlockFormat)
+    found = _scales_of(x, operand, contraction)
+    numbers = transformed(x, operand, contraction.axes[operand.role])
+    bad = jnp.isnan(found.of_blocks)
+    over = jnp.abs(numbers) > found.of_numbers * clips_above(operand.format.element)  # False where a scale is NaN
+    # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
+    clipped = found.amax > found.of_blocks * clips_above(operand.format.element)
+    totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
+    size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
+    parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]
+    parts += [_first(flags, found) for flags in (clipped, bad)]
+    return jnp.concatenate([*parts, size])
+
+
+def _first(flags: jax.Array, found: Any) -> jax.Array:
+    """The first block with its flag set, float32 (_FIRST,); zeros if there is none."""
+    index = jnp.argmax(jnp.ravel(flags)).astype(jnp.int32)
+    amax, scale = (jnp.ravel(each)[index] for each in (found.amax, found.of_blocks))
+    values = jnp.stack([index & 0xFFF, index >> 12]).astype(jnp.float32)
+    scale = jnp.where(jnp.isnan(scale), 0, scale)  # a sum over turns must not lose what others found
+    whole = jnp.concatenate([values, jnp.stack([amax, scale, jnp.float32(1)])])
+    return jnp.where(jnp.any(flags), whole, 0)
+
+
+def _read(path: str, operand: RecipeOperand, shape: tuple[int, ...], sums: np.ndarray) -> OperandBlocks:
+    amax, scales = (Range.read(decoded(sums[i * _COUNTS : (i + 1) * _COUNTS])) for i in (0, 1))
+    rest = sums[2 * _COUNTS :]
+    first = [_block(rest[2 + i * _FIRST :][:_FIRST], shape, bad=i == 1) if amax.exact else None for i in (0, 1)]
+    low, high = rest[-2:]
+    return OperandBlocks(
+        path,
+        operand.product,
+        operand.role,
+        str(operand.format),
+        amax=amax,
+        scales=scales,
+        numbers=int(low) + (int(high) << 12),
+        clipped=int(rest[0]),
+        clipped_blocks=int(rest[1]),
+        first_clipped=first[0],
+        first_nonfinite=first[1],
+    )
+
+
+def _block(values: np.ndarray, shape: tuple[int, ...], *, bad: bool) -> Block | None:
+    if not values[4]:
+        return None
+    index = np.unravel_index(int(values[0]) + (int(values[1]) << 12), shape)
+    return Block(tuple(map(int, index)), float(values[2]), float("nan") if bad else float(values[3]))

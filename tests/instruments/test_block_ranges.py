@@ -1,0 +1,128 @@
+"""Ranges by block, beside blocks that are cut out by hand; and what `blame` says of them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmp
+from jaxmp.instruments.block_ranges import block_operands, make_block_ranges
+from jaxmp.instruments.nonfinite import blame
+from jaxmp.precision.policy import parse_policy
+
+ROWS, K, N = 64, 96, 32
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(N, use_bias=False, name="dense")(x)
+
+
+def loss_of(policy):
+    apply = jaxmp.with_policy(Layer().apply, policy)
+
+    def loss(params, model_state, batch, key):
+        y = apply({"params": params}, batch["x"], rngs={"params": key})
+        return jnp.sum(y * batch["cotangent"]), (jnp.float32(1), {}, model_state)
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def operands():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: np.float32(rng.normal(size=shape) * np.exp(rng.normal(size=shape)))  # noqa: E731
+    return draw(ROWS, K), draw(K, N), draw(ROWS, N)
+
+
+def measured(policy, operands, scale=1.0):
+    x, w, g = map(jnp.asarray, operands)
+    measure = make_block_ranges(loss_of(policy), {"dense": parse_policy(policy).recipe})
+    arguments = {"dense": {"kernel": w}}, {}, jnp.float32(scale), {"x": x, "cotangent": g}, jax.random.key(0)
+    return {(each.product, each.role): each for each in jax.jit(measure)(*arguments).read()}
+
+
+def blocks_of(x, axis, length=32):
+    """(blocks, length), in the order in which scales lie: those of a number's place along the other axes."""
+    x = np.moveaxis(x, axis, -1)
+    return np.abs(x.reshape(*x.shape[:-1], -1, length))
+
+
+@pytest.mark.slow
+def test_blocks_are_those_along_the_axis_that_each_product_sums_over(operands):
+    x, w, g = operands
+    found = measured("fprop=mxfp4,dgrad=mxfp4,wgrad=mxfp4", operands, scale=4.0)
+    arrays = {"activations": x, "weights": w, "gradients": 4 * g}
+    axis = {"fprop": (1, 0), "dgrad": (1, 1), "wgrad": (0, 0)}
+    for product, roles in {
+        "fprop": ("activations", "weights"),
+        "dgrad": ("gradients", "weights"),
+        "wgrad": ("activations", "gradients"),
+    }.items():
+        for role, along in zip(roles, axis[product], strict=True):
+            own, blocks = found[product, role], blocks_of(arrays[role], along)
+            amax = blocks.max(-1)
+            scale = 2.0 ** np.floor(np.log2(amax / 4))
+            exponents, counts = np.unique(np.log2(scale).astype(int), return_counts=True)
+            assert own.scales.exponents == dict(zip(exponents.tolist(), counts.tolist(), strict=True))
+            assert own.blocks == amax.size and own.numbers == arrays[role].size
+            assert own.amax.largest == amax.max() and own.amax.smallest == amax.min()
+            over = blocks > 7 * scale[..., None]  # 6 is the largest; from 7 on a number is clipped, not rounded
+            assert (own.clipped, own.clipped_blocks) == (over.sum(), over.any(-1).sum())
+            first = own.first_clipped
+            place = np.moveaxis(over.any(-1), -1, along)
+            assert first.place == tuple(np.argwhere(place)[0])
+            there = np.moveaxis(amax, -1, along)[first.place], np.moveaxis(scale, -1, along)[first.place]
+            assert (first.amax, first.scale) == there
+            assert own.first_nonfinite is None
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("policy", ["mxfp8", "nvfp4", "block128", "fp8_current"])
+def test_the_first_block_that_is_not_finite_is_named(operands, policy):
+    x, w, g = (each.copy() for each in operands)
+    g[40, 7] = np.inf
+    found = measured(policy, (x, w, g))
+    assert set(found) == {(each.product, each.role) for each in block_operands(parse_policy(policy).recipe)}
+    for (_, role), each in found.items():
+        assert (each.first_nonfinite is not None) == (role == "gradients")
+        assert (each.scales.nan > 0) == (role == "gradients")
+    row = {"mxfp8": 40, "nvfp4": 40, "block128": 40, "fp8_current": 0}[policy]
+    assert found["dgrad", "gradients"].first_nonfinite.place[0] == row
+    block = {"mxfp8": 32, "nvfp4": 16, "block128": 128, "fp8_current": 64}[policy]
+    assert found["wgrad", "gradients"].first_nonfinite.place[0] == 40 // block
+
+
+@pytest.mark.slow
+def test_blame_names_operand_and_product_of_an_overflow_in_a_recipe(operands):
+    x, w, g = operands
+    policy = "fprop=e4m3/e4m3,dgrad=high/high,wgrad=high/e5m2"
+    batch = {"x": jnp.asarray(x), "cotangent": jnp.asarray(g).at[3, 5].set(1e6)}
+    gradient = jax.grad(lambda params: loss_of(policy)(params, {}, batch, jax.random.key(0))[0])
+    found = blame(gradient, {"dense": {"kernel": jnp.asarray(w)}})
+    assert found.primitive == "quantize_e5m2 of the gradients of wgrad"
+    assert found.path == "Layer/dense" and found.backward
+
+
+@pytest.mark.full_size
+def test_ranges_and_blame_of_a_run_know_of_blocks(tmp_path):
+    from jaxmp.experiment.config_file import ConfigFile
+
+    options = ["--precision", "nvfp4", "--loop.steps", "2", "--loop.ranges-every", "1", "--model.features", "32"]
+    file = ConfigFile.find("digits_mlp")
+    experiment = file.experiment(options)
+    fitted = jaxmp.fit(experiment, workdir=tmp_path, name="digits_mlp", origin=file.origin(options), log=lambda _: None)
+    run = jaxmp.Run(fitted.path)
+    kinds = run.ranges[0]["ranges"]
+    assert (
+        set(kinds["block_amax"]) == set(kinds["block_scales"]) >= {"Dense_0 fprop weights", "Dense_1 wgrad gradients"}
+    )
+    assert kinds["block_scales"]["Dense_1 fprop weights"]["size"] == 2 * 1  # (32, 10) in blocks of 16x16
+    found = jaxmp.blame(run, 1)
+    assert {each.role for each in found.blocks} <= {"activations", "weights", "gradients"}
+    assert found.worst is None, found.worst
+    assert ("clipped" in str(found)) == bool(found.blocks)
