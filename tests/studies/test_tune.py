@@ -1,0 +1,491 @@
+"""Studies of many trials: the space, the lock rule, trials that are runs of `train`, workers that are killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmp.cli import main
+from jaxmp.data.arrays import Arrays
+from jaxmp.errors import InputError
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.experiment.settings import Loop
+from jaxmp.models.mlp import MLP
+from jaxmp.reports import study_report
+from jaxmp.runs.fit import fit
+from jaxmp.runs.run import Run
+from jaxmp.studies.tune import tune
+from jaxmp.studies.tune_space import Range, Space, Subject
+from jaxmp.studies.tune_study import (
+    Definition,
+    StudyFolder,
+    drop_torn_line,
+    make_sampler,
+    open_study,
+    study_to_json,
+)
+from jaxmp.training.optimizers import SGD, Adam
+
+optuna = pytest.importorskip("optuna", minversion="5", reason="the extra tune is not installed")
+pytestmark = pytest.mark.xdist_group("tune")
+
+CONFIG = '''\
+"""Blobs of two classes."""
+import numpy as np
+from jaxmp import SGD, Arrays, Experiment, Loop
+from jaxmp.models.mlp import MLP
+
+
+def blobs(split):
+    rng = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+    label = rng.integers(0, 2, 48)
+    image = rng.integers(0, 100, (48, 4, 4, 1)) + 60 * label[:, None, None, None]
+    return {"image": image.astype(np.uint8), "label": label}
+
+
+def get_config():
+    loop = Loop(steps=STEPS, log_every=3, eval_every=6, save_every=6, steps_per_dispatch=3)
+    return Experiment(MLP((4,), 2), Arrays(blobs, batch_size=4), optimizer=SGD(0.1), precision="float32", loop=loop)
+'''
+
+
+def blobs(split):
+    rng = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+    label = rng.integers(0, 2, 48)
+    image = rng.integers(0, 100, (48, 4, 4, 1)) + 60 * label[:, None, None, None]
+    return {"image": image.astype(np.uint8), "label": label}
+
+
+BASE = Experiment(
+    MLP((4,), 2),
+    Arrays(blobs, batch_size=4),
+    optimizer=SGD(0.1),
+    precision="float32",
+    loop=Loop(steps=12, log_every=3, eval_every=6),
+)
+SUBJECT = Subject(BASE, "experiment")
+
+
+def write_config(folder, steps=12):
+    path = folder / "blobs.py"
+    path.write_text(CONFIG.replace("STEPS", str(steps)))
+    return path
+
+
+def quiet(text):
+    """A log that shows nothing."""
+
+
+def bits(run, experiment=None):
+    state = Run(run, experiment).state()
+    leaves = jax.tree.leaves(dataclasses.replace(state, key=jax.random.key_data(state.key)))
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+# The space.
+
+
+def test_a_space_names_leaves_as_the_command_line_and_python_do():
+    texts = ["optimizer.learning-rate=log:1e-4:1e-1", "data.batch-size=linear:4:8", "precision=float32|p=f32,c=bf16"]
+    space = Space.parse([*texts, "model.features=4,8 4", "optimizer.clip-norm=log:0.1:10"], SUBJECT)
+    assert space.leaves["optimizer.learning_rate"] == Range(1e-4, 0.1, True, False)
+    assert space.leaves["data.batch_size"] == Range(4, 8, False, True)
+    assert space.leaves["precision"].texts == ("float32", "p=f32,c=bf16")
+    drawn = {"optimizer.learning_rate": 0.012345678901234567, "data.batch_size": 6, "model.features": "8 4"}
+    made = space.point(SUBJECT, drawn | {"precision": "p=f32,c=bf16", "optimizer.clip_norm": 0.5}, 3).experiment
+    assert (made.optimizer.learning_rate, made.data.batch_size) == (0.012345678901234567, 6)
+    assert (made.model.features, made.optimizer.clip_norm, made.seed) == ((8, 4), 0.5, 3)
+
+    space = Space.parse({"optimizer": (SGD(0.1), Adam(1e-3)), "data.batch_size": (4, 8)}, SUBJECT)
+    assert space.to_json() == {"optimizer": "SGD(),Adam()", "data.batch-size": "4,8"}
+    assert [point["data.batch_size"] for point in space.points()] == ["4", "8", "4", "8"]
+    assert space.point(SUBJECT, {"optimizer": "Adam()", "data.batch_size": "8"}, 0).experiment.optimizer == Adam(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ([], "nothing to vary"),
+        ({}, "nothing to vary"),
+        ("optimizer.learning_rate=log:1:2", "expected {"),
+        (["optimizer.learning-rate"], "expected LEAF=log"),
+        (["optimizer.lerning-rate=log:1:2"], "did you mean 'optimizer.learning-rate'"),
+        (["learning-rate=log:1:2"], "did you mean 'optimizer.learning-rate'"),
+        (["optimizer=1,2"], "has fields of its own; expected one of optimizer.learning-rate"),
+        (["precision=log:1:2"], "is no number, it is 'float32'"),
+        (["optimizer.nesterov=log:1:2"], "is no number, it is False"),
+        (["optimizer.learning-rate=log:1:1e-3"], "expected LOW below HIGH"),
+        (["optimizer.learning-rate=log:0:1"], "expected LOW above 0, or linear:0:1"),
+        (["optimizer.learning-rate=log:a:1"], "expected two numbers"),
+        (["optimizer.learning-rate=lgo:1:2"], "'lgo:1:2' is no value of this field, which is 0.1"),
+        (["optimizer.learning-rate=log:1e-3:1", "optimizer.learning_rate=1,2"], "given twice"),
+        (["data.batch-size=log:1.5:3"], "is a whole number"),
+        (["data.batch-size=4,4"], "4 is given twice"),
+        (["data.batch-size=4,0"], "0 is refused: data.batch_size = 0"),
+        (["data.batch-size=4,"], "expected log:LOW:HIGH, linear:LOW:HIGH or VALUE,VALUE"),
+        (["optimizer.momentum=linear:0:2"], "2.0 is refused"),
+        (["precision=float32,floot16"], "did you mean 'float16'"),
+        (["seed=0,1"], "expected --seeds 3"),
+        (["loop.log-every=1,2"], "changes no result"),
+        (["parallel.remat=none,layers"], "changes no result"),
+        ({"data.batch_size": 4}, "expected a list of values"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_with_the_leaf_and_what_was_expected(space, message):
+    with pytest.raises(InputError) as error:
+        Space.parse(space, SUBJECT)
+    assert message in str(error.value), error.value
+
+
+def test_a_value_that_is_allowed_beside_another_leaf_alone_is_none_to_refuse():
+    shards = ["model.dropout=0,0.5", "scaler.kind=none,dynamic", "scaler.init-scale=4,8"]
+    base = dataclasses.replace(BASE, scaler=dataclasses.replace(BASE.scaler, kind="none"))
+    assert Space.parse(shards, Subject(base, "experiment")).points()
+
+
+# The trials of a study, without training.
+
+ASKED = Definition("c", "h", 0, [], {"x": "0,1,2"}, 3, 1, "loss", "min", "grid", "none")
+POINTS = [{"x": text} for text in "012"]
+
+
+def queue(path, definition=ASKED, points=POINTS, **how):
+    return open_study(StudyFolder(path), definition, points, more={"metrics": {}}, **how)
+
+
+def test_a_running_trial_is_taken_over_if_its_lock_is_free_and_only_then(tmp_path):
+    first, second = queue(tmp_path / "study"), queue(tmp_path / "study")
+    with first.take() as a, second.take() as b:
+        assert (a.trial.number, a.again, b.trial.number, b.again) == (0, False, 1, False)
+    # Neither told the study what came out: both are dead workers' now.
+    with second.take() as c, first.take() as d, first.take() as e, second.take() as f:
+        assert (c.trial.number, c.again, d.trial.number, d.again) == (0, True, 1, True)
+        assert (e.trial.number, e.again, f) == (2, False, None)
+        for taken in (c, d, e):
+            assert taken.trial.suggest_categorical("x", tuple("012")) == str(taken.trial.number)
+            first.study.tell(taken.trial.number, 0.0)
+        with first.take() as nothing:
+            assert nothing is None
+    assert first.finished() and len(first.study.trials) == 3
+
+
+def test_workers_of_another_folder_are_left_to_it(tmp_path):
+    journal = str(tmp_path / "journal")
+    said = []
+    here, there = queue(tmp_path / "a/s", storage=journal), queue(tmp_path / "b/s", storage=journal, log=said.append)
+    with here.take():
+        pass
+    for number in (1, 2):
+        with there.take() as taken:
+            assert (taken.trial.number, taken.again) == (number, False)
+            there.study.tell(number, 0.0)
+    with there.take() as nothing:
+        assert nothing is None
+    with here.take() as again:
+        assert (again.trial.number, again.again) == (0, True)
+    assert len(said) == 1 and "--heartbeat" in said[0]
+
+
+def test_a_study_gets_those_trials_that_are_missing_and_no_other_question(tmp_path):
+    chosen = ASKED._replace(sampler="random", space={"x": "linear:0:1"}, trials=2)
+    assert len(queue(tmp_path / "s", chosen, None).study.trials) == 2
+    assert len(queue(tmp_path / "s", chosen._replace(trials=5), None).study.trials) == 5
+    assert len(queue(tmp_path / "s", chosen, None).study.trials) == 5
+    with pytest.raises(InputError, match=r"space x is linear:0:2 \(was linear:0:1\); metric is accuracy \(was loss\)"):
+        queue(tmp_path / "s", chosen._replace(space={"x": "linear:0:2"}, metric="accuracy"), None)
+    with pytest.raises(InputError, match="expected the same --storage"):
+        queue(tmp_path / "s", chosen, None, storage=str(tmp_path / "journal"))
+
+
+def test_what_a_sampler_draws_depends_on_the_trial_and_on_no_worker():
+    def drawn(number, seed=0):
+        study = optuna.create_study(sampler=make_sampler(ASKED._replace(sampler="random", seed=seed), number))
+        return study.ask().suggest_float("x", 0, 1)
+
+    values = [drawn(0), drawn(1), drawn(0, seed=1)]
+    assert len(set(values)) == 3 and [drawn(0), drawn(1), drawn(0, seed=1)] == values
+
+
+def test_a_line_that_a_kill_tore_is_dropped_before_the_next_is_written(tmp_path):
+    first = queue(tmp_path / "s")
+    journal = tmp_path / "s" / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"worker')
+    first.study.enqueue_trial({"x": "0"})
+    assert journal.read_bytes().startswith(whole + b'{"op_code"') and len(queue(tmp_path / "s").study.trials) == 4
+    (tmp_path / "empty").touch()
+    drop_torn_line(tmp_path / "empty")
+    drop_torn_line(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"storage": "nosuch://host/db"}, "expected a journal file, or a URL"),
+        ({"storage": "sqlite:////nowhere/at/all.db"}, "tried for 0.1 s and not reached"),
+        ({"storage": "journal", "heartbeat": 5.0}, "only with a database"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmp.studies.tune_study.REACH_SECONDS", 0.1)
+    with pytest.raises(InputError, match=message):
+        queue(tmp_path / "s", **how)
+
+
+# Studies that train.
+
+
+@pytest.mark.slow
+def test_each_trial_is_the_run_that_train_makes_and_what_goes_wrong_is_a_result(tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path)
+    study = ["tune", str(config), "--sampler", "grid", "--metric", "loss", "--workdir", str(tmp_path / "runs")]
+    # 96 rows do not exist; a learning rate of 1e30 diverges.
+    study += ["--space", "optimizer.learning-rate=0.1,1e30", "data.batch-size=4,96", "--loop.steps", "10"]
+    assert main(study) == 0
+    shown = capsys.readouterr().out
+    assert "[trial 1/4] optimizer.learning-rate 0.1, data.batch-size 4: loss 0." in shown
+    folder = StudyFolder(tmp_path / "runs/blobs/tune")
+    found = study_to_json(folder)
+    assert [trial["state"] for trial in found["trials"]] == ["done", "pruned", "failed", "pruned"]
+    best, refused, diverged, _ = found["trials"]
+    assert "no experiment allows this: " in refused["reason"] and "96" in refused["reason"]
+    assert diverged["reason"].startswith("seed 0: ") and "loss" in diverged["reason"]
+    assert best["seeds"]["0"] == best["value"] == min(Run(best["runs"][0]).curve("loss", "validation")[1])
+
+    # The command of the best makes the same run elsewhere, to the bit.
+    command = study_report.command_of(found, best)
+    assert command in shown
+    words = command.split()[1:]
+    words[words.index("--workdir") + 1] = str(tmp_path / "alone")
+    assert main(words) == 0
+    (alone,) = (tmp_path / "alone/blobs").iterdir()
+    assert alone.name == Path(best["runs"][0]).name and bits(alone) == bits(best["runs"][0])
+
+    # The same command only reads; another space is refused, and so is other code.
+    assert main(study) == 0 and study_to_json(folder) == found
+    capsys.readouterr()
+    for arguments, message in (
+        ([*study, "--space", "data.batch-size=4,8"], "is another study: space optimizer.learning-rate is not varied"),
+        ([*study, "--metric", "los"], "did you mean 'loss'"),
+        ([*study, "--trials", "3"], "a grid has its 4 points"),
+        ([*study, "--jobs", "0"], "--jobs 0"),
+        ([*study, "--storage", "sqlite:///x.db"], "expected the same --storage"),
+        ([*study, "--pruner", "wilcoxon"], "expected 5 or more"),
+        ([*study, "--sampler", "cmaes"], "expected two or more"),
+        ([*study, "--workdir", ""], "workdir"),
+        ([*study, "--data.batch-size", "8"], "the study varies it"),
+        (["report", str(folder.path), best["runs"][0]], "expected it alone"),
+        (["report", best["runs"][0], "--storage", "x"], "is no study"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, error
+    config.write_text(config.read_text().replace("60 * label", "61 * label"))
+    assert main(study) == 2 and "has changed since" in capsys.readouterr().err
+
+    # The page has all of it.
+    assert main(["report", str(folder.path)]) == 0
+    page = (folder.path / "report.html").read_text()
+    assert command in page.replace("&#x27;", "'") and refused["reason"][:40] in page and "History" in page
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["report", str(folder.path)]) == 2 and "pip install 'jaxmp[tune]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pruned_trials_are_saved_and_train_goes_on_with_them(tmp_path):
+    base = dataclasses.replace(BASE, loop=dataclasses.replace(BASE.loop, steps=24))
+    space = {"optimizer.learning_rate": (0.1, 0.2, 0.3, 0.4, 0.5, 1e-9)}
+    found = tune(base, space, sampler="grid", pruner="median", metric="loss", workdir=str(tmp_path), log=quiet)
+    *others, last = found["trials"]
+    assert last["state"] == "pruned" and last["curve"][0][0] == 25 and len(last["curve"]) < 4
+    assert {trial["state"] for trial in others[:5]} <= {"done", "pruned"} and found.best in others
+    assert str(found).splitlines()[0].startswith("trial") and "<svg" in found._repr_html_()
+    found.save(tmp_path / "page.html")
+    assert json.loads((tmp_path / "page.json").read_text())["best"] == found["best"]
+
+    slow = dataclasses.replace(base, optimizer=SGD(1e-9))
+    fitted = fit(slow, workdir=tmp_path, log=quiet)
+    alone = fit(slow, workdir=tmp_path / "alone", log=quiet)
+    assert str(fitted.path) == last["runs"][0] and bits(fitted.path, slow) == bits(alone.path, slow)
+
+
+@pytest.mark.slow
+def test_wilcoxon_ends_a_trial_over_paired_seeds_and_the_best_has_all_of_them(tmp_path):
+    space = {"optimizer.learning_rate": (0.1, 1e-9, 1e-8)}
+    how = {"sampler": "grid", "seeds": 6, "pruner": "wilcoxon", "metric": "loss"}
+    found = tune(BASE, space, **how, workdir=str(tmp_path), log=quiet)
+    whole, *worse = found["trials"]
+    assert len(whole["seeds"]) == 6 and found.best == whole
+    assert whole["value"] == pytest.approx(np.mean(list(whole["seeds"].values())))
+    for trial in worse:
+        assert trial["state"] == "done" and len(trial["seeds"]) == 4 and "same 4 seeds" in trial["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+def test_each_sampler_makes_the_number_of_trials(tmp_path, sampler):
+    space = {"optimizer.learning_rate": "log:1e-3:1", "optimizer.momentum": "linear:0:0.9"}
+    how = {"sampler": sampler, "trials": 5, "workdir": str(tmp_path), "log": quiet}
+    base = dataclasses.replace(BASE, loop=Loop(steps=2, eval_every=1))
+    found = tune(base, space, **how)
+    assert [trial["state"] for trial in found["trials"]] == ["done"] * 5
+    assert len({json.dumps(trial["params"]) for trial in found["trials"]}) == 5
+    assert "History" in study_report.cell(found) and len(found["importance"]) == 2
+
+
+# Workers.
+
+
+def start(config, workdir, *arguments, **how):
+    command = [sys.executable, "-m", "jaxmp", "tune", str(config), "--workdir", str(workdir), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
+
+
+GRID = ("--sampler", "grid", "--space", "optimizer.learning-rate=0.1,0.2,0.3", "data.batch-size=4,8")
+
+
+def results(folder):
+    """What is the same whoever trained it: state, value and parameters of each trial, and the weights of its run."""
+    trials = study_to_json(StudyFolder(folder))["trials"]
+    trials.sort(key=lambda trial: trial["number"])
+    return [(trial["state"], trial["value"], trial["params"], bits(trial["runs"][0])) for trial in trials]
+
+
+@pytest.mark.slow
+def test_two_jobs_give_the_grid_results_of_one_to_the_bit(tmp_path):
+    config = write_config(tmp_path)
+    for jobs in ("1", "2"):
+        done = start(config, tmp_path / jobs, *GRID, "--jobs", jobs)
+        assert done.wait() == 0, done.stderr.read()
+    one, two = (results(tmp_path / jobs / "blobs/tune") for jobs in "12")
+    assert len(one) == 6 and one == two
+
+
+def check_whole(folder, plain, steps):
+    """Every point once, its value and weights those of `plain`, and every step in its lines once."""
+    assert results(folder) == plain
+    for trial in study_to_json(StudyFolder(folder))["trials"]:
+        lines = [line for line in Run(trial["runs"][0]).metrics if line["split"] == "train"]
+        assert [line["step"] for line in lines] == list(range(3, steps + 1, 3))
+
+
+def kill_at_random(begin, kills, until, seed=0):
+    """Kills one of the workers that `begin()` starts at random moments, starts another, and waits for all."""
+    rng, killed = random.Random(seed), 0
+    workers = [begin() for _ in range(until)]
+    while killed < kills:
+        time.sleep(rng.uniform(1, 8))
+        index = rng.randrange(until)
+        if workers[index].poll() is None:
+            workers[index].send_signal(signal.SIGKILL)
+            killed += 1
+        elif all(worker.poll() is not None for worker in workers):
+            raise AssertionError(f"the study had ended after {killed} kills; expected one that takes longer")
+        workers[index].wait()
+        workers[index] = begin()
+    for worker in workers:
+        assert worker.wait() == 0, worker.stderr.read()
+
+
+STEPS = 30_000
+LONG = (*GRID, "--loop.eval-every", "3000", "--loop.save-every", "300", "--loop.steps-per-dispatch", "30")
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_study_whose_workers_are_killed_ten_times_ends_as_if_none_was(tmp_path, count):
+    config = write_config(tmp_path, STEPS)
+    plain = start(config, tmp_path / "plain", *LONG)
+    assert plain.wait() == 0, plain.stderr.read()
+    kill_at_random(lambda: start(config, tmp_path / "killed", *LONG), 10, count)
+    assert start(config, tmp_path / "killed", *LONG).wait() == 0
+    check_whole(tmp_path / "killed/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
+
+
+@pytest.mark.full_size
+def test_a_job_that_is_stopped_saves_and_goes_on(tmp_path):
+    config = write_config(tmp_path, STEPS)
+    worker = start(config, tmp_path / "runs", *LONG, "--jobs", "2")
+    while not list((tmp_path / "runs").glob("blobs/*-s0/checkpoints/*")):
+        time.sleep(0.2)
+    worker.terminate()
+    assert worker.wait() == 75
+    states = {trial["state"] for trial in study_to_json(StudyFolder(tmp_path / "runs/blobs/tune"))["trials"]}
+    assert "running" in states and "failed" not in states
+    assert start(config, tmp_path / "runs", *LONG).wait() == 0
+    assert {t["state"] for t in study_to_json(StudyFolder(tmp_path / "runs/blobs/tune"))["trials"]} == {"done"}
+
+
+@pytest.fixture
+def postgres(tmp_path):
+    """The URL of a PostgreSQL server that this test started."""
+    pytest.importorskip("psycopg", reason="psycopg, the driver of PostgreSQL, is not installed")
+    homes = [Path(path) for path in ("/usr/lib/postgresql", "/usr/pgsql") if Path(path).is_dir()]
+    found = [shutil.which("initdb"), *(str(path) for home in homes for path in sorted(home.glob("*/bin/initdb")))]
+    initdb = next((path for path in reversed(found) if path), None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed: there is no initdb")
+    folder = Path("/tmp") / f"jaxmp-postgres-{os.getpid()}"  # its socket's path has to be short
+    folder.mkdir()
+    as_user = {}
+    if os.getuid() == 0:  # which PostgreSQL refuses
+        as_user = {"user": "postgres"}
+        shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([initdb, "-D", folder / "data", "-A", "trust"], check=True, capture_output=True, **as_user)
+    options = ["-k", folder, "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
+    server = subprocess.Popen(
+        [Path(initdb).resolve().with_name("postgres"), "-D", folder / "data", *options],
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        **as_user,
+    )
+    try:
+        yield f"postgresql+psycopg://{'postgres' if as_user else os.environ.get('USER', '')}@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.full_size
+def test_two_workers_share_a_study_in_postgresql_and_one_that_is_killed_loses_nothing(tmp_path, postgres):
+    config = write_config(tmp_path, STEPS)
+    plain = start(config, tmp_path / "plain", *LONG)
+    assert plain.wait() == 0, plain.stderr.read()
+    kill_at_random(lambda: start(config, tmp_path / "killed", *LONG, "--storage", postgres), 4, 2)
+    assert start(config, tmp_path / "killed", *LONG, "--storage", postgres).wait() == 0
+    check_whole(tmp_path / "killed/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
+    assert not (tmp_path / "killed/blobs/tune/journal.log").exists()
+
+
+@pytest.mark.full_size
+def test_by_signs_of_life_in_a_database_a_dead_workers_trial_is_gone_on_with(tmp_path, postgres):
+    config = write_config(tmp_path, STEPS)
+    how = (*LONG, "--storage", postgres, "--heartbeat", "1")
+    worker = start(config, tmp_path / "runs", *how)
+    while not list((tmp_path / "runs").glob("blobs/*-s0/checkpoints/*")):
+        time.sleep(0.2)
+    worker.kill()
+    worker.wait()
+    time.sleep(6)  # more than four signs of life that did not come
+    other = start(config, tmp_path / "runs", *how)
+    assert other.wait() == 0, other.stderr.read()
+    plain = start(config, tmp_path / "plain", *LONG)
+    assert plain.wait() == 0, plain.stderr.read()
+    check_whole(tmp_path / "runs/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
