@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -59,7 +60,8 @@ def tune(config: ConfigFile, options: Options, experiment: Experiment, overrides
 
     own = vars(options) | {"space": list(options.space)}
     del own["jobs"]
-    found = study(config, overrides=overrides, ready=_say_ready, **own)
+    log = functools.partial(print, flush=True)  # a line a trial, soon, in the log of a job as well
+    found = study(config, overrides=overrides, ready=_say_ready, log=log, **own)
     if found is None:
         return STOPPED
     if READY in os.environ:  # the parent shows what came out

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed, local_path, nearest, whole_number
 from jaxmp.experiment.config_file import ConfigFile, available
 from jaxmp.experiment.experiment import Experiment
@@ -30,6 +31,7 @@ from jaxmp.runs.going_on import refuse_other_code
 from jaxmp.runs.hooks import Evaluated, Pause
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.tune_compiled import shared_compiles
 from jaxmp.studies.tune_space import Space, Subject, spelled
 from jaxmp.studies.tune_study import (
     PRUNERS,
@@ -176,8 +178,9 @@ def tune(
     }
     queue = open_study(folder, definition, points, storage=storage, heartbeat=heartbeat, more=more, log=log)
     ready()
-    if not _Worker(of, parsed, queue, workdir, log).work():
-        return None
+    with shared_compiles(folder.id, queue.finished):
+        if not _Worker(of, parsed, queue, workdir, log).work():
+            return None
     return Tuning(study_to_json(folder, storage))
 
 
@@ -241,14 +244,16 @@ class _Worker:
 
     def work(self) -> bool:
         """Trains until no trial waits, and none is a dead worker's. Returns False if a signal stopped it."""
-        while True:
-            with self.queue.take() as taken:
-                if taken is None:
-                    return True
-                try:
-                    self._train(taken.trial, taken.again)
-                except _Stopped:
-                    return False
+        with stop_signals() as stopped:  # between two runs; `fit` saves a run that a signal reaches
+            while not stopped():
+                with self.queue.take() as taken:
+                    if taken is None:
+                        return True
+                    try:
+                        self._train(taken.trial, taken.again)
+                    except _Stopped:
+                        return False
+        return False
 
     def _train(self, trial: Any, again: bool) -> None:
         """Trains the runs of a trial, and tells the study what came out."""

@@ -324,37 +324,40 @@ def test_pruned_trials_are_saved_and_train_goes_on_with_them(tmp_path):
 
 @pytest.mark.slow
 def test_wilcoxon_ends_a_trial_over_paired_seeds_and_the_best_has_all_of_them(tmp_path):
-    space = {"optimizer.learning_rate": (0.1, 1e-9, 1e-8)}
+    space = {"optimizer.learning_rate": (0.1, 1e-9)}
     how = {"sampler": "grid", "seeds": 6, "pruner": "wilcoxon", "metric": "loss"}
     found = tune(BASE, space, **how, workdir=str(tmp_path), log=quiet)
-    whole, *worse = found["trials"]
+    whole, worse = found["trials"]
     assert len(whole["seeds"]) == 6 and found.best == whole
     assert whole["value"] == pytest.approx(np.mean(list(whole["seeds"].values())))
-    for trial in worse:
-        assert trial["state"] == "done" and len(trial["seeds"]) == 4 and "same 4 seeds" in trial["reason"]
+    assert worse["state"] == "done" and len(worse["seeds"]) in (4, 5) and "on the same" in worse["reason"]
+    assert worse["value"] == pytest.approx(np.mean(list(worse["seeds"].values())))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
 def test_each_sampler_makes_the_number_of_trials(tmp_path, sampler):
     space = {"optimizer.learning_rate": "log:1e-3:1", "optimizer.momentum": "linear:0:0.9"}
-    how = {"sampler": sampler, "trials": 5, "workdir": str(tmp_path), "log": quiet}
+    how = {"sampler": sampler, "trials": 4, "workdir": str(tmp_path), "log": quiet}
     base = dataclasses.replace(BASE, loop=Loop(steps=2, eval_every=1))
     found = tune(base, space, **how)
-    assert [trial["state"] for trial in found["trials"]] == ["done"] * 5
-    assert len({json.dumps(trial["params"]) for trial in found["trials"]}) == 5
+    assert [trial["state"] for trial in found["trials"]] == ["done"] * 4
+    assert len({json.dumps(trial["params"]) for trial in found["trials"]}) == 4
     assert "History" in study_report.cell(found) and len(found["importance"]) == 2
 
 
 # Workers.
 
 
-def start(config, workdir, *arguments, **how):
+def start(config, workdir, *arguments):
+    """A process of `jaxmp tune`; what it says goes to a file."""
     command = [sys.executable, "-m", "jaxmp", "tune", str(config), "--workdir", str(workdir), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
+    with config.with_name("said").open("a") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said)
 
 
-GRID = ("--sampler", "grid", "--space", "optimizer.learning-rate=0.1,0.2,0.3", "data.batch-size=4,8")
+def finish(worker, config, code=0):
+    assert worker.wait() == code, config.with_name("said").read_text()[-3000:]
 
 
 def results(folder):
@@ -367,65 +370,79 @@ def results(folder):
 @pytest.mark.slow
 def test_two_jobs_give_the_grid_results_of_one_to_the_bit(tmp_path):
     config = write_config(tmp_path)
+    grid = ("--sampler", "grid", "--space", "optimizer.learning-rate=0.1,0.2", "data.batch-size=4,8")
     for jobs in ("1", "2"):
-        done = start(config, tmp_path / jobs, *GRID, "--jobs", jobs)
-        assert done.wait() == 0, done.stderr.read()
+        finish(start(config, tmp_path / jobs, *grid, "--jobs", jobs), config)
     one, two = (results(tmp_path / jobs / "blobs/tune") for jobs in "12")
-    assert len(one) == 6 and one == two
+    assert len(one) == 4 and one == two
 
 
-def check_whole(folder, plain, steps):
-    """Every point once, its value and weights those of `plain`, and every step in its lines once."""
-    assert results(folder) == plain
-    for trial in study_to_json(StudyFolder(folder))["trials"]:
-        lines = [line for line in Run(trial["runs"][0]).metrics if line["split"] == "train"]
-        assert [line["step"] for line in lines] == list(range(3, steps + 1, 3))
+STEPS = 6_000
+LONG = (
+    *("--sampler", "grid", "--loop.eval-every", "1500", "--loop.save-every", "300"),
+    *("--space", "optimizer.learning-rate=0.1,0.2,0.3,0.4,0.5,0.6", "data.batch-size=4,8"),
+)
 
 
-def kill_at_random(begin, kills, until, seed=0):
-    """Kills one of the workers that `begin()` starts at random moments, starts another, and waits for all."""
-    rng, killed = random.Random(seed), 0
-    workers = [begin() for _ in range(until)]
-    while killed < kills:
-        time.sleep(rng.uniform(1, 8))
-        index = rng.randrange(until)
-        if workers[index].poll() is None:
-            workers[index].send_signal(signal.SIGKILL)
-            killed += 1
-        elif all(worker.poll() is not None for worker in workers):
-            raise AssertionError(f"the study had ended after {killed} kills; expected one that takes longer")
-        workers[index].wait()
-        workers[index] = begin()
-    for worker in workers:
-        assert worker.wait() == 0, worker.stderr.read()
+class Killed:
+    """A study whose workers are killed at random moments, beside one of a single worker that is left alone."""
 
+    def __init__(self, folder, *more):
+        self.config, self.workdir, self.more = write_config(folder, STEPS), folder / "killed", more
+        began = time.monotonic()
+        finish(start(self.config, folder / "plain", *LONG), self.config)
+        self.seconds = time.monotonic() - began
+        self.plain = results(folder / "plain/blobs/tune")
 
-STEPS = 30_000
-LONG = (*GRID, "--loop.eval-every", "3000", "--loop.save-every", "300", "--loop.steps-per-dispatch", "30")
+    def start(self):
+        return start(self.config, self.workdir, *LONG, *self.more)
+
+    def trials(self):
+        return study_to_json(StudyFolder(self.workdir / "blobs/tune"), *self.more[1:2])["trials"]
+
+    def run(self, workers, kills):
+        """Kills one of so many workers so many times, each time starts another, and waits for all."""
+        rng, running = random.Random(0), [self.start() for _ in range(workers)]
+        for _ in range(kills):
+            time.sleep(rng.uniform(0, self.seconds / 10))
+            index = rng.randrange(workers)
+            assert running[index].poll() is None, "the study had ended before the kills had; expected a longer one"
+            running[index].send_signal(signal.SIGKILL)
+            running[index].wait()
+            running[index] = self.start()
+        for worker in running:
+            finish(worker, self.config)
+        finish(self.start(), self.config)  # if the last to live was killed
+
+    def check(self):
+        """Every point is there once, with the value and the weights of `plain`, and each step has one line."""
+        assert results(self.workdir / "blobs/tune") == self.plain
+        assert len(self.trials()) == len(self.plain) == 12
+        for trial in self.trials():
+            lines = [line["step"] for line in Run(trial["runs"][0]).metrics if line["split"] == "train"]
+            assert lines == list(range(3, STEPS + 1, 3))
+        assert "goes on where another worker left it" in self.config.with_name("said").read_text()
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_study_whose_workers_are_killed_ten_times_ends_as_if_none_was(tmp_path, count):
-    config = write_config(tmp_path, STEPS)
-    plain = start(config, tmp_path / "plain", *LONG)
-    assert plain.wait() == 0, plain.stderr.read()
-    kill_at_random(lambda: start(config, tmp_path / "killed", *LONG), 10, count)
-    assert start(config, tmp_path / "killed", *LONG).wait() == 0
-    check_whole(tmp_path / "killed/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_study_whose_workers_are_killed_ten_times_ends_as_if_none_was(tmp_path, workers):
+    study = Killed(tmp_path)
+    study.run(workers, kills=10)
+    study.check()
 
 
 @pytest.mark.full_size
-def test_a_job_that_is_stopped_saves_and_goes_on(tmp_path):
+def test_jobs_that_are_stopped_save_and_the_same_command_goes_on(tmp_path):
     config = write_config(tmp_path, STEPS)
-    worker = start(config, tmp_path / "runs", *LONG, "--jobs", "2")
+    jobs = start(config, tmp_path / "runs", *LONG, "--jobs", "2")
     while not list((tmp_path / "runs").glob("blobs/*-s0/checkpoints/*")):
         time.sleep(0.2)
-    worker.terminate()
-    assert worker.wait() == 75
-    states = {trial["state"] for trial in study_to_json(StudyFolder(tmp_path / "runs/blobs/tune"))["trials"]}
+    jobs.terminate()
+    finish(jobs, config, 75)
+    states = [trial["state"] for trial in study_to_json(StudyFolder(tmp_path / "runs/blobs/tune"))["trials"]]
     assert "running" in states and "failed" not in states
-    assert start(config, tmp_path / "runs", *LONG).wait() == 0
+    finish(start(config, tmp_path / "runs", *LONG), config)
     assert {t["state"] for t in study_to_json(StudyFolder(tmp_path / "runs/blobs/tune"))["trials"]} == {"done"}
 
 
@@ -465,27 +482,20 @@ def postgres(tmp_path):
 
 @pytest.mark.full_size
 def test_two_workers_share_a_study_in_postgresql_and_one_that_is_killed_loses_nothing(tmp_path, postgres):
-    config = write_config(tmp_path, STEPS)
-    plain = start(config, tmp_path / "plain", *LONG)
-    assert plain.wait() == 0, plain.stderr.read()
-    kill_at_random(lambda: start(config, tmp_path / "killed", *LONG, "--storage", postgres), 4, 2)
-    assert start(config, tmp_path / "killed", *LONG, "--storage", postgres).wait() == 0
-    check_whole(tmp_path / "killed/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
-    assert not (tmp_path / "killed/blobs/tune/journal.log").exists()
+    study = Killed(tmp_path, "--storage", postgres)
+    study.run(2, kills=4)
+    study.check()
+    assert not (study.workdir / "blobs/tune/journal.log").exists()
 
 
 @pytest.mark.full_size
 def test_by_signs_of_life_in_a_database_a_dead_workers_trial_is_gone_on_with(tmp_path, postgres):
-    config = write_config(tmp_path, STEPS)
-    how = (*LONG, "--storage", postgres, "--heartbeat", "1")
-    worker = start(config, tmp_path / "runs", *how)
-    while not list((tmp_path / "runs").glob("blobs/*-s0/checkpoints/*")):
+    study = Killed(tmp_path, "--storage", postgres, "--heartbeat", "5")
+    worker = study.start()
+    while not list(study.workdir.glob("blobs/*-s0/checkpoints/*")):
         time.sleep(0.2)
     worker.kill()
     worker.wait()
-    time.sleep(6)  # more than four signs of life that did not come
-    other = start(config, tmp_path / "runs", *how)
-    assert other.wait() == 0, other.stderr.read()
-    plain = start(config, tmp_path / "plain", *LONG)
-    assert plain.wait() == 0, plain.stderr.read()
-    check_whole(tmp_path / "runs/blobs/tune", results(tmp_path / "plain/blobs/tune"), STEPS)
+    time.sleep(25)  # more than four signs of life that did not come
+    finish(study.start(), study.config)
+    study.check()
