@@ -12,6 +12,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -35,16 +36,16 @@ def shared_compiles(study: str, is_over: Callable[[], bool]) -> Iterator[None]:
         home = cache_folder()
     except InputError:  # there is no home folder
         home = None
-    if home is None or jax.config.jax_compilation_cache_dir is not None:
-        yield
-        return
-    folder = home / "compiled" / (platform.node() or "host") / study
+    folder = (home or Path()) / "compiled" / (platform.node() or "host") / study
     values = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     before = {name: getattr(jax.config, name) for name in values}
+    if home is None or before["jax_compilation_cache_dir"] is not None:
+        yield
+        return
     _configure(values)
     try:
         with warnings.catch_warnings():
