@@ -1,8 +1,8 @@
 """`shared_compiles`: what one trial of a study compiles, the next loads, in this process and in others of the machine.
 
 Trials whose programs are equal share them: those that differ in their seed alone, and all of them share evaluation.
-A number such as the learning rate is a constant of the train step, so that another one compiles a step of its own:
-as an argument, it would round differently from `jaxmp train`, whose runs trials are.
+A number such as the learning rate is a constant of the train step, so that another one compiles a step of its own. As
+an argument it would not, but XLA may round an argument otherwise than a constant, and trials are runs of `jaxmp train`.
 """
 
 from __future__ import annotations

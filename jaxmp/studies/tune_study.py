@@ -214,23 +214,25 @@ class TrialQueue:
         from optuna.storages._heartbeat import get_heartbeat_thread
         from optuna.trial import TrialState
 
+        trial = None
         with self.folder.locked():
-            waiting = self._trials(TrialState.WAITING)
-            if not waiting:
-                return None
-            lock = contextlib.ExitStack()
-            if self.heartbeat is None:
-                # Before it runs: or another worker would see it run without a lock.
-                lock.enter_context(self.folder.trial_locked(waiting[0].number))
-            trial = self.study.ask()
-            if trial.number != waiting[0].number:  # a worker with another folder was faster
-                lock.close()
+            while trial is None and (waiting := self._trials(TrialState.WAITING)):
+                lock = contextlib.ExitStack()
+                if self.heartbeat is None:
+                    # Before it runs: or another worker would see it run without a lock.
+                    lock.enter_context(self.folder.trial_locked(waiting[0].number))
+                trial = self.study.ask()
+                if trial.number == waiting[0].number:
+                    stack.push(lock)
+                    break
+                lock.close()  # a worker with another folder was faster
                 if trial.number not in {frozen.number for frozen in waiting}:  # ask() makes one where none waits
                     self.study.tell(trial, state=TrialState.FAIL)
-                    return self._ask(stack)
-                if self.heartbeat is None:
-                    lock.enter_context(self.folder.trial_locked(trial.number))
-            stack.push(lock)
+                    trial = None
+                elif self.heartbeat is None:
+                    stack.enter_context(self.folder.trial_locked(trial.number))
+            if trial is None:
+                return None
             trial.set_user_attr("folder", self.folder.id)
         if self.heartbeat is not None:
             stack.enter_context(get_heartbeat_thread(trial._trial_id, self.study._storage))

@@ -199,6 +199,27 @@ def test_workers_of_another_folder_are_left_to_it(tmp_path):
     assert len(said) == 1 and "--heartbeat" in said[0]
 
 
+def test_a_trial_that_another_machine_takes_first_is_not_trained_twice_and_none_is_made_anew(tmp_path):
+    journal = str(tmp_path / "journal")
+    here, there = (queue(tmp_path / name / "s", storage=journal, log=quiet) for name in "ab")
+    ask, raced = here.study.ask, []
+
+    def slow():  # each time, the other machine has taken the trial that this one saw waiting
+        if len(raced) < 2:
+            raced.append(there.study.ask())
+        return ask()
+
+    here.study.ask = slow
+    with here.take() as taken:
+        assert [trial.number for trial in raced] == [0] and taken.trial.number == 1
+    with here.take() as again, here.take() as nothing:  # what was left behind first; then the last, which is gone
+        assert (again.trial.number, again.again, nothing) == (1, True, None)
+    states = [trial.state.name for trial in here.study.trials]
+    assert states == ["RUNNING", "RUNNING", "RUNNING", "FAIL"]
+    found = study_to_json(StudyFolder(tmp_path / "a/s"))
+    assert [trial["state"] for trial in found["trials"]] == ["running"] * 3
+
+
 def test_a_study_gets_those_trials_that_are_missing_and_no_other_question(tmp_path):
     chosen = ASKED._replace(sampler="random", space={"x": "linear:0:1"}, trials=2)
     assert len(queue(tmp_path / "s", chosen, None).study.trials) == 2
