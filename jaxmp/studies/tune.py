@@ -125,6 +125,7 @@ def tune(
     Raises:
       InputError: the space, an option, the storage or the experiment's data cannot be used, the study in that folder
         asks something else, or the extra `tune` is not installed.
+      RunFailed: the database was lost on the way.
     """
     of = Subject(subject, subject.name if isinstance(subject, ConfigFile) else name, tuple(overrides))
     if not isinstance(subject, Experiment | ConfigFile):
@@ -178,10 +179,16 @@ def tune(
     }
     queue = open_study(folder, definition, points, storage=storage, heartbeat=heartbeat, more=more, log=log)
     ready()
-    with shared_compiles(folder.id, queue.finished):
-        if not _Worker(of, parsed, queue, workdir, log).work():
-            return None
-    return Tuning(study_to_json(folder, storage))
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        with shared_compiles(folder.id, queue.finished):
+            if not _Worker(of, parsed, queue, workdir, log).work():
+                return None
+        return Tuning(study_to_json(folder, storage))
+    except StorageInternalError as error:
+        why = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise RunFailed(f"the storage of {folder.path} was lost ({why}); the same command goes on") from error
 
 
 def _refuse_other_code(folder: StudyFolder, program: dict[str, Any], log: Callable[[str], None]) -> None:

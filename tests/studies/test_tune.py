@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from jaxmp.cli import main
+from jaxmp.commands.tune import READY, RESTARTS, _Workers
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
@@ -264,6 +265,31 @@ def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, mo
     monkeypatch.setattr("jaxmp.studies.tune_study.REACH_SECONDS", 0.1)
     with pytest.raises(InputError, match=message):
         queue(tmp_path / "s", **how)
+
+
+# The processes of `--jobs`.
+
+
+def workers(folder, does, jobs=2):
+    """The exit code of workers that run `does` in Python, and how often one was started."""
+    ready = f"import os, signal\nopen({str(folder / 'started')!r}, 'a').write('x')\nfd = os.environ[{READY!r}]\n"
+    code = _Workers([sys.executable, "-S", "-c", ready + does], jobs, ()).run()
+    return code, len((folder / "started").read_text())
+
+
+def test_a_worker_that_was_killed_is_started_again_and_bad_input_is_said_once(tmp_path, capfd):
+    say, gone = "if fd: os.write(int(fd), b'1')\n", tmp_path / "gone"
+    kill = f"if not os.path.exists({str(gone)!r}):\n open({str(gone)!r}, 'w')\n os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "a").mkdir()
+    assert workers(tmp_path / "a", say) == (0, 2)
+    assert workers(tmp_path, say + kill) == (0, 3)
+    assert "killed by signal 9, and is started again" in capfd.readouterr().err
+    (tmp_path / "b").mkdir()
+    assert workers(tmp_path / "b", "raise SystemExit(2)") == (2, 1)
+    (tmp_path / "c").mkdir()
+    assert workers(tmp_path / "c", say + "raise SystemExit(75 if fd else 0)") == (75, 2)
+    (tmp_path / "d").mkdir()
+    assert workers(tmp_path / "d", say + "if not fd: os.kill(os.getpid(), 9)") == (1, 1 + 1 + 2 * RESTARTS)
 
 
 # Studies that train.
