@@ -48,6 +48,10 @@ from jaxmp.training.metrics import specs_to_json
 
 TRIALS = 40
 """trials of a study, unless it is a grid, which has its points"""
+CLEAR_EVERY = 20
+"""trials after which a worker forgets what it compiled: 15 to 20 MiB each of `digits_mlp`"""
+NOT_ALLOWED = (ArithmeticError, AssertionError, LookupError, NotImplementedError, TypeError, ValueError)
+"""what a model or a task raises for values that it cannot be made or traced with; InputError is among them"""
 
 
 class Tuning(dict[str, Any]):
@@ -164,6 +168,8 @@ def tune(
         sampler=sampler,
         pruner=pruner,
     )
+    if not study or Path(study).name != study:
+        raise InputError(f"--study {study!r}: expected a name for its folder, such as tune")
     folder = StudyFolder(local_path("workdir", workdir) / of.name / study)
     folder.refuse_what_is_no_study()
     program = made_by(of.base)
@@ -247,6 +253,7 @@ class _Worker:
     def __init__(self, subject: Subject, space: Space, queue: TrialQueue, workdir: str, log: Callable[[str], None]):
         self.subject, self.space, self.queue, self.workdir, self.log = subject, space, queue, workdir, log
         self.definition = queue.definition
+        self._trained = 0
         self.worst = math.inf if self.definition.direction == "min" else -math.inf
 
     def work(self) -> bool:
@@ -278,7 +285,7 @@ class _Worker:
                 seed = self.definition.seed + i
                 outcome = self._run(trial, drawn, seed, i, again)
                 if isinstance(outcome, _Failure):
-                    reason = f"seed {seed}: {outcome.reason}"
+                    value, reason = self.worst, f"seed {seed}: {outcome.reason}"
                     break
                 values[seed] = outcome
                 value = statistics.fmean(values.values())
@@ -291,14 +298,15 @@ class _Worker:
             state, reason = TrialState.PRUNED, str(pruned)
         except _Refused as refused:
             state, reason = TrialState.PRUNED, str(refused)
-        if reason is not None and not reason.startswith("worse than the best"):
-            value = self.worst
         trial.set_user_attr("seeds", {str(seed): of for seed, of in values.items()})
         if reason is not None:
             trial.set_user_attr("reason", reason)
         told = None if state == TrialState.PRUNED else value
         self.queue.study.tell(trial, told, state=state, skip_if_finished=True)
-        result = f"{self.definition.metric} {value:.6g}" if math.isfinite(value) else ""
+        self._trained += 1
+        if self._trained % CLEAR_EVERY == 0:
+            jax.clear_caches()
+        result = f"{self.definition.metric} {value:.6g}" if told is not None and math.isfinite(value) else ""
         self.log(f"{where} {said}: {'; '.join(filter(None, (result, reason)))}")
 
     def _run(self, trial: Any, drawn: Mapping[str, Any], seed: int, index: int, again: bool) -> float | _Failure:
@@ -314,17 +322,21 @@ class _Worker:
         if str(folder.path) not in runs:
             trial.set_user_attr("runs", [*runs, str(folder.path)])
         watches, paused = self.definition.pruner in ("median", "hyperband") and index == 0, False
+        trouble: Exception | None = None
         if watches and again and trial.should_prune():  # as a worker found that did not live to say it
             raise _Pruned(f"worse than other trials ({self.definition.pruner})")
 
         def watch(evaluated: Evaluated) -> Pause | None:
-            nonlocal paused
+            nonlocal paused, trouble
             if evaluated.split != "validation" or not watches:
                 return None
             steps = RunFolder(evaluated.path).read_config()["steps"]
-            _report(trial, _percent(evaluated.step, steps), evaluated.metrics.get(self.definition.metric))
-            paused = trial.should_prune()
-            return Pause("worse than other trials") if paused else None
+            try:
+                _report(trial, _percent(evaluated.step, steps), evaluated.metrics.get(self.definition.metric))
+                paused = trial.should_prune()
+            except Exception as error:  # of the storage: no fault of the run, as an error of a hook would be
+                trouble = error
+            return Pause("worse than other trials") if paused or trouble else None
 
         while True:
             try:
@@ -342,15 +354,18 @@ class _Worker:
                 continue
             except RunFailed as error:
                 return _Failure(folder.read_failure() or str(error))
-            except InputError as error:
-                if not folder.is_unused():
+            except NOT_ALLOWED as error:
+                if not folder.is_unused():  # it was allowed, and something else is wrong
                     raise
-                raise _Refused(f"no experiment allows this: {error}") from None
+                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+                raise _Refused(f"no experiment allows this: {kind}{error}") from None
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 return _Failure(f"out of memory: {str(error).partition(chr(10))[0]}")
             break
+        if trouble is not None:
+            raise trouble
         lines = [line for line in folder.read_lines() if line["split"] == "validation"]
         if watches:  # of a run that had ended before, which calls no hook
             steps = folder.read_config()["steps"]

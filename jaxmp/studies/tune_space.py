@@ -185,11 +185,12 @@ class Space:
         Raises: InputError if the experiment takes them in no such combination.
         """
         words = [*self._words(subject, drawn), "--seed", str(seed)]
-        experiment = subject.make(words)
+        values = {}
         for path, value in drawn.items():
             of = self.leaves[path]
             if isinstance(of, Choices) and of.values is not None:
-                experiment = replaced(experiment, path, of.values[of.texts.index(value)])
+                values[path] = of.values[of.texts.index(value)]
+        experiment = replaced(subject.make(words), values)
         return Point(experiment, words if isinstance(subject.source, ConfigFile) else [])
 
     def _words(self, subject: Subject, drawn: Mapping[str, Any]) -> list[str]:
@@ -207,6 +208,11 @@ class Space:
         given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in subject.overrides}
         kinds = field_kinds(base)
         for path, of in self.leaves.items():
+            whole = next((other for other in self.leaves if path.startswith(f"{other}.")), None)
+            if whole is not None:
+                raise InputError(
+                    f"--space {spelled(path)}: {spelled(whole)} is varied as a whole; expected one of them"
+                )
             if path in given:
                 raise InputError(f"--{spelled(path)}: the study varies it, by --space {spelled(path)}={of}")
             parts = path.split(".")
@@ -259,12 +265,17 @@ def fields_of(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
         yield from fields_of(of, f"{above}{name}.")
 
 
-def replaced(value: Any, path: str, new: Any) -> Any:
-    """A copy of nested dataclasses and mappings with another value at `path`."""
-    first, _, rest = path.partition(".")
-    of = dict(_children(value))[first]
-    inner = replaced(of, rest, new) if rest else new
-    return {**value, first: inner} if isinstance(value, Mapping) else dataclasses.replace(value, **{first: inner})
+def replaced(value: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of nested dataclasses and mappings with other values at some paths, each dataclass checked once."""
+    below: dict[str, dict[str, Any]] = {}
+    for path, of in new.items():
+        first, _, rest = path.partition(".")
+        below.setdefault(first, {})[rest] = of
+    if not below:
+        return value
+    children = dict(_children(value))
+    changed = {name: paths[""] if "" in paths else replaced(children[name], paths) for name, paths in below.items()}
+    return {**value, **changed} if isinstance(value, Mapping) else dataclasses.replace(value, **changed)
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:

@@ -21,7 +21,7 @@ import pytest
 from jaxmp.cli import main
 from jaxmp.commands.tune import READY, RESTARTS, _Workers
 from jaxmp.data.arrays import Arrays
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
@@ -143,6 +143,7 @@ def test_a_space_names_leaves_as_the_command_line_and_python_do():
         (["loop.log-every=1,2"], "changes no result"),
         (["parallel.remat=none,layers"], "changes no result"),
         ({"data.batch_size": 4}, "expected a list of values"),
+        ({"optimizer": (SGD(0.1),), "optimizer.learning_rate": (0.1, 0.2)}, "optimizer is varied as a whole"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_with_the_leaf_and_what_was_expected(space, message):
@@ -152,9 +153,17 @@ def test_a_space_that_cannot_be_searched_is_refused_with_the_leaf_and_what_was_e
 
 
 def test_a_value_that_is_allowed_beside_another_leaf_alone_is_none_to_refuse():
-    shards = ["model.dropout=0,0.5", "scaler.kind=none,dynamic", "scaler.init-scale=4,8"]
-    base = dataclasses.replace(BASE, scaler=dataclasses.replace(BASE.scaler, kind="none"))
-    assert Space.parse(shards, Subject(base, "experiment")).points()
+    base = dataclasses.replace(BASE, optimizer=SGD(0.1, decay=()))  # weight decay wants a pattern
+    space = {"optimizer.weight_decay": (0.0, 0.1), "optimizer.decay": ((), ("**/kernel",))}
+    subject = Subject(base, "experiment")
+    with pytest.raises(InputError, match=r"0\.1 is refused"):
+        Space.parse({"optimizer.weight_decay": space["optimizer.weight_decay"]}, subject)
+    parsed = Space.parse(space, subject)
+    *_, both = parsed.points()
+    assert parsed.point(subject, both, 0).experiment.optimizer == SGD(0.1, weight_decay=0.1, decay=("**/kernel",))
+    refused = both | {"optimizer.decay": "()"}
+    with pytest.raises(InputError, match="at least one pattern"):
+        parsed.point(subject, refused, 0)
 
 
 # The trials of a study, without training.
@@ -267,6 +276,38 @@ def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, mo
         queue(tmp_path / "s", **how)
 
 
+def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_path, monkeypatch):
+    raised = {
+        0.1: TypeError("shapes (4,) and (8,)"),
+        0.2: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nby 1 GiB"),
+        0.3: RunFailed("the loss is NaN"),
+    }
+
+    def fails(experiment, **how):
+        raise raised[experiment.optimizer.learning_rate]
+
+    monkeypatch.setattr("jaxmp.studies.tune.fit", fails)
+    space = {"optimizer.learning_rate": tuple(raised)}
+    found = tune(BASE, space, sampler="grid", workdir=str(tmp_path), log=quiet)
+    refused, no_memory, diverged = found["trials"]
+    assert (refused["state"], refused["reason"]) == (
+        "pruned", "no experiment allows this: TypeError: shapes (4,) and (8,)"
+    )  # fmt: skip
+    assert (no_memory["state"], no_memory["reason"]) == (
+        "failed", "seed 0: out of memory: RESOURCE_EXHAUSTED: Out of memory"
+    )  # fmt: skip
+    assert (diverged["state"], diverged["reason"]) == ("failed", "seed 0: the loss is NaN")
+    assert found.best is None and "best             none" in str(found) and "no finite value" in found._repr_html_()
+
+    def bug(experiment, **how):  # no fault of the values
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jaxmp.studies.tune.fit", bug)
+    with pytest.raises(OSError, match="disk full"):
+        tune(BASE, space, sampler="grid", study="other", workdir=str(tmp_path), log=quiet)
+    assert study_to_json(StudyFolder(tmp_path / "experiment/other"))["trials"][0]["state"] == "running"
+
+
 # The processes of `--jobs`.
 
 
@@ -329,6 +370,7 @@ def test_each_trial_is_the_run_that_train_makes_and_what_goes_wrong_is_a_result(
         ([*study, "--metric", "los"], "did you mean 'loss'"),
         ([*study, "--trials", "3"], "a grid has its 4 points"),
         ([*study, "--jobs", "0"], "--jobs 0"),
+        ([*study, "--study", "a/b"], "--study 'a/b'"),
         ([*study, "--storage", "sqlite:///x.db"], "expected the same --storage"),
         ([*study, "--pruner", "wilcoxon"], "expected 5 or more"),
         ([*study, "--sampler", "cmaes"], "expected two or more"),
