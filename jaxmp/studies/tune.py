@@ -195,6 +195,8 @@ def tune(
     except StorageInternalError as error:
         why = str(error.__cause__ or error).strip().partition("\n")[0]
         raise RunFailed(f"the storage of {folder.path} was lost ({why}); the same command goes on") from error
+    finally:
+        queue.close()
 
 
 def _refuse_other_code(folder: StudyFolder, program: dict[str, Any], log: Callable[[str], None]) -> None:

@@ -273,6 +273,10 @@ class TrialQueue:
         """Whether the trials are in the folder's own journal, which only workers with this folder see."""
         return self.folder.read()["storage"] is None
 
+    def close(self) -> None:
+        """Closes the connections to a database."""
+        close_storage(self.study._storage)
+
     def finished(self) -> bool:
         """Whether no trial waits or runs."""
         return all(frozen.state.is_finished() for frozen in self.study.get_trials(deepcopy=False))
@@ -311,6 +315,14 @@ def open_storage(folder: StudyFolder, url: str | None, heartbeat: float | None =
         except (OSError, ValueError) as error:
             raise InputError(f"--storage {path}: expected a journal file of Optuna ({error})") from error
     return _database(url, heartbeat)
+
+
+def close_storage(storage: Any) -> None:
+    """Closes the connections of a storage, if it is a database."""
+    storage.remove_session()
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)  # Optuna puts a cache around a database
+    if engine is not None:
+        engine.dispose()
 
 
 def _journal(path: Path) -> Any:
@@ -513,9 +525,12 @@ def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, 
     opened = open_storage(folder, storage or content["storage"])
     try:
         study = optuna.load_study(study_name=content["study"], storage=opened)
+        trials = [_trial(t) for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
+        importance = _importance(study, definition)
     except KeyError:
         raise InputError(f"{folder.path}: its storage holds no study {content['study']}") from None
-    trials = [_trial(t) for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
+    finally:
+        close_storage(opened)
     best = _best(trials, definition)
     return without_nan(
         {
@@ -524,7 +539,7 @@ def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, 
             "folder": str(folder.path),
             "trials": trials,
             "best": best and best["number"],
-            "importance": _importance(study, definition),
+            "importance": importance,
         }
     )
 

@@ -492,13 +492,15 @@ class Killed:
     def run(self, workers, kills):
         """Kills one of so many workers so many times, each time starts another, and waits for all."""
         rng, running = random.Random(0), [self.start() for _ in range(workers)]
+        while not list(self.workdir.glob("blobs/*-s0/checkpoints/*")):  # some kills shall meet a trial
+            time.sleep(0.2)
         for _ in range(kills):
-            time.sleep(rng.uniform(0, self.seconds / 10))
             index = rng.randrange(workers)
             assert running[index].poll() is None, "the study had ended before the kills had; expected a longer one"
             running[index].send_signal(signal.SIGKILL)
             running[index].wait()
             running[index] = self.start()
+            time.sleep(rng.uniform(0, self.seconds / 10))
         for worker in running:
             finish(worker, self.config)
         finish(self.start(), self.config)  # if the last to live was killed
@@ -580,11 +582,7 @@ def test_two_workers_share_a_study_in_postgresql_and_one_that_is_killed_loses_no
 @pytest.mark.full_size
 def test_by_signs_of_life_in_a_database_a_dead_workers_trial_is_gone_on_with(tmp_path, postgres):
     study = Killed(tmp_path, "--storage", postgres, "--heartbeat", "5")
-    worker = study.start()
-    while not list(study.workdir.glob("blobs/*-s0/checkpoints/*")):
-        time.sleep(0.2)
-    worker.kill()
-    worker.wait()
+    study.run(1, kills=1)
     time.sleep(25)  # more than four signs of life that did not come
     finish(study.start(), study.config)
     study.check()
