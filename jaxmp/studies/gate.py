@@ -66,6 +66,8 @@ class Verdict(NamedTuple):
     """pairs in which the first failed and it did not"""
     p_failed: float
     """one-sided p that it fails no more often than the first, by the exact McNemar test; NaN if neither failed alone"""
+    skewness: float
+    """of the differences, positive where a few seeds are far worse; NaN where there is none"""
 
 
 def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, first_failed: int = 0) -> Verdict:
@@ -92,7 +94,7 @@ def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, fir
     values, n = np.asarray(worse, np.float64), len(worse)
     mean = float(values.mean()) if n else math.nan
     spread = float(values.std(ddof=1)) if n > 1 else math.nan
-    accept, reject, bound = 1.0, 1.0, math.nan
+    accept, reject, bound, skewness = 1.0, 1.0, math.nan, math.nan
     if n > 1 and np.allclose(values, values[0], rtol=1e-9, atol=0):
         accept, reject = (2.0**-n, 1.0) if mean < margin else (1.0, 2.0**-n if mean > margin else 1.0)
     elif n > 1:
@@ -100,6 +102,7 @@ def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, fir
         accept = float(stats.t.cdf((mean - margin) / error, n - 1))
         reject = float(stats.t.sf((mean - margin) / error, n - 1))
         bound = mean + error * float(stats.t.isf(p, n - 1))
+        skewness = float(stats.skew(values))
     alone = failed + first_failed
     p_failed = float(stats.binom.sf(failed - 1, alone, 0.5)) if alone else math.nan
     answer = UNDECIDED
@@ -107,7 +110,7 @@ def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, fir
         answer = INFERIOR
     elif accept < p and not failed:
         answer = NOT_INFERIOR
-    return Verdict(answer, n, mean, spread, bound, accept, reject, failed, first_failed, p_failed)
+    return Verdict(answer, n, mean, spread, bound, accept, reject, failed, first_failed, p_failed, skewness)
 
 
 def decidable_margin(pairs: int, p: float, power: float = POWER) -> float:

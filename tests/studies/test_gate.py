@@ -159,6 +159,16 @@ def test_what_is_decided_at_a_look_is_trained_no_further(tmp_path, blobs, made_u
     assert not found.is_open and found.common_seeds == list(range(5)) and "20 pairs" in said[0]
 
 
+def test_differences_that_look_skewed_are_said_to_be(tmp_path, blobs, made_up):
+    made_up(lambda precision, seed: noise(precision, seed) + (0.05 if precision == PRECISIONS[1] and seed == 4 else 0))
+    found, _ = run(blobs, tmp_path)
+    (line,) = [line for line in gate_report.text(found).splitlines() if "skewed" in line]
+    assert line.startswith("mixed_bfloat16: ") and "11 to 39 %" in line
+    page = Page("a")
+    gate_report.add(page, found)
+    assert str(page).count("are skewed (skewness") == 1
+
+
 def test_what_fails_always_is_inferior_whatever_the_margin(tmp_path, blobs, made_up):
     made_up(lambda precision, seed: None if precision == "mixed_float16" else noise(precision, seed))
     found, _ = run(blobs, tmp_path)
