@@ -26,7 +26,7 @@ any of them cut by random_split, k_folds, balanced; a task: Classification, othe
 Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop,
 Scaling, Parallel.
 
-Runs: fit, steps, Run, compare, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
+Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
 Evaluated, and may return Stop or Pause.
 
 Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
@@ -82,6 +82,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.audit import audit
     from jaxmp.studies.cheapest_policy import find_policy
     from jaxmp.studies.compare import compare
+    from jaxmp.studies.gate import gate
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
     from jaxmp.studies.tune import tune

@@ -531,6 +531,7 @@ def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, 
         raise InputError(f"{folder.path}: its storage holds no study {content['study']}") from None
     finally:
         close_storage(opened)
+    trials.sort(key=lambda trial: trial["number"])
     best = _best(trials, definition)
     return without_nan(
         {

@@ -84,7 +84,7 @@ def made_up(monkeypatch, blobs):
         def train(cell, workdir, name, origin, log):
             trained.append((cell.precision, cell.seed))
             value = loss(cell.precision, cell.seed)
-            return {"failed": value is None and "diverged", "summary": {"test": {"loss": value}}}
+            return {"failed": value is None and "diverged", "summary": {"test": {"loss": value, "accuracy": value}}}
 
         monkeypatch.setattr(gates, "train_cell", train)
         return trained
@@ -113,9 +113,9 @@ def noise(precision, seed):
     return 1.0 + (0.01 * math.sin(7 * seed) if precision != "float32" else 0.0)
 
 
-def run(subject, folder, margin=0.1, **how):
+def run(subject, folder, margin=0.1, metric="loss", **how):
     said = []
-    found = gate(subject, PRECISIONS, margin=margin, metric="loss", workdir=str(folder), log=said.append, **how)
+    found = gate(subject, PRECISIONS, margin=margin, metric=metric, workdir=str(folder), log=said.append, **how)
     return found, said
 
 
@@ -157,6 +157,16 @@ def test_what_is_decided_at_a_look_is_trained_no_further(tmp_path, blobs, made_u
     worse = found["verdicts"]["mixed_float16"]
     assert (worse["answer"], worse["failed"], worse["pairs"]) == (UNDECIDED, 1, 19)
     assert not found.is_open and found.common_seeds == list(range(5)) and "20 pairs" in said[0]
+
+
+def test_of_an_accuracy_less_is_worse(tmp_path, blobs, made_up):
+    by = {"float32": 0.5, "mixed_bfloat16": 0.3, "mixed_float16": 0.7}
+    made_up(lambda precision, seed: by[precision] + 0.01 * math.sin(7 * seed + len(precision)))
+    found, _ = run(blobs, tmp_path, metric="accuracy")
+    answers = {precision: verdict["answer"] for precision, verdict in found["verdicts"].items()}
+    assert answers == {"mixed_bfloat16": INFERIOR, "mixed_float16": NOT_INFERIOR}
+    assert found["verdicts"]["mixed_bfloat16"]["mean"] == pytest.approx(0.2, abs=0.02)
+    assert "accuracy at most 0.1 less" in gate_report.text(found)
 
 
 def test_differences_that_look_skewed_are_said_to_be(tmp_path, blobs, made_up):

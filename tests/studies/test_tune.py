@@ -452,7 +452,6 @@ def finish(worker, config, code=0):
 def results(folder):
     """What is the same whoever trained it: state, value and parameters of each trial, and the weights of its run."""
     trials = study_to_json(StudyFolder(folder))["trials"]
-    trials.sort(key=lambda trial: trial["number"])
     return [(trial["state"], trial["value"], trial["params"], bits(trial["runs"][0])) for trial in trials]
 
 
