@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 READY = "JAXMP_TUNE_READY"
 """environment variable of a worker that `--jobs` started: the file descriptor that it writes to when all is checked"""
 RESTARTS = 5
-"""how often in a row workers that were killed are started again"""
+"""how often, for each job, a worker that was killed is started again"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class _Workers:
             ready = os.read(reader, 1)  # nothing, if it ends before
             os.close(reader)
             if not ready:
-                return self.running[0].wait()
+                code = self.running[0].wait()
+                return STOPPED if self.stopping else max(code, FAILED)
             for index in range(1, self.jobs):
                 self._start(index)
             return self._wait()

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmp.cli import main
 from jaxmp.commands.tune import READY, RESTARTS, _Workers
@@ -29,6 +30,7 @@ from jaxmp.reports import study_report
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.studies.tune import tune
+from jaxmp.studies.tune_compiled import shared_compiles
 from jaxmp.studies.tune_space import Range, Space, Subject
 from jaxmp.studies.tune_study import (
     Definition,
@@ -331,6 +333,26 @@ def test_a_worker_that_was_killed_is_started_again_and_bad_input_is_said_once(tm
     assert workers(tmp_path / "c", say + "raise SystemExit(75 if fd else 0)") == (75, 2)
     (tmp_path / "d").mkdir()
     assert workers(tmp_path / "d", say + "if not fd: os.kill(os.getpid(), 9)") == (1, 1 + 1 + 2 * RESTARTS)
+
+
+def test_what_a_trial_compiles_is_kept_for_the_next_and_deleted_with_the_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+    try:
+        for over in (False, True):
+            hits.clear()
+            with shared_compiles("study", lambda over=over: over):
+                jax.jit(lambda x: x * 3 + 1)(np.arange(7.0))
+                assert list(tmp_path.glob("jaxmp/compiled/*/study/*"))
+            assert bool(hits) == over
+            assert jax.config.jax_compilation_cache_dir is None
+        assert not list(tmp_path.glob("jaxmp/compiled/*/study"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 # Studies that train.
