@@ -197,7 +197,9 @@ class TrialQueue:
 
         with contextlib.ExitStack() as stack:
             if self.heartbeat is not None:
-                optuna.storages.fail_stale_trials(self.study)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that it is experimental
+                    optuna.storages.fail_stale_trials(self.study)
             else:
                 for frozen in self._trials(TrialState.RUNNING):
                     if not self._may_be_dead(frozen):
@@ -221,7 +223,9 @@ class TrialQueue:
                 if self.heartbeat is None:
                     # Before it runs: or another worker would see it run without a lock.
                     lock.enter_context(self.folder.trial_locked(waiting[0].number))
-                trial = self.study.ask()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that signs of life are given by Study.optimize: here, below
+                    trial = self.study.ask()
                 if trial.number == waiting[0].number:
                     stack.push(lock)
                     break
