@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmp.html.elements import NO_VALUE, Elements
-from jaxmp.html.figure import Axis, Series, bar_figure, line_figure, point_figure
+from jaxmp.html.figure import DOTS, Axis, Series, bar_figure, line_figure, point_figure
 from jaxmp.reports.page import Page, provenance_rows
 from jaxmp.reports.run_report import shown
 from jaxmp.text_table import table
@@ -202,10 +202,13 @@ def _history(study: Mapping[str, Any]) -> str:
         best = min(best, sign * trial["value"])
         stairs.append(sign * best * spec.factor)
     x = [trial["number"] + 1 for trial in ended]
-    points = Series("trial", x, [trial["value"] * spec.factor for trial in ended], 1)
-    # A gap after each point, so that no line joins them.
-    apart = Series("trial", [n for n in x for _ in "ab"], [v for y in points.y for v in (y, math.nan)], 1)
-    lines = [Series("best", x, stairs, 0, steps=True), apart]
+    y = [trial["value"] * spec.factor for trial in ended]
+    lines = [Series("best", x, stairs, 0, steps=True)]
+    for first in range(0, len(x), DOTS // 2):  # a longer line has no dots
+        last = first + DOTS // 2
+        # A gap after each point, so that no line joins them.
+        gaps = [value for point in y[first:last] for value in (point, math.nan)]
+        lines.append(Series("" if first else "trial", [n for n in x[first:last] for _ in "ab"], gaps, 1))
     return line_figure(Axis("trial", whole=True), _axis(study, spec), lines, name="value of each trial")
 
 

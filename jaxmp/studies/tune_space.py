@@ -39,7 +39,7 @@ class Range(NamedTuple):
     """whether only whole numbers are drawn"""
 
     def __str__(self) -> str:
-        return f"{'log' if self.log else 'linear'}:{self.low:g}:{self.high:g}"
+        return f"{'log' if self.log else 'linear'}:{self.low!r}:{self.high!r}"
 
     @property
     def ends(self) -> tuple[Any, Any]:
