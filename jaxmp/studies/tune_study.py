@@ -47,6 +47,8 @@ REACH_SECONDS = 30.0
 """seconds for which a storage that does not answer is tried"""
 UNSIGNED_SECONDS = 60.0
 """seconds after which a running trial that no worker signed is a dead worker's: signing follows taking at once"""
+MAKER_SECONDS = 2.0
+"""seconds without a new trial after which another worker makes them no more"""
 FIRST_PERCENT = 10
 """percent of a run that the hyperband pruner gives to every trial"""
 
@@ -442,7 +444,12 @@ def open_study(
         opened = open_storage(folder, storage, heartbeat)
         name = f"{definition.config}/{folder.path.name}"
         direction = "minimize" if definition.direction == "min" else "maximize"
-        study = optuna.create_study(storage=opened, study_name=name, direction=direction, load_if_exists=True)
+        try:
+            study = optuna.create_study(storage=opened, study_name=name, direction=direction)
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=opened, study_name=name)
+            if storage is not None and content is None:
+                _wait_for_maker(study, definition)
         study.sampler, study.pruner = make_sampler(definition, 0), make_pruner(definition)
         kept = study.user_attrs.get("definition")
         if kept is not None:
@@ -454,6 +461,14 @@ def open_study(
             study.set_user_attr("definition", definition._asdict())
         _enqueue(study, definition, points)
     return TrialQueue(folder, study, definition, heartbeat, log)
+
+
+def _wait_for_maker(study: optuna.Study, definition: Definition) -> None:
+    """Waits while a worker with another folder, whose lock holds nobody up here, is making the trials."""
+    seen = -1
+    while seen < (there := len(study.get_trials(deepcopy=False))) < definition.trials:
+        seen = there
+        time.sleep(MAKER_SECONDS)
 
 
 def _enqueue(study: optuna.Study, definition: Definition, points: Sequence[Mapping[str, str]] | None) -> None:

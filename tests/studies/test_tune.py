@@ -145,7 +145,7 @@ def test_a_space_names_leaves_as_the_command_line_and_python_do():
         (["loop.log-every=1,2"], "changes no result"),
         (["parallel.remat=none,layers"], "changes no result"),
         ({"data.batch_size": 4}, "expected a list of values"),
-        ({"optimizer": (SGD(0.1),), "optimizer.learning_rate": (0.1, 0.2)}, "optimizer is varied whole"),
+        ({"optimizer": (SGD(0.1),), "optimizer.learning_rate": (0.1, 0.2)}, "optimizer is varied as a whole"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_with_the_leaf_and_what_was_expected(space, message):
