@@ -26,8 +26,8 @@ any of them cut by random_split, k_folds, balanced; a task: Classification, othe
 Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop,
 Scaling, Parallel.
 
-Runs: fit, steps, Run, compare; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an Evaluated, and
-may return Stop.
+Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
+Evaluated, and may return Stop or Pause.
 
 Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
 """
@@ -66,7 +66,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.recipe import Recipe
     from jaxmp.precision.rounding import apply_updates
     from jaxmp.runs.fit import fit, steps
-    from jaxmp.runs.hooks import Evaluated, StepInfo, Stop
+    from jaxmp.runs.hooks import Evaluated, Pause, StepInfo, Stop
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm
     from jaxmp.scaling.scalers import DynamicScaler, HeadroomScaler, NoScaler, Scaling, StaticScaler
@@ -82,8 +82,10 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.audit import audit
     from jaxmp.studies.cheapest_policy import find_policy
     from jaxmp.studies.compare import compare
+    from jaxmp.studies.gate import gate
     from jaxmp.studies.memory import memory
     from jaxmp.studies.overflow import blame
+    from jaxmp.studies.tune import tune
     from jaxmp.studies.what_if import what_if
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.function import FunctionTask

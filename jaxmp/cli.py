@@ -30,6 +30,7 @@ from jaxmp.commands import (
     runs,
     sample,
     train,
+    tune,
     weights,
     what_if,
 )
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
         audit.COMMAND,
         blame.COMMAND,
         compare.COMMAND,
+        tune.COMMAND,
         find_policy.COMMAND,
         what_if.COMMAND,
         find_lr.COMMAND,

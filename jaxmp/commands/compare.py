@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,8 +22,15 @@ class Options:
 
     precision: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16")
     """Precisions to train under; each is compared with the first."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds to train with, under every precision."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds to train with, under every precision; by default 0 1 2, and with --margin 0 to 9."""
+    margin: float | None = None
+    """Be a gate: exit code 0 only if each precision is shown to be less than this worse than the first, on the test
+    split. The seeds are planned before the first run."""
+    metric: str | None = None
+    """With --margin: the metric that it is about; by default the one that the config monitors."""
+    looks: bool = False
+    """With --margin: decide after 5, 10 and 20 pairs of seeds, at p < .0206 each, instead of once."""
     output: str | None = None
     """HTML file to write, with a JSON file next to it; by default WORKDIR/CONFIG/compare.html."""
     workdir: str = "runs"
@@ -38,13 +46,35 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     require_path(workdir=options.workdir, output=options.output)
     if any(argument.partition("=")[0] == "--seed" for argument in overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
+    from jaxmp.reports import gate_report
     from jaxmp.reports.comparison import failures, text
     from jaxmp.studies import compare as study
+    from jaxmp.studies.gate import Gate, gate
 
+    seeds: Sequence[int] = (0, 1, 2) if options.seeds is None else options.seeds
+    found: Gate | None = None
+    if options.margin is None:
+        for name in ("metric", "looks"):
+            if getattr(options, name):
+                raise InputError(f"--{name}: only with --margin, which is not given")
+    else:
+        found = gate(
+            config,
+            options.precision,
+            margin=options.margin,
+            metric=options.metric,
+            seeds=options.seeds,
+            looks=options.looks,
+            overrides=overrides,
+            workdir=options.workdir,
+        )
+        if found is None:
+            return STOPPED
+        seeds = found.common_seeds
     comparison = study.compare(
         config,
         options.precision,
-        options.seeds,
+        seeds,
         overrides=overrides,
         workdir=options.workdir,
         gradients=options.gradients,
@@ -52,6 +82,8 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     )
     if comparison is None:
         return STOPPED
+    if found is not None:
+        comparison["gate"] = dict(found)
     output = Path(options.output or Path(options.workdir) / config.name / "compare.html").expanduser()
     study.save(comparison, output)
     print(text(comparison))
@@ -59,6 +91,9 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     failed = failures(comparison)
     for failure in failed:
         print(f"jaxmp: failed: {failure}", file=sys.stderr)
+    if found is not None:
+        print(gate_report.text(found))
+        return DONE if found.is_open else FAILED
     return FAILED if failed else DONE
 
 

@@ -149,6 +149,37 @@ def bar_figure(x: Axis, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]],
     return _svg(parts, name, height)
 
 
+def point_figure(
+    x: Axis, y: Axis, points: Sequence[tuple[float, float, int, str]], *, names: Sequence[str] = (), name: str
+) -> str:
+    """Draws points that no line joins, as an `<svg>` element.
+
+    Args:
+      x: the horizontal axis.
+      y: the vertical axis.
+      points: x, y, style, and what its tooltip says. A point that an axis cannot show is left out.
+      names: where the horizontal axis has values that are no numbers, their names: x is then 0 for the first of them.
+      name: what the figure shows.
+    """
+    drawn = [
+        (a, b, style, tip)
+        for a, b, style, tip in points
+        if math.isfinite(a) and math.isfinite(b) and (a > 0 or x.scale == "linear") and (b > 0 or y.scale == "linear")
+    ]
+    right = WIDTH - 24
+    across = _Names(x, names, LEFT, right) if names else _Scale(x, [a for a, *_ in drawn], LEFT, right, padded=True)
+    up = _Scale(y, [b for _, b, *_ in drawn], HEIGHT - BOTTOM, TOP, padded=True)
+    parts = [_frame(across, up, LEFT, right, TOP, HEIGHT)]
+    parts += [
+        f'<circle class="c{style % STYLES} dot" cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" data-x="{a:.7g}" '
+        f'data-y="{b:.7g}"><title>{_escape(tip)}</title></circle>'
+        for a, b, style, tip in drawn
+    ]
+    if not drawn:
+        parts.append(_text((LEFT + right) / 2, (TOP + HEIGHT - BOTTOM) / 2, "no finite value", "mute middle"))
+    return _svg(parts, name, HEIGHT)
+
+
 def histogram_figure(
     x: Axis,
     bars: Sequence[tuple[float, float]],
@@ -259,6 +290,19 @@ class _Scale:
             if all(right - left >= room for (left, _), (right, _), room in zip(ticks, ticks[1:], rooms, strict=False)):
                 break
         return ticks
+
+
+class _Names(_Scale):
+    """An axis of names, side by side."""
+
+    def __init__(self, axis: Axis, names: Sequence[str], start: float, end: float):
+        super().__init__(Axis(axis.label), [-0.5, len(names) - 0.5], start, end)
+        self.names = names
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """The coordinate of each name, and the name, as short as its place is wide."""
+        letters = max(3, int((self.end - self.start) / len(self.names) / LETTER) - 1)
+        return [(self(i), shortened(name, letters)) for i, name in enumerate(self.names)]
 
 
 def _linear_ticks(low: float, high: float, count: int, whole: bool = False) -> list[tuple[float, str]]:

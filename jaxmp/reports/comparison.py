@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmp.html.elements import NO_VALUE, Elements, Link
 from jaxmp.html.figure import Axis, Series, bar_figure, interval_figure, line_figure
+from jaxmp.reports import gate_report
 from jaxmp.reports.page import Page, provenance_rows
 from jaxmp.reports.run_report import loss_scales, number, policy_tables, shown
 from jaxmp.runs.curves import Curve, curve_figures, metrics_of, title
@@ -103,6 +104,8 @@ def page(comparison: dict[str, Any], reports: Mapping[str, str] | None = None) -
     result.figures([*on_top, *_interval_figures(comparison, specs)])
     if len(precisions) > 1:
         result.paragraph(comparison["interval"], "note")
+    if "gate" in comparison:
+        gate_report.add(result, comparison["gate"])
     result.section("Training")
     result.figures([*others, *_difference_curves(_lines_of(comparison, specs), precisions)])
     _cost(result, comparison)

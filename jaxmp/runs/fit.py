@@ -46,7 +46,7 @@ from jaxmp.runs.going_on import (
     refuse_other_rows_if_readable,
     with_session,
 )
-from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, StateLost, StepInfo
+from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, Pause, StateLost, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.run import Run
@@ -405,6 +405,7 @@ class _Session:
         self.trainer, self.feed, self.folder, self.log, self.hooks = trainer, feed, folder, log, hooks
         self.stop = stop  # of this process
         self.stop_agreed = False  # of all, see `_stops`
+        self.paused: str | None = None  # why a hook ended this session
         self.traced, self.trace = traced, Trace(traced, folder.path, log)
         self.records = Records(trainer, folder, console)
         self.checkpoints: Checkpoints = folder.checkpoints(
@@ -487,17 +488,21 @@ class _Session:
                 break
             if self._stops() and step < trainer.steps:
                 self.checkpoints.wait()
+                why = self.stop.why if self.paused is None else f" ({self.paused})"
                 self.log(
-                    f"stopped at step {step}{self.stop.why} and saved in {self.folder.path}; the same command goes on "
-                    "from there"
+                    f"stopped at step {step}{why} and saved in {self.folder.path}; the same command goes on from there"
                 )
                 return Fitted(self.folder.path, {}, stopped=True)
         return Fitted(self.folder.path, self._finish(step, state, because), stopped=False)
 
     def _call_hooks(self, value: StepInfo | Evaluated) -> tuple[str | None, HookFailed | None]:
-        """Why a hook stops the run, and what went wrong in one; None each if not."""
+        """Why a hook stops the run, and what went wrong in one; None each if not. A pause is kept for `_stops`."""
         try:
-            return self.hooks.call(value), None
+            found = self.hooks.call(value)
+            if isinstance(found, Pause):
+                self.paused = found.why
+                return None, None
+            return found and found.why, None
         except StateLost as error:
             self._fail_in_hook(
                 error, value.step, "The same call, with the hook mended, goes on from the last checkpoint"
@@ -523,11 +528,13 @@ class _Session:
         return verdict.problem
 
     def _stops(self) -> bool:
-        """Whether a signal, or the time, stops the run after this dispatch.
+        """Whether a signal, the time, or a hook's `Pause` stops the run after this dispatch.
 
         Several processes stop together, though a signal may reach one: each line carries whether any of them was
         asked to, and all come to know it when they wait for its numbers anyway.
         """
+        if self.paused is not None:  # what the hooks of the first process say, all know
+            return True
         return self.stop_agreed if processes.several() else self.stop.asked()
 
     def _count_ranges(self, step: int, state: Any) -> None:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:  # they import JAX, which reading a run's files does without
     from jaxmp.runs.checkpoint import Checkpoints
 
 
+class FolderInUse(InputError):
+    """Another process trains in a run's folder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The folder of one run. Nothing is created before `create`; a method that only reads changes nothing."""
@@ -165,13 +169,13 @@ class RunFolder:
 
         On a file system without locks, `log` is told so, and there is none.
 
-        Raises: InputError if another process has the lock.
+        Raises: FolderInUse if another process has the lock.
         """
         with self._lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(
+                raise FolderInUse(
                     f"another process is training in {self.path}; wait for it, or choose another --workdir"
                 ) from None
             except OSError as error:  # some network file systems: ENOLCK, EOPNOTSUPP, ENOSYS

@@ -74,7 +74,17 @@ class Stop(NamedTuple):
     """the reason, kept in summary.json as `stopped_because`"""
 
 
-Hook = Callable[[Any], Stop | None]
+class Pause(NamedTuple):
+    """What a hook returns to end this session of the run, as a signal does: the state is saved, without a summary.
+
+    The same call of `fit` goes on from there, and the run ends with the same bits as one that was never paused.
+    """
+
+    why: str
+    """the reason, for the message"""
+
+
+Hook = Callable[[Any], Stop | Pause | None]
 """a function of a `StepInfo`, of an `Evaluated`, or of either"""
 
 
@@ -103,11 +113,11 @@ class Hooks:
             raise InputError(f"hooks = {hooks!r:.60}: expected a tuple of functions, (function,)")
         self._hooks = [(f"hook {function_name(hook)}", hook, _called_with(hook, i)) for i, hook in enumerate(hooks)]
 
-    def call(self, value: StepInfo | Evaluated) -> str | None:
-        """Calls the hooks that want `value`. Returns why the run stops; None if it goes on.
+    def call(self, value: StepInfo | Evaluated) -> Stop | Pause | None:
+        """Calls the hooks that want `value`. Returns whether and why the run stops or pauses; None if it goes on.
 
-        Raises: HookFailed if a hook raised, returned something else than None or a `Stop` that could be taken for one,
-        or deleted arrays of the state.
+        Raises: HookFailed if a hook raised, returned something else than None, a `Stop` or a `Pause` that could be
+        taken for one, or deleted arrays of the state.
         """
         wanted = [(name, hook) for name, hook, kinds in self._hooks if type(value) in kinds]
         if not wanted:
@@ -128,20 +138,20 @@ class Hooks:
             raise failed(failures[0]) from (error and error.__cause__)
         return outcomes[0][0]
 
-    def _call(self, wanted: list[tuple[str, Hook]], value: StepInfo | Evaluated) -> str | None:
-        found = None
+    def _call(self, wanted: list[tuple[str, Hook]], value: StepInfo | Evaluated) -> Stop | Pause | None:
+        found: Stop | Pause | None = None
         for name, hook in wanted:
             try:
                 returned = hook(value)
             except Exception as error:
                 raise HookFailed(f"{name} raised {type(error).__name__}: {error}") from error
-            if isinstance(returned, bool) or returned is Stop:
-                what = "the class Stop" if returned is Stop else returned
+            if isinstance(returned, bool) or returned is Stop or returned is Pause:
+                what = f"the class {returned.__name__}" if isinstance(returned, type) else returned
                 raise HookFailed(f"{name} returned {what}: expected None, or Stop('why') to end the run")
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(value.state) if isinstance(leaf, jax.Array)):
                 raise StateLost(f"{name} deleted or donated arrays of the state; expected a copy of what it changes")
-            if isinstance(returned, Stop) and found is None:
-                found = f"{returned.why} ({name})"
+            if isinstance(returned, Stop | Pause) and found is None:
+                found = returned._replace(why=f"{returned.why} ({name})")
         return found
 
 

@@ -96,7 +96,7 @@ def compare(
     for i, cell in enumerate(cells):
         log(f"[{i + 1}/{len(cells)}] {cell.precision}, seed {cell.seed}")
         origin = subject.origin(cell.overrides) if isinstance(subject, ConfigFile) else None
-        result = _train(cell, workdir, name, origin, log)
+        result = train_cell(cell, workdir, name, origin, log)
         if result is None:
             return None
         results.append(result)
@@ -127,10 +127,13 @@ def compare(
     return Comparison(found)
 
 
-def _train(
+def train_cell(
     cell: Cell, workdir: str, name: str, origin: dict[str, Any] | None, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Trains one cell and returns it as JSON; None if a signal stopped it."""
+    """Trains one run of a grid, unless it is finished, and returns it as JSON; None if a signal stopped it.
+
+    A run that failed has the message under `failed`. Raises: InputError as `fit` does.
+    """
     experiment, failed = cell.experiment, None
     before = _peak()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from jaxmp.html.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure
+from jaxmp.html.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure, point_figure
 
 LONG = [f"encoder/layer_0=float32; rnn/*=mixed_float16; rnn=float32; mixed_{half}" for half in ("float16", "bfloat16")]
 
@@ -24,3 +24,19 @@ def test_long_names_stay_in_their_panel_and_are_whole_where_pointed_at():
             width = LETTER * len(text.text)
             left = float(text.get("x")) - (width if "end" in text.get("class") else 0)
             assert left >= 0 and left + width <= WIDTH
+
+
+def test_points_stand_at_their_values_or_names_and_what_an_axis_cannot_show_is_left_out():
+    points = [(1e-3, 0.5, 0, "first"), (1e-1, 0.25, 0, "second"), (0.0, 0.1, 0, "third"), (1e-2, float("nan"), 0, "no")]
+    figure = ElementTree.fromstring(point_figure(Axis("rate", "log10"), Axis("loss"), points, name="a"))
+    circles = list(figure.iter("circle"))
+    assert [circle.findtext("title") for circle in circles] == ["first", "second"]
+    (x1, y1), (x2, y2) = [(float(circle.get("cx")), float(circle.get("cy"))) for circle in circles]
+    assert x1 < x2 and y1 < y2 and circles[0].get("data-x") == "0.001"
+
+    named = point_figure(Axis("batch"), Axis("loss"), [(1.0, 0.5, 0, "b")], names=("32", LONG[0]), name="b")
+    figure = ElementTree.fromstring(named)
+    (circle,) = figure.iter("circle")
+    ticks = [text for text in figure.iter("text") if text.get("class") == "tick middle"]
+    assert ticks[0].text == "32" and len(ticks[1].text) < len(LONG[0]) and ticks[1].get("x") == circle.get("cx")
+    assert "no finite value" in point_figure(Axis("x"), Axis("y"), [], name="c")

@@ -19,7 +19,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.fit import fit, steps
-from jaxmp.runs.hooks import Evaluated, HookFailed, Hooks, StepInfo, Stop
+from jaxmp.runs.hooks import Evaluated, HookFailed, Hooks, Pause, StepInfo, Stop
 from jaxmp.runs.run import Run
 
 pytestmark = pytest.mark.xdist_group("hooks")  # one worker: the fixture trains
@@ -171,6 +171,21 @@ def named(value: jaxmp.StepInfo | jaxmp.Evaluated):
     """Takes both."""
 
 
+def test_a_pause_saves_a_run_that_ends_by_the_same_call_with_the_same_bits(plain, tmp_path):
+    said = []
+
+    def pause(evaluated: Evaluated):
+        return Pause("enough for now")
+
+    paused = fit(BASE, workdir=tmp_path, hooks=(pause,), log=said.append)
+    assert paused.stopped and not (paused.path / "summary.json").exists() and paused.summary == {}
+    assert any("stopped at step 6 (enough for now (hook " in text for text in said)
+    ended = fit(BASE, workdir=tmp_path, log=said.append)
+    assert not ended.stopped and "stopped_because" not in ended.summary
+    assert lines(ended.path) == lines(plain.path)
+    assert bits(Run(ended.path, BASE).state()) == bits(Run(plain.path, BASE).state())
+
+
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
@@ -211,7 +226,13 @@ def test_the_annotation_says_what_a_hook_is_called_with():
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"), [(Stop, "the class Stop"), (True, "returned True"), ("delete", "deleted or donated")]
+    ("returned", "message"),
+    [
+        (Stop, "the class Stop"),
+        (Pause, "the class Pause"),
+        (True, "returned True"),
+        ("delete", "deleted or donated"),
+    ],
 )
 def test_what_a_hook_must_not_do_is_said(returned, message):
     state = jnp.ones(3)

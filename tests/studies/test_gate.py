@@ -1,0 +1,228 @@
+"""A gate: what it decides, how often wrongly, and that its pairs are planned before the first run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxmp.cli import main
+from jaxmp.errors import InputError
+from jaxmp.reports import gate_report
+from jaxmp.reports.page import Page
+from jaxmp.studies import gate as gates
+from jaxmp.studies.gate import INFERIOR, LOOKS, NOT_INFERIOR, UNDECIDED, decidable_margin, decide, gate
+
+
+def test_it_decides_by_the_t_test_of_differences_minus_the_margin():
+    rng = np.random.default_rng(0)
+    for mean in (-1.0, 0.0, 1.0, 3.0):
+        worse = mean + rng.normal(size=8)
+        found = decide(worse, margin=1.0, p=0.05)
+        less = stats.ttest_1samp(worse, 1.0, alternative="less")
+        assert found.p == pytest.approx(less.pvalue, rel=1e-12)
+        assert found.p_inferior == pytest.approx(stats.ttest_1samp(worse, 1.0, alternative="greater").pvalue, rel=1e-12)
+        assert found.bound == pytest.approx(less.confidence_interval(0.95).high, rel=1e-12)
+        assert (found.answer == NOT_INFERIOR) == (found.bound < 1.0)
+        assert (found.answer == INFERIOR) == (found.p_inferior < 0.05)
+
+
+@pytest.mark.parametrize(
+    ("worse", "failed", "first", "answer"),
+    [
+        ([0.0] * 10, 0, 0, NOT_INFERIOR),  # the same to the bit
+        ([0.0] * 4, 0, 0, UNDECIDED),  # 2^-4
+        ([2.0] * 10, 0, 0, INFERIOR),
+        ([1.0] * 10, 0, 0, UNDECIDED),  # just the margin
+        ([0.1, -0.1] * 5, 0, 0, NOT_INFERIOR),
+        ([0.1, -0.1] * 4 + [0.1], 1, 0, UNDECIDED),  # one that failed alone
+        ([0.1, -0.1] * 4 + [0.1], 0, 1, NOT_INFERIOR),  # the first failed: not held against it
+        ([0.1, -0.1], 4, 0, UNDECIDED),
+        ([0.1, -0.1], 5, 0, INFERIOR),  # 2^-5
+        ([0.1, -0.1], 5, 5, UNDECIDED),
+        ([0.1], 0, 0, UNDECIDED),
+        ([], 0, 3, UNDECIDED),
+    ],
+)
+def test_seeds_that_failed_count_against_and_no_spread_is_no_certainty(worse, failed, first, answer):
+    assert decide(worse, 1.0, 0.05, failed, first).answer == answer
+
+
+def test_what_is_worse_by_the_margin_is_accepted_in_5_percent_of_normal_studies():
+    # The table of 20,000 studies each: experiments/benchmarks/gate_errors.py. Here the tests are of whole arrays.
+    rng, studies = np.random.default_rng(0), 40_000
+    worse = rng.normal(size=(studies, LOOKS[-1]))
+    p = {n: stats.ttest_1samp(worse[:, :n], 0, axis=1, alternative="less").pvalue for n in (3, *LOOKS)}
+    assert [decide(1 + row[:5], 1.0, 0.05).p for row in worse[:20]] == pytest.approx(list(p[5][:20]), rel=1e-9)
+    for n in (3, *LOOKS):
+        assert np.mean(p[n] < gates.P) <= 0.055
+    assert 0.045 <= np.mean(np.any([p[n] < gates.P_OF_LOOKS for n in LOOKS], axis=0)) <= 0.055
+
+
+def test_the_margin_that_can_be_decided_is_accepted_in_80_percent():
+    rng = np.random.default_rng(1)
+    for n, margin in ((3, 2.3), (5, 1.36), (10, 0.86), (20, 0.58)):
+        assert math.ceil(100 * decidable_margin(n, 0.05)) / 100 == margin
+        accepted = stats.ttest_1samp(rng.normal(size=(20_000, n)), margin, axis=1, alternative="less").pvalue < 0.05
+        assert np.mean(accepted) == pytest.approx(0.8, abs=0.015)
+
+
+# Plans, with runs made up.
+
+
+@pytest.fixture
+def made_up(monkeypatch, blobs):
+    """`made_up(loss)` lets `loss(precision, seed)` be what a run ends with, None where it fails; lists the runs."""
+
+    def use(loss):
+        trained = []
+
+        def train(cell, workdir, name, origin, log):
+            trained.append((cell.precision, cell.seed))
+            value = loss(cell.precision, cell.seed)
+            return {"failed": value is None and "diverged", "summary": {"test": {"loss": value, "accuracy": value}}}
+
+        monkeypatch.setattr(gates, "train_cell", train)
+        return trained
+
+    return use
+
+
+@pytest.fixture
+def blobs():
+    from jaxmp.data.arrays import Arrays
+    from jaxmp.experiment.experiment import Experiment
+    from jaxmp.experiment.settings import Loop
+    from jaxmp.models.mlp import MLP
+
+    def load(split):
+        label = np.arange(48) % 2
+        return {"image": (60 * label[:, None, None, None] + np.zeros((1, 4, 4, 1))).astype(np.uint8), "label": label}
+
+    return Experiment(MLP((4,), 2), Arrays(load, batch_size=4), loop=Loop(steps=6, log_every=3, eval_every=6))
+
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def noise(precision, seed):
+    return 1.0 + (0.01 * math.sin(7 * seed) if precision != "float32" else 0.0)
+
+
+def run(subject, folder, margin=0.1, metric="loss", **how):
+    said = []
+    found = gate(subject, PRECISIONS, margin=margin, metric=metric, workdir=str(folder), log=said.append, **how)
+    return found, said
+
+
+def test_pairs_are_planned_and_every_look_is_kept(tmp_path, blobs, made_up):
+    trained = made_up(noise)
+    found, said = run(blobs, tmp_path)
+    assert found.is_open and len(trained) == 30 and found["looks"] == [10] and found.common_seeds == list(range(10))
+    assert "0.86 with 10 pairs" in said[0] and "[pair 1/10] float32, seed 0" in said[1]
+    assert Path(found["file"]).parent == tmp_path / "experiment"
+    kept = json.loads(Path(found["file"]).read_text())
+    assert [look["pairs"] for look in kept["studies"][0]["looks"]] == [10]
+    again, _ = run(blobs, tmp_path)
+    assert again == found and json.loads(Path(found["file"]).read_text()) == kept
+
+    # More pairs, another margin or looks, once looked at: with fresh seeds alone.
+    for how in ({"seeds": range(20)}, {"margin": 0.2}, {"looks": True}):
+        with pytest.raises(InputError, match=r"looked at before, by another plan.*fresh seeds, from"):
+            run(blobs, tmp_path, **how)
+    fresh, _ = run(blobs, tmp_path, seeds=range(100, 120))
+    assert fresh.is_open and len(json.loads(Path(found["file"]).read_text())["studies"]) == 2
+    row = gate_report.text(fresh).splitlines()[-2].split()
+    assert row[:4] == ["mixed_float16", "not", "inferior", "20"]
+    page = Page("a")
+    gate_report.add(page, fresh)
+    assert "20 pairs: mixed_bfloat16 not inferior" in str(page)
+
+
+def test_what_is_decided_at_a_look_is_trained_no_further(tmp_path, blobs, made_up):
+    def loss(precision, seed):
+        if precision == "mixed_float16":
+            return None if seed == 3 else 1.0 + 0.3 * math.sin(7 * seed)  # undecided to the end
+        return noise(precision, seed)
+
+    trained = made_up(loss)
+    found, said = run(blobs, tmp_path, looks=True)
+    assert [look["pairs"] for look in found["taken"]] == [5, 10, 20]
+    assert sum(precision == "mixed_bfloat16" for precision, _ in trained) == 5
+    assert found["verdicts"]["mixed_bfloat16"]["answer"] == NOT_INFERIOR
+    worse = found["verdicts"]["mixed_float16"]
+    assert (worse["answer"], worse["failed"], worse["pairs"]) == (UNDECIDED, 1, 19)
+    assert not found.is_open and found.common_seeds == list(range(5)) and "20 pairs" in said[0]
+
+
+def test_of_an_accuracy_less_is_worse(tmp_path, blobs, made_up):
+    by = {"float32": 0.5, "mixed_bfloat16": 0.3, "mixed_float16": 0.7}
+    made_up(lambda precision, seed: by[precision] + 0.01 * math.sin(7 * seed + len(precision)))
+    found, _ = run(blobs, tmp_path, metric="accuracy")
+    answers = {precision: verdict["answer"] for precision, verdict in found["verdicts"].items()}
+    assert answers == {"mixed_bfloat16": INFERIOR, "mixed_float16": NOT_INFERIOR}
+    assert found["verdicts"]["mixed_bfloat16"]["mean"] == pytest.approx(0.2, abs=0.02)
+    assert "accuracy at most 0.1 less" in gate_report.text(found)
+
+
+def test_differences_that_look_skewed_are_said_to_be(tmp_path, blobs, made_up):
+    made_up(lambda precision, seed: noise(precision, seed) + (0.05 if precision == PRECISIONS[1] and seed == 4 else 0))
+    found, _ = run(blobs, tmp_path)
+    (line,) = [line for line in gate_report.text(found).splitlines() if "skewed" in line]
+    assert line.startswith("mixed_bfloat16: ") and "11 to 39 %" in line
+    page = Page("a")
+    gate_report.add(page, found)
+    assert str(page).count("are skewed (skewness") == 1
+
+
+def test_what_fails_always_is_inferior_whatever_the_margin(tmp_path, blobs, made_up):
+    made_up(lambda precision, seed: None if precision == "mixed_float16" else noise(precision, seed))
+    found, _ = run(blobs, tmp_path)
+    assert found["verdicts"]["mixed_float16"]["answer"] == INFERIOR and not found.is_open
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"margin": 0.0}, "--margin 0: expected a positive number"),
+        ({"margin": math.nan}, "--margin = nan: expected a number"),
+        ({"metric": "los"}, "did you mean 'loss'"),
+        ({"seeds": (0, 1)}, "2 pairs decide nothing"),
+        ({"seeds": range(5), "looks": True}, "expected as many --seeds, not 5"),
+        ({"precisions": ("float32",)}, "expected two or more"),
+    ],
+)
+def test_what_cannot_be_decided_is_refused_before_the_first_run(tmp_path, blobs, made_up, how, message):
+    trained = made_up(noise)
+    with pytest.raises(InputError, match=message):
+        gate(blobs, **{"precisions": PRECISIONS, "margin": 0.1, "workdir": str(tmp_path), **how}, log=len)
+    assert not trained and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_compare_with_a_margin_is_a_gate_by_its_exit_code(tmp_path, capsys):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from jaxmp import TFDS, Experiment, Loop\nfrom jaxmp.models.mlp import MLP\n"
+        "def get_config():\n    return Experiment(MLP((8,), 10), TFDS(name='digits', batch_size=64), "
+        "loop=Loop(steps=20, eval_every=20))\n"
+    )
+    command = ["compare", str(config), "--precision", "float32", "mixed_bfloat16", "--seeds", "0", "1", "2"]
+    command += ["--workdir", str(tmp_path / "runs")]
+    assert main([*command, "--margin", "5", "--metric", "loss"]) == 0
+    out = capsys.readouterr().out
+    assert "2.30 with 3 pairs" in out and "mixed_bfloat16  not inferior" in out
+    page = (tmp_path / "runs/small/compare.html").read_text()
+    assert "<h2>Gate</h2>" in page and "3 pairs: mixed_bfloat16 not inferior" in page
+    assert main([*command, "--margin", "1e-9", "--metric", "accuracy"]) == 1
+    capsys.readouterr()
+    for more, message in (
+        (["--metric", "loss"], "only with --margin"),
+        (["--margin", "4", "--metric", "loss"], "margin 4.0 (was 5.0)"),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
