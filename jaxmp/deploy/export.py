@@ -102,10 +102,10 @@ def export(
         "experiment": run.config["experiment"],
         "precision": str(tree),
         "policy": [row._asdict() for row in explained],
-        "inputs": {name: _layout(spec) for name, spec in of.inputs.items()},
-        "outputs": {name: _layout(spec) for name, spec in of.outputs.items()},
+        "inputs": {name: _layout(spec, format) for name, spec in of.inputs.items()},
+        "outputs": {name: _layout(spec, format) for name, spec in of.outputs.items()},
         "structure": of.structure(),
-        "state": {name: _layout(spec) for name, spec in of.state.items()},
+        "state": {name: _layout(spec, format) for name, spec in of.state.items()},
         "classes": class_names(run.experiment.data, getattr(run.experiment.task, "target", None)),
         "versions": provenance(patch=False)["versions"],
         "jax": {"version": jax.__version__},
@@ -258,10 +258,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n").encode()
 
 
-def _layout(spec: Any) -> dict[str, Any]:
+def _layout(spec: Any, format: str) -> dict[str, Any]:
     """Shape and dtype as JSON; a dimension that is not known is its name."""
     shape = [size if isinstance(size, int) else str(size) for size in spec.shape]
-    return {"shape": shape, "dtype": np.dtype(spec.dtype).name}
+    dtype = onnx.interface_dtype(spec.dtype) if format == "onnx" else np.dtype(spec.dtype)
+    return {"shape": shape, "dtype": dtype.name}
 
 
 def _certificate(
