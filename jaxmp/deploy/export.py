@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,19 +86,78 @@ def export(
     """
     run = run if isinstance(run, Run) else Run(run)
     folder = local_path("output", output)
-    _check(run, folder, weights, platforms, format)
-    measured_on = split or _measured_on(run)
-    source = run.source(measured_on)
-    state, step = _state(run, weights)
+    check(run, folder, weights, platforms, format)
+    if format == "onnx":
+        onnx.require_packages()
+        if list(platforms) != ["cpu"]:
+            raise InputError(f"platforms {' '.join(platforms)}: an ONNX file has one program for all; expected none")
+    measured = Measured.of_run(run, split, rows)
+    state = chosen_state(run, weights)
+    if decode:
+        of = decoder(run, state, precision=precision)
+    else:
+        of = forward(run, state, measured.source, precision=precision)
     tree = run.experiment.policy if precision is None else PolicyTree.parse(precision)
+    how = {"weights": weights, "step": int(state.step)}
+    write_folder(run, state, of, folder, measured, tree=tree, how=how, platforms=platforms, format=format)
+    return load(folder)
+
+
+class Measured(NamedTuple):
+    """The rows that a certificate is measured on."""
+
+    split: Split
+    source: Source
+    """rows of the split, at most the number that was asked for, spread evenly"""
+    of: int
+    """rows that the split has"""
+
+    @classmethod
+    def of_run(cls, run: Run, split: Split | None, most: int) -> Measured:
+        """The rows of a split; by default of one that was not trained on, where there is one."""
+        splits: tuple[Split, ...] = ("test", "validation", "train")
+        chosen = next(each for each in splits if each in run.trainer.splits) if split is None else split
+        if most < 1:
+            raise InputError(f"rows {most}: expected 1 or more")
+        source = run.source(chosen)
+        count = len(source)
+        if most < count:
+            source = Rows(source, np.arange(most, dtype=np.int64) * count // most)
+        return cls(chosen, source, count)
+
+
+def write_folder(
+    run: Run,
+    state: TrainState,
+    of: Forward,
+    folder: Path,
+    measured: Measured,
+    *,
+    tree: PolicyTree,
+    how: Mapping[str, Any],
+    platforms: Sequence[str] = ("cpu",),
+    format: str = "stablehlo",
+) -> None:
+    """Writes an artefact, which appears when it is whole, and measures its certificate.
+
+    Args:
+      run: the run that it is of.
+      state: the state whose weights it has.
+      of: what is exported.
+      folder: the folder to write, new or empty.
+      measured: rows of the certificate.
+      tree: the policy that it computes under.
+      how: what the manifest says of its weights.
+      platforms: the platforms to make programs for.
+      format: "stablehlo" or "onnx".
+    """
     explained = explain(run.experiment.adapted_model, tree, tuple(run.trainer.inputs))
-    of = decoder(run, state, precision=precision) if decode else forward(run, state, source, precision=precision)
     files = onnx.files(of) if format == "onnx" else _programs(of, platforms)
     manifest: dict[str, Any] = {
         "artefact": shipped.VERSION,
         "format": format,
         "name": run.config["name"],
-        "run": {name: run.config[name] for name in ("hash", "seed")} | {"weights": weights, "step": step},
+        "run": {name: run.config[name] for name in ("hash", "seed")} | dict(how),
         "experiment": run.config["experiment"],
         "precision": str(tree),
         "policy": [row._asdict() for row in explained],
@@ -122,8 +181,7 @@ def export(
             write_safetensors(draft / "weights.safetensors", of.weights)
         contents = {path.name: path.read_bytes() for path in draft.iterdir()}
         artefact = assemble(manifest, contents, str(folder))
-        certificate = _certificate(artefact, of, run, state, source, measured_on, rows, decode=decode)
-        _write(draft / "certificate.json", _json(certificate))
+        _write(draft / "certificate.json", _json(_certificate(artefact, of, run, state, measured)))
         _write(draft / "predict.py", inspect.getsource(shipped).encode())
         digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(draft.iterdir())}
         text = _json({**manifest, "sha256": digests})
@@ -136,7 +194,6 @@ def export(
             raise InputError(f"output {str(folder)!r}: {error.strerror}; expected a new or empty folder") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return load(folder)
 
 
 def load(folder: str | Path, *, accept_expired: bool = False) -> Artefact:
@@ -163,7 +220,7 @@ def assemble(manifest: dict[str, Any], files: Mapping[str, bytes], name: str) ->
         raise InputError(str(error)) from None
 
 
-def _check(run: Run, folder: Path, weights: str, platforms: Sequence[str], format: str) -> None:
+def check(run: Run, folder: Path, weights: str, platforms: Sequence[str], format: str = "stablehlo") -> None:
     """Refuses what can be known to be wrong before anything is traced."""
     for name, value, known in (("weights", weights, WEIGHTS), ("format", format, FORMATS)):
         if value not in known:
@@ -175,11 +232,7 @@ def _check(run: Run, folder: Path, weights: str, platforms: Sequence[str], forma
             )
     if not platforms:
         raise InputError(f"platforms: expected at least one of {', '.join(PLATFORMS)}")
-    if format == "onnx":
-        onnx.require_packages()
-        if list(platforms) != ["cpu"]:
-            raise InputError(f"platforms {' '.join(platforms)}: an ONNX file has one program for all; expected none")
-    else:
+    if format != "onnx":
         _require_flatbuffers()
     if run.failure:
         raise InputError(
@@ -196,12 +249,6 @@ def _check(run: Run, folder: Path, weights: str, platforms: Sequence[str], forma
         raise InputError(f"output {str(folder)!r}: there is no folder {str(folder.parent)!r}")
 
 
-def _measured_on(run: Run) -> Split:
-    """The split that a certificate is measured on if none is named: one that was not trained on, where there is one."""
-    splits: tuple[Split, ...] = ("test", "validation", "train")
-    return next(each for each in splits if each in run.trainer.splits)
-
-
 def _require_flatbuffers() -> None:
     try:
         import flatbuffers  # noqa: F401
@@ -209,15 +256,15 @@ def _require_flatbuffers() -> None:
         raise InputError("exporting needs flatbuffers: pip install 'jaxmp[export]'") from None
 
 
-def _state(run: Run, weights: str) -> tuple[TrainState, int]:
-    """The state whose averaged weights are meant, and its step."""
+def chosen_state(run: Run, weights: str) -> TrainState:
+    """The state whose averaged weights are meant. Raises InputError if there is none."""
     state = run.state("best" if weights == "best" else "last")
     if weights == "ema" and state.ema is None:
         raise InputError(
             f"weights ema: {run.path} keeps no average of its weights (loop.ema_decay is not set); expected best or "
             "last"
         )
-    return state, int(state.step)
+    return state
 
 
 def _programs(of: Forward, platforms: Sequence[str]) -> dict[str, bytes]:
@@ -265,43 +312,30 @@ def _layout(spec: Any, format: str) -> dict[str, Any]:
     return {"shape": shape, "dtype": dtype.name}
 
 
-def _certificate(
-    artefact: Artefact,
-    of: Forward,
-    run: Run,
-    state: TrainState,
-    source: Source,
-    split: str,
-    rows: int,
-    *,
-    decode: bool,
-) -> dict[str, Any]:
+def _certificate(artefact: Artefact, of: Forward, run: Run, state: TrainState, measured: Measured) -> dict[str, Any]:
     """Runs the exported program on rows of a split, and compares it with the model in float32 and with the run."""
-    task, data = run.experiment.task, run.experiment.data
-    count = len(source)
-    most = min(rows, count)
-    chosen = source if most == count else Rows(source, np.arange(most, dtype=np.int64) * count // most)
+    task, data, source, decode = run.experiment.task, run.experiment.data, measured.source, bool(of.state)
     in_float32 = forward(run, state, source, precision="float32")
     program, weights = jax.jit(in_float32.function), list(in_float32.weights.values())
     found = {"float32": Deviation(), "run": Deviation()}
-    for batch in evaluation_batches(chosen, data.eval_batch_size):
+    for batch in evaluation_batches(source, data.eval_batch_size):
         there = int(np.sum(batch["weight"]))
         batch = {name: np.asarray(jnp.asarray(column)) for name, column in batch.items()}  # in JAX's dtypes
         inputs = {name: batch[name] for name in of.inputs}
         outputs = _decoded(artefact, **inputs) if decode else artefact.leaves(artefact(**inputs))
         right = program(weights, [], [batch[name] for name in in_float32.inputs])
         own = jax.tree.leaves(run.outputs(batch, state))
-        decided = _decisions(task, of, list(outputs.values()))
+        decided = decisions(task, of.unflatten([jnp.asarray(leaf) for leaf in outputs.values()]))
         for name, reference in (("float32", right), ("run", own)):
             arrays = [np.asarray(leaf) for leaf in reference]
-            others = _decisions(task, of, arrays)
-            decisions = None if decided is None or others is None else (decided, others)
-            found[name].add(outputs, dict(zip(outputs, arrays, strict=True)), decisions, there)
+            others = decisions(task, of.unflatten(list(reference)))
+            both = None if decided is None or others is None else (decided, others)
+            found[name].add(outputs, dict(zip(outputs, arrays, strict=True)), both, there)
     device = jax.devices()[0]
     return {
-        "split": split,
-        "rows": most,
-        "of": count,
+        "split": measured.split,
+        "rows": len(source),
+        "of": measured.of,
         "measured": {
             "by": artefact.manifest["format"],
             "platform": device.platform,
@@ -322,11 +356,10 @@ def _decoded(artefact: Artefact, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     return {output: np.concatenate([part[output] for part in parts], axis=1) for output in parts[0]}
 
 
-def _decisions(task: Any, of: Forward, leaves: Sequence[Any]) -> np.ndarray | None:
+def decisions(task: Any, outputs: Any) -> np.ndarray | None:
     """What the task decides by outputs: its predictions that are whole numbers or bools; None if there are none."""
-    found = predictions(task, of.unflatten([jnp.asarray(leaf) for leaf in leaves]))
-    decided = [np.asarray(value) for name, value in found.items() if np.asarray(value).dtype.kind in "iub"]
-    return decided[0] if decided else None
+    found = [np.asarray(value) for value in predictions(task, outputs).values()]
+    return next((value for value in found if value.dtype.kind in "iub"), None)
 
 
 def lines(artefact: Artefact, folder: str | Path) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with_words
 from jax import lax
 
 import jaxmp
@@ -20,12 +21,11 @@ from jaxmp.deploy.onnx import files
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
 from jaxmp.tasks.language import NextToken
-from tests.deploy.test_export import ROOT, Both, Sizes, images, predict_bare, trained, with_words
 
 pytest.importorskip("onnx", reason="ONNX files need onnx: pip install 'jaxmp[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="they are checked with onnxruntime: pip install 'jaxmp[onnx]'")
 
-pytestmark = pytest.mark.xdist_group("onnx")  # one worker: the fixtures train
+pytestmark = pytest.mark.xdist_group("deploy")  # one worker: the fixture trains
 
 
 def converted(function, *examples):
