@@ -27,7 +27,7 @@ Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay,
 Scaling, Parallel.
 
 Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
-Evaluated, and may return Stop or Pause.
+Evaluated, and may return Stop or Pause. export writes a run as a folder that predicts without jaxmp, load reads it.
 
 Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
 """
@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.data.dataset import Dataset
     from jaxmp.data.splits import balanced, k_folds, random_split
     from jaxmp.data.tfds import TFDS
+    from jaxmp.deploy.export import export, load
     from jaxmp.errors import InputError, RunFailed
     from jaxmp.experiment.experiment import Experiment
     from jaxmp.experiment.settings import Loop, Parallel

@@ -278,10 +278,10 @@ class Run:
           weights: "evaluated", which evaluation uses: the moving average where the run keeps one; "ema", the average,
             or an InputError where there is none; "raw", the weights as they were trained.
         """
-        return self._of_batch(batch_of(self.experiment.data, batch), self._chosen(state, weights))
+        return self.outputs(batch_of(self.experiment.data, batch), self._chosen(state, weights))
 
-    def _of_batch(self, batch: dict[str, Any], state: TrainState) -> Any:
-        """The outputs for a batch that is not prepared yet."""
+    def outputs(self, batch: dict[str, Any], state: TrainState) -> Any:
+        """The model's outputs for rows after the host transforms that are not prepared yet, with their "weight"."""
         inputs = {name: jnp.asarray(column) for name, column in batch.items()}
         return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state))
 
@@ -380,7 +380,7 @@ class Run:
                     f"{', '.join(sorted(set(batch) - {'weight'}))}{nearest(missing[0], batch)}"
                 )
             there = int(np.sum(batch["weight"]))  # the last batch is filled up with rows of weight 0
-            predicted = predictions(task, self._of_batch(batch, chosen))
+            predicted = predictions(task, self.outputs(batch, chosen))
             target = getattr(task, "target", None)
             if target in batch:
                 predicted[target] = batch[target]

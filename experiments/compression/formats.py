@@ -1,0 +1,56 @@
+"""What weights of few bits cost a run: bytes, accuracy, and the change by pairs of decisions, for each format.
+
+jaxmp train mnist_cnn --loop.epochs 1
+python experiments/compression/formats.py runs/mnist_cnn --output experiments/compression/mnist_cnn.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import jaxmp
+from jaxmp.deploy.quantise import FORMATS, quantise
+from jaxmp.runs.provenance import provenance
+
+
+def main() -> None:
+    """Quantises the run in each format, and writes what was measured on its test split."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--output", default="formats.json")
+    options = parser.parse_args()
+    run, rows = jaxmp.Run(options.run), []
+    for format in options.formats:
+        with tempfile.TemporaryDirectory() as folder:
+            found = quantise(run, output=Path(folder) / "out", weights=format)
+        assert found.before and found.after and found.change
+        change, low, high = (100 * each for each in found.change)
+        rows.append(
+            {
+                "format": format,
+                "bytes": found.nbytes,
+                "bytes_before": found.nbytes_before,
+                "accuracy_before": 100 * found.before.share,
+                "accuracy": 100 * found.after.share,
+                "change": change,
+                "interval": [low, high],
+                "rows": found.after.rows,
+            }
+        )
+        print(
+            f"{format:<8} {found.nbytes_before / found.nbytes:.2f} times fewer bytes, "
+            f"{100 * found.after.share:.2f} %, {change:+.2f} points ({low:+.2f} to {high:+.2f})",
+            flush=True,
+        )
+    name = run.config["name"]
+    result = {"run": name, "overrides": run.config.get("overrides", []), "formats": rows}
+    text = json.dumps(result | {"provenance": provenance(patch=False)}, indent=2)
+    Path(options.output).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Loads a model that jaxmp exported, and predicts with it. This file ships in the exported folder and needs no jaxmp.
+
+    python predict.py rows.npz predictions.npz
+
+    from predict import load
+    model = load("folder")            # checks every file before it reads any
+    logits = model(image=images)      # NumPy arrays, any number of rows
+
+A folder of StableHLO needs jax, numpy and flatbuffers; a folder of ONNX needs onnxruntime and numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+"""version of the folder's layout"""
+
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+"""file that describes the folder, with the sha256 of every other file; and file with the sha256 of that"""
+
+
+class ArtefactError(ValueError):
+    """The folder cannot be used, or the arrays do not fit the model. The message says what was expected."""
+
+
+def load(folder: str | Path, *, accept_expired: bool = False) -> Artefact:
+    """Reads an exported folder. Each file is compared with its sha256 before anything in it is deserialised.
+
+    Args:
+      folder: the folder that `jaxmp export` wrote.
+      accept_expired: whether to load a folder after the date until which JAX promises to load it.
+
+    Raises:
+      ArtefactError: the folder is incomplete or damaged, of another version, expired, exported for other platforms or
+        by a later JAX; or a package that it needs is missing.
+    """
+    folder = Path(folder)
+    manifest, files = read_files(folder)
+    expires = datetime.date.fromisoformat(manifest["expires"]) if manifest["expires"] else None
+    if expires is not None and datetime.date.today() > expires and not accept_expired:
+        raise ArtefactError(
+            f"{folder} expired on {expires}, the date until which JAX promises to load it; export the run again, or "
+            f"load(folder, accept_expired=True) to try it: jax {manifest['jax']['version']} exported it"
+        )
+    return assemble(manifest, files, str(folder))
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest, and the content of all other files by name, each compared with its sha256.
+
+    Raises: ArtefactError if a file is missing or damaged, or the folder is of another version.
+    """
+    text, digest = _read(folder / MANIFEST), _read(folder / DIGEST)
+    if digest != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode():
+        raise ArtefactError(
+            f"{folder}: {MANIFEST} and {DIGEST} do not agree: one of them has been changed or damaged; copy the folder "
+            "again, or export the run again"
+        )
+    manifest = json.loads(text)
+    if manifest.get("artefact") != VERSION:
+        raise ArtefactError(
+            f"{folder} has version {manifest.get('artefact')!r} of the layout; this program reads version {VERSION}. "
+            "Use the predict.py of that folder, or export the run again"
+        )
+    files = {}
+    for name, expected in manifest["sha256"].items():
+        files[name] = _read(folder / name)
+        if hashlib.sha256(files[name]).hexdigest() != expected:
+            raise ArtefactError(
+                f"{folder}: {name} is not the file that was exported: its sha256 differs from that in {MANIFEST}; copy "
+                "the folder again, or export the run again"
+            )
+    return manifest, files
+
+
+def assemble(manifest: dict[str, Any], files: Mapping[str, bytes], name: str) -> Artefact:
+    """The model of a folder whose files are as they were exported. `name` stands for the folder in messages.
+
+    Raises: ArtefactError if this process cannot run it.
+    """
+    run = _onnx(manifest, files, name) if manifest["format"] == "onnx" else _stablehlo(manifest, files, name)
+    return Artefact(manifest, json.loads(files.get("certificate.json", b"{}")), run)
+
+
+class Artefact:
+    """An exported model, as a function of NumPy arrays.
+
+    Attributes:
+      manifest: content of manifest.json: inputs, outputs, policy by module, versions, class names.
+      certificate: content of certificate.json: how far the outputs are from those in float32, on which rows.
+    """
+
+    def __init__(self, manifest: dict[str, Any], certificate: dict[str, Any], run: Any):
+        self.manifest, self.certificate, self._run = manifest, certificate, run
+
+    def __repr__(self) -> str:
+        of = ", ".join(f"{name}: {_layout(spec)}" for name, spec in self.inputs.items())
+        return f"Artefact({self.manifest['name']}, {self.manifest['format']}, {of})"
+
+    @property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """`shape` and `dtype` of each input, in their order; a dimension "b" is the number of rows."""
+        return self.manifest["inputs"]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes in the order of their logits, if they are known."""
+        return self.manifest["classes"]
+
+    def __call__(self, *arrays: Any, **named: Any) -> Any:
+        """The model's outputs for rows, given in the order of `inputs` or by name.
+
+        Returns:
+          An array of shape (rows, ...); or dicts and lists of such arrays, as the model returns them.
+
+        Raises:
+          ArtefactError: an input is missing, or has another shape or dtype; or the model needs a state (`start`).
+        """
+        if self.manifest["state"]:
+            raise ArtefactError("this model decodes with a cache; expected state = start(rows), then step(state, ...)")
+        return self._build(self._run([], self._check(arrays, named)))
+
+    def start(self, rows: int) -> list[np.ndarray]:
+        """The state before the first token, an empty cache, for a number of rows; of a model that decodes."""
+        return [
+            np.zeros([rows if d == "b" else d for d in spec["shape"]], _dtype(spec["dtype"]))
+            for spec in self.manifest["state"].values()
+        ]
+
+    def step(self, state: list[Any], *arrays: Any, **named: Any) -> tuple[Any, list[Any]]:
+        """The outputs for the next tokens of each row, and the state after them; see `start`.
+
+        Raises: ArtefactError as a call does.
+        """
+        found = self._run(list(state), self._check(arrays, named))
+        count = len(found) - len(self.manifest["state"])
+        return self._build(found[:count]), list(found[count:])
+
+    def leaves(self, outputs: Any) -> dict[str, np.ndarray]:
+        """The arrays of what a call returned, by name."""
+        names = list(self.manifest["outputs"])
+        found: list[np.ndarray] = []
+
+        def visit(structure: Any, value: Any) -> None:
+            if isinstance(structure, int):
+                found.append(value)
+            elif structure is not None:
+                for key in structure if isinstance(structure, dict) else range(len(structure)):
+                    visit(structure[key], value[key])
+
+        visit(self.manifest["structure"], outputs)
+        return dict(zip(names, found, strict=True))
+
+    def _build(self, leaves: Any) -> Any:
+        arrays = [np.asarray(leaf) for leaf in leaves]
+
+        def build(structure: Any) -> Any:
+            if isinstance(structure, dict):
+                return {name: build(inside) for name, inside in structure.items()}
+            if isinstance(structure, list):
+                return [build(inside) for inside in structure]
+            return None if structure is None else arrays[structure]
+
+        return build(self.manifest["structure"])
+
+    def _check(self, arrays: tuple[Any, ...], named: dict[str, Any]) -> list[np.ndarray]:
+        """The inputs in their order, in the model's dtypes. Raises ArtefactError if they do not fit."""
+        given = {**dict(zip(self.inputs, arrays, strict=False)), **named}
+        expected = ", ".join(f"{name}: {_layout(spec)}" for name, spec in self.inputs.items())
+        if len(arrays) > len(self.inputs) or set(given) != set(self.inputs) or len(given) != len(arrays) + len(named):
+            names = ", ".join([*named, *(["..."] if arrays else [])]) or "nothing"
+            raise ArtefactError(f"{len(arrays) + len(named)} inputs were given ({names}); expected {expected}")
+        sizes: dict[str, int] = {}
+        found = []
+        for name, spec in self.inputs.items():
+            array = np.asarray(given[name])
+            places = zip(spec["shape"], array.shape, strict=False)
+            shape = [sizes.setdefault(d, size) if isinstance(d, str) else d for d, size in places]
+            if len(array.shape) != len(spec["shape"]) or shape != list(array.shape) or 0 in array.shape:
+                raise ArtefactError(
+                    f"input {name} is {array.dtype}{list(array.shape)}; expected {_layout(spec)}"
+                    + ("" if len(self.inputs) == 1 else ", and as many rows in each input")
+                    + (", at least one row" if 0 in array.shape else "")
+                )
+            found.append(_in_dtype(name, array, _dtype(spec["dtype"]), _layout(spec)))
+        return found
+
+
+def _in_dtype(name: str, array: np.ndarray, dtype: np.dtype, layout: str) -> np.ndarray:
+    """The array in the model's dtype: as it is, or of the same kind with values that fit."""
+    if array.dtype == dtype:
+        return array
+    alike = array.dtype.kind == dtype.kind or {array.dtype.kind, dtype.kind} == {"i", "u"}
+    cast = array.astype(dtype) if alike else None
+    if cast is None or not (dtype.kind == "f" or np.array_equal(cast, array)):
+        why = "" if cast is None else f", and some of its values do not fit in {dtype}"
+        raise ArtefactError(f"input {name} is {array.dtype}{list(array.shape)}{why}; expected {layout}")
+    return cast
+
+
+def _layout(spec: Mapping[str, Any]) -> str:
+    return f"{spec['dtype']}[{', '.join(map(str, spec['shape']))}]"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(
+            f"{path}: {error.strerror}; expected a folder that `jaxmp export` wrote, with all of its files"
+        ) from None
+
+
+def _dtype(name: str) -> np.dtype:
+    """A dtype by name; those of less than 16 bits, and bfloat16, are ml_dtypes', which comes with jax."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def read_tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    names = {
+        **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+        **{
+            f"{kind}{bits}": f"{long}{bits}" for kind, long in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+        },
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    }
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            dtype, shape, begin = _dtype(names[entry["dtype"]]), entry["shape"], entry["data_offsets"][0]
+            tensors[name] = np.frombuffer(data, dtype, math.prod(shape), start + begin).reshape(shape)
+    return tensors
+
+
+def _stablehlo(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> Any:
+    """`(state, inputs) -> outputs` by the program for this process's platform."""
+    try:
+        import flatbuffers  # noqa: F401  jax.export needs it
+        import jax
+        from jax import export
+        from jax.extend import backend
+    except ImportError as error:
+        raise ArtefactError(f"{folder} needs {error.name}: pip install jax numpy flatbuffers") from None
+    of, here = manifest["jax"]["version"], jax.__version__
+    if _numbers(here) < _numbers(of):
+        raise ArtefactError(
+            f"{folder} was exported by jax {of}, and jax {here}, which is installed, is older and does not load it: "
+            f"pip install 'jax>={of}'"
+        )
+    platform = jax.default_backend()
+    if platform == "gpu":
+        platform = "cuda" if "cuda" in backend.get_backend().platform_version else "rocm"
+    if platform not in manifest["programs"]:
+        there = ", ".join(manifest["programs"])
+        raise ArtefactError(
+            f"{folder} has a program for {there}, and JAX runs on {platform} here: export the run with --platforms "
+            f"{' '.join(manifest['programs'])} {platform}, or set JAX_PLATFORMS={next(iter(manifest['programs']))}"
+        )
+    program = export.deserialize(bytearray(files[manifest["programs"][platform]]))
+    tensors = read_tensors(files["weights.safetensors"])
+    weights = jax.device_put([tensors[name] for name in manifest["weights"]])
+    call = jax.jit(program.call)
+    return lambda state, inputs: call(weights, state, inputs)
+
+
+def _onnx(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> Any:
+    """`(state, inputs) -> outputs` by ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ArtefactError(f"{folder} needs onnxruntime: pip install onnxruntime numpy") from None
+    session = onnxruntime.InferenceSession(files["model.onnx"], providers=onnxruntime.get_available_providers())
+    names = [*manifest["state"], *manifest["inputs"]]
+    return lambda state, inputs: session.run(None, dict(zip(names, [*state, *inputs], strict=True)))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3] if part.isdigit()]
+
+
+def main() -> int:
+    """Predicts the rows of a .npz file. Returns the exit code: 0, or 2 after a message."""
+    parser = argparse.ArgumentParser(description="Predicts with the exported model in the folder of this file.")
+    parser.add_argument("rows", help=".npz file with an array for each input of the model")
+    parser.add_argument("predictions", help=".npz file to write: an array for each output")
+    parser.add_argument("--batch", type=int, default=512, help="number of rows that are computed at a time")
+    options = parser.parse_args()
+    try:
+        model = load(Path(__file__).resolve().parent)
+        with np.load(options.rows) as file:
+            rows = {name: file[name] for name in file.files if name in model.inputs}
+        parts = []
+        for start in range(0, max(map(len, rows.values()), default=1), options.batch):
+            part = {name: column[start : start + options.batch] for name, column in rows.items()}
+            parts.append(model.leaves(model(**part)))
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        first = next(iter(found.values()))
+        if model.classes and first.ndim == 2 and first.shape[1] == len(model.classes):
+            found["class"] = np.array(model.classes)[first.argmax(axis=1)]
+        plain: dict[str, Any] = {name: _plain(array) for name, array in found.items()}
+        np.savez(options.predictions, **plain)
+    except (ArtefactError, OSError, ValueError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(first)} rows, {', '.join(found)}: {options.predictions}")
+    return 0
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The array with a dtype that NumPy alone reads back: floats of ml_dtypes as float32."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""`quantise`: a run's weights in a few bits each, packed, as an exported folder; and what that costs, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.data.dataset import Split
+from jaxmp.data.pipeline import evaluation_batches
+from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
+from jaxmp.deploy.forward import Forward, forward
+from jaxmp.deploy.predict import Artefact
+from jaxmp.errors import InputError, local_path, nearest
+from jaxmp.instruments.audit import audit
+from jaxmp.precision.blocks import BlockFormat, PackedBlocks, pack, parse_block_format
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.runs.run import Run
+from jaxmp.text_table import table
+from jaxmp.trees import Pattern, is_floating
+
+FORMATS = {
+    "int8": "int8:channel",
+    "int4": "int4:block64",
+    "e4m3": "e4m3:channel",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+}
+"""block formats of weights by short name; scales are float32 for each output channel, or of 64 weights of it"""
+
+ACTIVATIONS = {"int8": "int8:channel", "e4m3": "e4m3:channel"}
+"""block formats of the inputs of products: a scale for each vector that a product sums over"""
+
+SMALLEST = 2
+"""least number of axes of a weight that is quantised: biases, scales and statistics stay"""
+
+CONFIDENCE = 1.96
+"""standard errors on each side of a 95 % interval"""
+
+
+class Layer(NamedTuple):
+    """A weight, and what it is stored in."""
+
+    path: str
+    shape: tuple[int, ...]
+    format: str | None
+    """block format; None: it stays as it is"""
+    nbytes: int
+    before: int
+    """bytes before"""
+    why: str
+    """why it stays; "" if it is quantised"""
+
+
+class Accuracy(NamedTuple):
+    """How often decisions are right, on the rows that were measured."""
+
+    right: int
+    rows: int
+
+    @property
+    def share(self) -> float:
+        """The share of right decisions."""
+        return self.right / self.rows
+
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval (Wilson 1927)."""
+        from scipy import stats
+
+        found = stats.binomtest(self.right, self.rows).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A quantised model and what was measured of it; printed, a report."""
+
+    artefact: Artefact
+    """the exported folder, read back"""
+    layers: tuple[Layer, ...]
+    """every weight of the model"""
+    before: Accuracy | None
+    """of the run itself, on the split of the certificate; None where the task decides nothing that is labelled"""
+    after: Accuracy | None
+    """of the quantised model, on the same rows"""
+    change: tuple[float, float, float] | None
+    """change of the share of right decisions, and its 95 % interval, by pairs of decisions"""
+    flops: dict[str, int]
+    """FLOPs of products for one row, by dtype; those of a format that no device here has run in the dtype named"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of all weights before."""
+        return sum(layer.before for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.path, "x".join(map(str, layer.shape)), layer.format or f"stays: {layer.why}", f"{layer.nbytes:,}")
+            for layer in self.layers
+        ]
+        lines = [table(rows, header=("weight", "shape", "stored in", "bytes"), right=(3,)), ""]
+        ratio = self.nbytes_before / self.nbytes
+        lines.append(f"bytes            {self.nbytes:,} of {self.nbytes_before:,}, {ratio:.2f} times fewer")
+        if self.before and self.after and self.change:
+            for name, found in (("run", self.before), ("quantised", self.after)):
+                low, high = found.interval()
+                lines.append(
+                    f"{name:<16} accuracy {100 * found.share:.2f} % ({100 * low:.2f} to {100 * high:.2f}), "
+                    f"{found.right:,} of {found.rows:,}"
+                )
+            change, low, high = (100 * each for each in self.change)
+            lines.append(f"change           {change:+.2f} points ({low:+.2f} to {high:+.2f}), by pairs of decisions")
+        flops = ", ".join(f"{dtype} {count:,}" for dtype, count in self.flops.items())
+        lines.append(f"FLOPs a row      {flops or 'none'}")
+        return "\n".join(lines)
+
+
+def quantise(
+    run: Run | str | Path,
+    *,
+    output: str | Path,
+    weights: str = "int8",
+    activations: str | None = None,
+    checkpoint: Literal["best", "last", "ema"] = "best",
+    keep: Sequence[str] = (),
+    budget: float | None = None,
+    platforms: Sequence[str] = ("cpu",),
+    split: Split | None = None,
+    rows: int = ROWS,
+    log: Callable[[str], None] = print,
+) -> Quantised:
+    """Writes a run's model with its weights in a narrow format, rounded to nearest, after training.
+
+    Weights of two axes and more are packed: codes in uint8, two in a byte of 4 bits, and scales. The program unpacks
+    them, and computes under the run's policy. The folder is that of `jaxmp.export`, with a certificate.
+
+    Args:
+      run: the run, or its folder.
+      output: the folder to write, new or empty.
+      weights: int8, int4, e4m3, mxfp8, nvfp4, or any block format (`jaxmp.parse_block_format`), such as int4:group32.
+      activations: int8 or e4m3: the inputs of products are rounded, too, with a scale for each vector that is summed
+        over, made anew for each row. This is emulated.
+      checkpoint: whose weights, as `jaxmp.export` takes them.
+      keep: patterns of weights that stay as they are, such as Dense_1 or **/embedding.
+      budget: points of accuracy that may be lost on the validation split. Each weight then gets the fewest bits that
+        were found within it: `weights`, int8:channel, or as it is.
+      platforms: as in `jaxmp.export`.
+      split: rows of the certificate and of the accuracy, as in `jaxmp.export`.
+      rows: the most rows that anything is measured on.
+      log: takes each message of the search.
+
+    Raises:
+      InputError: as `jaxmp.export` does; a format or pattern is unknown; the run has rules whose default has a recipe;
+        or a budget is given where no accuracy can be measured.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    folder = local_path("output", output)
+    format = _format("weights", weights, FORMATS)
+    patterns = [Pattern(text) for text in keep]
+    check(run, folder, checkpoint, platforms)
+    tree = _with_activations(run.experiment.policy, activations)
+    measured = Measured.of_run(run, split, rows)
+    state = chosen_state(run, checkpoint)
+    of = forward(run, state, measured.source, precision=str(tree))
+    for pattern in patterns:
+        if not any(pattern.covers(name) for name in of.weights):
+            raise InputError(f"keep {pattern}: no such weight; {pattern.what_there_is(of.weights)}")
+    candidates = {name: leaf for name, leaf in of.weights.items() if not why_kept(name, leaf, patterns)}
+    if not candidates:
+        raise InputError(f"quantise: {run.path} has no weight that can be quantised; expected one of two axes or more")
+    formats: dict[str, BlockFormat | None] = dict.fromkeys(candidates, format)
+    if budget is not None:
+        formats = _search(run, of, format, candidates, budget, rows, log)
+    packed = pack_weights(of, formats)
+    layers = tuple(_layer(name, leaf, formats.get(name), patterns) for name, leaf in of.weights.items())
+    how = {
+        "weights": checkpoint,
+        "step": int(state.step),
+        "formats": {layer.path: layer.format for layer in layers},
+        "activations": activations,
+    }
+    write_folder(run, state, packed, folder, measured, tree=tree, how=how, platforms=platforms)
+    artefact = load(folder)
+    before, after, change = _accuracy(artefact, run, state, measured)
+    return Quantised(artefact, layers, before, after, change, _flops(packed, measured))
+
+
+def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
+    """The block format that an option names. Raises InputError with the nearest name."""
+    if text in known:
+        return parse_block_format(known[text])
+    try:
+        return parse_block_format(text)
+    except InputError as error:
+        near = nearest(text, known)
+        raise InputError(f"--{option} {text}: expected {', '.join(known)}, or a block format{near}: {error}") from None
+
+
+def _with_activations(tree: PolicyTree, activations: str | None) -> PolicyTree:
+    """The policy in which the inputs of products are rounded to a format."""
+    if activations is None:
+        return tree
+    if activations not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise InputError(f"--activations {activations}: expected {expected}{nearest(activations, ACTIVATIONS)}")
+    if tree.default.recipe is not None or tree.default.operands is not None:
+        raise InputError(f"--activations {activations}: the run's policy {tree} rounds the inputs of products already")
+    return PolicyTree.parse(f"{tree},fprop={ACTIVATIONS[activations]}/high")
+
+
+def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:
+    """Why a weight stays as it is: "" for one that is quantised."""
+    if not is_floating(leaf):
+        return "not of floats"
+    if np.ndim(leaf) < SMALLEST:
+        return f"{np.ndim(leaf)} axes" if np.ndim(leaf) != 1 else "1 axis"
+    return "--keep" if any(pattern.covers(name) for pattern in patterns) else ""
+
+
+def _matrix(name: str, leaf: Any) -> tuple[tuple[int, int], int]:
+    """The shape of a weight as a matrix, and the axis that products sum over: of an embedding, a row is its own."""
+    last = np.shape(leaf)[-1]
+    shape = (math.prod(np.shape(leaf)[:-1]), last)
+    return shape, 1 if name.rpartition("/")[2] == "embedding" else 0
+
+
+def packed_weight(name: str, leaf: Any, format: BlockFormat) -> PackedBlocks:
+    """A weight as a matrix in a block format, its blocks along the axis that products sum over."""
+    shape, axis = _matrix(name, leaf)
+    # Codes are packed along the last axis: the one of the blocks goes there.
+    matrix = jnp.asarray(leaf, jnp.float32).reshape(shape)
+    return pack(matrix if axis == 1 else matrix.T, format, axis=1)
+
+
+def unpacked_weight(name: str, packed: PackedBlocks, like: Any) -> jax.Array:
+    """The weight that is packed, in the shape and dtype of `like`."""
+    _, axis = _matrix(name, like)
+    matrix = packed.unpack()
+    return (matrix if axis == 1 else matrix.T).reshape(np.shape(like)).astype(like.dtype)
+
+
+def pack_weights(of: Forward, formats: Mapping[str, BlockFormat | None]) -> Forward:
+    """A forward function whose arguments are packed weights, which it unpacks.
+
+    Args:
+      of: the function of plain weights.
+      formats: the format of each weight that is packed, by path.
+    """
+    arguments: dict[str, Any] = {}
+    structures = []
+    for name, leaf in of.weights.items():
+        format = formats.get(name)
+        value = leaf if format is None else packed_weight(name, leaf, format)
+        leaves, treedef = jax.tree.flatten(value)
+        parts = ("elements", "scales", "tensor_scale") if format is not None else ("",)
+        arguments |= {f"{name}.{part}".rstrip("."): x for part, x in zip(parts, leaves, strict=False)}
+        structures.append((name, treedef, len(leaves), jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))))
+
+    def function(given: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        rest, plain = list(given), []
+        for name, treedef, count, like in structures:
+            value = jax.tree.unflatten(treedef, rest[:count])
+            del rest[:count]
+            plain.append(unpacked_weight(name, value, like) if isinstance(value, PackedBlocks) else value)
+        return of.function(plain, state, inputs)
+
+    return dataclasses.replace(of, function=function, weights=arguments)
+
+
+def _layer(name: str, leaf: Any, format: BlockFormat | None, patterns: Sequence[Pattern]) -> Layer:
+    before = int(np.asarray(leaf).nbytes)
+    if format is None:
+        why = why_kept(name, leaf, patterns) or "the budget"
+        return Layer(name, np.shape(leaf), None, before, before, why)
+    return Layer(name, np.shape(leaf), str(format), packed_weight(name, leaf, format).nbytes, before, "")
+
+
+def _labels(run: Run, batch: Mapping[str, np.ndarray], decided: np.ndarray | None) -> np.ndarray | None:
+    """The labels that decisions are compared with, where the task has them."""
+    labels = batch.get(getattr(run.experiment.task, "target", ""))
+    if labels is None or decided is None or labels.shape != decided.shape or labels.dtype.kind not in "iub":
+        return None
+    return labels
+
+
+def _accuracy(
+    artefact: Artefact, run: Run, state: Any, measured: Measured
+) -> tuple[Accuracy | None, Accuracy | None, tuple[float, float, float] | None]:
+    """Right decisions of the run and of an artefact, and the change with its 95 % interval.
+
+    The interval is that of a difference of paired proportions, with half an observation in each cell of disagreement
+    (A. Agresti and Y. Min, Statistics in Medicine 24, 2005).
+    """
+    task, right = run.experiment.task, []
+    for batch in evaluation_batches(measured.source, run.experiment.data.eval_batch_size):
+        there = int(np.sum(batch["weight"]))
+        own = run.outputs(batch, state)
+        mine = artefact.leaves(artefact(**{name: np.asarray(jnp.asarray(batch[name])) for name in artefact.inputs}))
+        leaves, structure = jax.tree.flatten(own)
+        del leaves
+        both = [
+            decisions(task, outputs)
+            for outputs in (own, jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in mine.values()]))
+        ]
+        labels = _labels(run, batch, both[0])
+        if labels is None:
+            return None, None, None
+        right.append(np.stack([(each == labels)[:there].ravel() for each in both if each is not None]))
+    first, second = np.concatenate(right, axis=1)
+    count = first.size
+    lost, won = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+    change = (won - lost) / count
+    b, c = won + 0.5, lost + 0.5
+    error = math.sqrt(b + c - (b - c) ** 2 / (count + 2)) / (count + 2)
+    middle = (b - c) / (count + 2)
+    interval = change, middle - CONFIDENCE * error, middle + CONFIDENCE * error
+    return Accuracy(int(first.sum()), count), Accuracy(int(second.sum()), count), interval
+
+
+def _flops(of: Forward, measured: Measured) -> dict[str, int]:
+    """FLOPs of products for one row, by dtype."""
+    row = measured.source[np.arange(1)]
+    arguments: tuple[Any, ...] = of.arguments()[0], [], [np.asarray(jnp.asarray(row[name])) for name in of.inputs]
+    return dict(audit(of.function, *arguments).dot_flops_by_dtype)
+
+
+def _search(
+    run: Run,
+    of: Forward,
+    format: BlockFormat,
+    candidates: Mapping[str, Any],
+    budget: float,
+    rows: int,
+    log: Callable[[str], None],
+) -> dict[str, BlockFormat | None]:
+    """The formats with the fewest bits whose accuracy on the validation split is within the budget.
+
+    Each weight is first rounded alone, which says how much it costs: the mean KL divergence of the outputs. All begin
+    in the narrowest format; then the one that costs most for the bytes that it saves goes one rung up, to 8 bits or
+    as it was, until the measured accuracy is within the budget.
+    """
+    if not budget >= 0:
+        raise InputError(f"--budget {budget}: expected 0 points of accuracy or more")
+    split: Split = "validation" if "validation" in run.trainer.splits else "train"
+    judge = _Judge(run, of, Measured.of_run(run, split, rows))
+    eight = parse_block_format(FORMATS["int8"])
+    ladder: list[BlockFormat | None] = [
+        format,
+        *([eight] if eight.bits < 32 and format.bits < eight.bits else []),
+        None,
+    ]
+    rounded = {
+        name: [leaf if each is None else _rounded(name, leaf, each) for each in ladder]
+        for name, leaf in candidates.items()
+    }
+    sizes = {
+        name: [np.asarray(leaf).nbytes if each is None else packed_weight(name, leaf, each).nbytes for each in ladder]
+        for name, leaf in candidates.items()
+    }
+    whole, _ = judge({})
+    cost = {
+        name: [judge({name: each})[1] if rung < len(ladder) - 1 else 0.0 for rung, each in enumerate(of_name)]
+        for name, of_name in rounded.items()
+    }
+    rungs = dict.fromkeys(candidates, 0)
+    while True:
+        right, _ = judge({name: rounded[name][rung] for name, rung in rungs.items()})
+        lost = 100 * (whole - right)
+        bits = 8 * sum(sizes[name][rung] for name, rung in rungs.items())
+        log(f"{bits / sum(np.size(leaf) for leaf in candidates.values()):.2f} bits a weight: {lost:+.2f} points lost")
+        if lost <= budget:
+            return {name: ladder[rung] for name, rung in rungs.items()}
+        # What a rung up gains for each byte that it adds.
+        gains = {
+            name: (cost[name][rung] - cost[name][rung + 1]) / max(1, sizes[name][rung + 1] - sizes[name][rung])
+            for name, rung in rungs.items()
+            if rung + 1 < len(ladder)
+        }
+        rungs[max(gains, key=lambda name: gains[name])] += 1
+
+
+def _rounded(name: str, leaf: Any, format: BlockFormat) -> jax.Array:
+    like = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    return unpacked_weight(name, packed_weight(name, leaf, format), like)
+
+
+class _Judge:
+    """Judges a model with other weights: its accuracy, and the mean KL divergence from the model itself."""
+
+    def __init__(self, run: Run, of: Forward, measured: Measured):
+        self._run, self._of, self._measured = run, of, measured
+        self._program = jax.jit(of.function)
+        self._own: list[np.ndarray] = []
+
+    def __call__(self, weights: Mapping[str, Any]) -> tuple[float, float]:
+        """The share of right decisions, and the divergence, with some weights in the place of the model's."""
+        from jaxmp.deploy.certificate import kl_divergence
+
+        run, first = self._run, not self._own
+        given = [weights.get(name, leaf) for name, leaf in self._of.weights.items()]
+        right, count, divergence = 0, 0, 0.0
+        for at, batch in enumerate(evaluation_batches(self._measured.source, run.experiment.data.eval_batch_size)):
+            there = int(np.sum(batch["weight"]))
+            leaves = self._program(given, [], [np.asarray(jnp.asarray(batch[name])) for name in self._of.inputs])
+            decided = decisions(run.experiment.task, self._of.unflatten(leaves))
+            labels = _labels(run, batch, decided)
+            if labels is None or decided is None or len(leaves) != 1:
+                raise InputError(
+                    f"--budget: {type(run.experiment.task).__name__} decides nothing that the data label; expected a "
+                    "classification"
+                )
+            logits = np.asarray(leaves[0])[:there]
+            if first:
+                self._own.append(logits)
+            right += int(np.sum((decided == labels)[:there]))
+            count += labels[:there].size
+            divergence += float(np.sum(np.minimum(kl_divergence(self._own[at], logits), 1e3)))
+        return right / count, divergence / count

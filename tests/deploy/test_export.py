@@ -1,0 +1,291 @@
+"""An exported run: the bits of `Run.apply` without jaxmp, a certificate, and a folder that is whole or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with_words
+
+import jaxmp
+from jaxmp import Arrays, InputError
+from jaxmp.cli import main
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.models.transformer import GPT2
+from jaxmp.precision.policy import PRESETS
+from jaxmp.tasks.language import NextToken
+from jaxmp.trees import by_path
+
+pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
+
+pytestmark = pytest.mark.xdist_group("deploy")  # one worker: the fixture trains
+
+RULES = "Dense_1=float32; @BatchNorm=float32; mixed_float16"
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "net"
+    jaxmp.export(run, output=folder)
+    return folder
+
+
+def assert_same_bits(artefact, run, state, rows):
+    """Raw rows give the outputs of `run.apply`, to the bit, whatever their number."""
+    for count in (1, 7, 512):
+        batch = rows(count)
+        found = artefact.leaves(artefact(**{name: batch[name] for name in artefact.inputs}))
+        expected = run.apply(batch, state)
+        expected = {name or "output": leaf for name, leaf in by_path(expected).items()}
+        assert found.keys() == expected.keys()
+        for name, output in expected.items():
+            assert found[name].dtype == output.dtype
+            assert found[name].tobytes() == np.asarray(output).tobytes(), (name, count)
+
+
+@pytest.mark.slow
+def test_an_exported_run_gives_the_bits_of_apply_for_any_number_of_rows(run, exported):
+    artefact = jaxmp.load(exported)
+    assert artefact.inputs == {"image": {"shape": ["b", 4, 4, 1], "dtype": "uint8"}}
+    assert not any(name in artefact.manifest["weights"] for name in ("key_data", "label", "name"))
+    assert_same_bits(artefact, run, "best", lambda n: {"image": images(n), "label": np.zeros(n, int)})
+    against = artefact.certificate["against"]
+    assert against["run"]["bit_equal"] and not against["float32"]["bit_equal"]
+    assert 1e-4 < against["float32"]["outputs"]["output"]["largest_relative"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(RULES, marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.full_size) for name in PRESETS),
+    ],
+)
+def test_every_policy_is_exported_with_its_bits(tmp_path, precision):
+    run = trained(tmp_path, precision)
+    artefact = jaxmp.export(run, output=tmp_path / "out", weights="last")
+    assert_same_bits(artefact, run, "last", lambda n: {"image": images(n), "label": np.zeros(n, int)})
+    assert artefact.certificate["against"]["run"]["bit_equal"]
+    rows = {row["module"]: row for row in artefact.manifest["policy"]}
+    assert rows["Dense_1"]["policy"] == str(run.experiment.policy.lookup("Dense_1"))
+
+
+@pytest.mark.slow
+def test_a_policy_beside_the_run_s_own_computes_as_a_run_under_it(run, tmp_path):
+    artefact = jaxmp.export(run, output=tmp_path / "out", precision="float32")
+    against = artefact.certificate["against"]
+    assert against["float32"]["bit_equal"] and not against["run"]["bit_equal"]
+    assert artefact.manifest["precision"] == str(jaxmp.PolicyTree.parse("float32"))
+
+
+@pytest.mark.slow
+def test_two_inputs_and_a_dict_of_outputs(tmp_path):
+    data = Arrays(with_words, batch_size=10, eval_batch_size=8)
+    run = trained(tmp_path, model=Both(), data=data, task=Sizes())
+    artefact = jaxmp.export(run, output=tmp_path / "out")
+    assert list(artefact.inputs) == ["image", "words"] and artefact.inputs["words"]["dtype"] == "int32"
+    batch = {"image": images(7), "words": np.arange(35).reshape(7, 5) % 7}
+    found = artefact(**batch)
+    assert found["size"]["parts"][0].shape == (7, 1) and found["size"]["parts"][1].tolist() == [0, 5, 3, 1, 6, 4, 2]
+    assert_same_bits(artefact, run, "best", lambda n: {"image": images(n), "words": np.arange(5 * n).reshape(n, 5) % 7})
+
+
+@pytest.mark.full_size
+def test_a_decoder_is_exported_with_its_cache(tmp_path):
+    def tokens(split):
+        text = np.random.default_rng(0).integers(0, 11, (20, 7)).astype(np.int32)
+        return {"tokens": text[:, :-1], "target": text[:, 1:]}
+
+    model = GPT2(vocabulary=11, context=6, layers=2, heads=2, width=8)
+    data = Arrays(tokens, batch_size=10, eval_batch_size=8)
+    run = trained(tmp_path, model=model, data=data, task=NextToken(inputs=("tokens",), target="target"))
+    artefact = jaxmp.export(run, output=tmp_path / "out", decode=True)
+    assert {spec["dtype"] for name, spec in artefact.manifest["state"].items() if "keys" in name} == {"bfloat16"}
+    # Token by token, from an empty cache: what is computed for the whole row at once, but for rounding.
+    against = artefact.certificate["against"]["run"]
+    assert against["outputs"]["output"]["largest_relative"] < 2**-6
+    batch = tokens("test")["tokens"]
+    state = artefact.start(20)
+    first, state = artefact.step(state, batch[:, :4])  # a prompt at once
+    rest, state = artefact.step(state, tokens=batch[:, 4:])
+    whole = np.asarray(run.apply(tokens("test"), "best"))
+    assert np.abs(np.concatenate([first, rest], axis=1) - whole).max() < 2**-6 * np.abs(whole).max()
+    with pytest.raises(ValueError, match="start"):
+        artefact(batch)
+
+
+@pytest.mark.slow
+def test_predict_py_in_the_folder_needs_no_jaxmp(run, exported, tmp_path):
+    np.savez(tmp_path / "rows.npz", image=images(7))
+    code, text = predict_bare(exported, tmp_path / "rows.npz", tmp_path / "out.npz")
+    assert code == 0, text
+    found = np.load(tmp_path / "out.npz")["output"]
+    assert found.tobytes() == np.asarray(run.apply({"image": images(7), "label": np.zeros(7, int)}, "best")).tobytes()
+    np.savez(tmp_path / "rows.npz", image=images(7)[..., 0])
+    code, text = predict_bare(exported, tmp_path / "rows.npz", tmp_path / "no.npz")
+    assert code == 2 and "expected uint8[b, 4, 4, 1]" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_one_changed_bit_in_any_file_is_refused(exported, tmp_path):
+    for name in sorted(path.name for path in exported.iterdir()):
+        for place in (0, 0.5, 1):
+            folder = shutil.copytree(exported, tmp_path / f"{name}-{place}")
+            data = bytearray((folder / name).read_bytes())
+            data[int(place * (len(data) - 1))] ^= 0x20
+            (folder / name).write_bytes(data)
+            with pytest.raises(InputError, match="export the run again"):
+                jaxmp.load(folder)
+    for name in sorted(path.name for path in exported.iterdir()):
+        folder = shutil.copytree(exported, tmp_path / f"without-{name}")
+        (folder / name).unlink()
+        with pytest.raises(InputError, match=f"{name}: No such file"):
+            jaxmp.load(folder)
+
+
+def with_manifest(exported, folder, **changes):
+    """A copy whose manifest says something else, with digests that agree."""
+    shutil.copytree(exported, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    text = json.dumps({**manifest, **changes}).encode()
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"artefact": 2}, "version 2 of the layout; this program reads version 1"),
+        ({"expires": "2020-01-01"}, "expired on 2020-01-01"),
+        ({"jax": {"version": "9.1.0"}}, "pip install 'jax>=9.1.0'"),
+        ({"programs": {"tpu": "program.cpu.stablehlo"}}, "--platforms tpu cpu, or set JAX_PLATFORMS=tpu"),
+    ],
+)
+def test_another_version_platform_or_date_is_refused(exported, tmp_path, changes, expected):
+    folder = with_manifest(exported, tmp_path / "copy", **changes)
+    with pytest.raises(InputError) as error:
+        jaxmp.load(folder)
+    assert expected in str(error.value)
+    if "expires" in changes:
+        assert jaxmp.load(folder, accept_expired=True)(images(2)).shape == (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({}, "0 inputs were given (nothing); expected image: uint8[b, 4, 4, 1]"),
+        ({"picture": images(2)}, "(picture); expected image"),
+        ({"image": images(2)[0]}, "input image is uint8[4, 4, 1]; expected uint8[b, 4, 4, 1]"),
+        ({"image": images(2) / 255}, "input image is float64[2, 4, 4, 1]; expected uint8"),
+        ({"image": images(2).astype(int) - 300}, "some of its values do not fit in uint8"),
+        ({"image": images(2)[:0]}, "at least one row"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(exported, rows, expected):
+    with pytest.raises(ValueError) as error:
+        jaxmp.load(exported)(**rows)
+    assert expected in str(error.value)
+    assert jaxmp.load(exported)(images(2).astype(np.int64)).shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported_is_one_message_and_nothing_is_written(run, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    failed = jaxmp.Run(shutil.copytree(run.path, tmp_path.parent / "failed"), run.experiment)
+    (failed.path / "failure.json").write_text("")
+    failed._folder.write_failure(1, "the loss is not finite")
+    for of, options, expected in (
+        (run, {"output": tmp_path / "full"}, "not empty, it has file"),
+        (run, {"output": tmp_path / "no" / "out"}, "there is no folder"),
+        (run, {"output": out, "platforms": ["gpu"]}, "platforms 'gpu': expected cpu, cuda"),
+        (run, {"output": out, "platforms": ["tpu"]}, "--platforms tpu cpu"),
+        (run, {"output": out, "weights": "bset"}, "did you mean 'best'?"),
+        (run, {"output": out, "precision": "Dense_9=float32; float16"}, "Dense_9"),
+        (run, {"output": out, "decode": True}, "Net decodes without a cache; expected a decoder"),
+        (failed, {"output": out}, "the loss is not finite"),
+    ):
+        with pytest.raises(InputError) as error:
+            jaxmp.export(of, **options)
+        assert expected in str(error.value), options
+
+    opened = Path.open
+
+    def full(self, mode="r", *args, **kwargs):
+        if mode == "wb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(InputError, match=r"No space left on device; make room there"):
+        jaxmp.export(run, output=out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_the_average_is_exported_only_of_a_run_that_keeps_one(run, tmp_path, monkeypatch):
+    state = run.state("last")
+    assert state.ema is not None
+    artefact = jaxmp.export(run, output=tmp_path / "ema", weights="ema")
+    assert (
+        artefact(images(3)).tobytes() == np.asarray(run.apply({"image": images(3), "label": [0] * 3}, "last")).tobytes()
+    )
+    monkeypatch.setattr(run, "state", lambda step: dataclasses.replace(state, ema=None))
+    with pytest.raises(InputError, match=r"keeps no average of its weights"):
+        jaxmp.export(run, output=tmp_path / "out", weights="ema")
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize(
+    "name", ["digits_mlp", "mnist_cnn", "cifar10_cnn", "spoken_digits_lstm", "shakespeare_gpt", "sst2_bert_tiny"]
+)
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
+def test_shipped_configs_are_exported_with_their_bits(tmp_path, made_up, name, precision):
+    experiment = made_up(ConfigFile.find(str(ROOT / "configs" / f"{name}.py")).experiment(), 16)
+    loop = dataclasses.replace(experiment.loop, steps=1)
+    experiment = dataclasses.replace(experiment, loop=loop, precision=precision)
+    jaxmp.fit(experiment, workdir=tmp_path / "runs", log=lambda text: None)
+    run = jaxmp.Run(tmp_path / "runs", experiment)
+    artefact = jaxmp.export(run, output=tmp_path / "out", weights="last")
+    source = run.source("test")
+    state = run.state("last")
+    for count in (1, 7, 512):
+        batch = source[np.arange(count) % len(source)] | {"weight": np.ones(count, np.float32)}
+        batch = {key: column for key, column in batch.items() if column.dtype.kind in "biuf"}
+        found = list(artefact.leaves(artefact(**{key: batch[key] for key in artefact.inputs})).values())
+        for mine, own in zip(found, jax.tree.leaves(run.outputs(batch, state)), strict=True):
+            assert mine.tobytes() == np.asarray(own).tobytes(), count
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_certificate(tmp_path, capsys):
+    (tmp_path / "sign.py").write_text(
+        '"""Points."""\n'
+        "import flax.linen as nn\nimport numpy as np\n"
+        "from jaxmp import Arrays, Classification, Experiment, Loop\n"
+        "def load(split):\n"
+        "    x = np.linspace(-1, 1, 40, dtype=np.float32)[:, None]\n"
+        "    return {'x': x, 'label': (x[:, 0] > 0).astype(int)}\n"
+        "def get_config():\n"
+        "    data = Arrays(load, batch_size=40, images=())\n"
+        "    return Experiment(nn.Dense(2), data, Classification(inputs=('x',)), loop=Loop(steps=2))\n"
+    )
+    assert main(["train", str(tmp_path / "sign.py"), "--workdir", str(tmp_path / "runs")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "against run      equal to the bit; decisions 40 of 40 equal" in out and "float32[b, 1]" in out
+    assert main(["export", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 2
+    assert "not empty" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Weights of a few bits: packed and unpacked without a change, listed, measured, and chosen within a budget."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from deployed_runs import images, trained
+
+import jaxmp
+from jaxmp import InputError, Loop
+from jaxmp.deploy.forward import forward
+from jaxmp.deploy.quantise import FORMATS, packed_weight, quantise, unpacked_weight
+
+pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
+
+pytestmark = pytest.mark.xdist_group("deploy")  # one worker: the fixture trains
+
+
+def quiet(text):
+    """Takes what the search says."""
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("format", [*FORMATS.values(), "int3:group32"])
+def test_a_packed_weight_holds_the_numbers_of_its_format_along_what_is_summed(format):
+    rng = np.random.default_rng(0)
+    block = jaxmp.parse_block_format(format)
+    for name, shape, axis in (
+        ("Dense_0/kernel", (70, 5), 0),
+        ("Conv_0/kernel", (3, 3, 8, 5), 0),
+        ("Embed_0/embedding", (7, 70), 1),
+    ):
+        weight = rng.standard_normal(shape).astype(np.float32)
+        packed = packed_weight(name, weight, block)
+        right = jaxmp.quantize(weight.reshape(-1, shape[-1]), block, axis=axis).reshape(shape)
+        assert np.array_equal(unpacked_weight(name, packed, weight), right)
+        assert packed.elements.dtype == jnp.uint8
+        assert packed.elements.size <= -(-weight.size * block.element.bits // 8) + 2 * weight.size // 70 + 70
+        # Each output has its own scale, which no other changes.
+        others = weight.copy()
+        others[(slice(None),) * (len(shape) - 1) + (0,) if axis == 0 else (0,)] *= 64
+        same = unpacked_weight(name, packed_weight(name, others, block), weight)
+        if block.scale != "e4m3":  # whose scale of the tensor all share
+            rest = (..., slice(1, None)) if axis == 0 else (slice(1, None),)
+            assert np.array_equal(same[rest], right[rest])
+
+
+@pytest.mark.slow
+def test_the_folder_computes_with_the_rounded_weights_to_the_bit(run, tmp_path):
+    found = quantise(run, output=tmp_path / "out", weights="int4", keep=("Dense_1",))
+    stays = {layer.path: layer.why for layer in found.layers if layer.format is None}
+    assert stays.pop("Dense_1/kernel") == "--keep" and set(stays.values()) == {"1 axis"}
+    assert {layer.path for layer in found.layers if layer.format} == {"Conv_0/kernel", "Dense_0/kernel"}
+    state = run.state("best")
+    of = forward(run, state, run.source("test"))
+    block = jaxmp.parse_block_format(FORMATS["int4"])
+    weights = [
+        unpacked_weight(name, packed_weight(name, leaf, block), leaf)
+        if name in ("Conv_0/kernel", "Dense_0/kernel")
+        else leaf
+        for name, leaf in of.weights.items()
+    ]
+    artefact = jaxmp.load(tmp_path / "out")
+    for rows in (1, 7, 512):
+        (expected,) = jax.jit(of.function)(weights, [], [images(rows)])
+        assert artefact(images(rows)).tobytes() == np.asarray(expected).tobytes()
+    stored = sum(layer.nbytes for layer in found.layers)
+    file = (tmp_path / "out" / "weights.safetensors").read_bytes()
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    assert len(file) - 8 - int.from_bytes(file[:8], "little") == stored == found.nbytes < found.nbytes_before
+    assert header["Dense_0/kernel.elements"]["dtype"] == "U8"
+    assert artefact.manifest["run"]["formats"]["Dense_0/kernel"] == FORMATS["int4"]
+    assert not artefact.certificate["against"]["run"]["bit_equal"]
+
+
+@pytest.mark.full_size
+def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(tmp_path):
+    run = trained(tmp_path, loop=Loop(steps=60))
+
+    def bits(found):
+        return 8 * found.nbytes / sum(np.prod(layer.shape) for layer in found.layers)
+
+    loose = quantise(run, output=tmp_path / "loose", weights="int2:channel", budget=100.0, log=quiet)
+    said: list[str] = []
+    tight = quantise(run, output=tmp_path / "tight", weights="int2:channel", budget=0.0, log=said.append)
+    assert {layer.format for layer in loose.layers if layer.format} == {"int2:channel"}
+    assert float(said[-1].split(":")[1].split()[0]) <= 0 and len(said) > 1
+    assert bits(loose) < bits(tight)
+    assert loose.before and loose.after and loose.change and loose.before.rows == 20
+    change, low, high = loose.change
+    assert change == pytest.approx(loose.after.share - loose.before.share) and low <= change <= high
+
+
+@pytest.mark.full_size
+def test_activations_are_rounded_row_by_row(run, tmp_path):
+    found = quantise(run, output=tmp_path / "out", weights="int8", activations="int8")
+    assert "fprop=int8:channel/high" in found.artefact.manifest["precision"]
+    many = images(7)
+    together, alone = found.artefact(many), np.concatenate([found.artefact(row[None]) for row in many])
+    assert np.abs(together - alone).max() < 1e-2 * np.abs(together).max()
+    plain = quantise(run, output=tmp_path / "plain", weights="int8")
+    errors = [
+        each.artefact.certificate["against"]["float32"]["outputs"]["output"]["median_relative"]
+        for each in (plain, found)
+    ]
+    assert errors[0] < errors[1] < 0.2
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_message_and_nothing_is_written(run, tmp_path):
+    out = tmp_path / "out"
+    for options, expected in (
+        ({"weights": "int9x"}, "--weights int9x: expected int8, int4, e4m3, mxfp8, nvfp4"),
+        ({"weights": "nvpf4"}, "did you mean 'nvfp4'"),
+        ({"activations": "int4"}, "--activations int4: expected int8, e4m3"),
+        ({"keep": ("Dense_7",)}, "keep Dense_7: no such weight; there are"),
+        ({"keep": ("**",)}, "has no weight that can be quantised"),
+        ({"budget": -1.0}, "--budget -1.0"),
+        ({"rows": 0}, "rows 0"),
+    ):
+        with pytest.raises(InputError) as error:
+            quantise(run, output=out, **options)
+        assert expected in str(error.value), options
+    assert not any(tmp_path.iterdir())
