@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmp.models.noise import Noise
 from jaxmp.modules.interventions import LIFTED, Context, Intervention, Order, Run, attributes
 
 
@@ -61,6 +62,8 @@ class DropoutByExample(Intervention):
             attention = module.attention_fn if module.broadcast_dropout else self._attention(module.attention_fn)
             with attributes(module, attention_fn=attention):
                 return next_fun(*args, **kwargs)
+        if call and isinstance(module, Noise) and args[:1] == (self.rows,):
+            return next_fun(self.rows, self.global_index)
         if self.global_index is None or context.method_name == LIFTED:
             return next_fun(*args, **kwargs)
 
