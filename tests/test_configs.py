@@ -31,6 +31,10 @@ IN_FLOAT32 = {"spoken_digits_ctc": "jaxmp/tasks/ctc.py"}
 """where a config's loss has products of its own, which are in float32 whatever the policy, as losses are: optax picks
 the log-probabilities of labels by products with zeros and ones"""
 
+UNIT_ROUNDOFFS = {"mnist_dcgan": 128}
+"""the bound of a config's gradients, where it is not 64 unit roundoffs: a rectified unit whose input is rounded across
+0 passes on another share of its gradient; with linear units the largest error falls from 0.051 to 0.007"""
+
 
 def shipped(name):
     return ConfigFile.find(str(Path(__file__).parent.parent / "configs" / f"{name}.py")).experiment()
@@ -99,7 +103,10 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-LONG = ("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "openwebtext_", "spoken_digits_rnn", "sst2_bert")
+LONG = (
+    *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dcgan", "openwebtext_"),
+    *("spoken_digits_rnn", "sst2_bert"),
+)
 """configs that take long to compile, or have a like one among the others"""
 
 
@@ -168,7 +175,7 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
         if others:  # a number of steps
             steps = given.shape[1]
             example = (example, jnp.array([steps, 1, steps // 2, steps - 1], jnp.int32))
-    laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
+    laws = jaxmp.testing.policy_laws(experiment.model, precision, example, multiple=UNIT_ROUNDOFFS.get(name, 64))
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
 
