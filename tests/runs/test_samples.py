@@ -190,3 +190,4 @@ def test_the_end_of_a_text_is_the_prompt_where_the_vocabulary_has_it(monkeypatch
     data = dataclasses.replace(EXPERIMENT.data, tokenizer=Bytes(special=True))
     assert sample(NextToken(), trained(data=data), 0, Sampling(1)).texts == ("",)
     assert sample(NextToken(), trained(), 0, Sampling(1)).texts == ("\n\n",)
+    assert len(sample(NextToken(), trained(), 0, Sampling()).texts) == 4 == seen[-1][0]
