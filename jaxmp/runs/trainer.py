@@ -17,6 +17,7 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
 from jaxmp.data.source import Rows, Source
+from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
@@ -278,7 +279,7 @@ class Trainer:
         if experiment.lora.rank:
             params = experiment.lora.merge(params)
         variables = {"params": params, **state.model_state}
-        if self.devices.several_processes and self.devices.shard != "replicated":
+        if processes.several() and self.devices.shard != "replicated":  # each of them reads all of what is drawn
             variables = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.devices.mesh, P()))(variables)
         trained = Trained(experiment.model, self._apply, variables, experiment.data)
         return sample(experiment.task, trained, jax.random.key(seed), sampling)
