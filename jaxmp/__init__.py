@@ -21,10 +21,10 @@ Steps: make_loss, make_train_step, make_eval_step, TrainState; several losses an
 ObjectiveSpec where a task names them.
 
 Experiments: Experiment, of a model, LoRA beside it; data: Arrays, TFDS, Augment, and Dataset, the base of your own,
-any of them cut by random_split, k_folds, balanced; a task: Classification, others in jaxmp.tasks, a function
-(FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an optimizer: SGD,
-Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop,
-Scaling, Parallel.
+any of them cut by random_split, k_folds, balanced; a task: Classification, Adversarial, others in jaxmp.tasks, a
+function (FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an
+optimizer: SGD, Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay,
+StepDecay; and Loop, Scaling, Parallel.
 
 Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
 Evaluated, and may return Stop or Pause. export writes a run as a folder that predicts without jaxmp, load reads it.
@@ -88,6 +88,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.studies.overflow import blame
     from jaxmp.studies.tune import tune
     from jaxmp.studies.what_if import what_if
+    from jaxmp.tasks.adversarial import Adversarial
     from jaxmp.tasks.classification import Classification
     from jaxmp.tasks.function import FunctionTask
     from jaxmp.tasks.loss import make_loss

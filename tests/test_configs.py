@@ -23,6 +23,7 @@ from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.overflow import blame_run
+from jaxmp.tasks.task import objectives_of
 from jaxmp.testing import StepAdapter, step_laws
 
 CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
@@ -30,6 +31,10 @@ CONFIGS = [path.stem for path in sorted((Path(__file__).parent.parent / "configs
 IN_FLOAT32 = {"spoken_digits_ctc": "jaxmp/tasks/ctc.py"}
 """where a config's loss has products of its own, which are in float32 whatever the policy, as losses are: optax picks
 the log-probabilities of labels by products with zeros and ones"""
+
+UNIT_ROUNDOFFS = {"mnist_dcgan": 128}
+"""the bound of a config's gradients, where it is not 64 unit roundoffs: a rectified unit whose input is rounded across
+0 passes on another share of its gradient; with linear units the largest error falls from 0.051 to 0.007"""
 
 
 def shipped(name):
@@ -99,7 +104,10 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-LONG = ("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "openwebtext_", "spoken_digits_rnn", "sst2_bert")
+LONG = (
+    *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dcgan", "openwebtext_"),
+    *("spoken_digits_rnn", "sst2_bert"),
+)
 """configs that take long to compile, or have a like one among the others"""
 
 
@@ -141,15 +149,22 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
         assert sum(report.dot_flops_by_dtype.values()) == 2 * rows * (3 * sum(kernels) - max(kernels))
 
     run = Run(fit(experiment, workdir=tmp_path, log=lambda text: None).path, experiment)
-    blamed = blame_run(run, 4, log=lambda text: None)
-    overflows = int(jaxmp.consecutive_skips(run.state().opt_state)) > 0  # the last step, the fourth, was skipped
-    assert blamed.step == 4 and (blamed.found is not None) == overflows
-    assert not overflows or (blamed.float32_helps and (blamed.passing_scale or 0) < blamed.scale)
+    opt_state, names = run.state().opt_state, list(objectives_of(experiment.task)) or [None]
+    compared = compare_gradients({precision: experiment}, 2)
+    for objective in names:
+        blamed = blame_run(run, 4, objective=objective, log=lambda text: None)
+        own = opt_state if objective is None else opt_state[objective]
+        overflows = int(jaxmp.consecutive_skips(own)) > 0  # the last step, the fourth, was skipped
+        assert blamed.step == 4 and (blamed.found is not None) == overflows
+        assert not overflows or (blamed.float32_helps and (blamed.passing_scale or 0) < blamed.scale)
 
-    (errors,) = compare_gradients({precision: experiment}, 2)["precisions"].values()
-    # The unit roundoff of float16 is 2^-11, and the bound that of the laws. An error of 0 would mean no half at all.
-    found = [error for error in errors["relative_error"] if error is not None]  # None: not finite at the first scale
-    assert all(0 < error < 64 * 2.0**-11 for error in found) and (found or overflows), errors
+        of = compared if objective is None else compared["objectives"][objective]
+        (errors,) = of["precisions"].values()
+        # The unit roundoff of float16 is 2^-11, and the bound that of the laws. An error of 0 would mean no half at
+        # all. None: not finite at the first scale, at which steps of the run were skipped then.
+        found = [error for error in errors["relative_error"] if error is not None]
+        skipped = int(jaxmp.skipped_steps(own)) > 0
+        assert all(0 < error < 64 * 2.0**-11 for error in found) and (found or skipped), errors
 
     trainer = Trainer(experiment)
     if isinstance(experiment.data, TextDataset):
@@ -161,7 +176,7 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
         if others:  # a number of steps
             steps = given.shape[1]
             example = (example, jnp.array([steps, 1, steps // 2, steps - 1], jnp.int32))
-    laws = jaxmp.testing.policy_laws(experiment.model, precision, example)
+    laws = jaxmp.testing.policy_laws(experiment.model, precision, example, multiple=UNIT_ROUNDOFFS.get(name, 64))
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
 
@@ -199,7 +214,10 @@ def test_a_full_size_config_has_the_published_parameters_and_runs_two_steps(made
     assert len(losses) == 2 and all(np.isfinite(float(loss.compute())) for loss in losses)
 
 
-NORMALISED = [name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,)]
+FROM_MINUS_ONE_TO_ONE = "mnist_dcgan"  # its images have the range of tanh, of which its generator makes images
+NORMALISED = [
+    name for name in CONFIGS if getattr(shipped(name).data, "mean", (0.0,)) != (0.0,) and name != FROM_MINUS_ONE_TO_ONE
+]
 
 
 @pytest.mark.parametrize("name", [name for name in NORMALISED if name not in FULL_SIZE])

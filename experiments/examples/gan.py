@@ -45,8 +45,11 @@ class GAN(nn.Module):
         self.generator, self.discriminator = Generator(), Discriminator()
 
     def __call__(self, image, train: bool = False):
-        fake = self.generate(jax.random.normal(self.make_rng("noise"), (len(image), 100)), train)
-        return self.discriminator(image, train), self.discriminator(fake, train)
+        return self.discriminator(image, train), self.judge_made(image, train)
+
+    def judge_made(self, image, train: bool = False):
+        noise = jax.random.normal(self.make_rng("noise"), (len(image), 100))
+        return self.discriminator(self.generate(noise, train), train)
 
     def generate(self, noise, train: bool = False):
         return self.generator(noise, train)
@@ -59,13 +62,17 @@ class Adversarial(Task):
     inputs: tuple[str, ...] = ("image",)
     objectives: ClassVar = {
         "discriminator": ObjectiveSpec(("discriminator",)),
-        "generator": ObjectiveSpec(("generator",)),
+        "generator": ObjectiveSpec(("generator",), method="judge_made"),
     }
     monitor = "generator/loss"
 
     def __call__(self, outputs, batch, objective):
-        real, fake = (logits.astype(jnp.float32) for logits in outputs)
-        losses = nn.softplus(-fake) if objective == "generator" else nn.softplus(-real) + nn.softplus(fake)
+        if objective == "generator":
+            fake = outputs.astype(jnp.float32)
+            losses = nn.softplus(-fake)
+        else:
+            real, fake = (logits.astype(jnp.float32) for logits in outputs)
+            losses = nn.softplus(-real) + nn.softplus(fake)
         return Mean.of(losses, batch["weight"]), {"taken_for_real": Mean.of(nn.sigmoid(fake), batch["weight"])}
 
 

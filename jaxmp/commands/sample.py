@@ -14,8 +14,8 @@ class Options:
 
     run: str
     """Run folder, or a folder that contains one run."""
-    count: int = 4
-    """Number of texts or pictures."""
+    count: int | None = None
+    """Number of texts or pictures; by default 4 texts, or 64 pictures."""
     prompt: str | None = None
     """Text that each text begins with; by default the end of a text before, or a new line."""
     length: int | None = None
@@ -43,7 +43,8 @@ def sample(options: Options) -> int:
     run = Run(options.run)
     state = run.state(step)
     samples = run.sample(sampling, seed=seed, state=state)
-    print(f"\n{RULE}\n".join(samples.texts))
+    if samples.texts:
+        print(f"\n{RULE}\n".join(samples.texts))
     for path in write_samples(RunFolder(run.path), samples, sampling, step=int(state.step), seed=seed):
         print(f"\n{'samples':<16} {path}")
     return DONE

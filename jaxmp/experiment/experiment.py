@@ -198,6 +198,7 @@ class Experiment:
         specs = [
             {"name": name, "trains": list(spec.trains), "every": spec.every}
             | ({} if spec.ema_decay is None else {"ema_decay": spec.ema_decay})
+            | ({} if spec.method is None else {"method": spec.method})
             for name, spec in objectives.items()
         ]
         return fields | {"objectives": {"order": getattr(self.task, "order", "in_turn"), "of": specs}}

@@ -63,6 +63,9 @@ class Loop:
     that are exactly 0."""
     log_images: int | None = field(default=None, metadata={"identity": "operates"})
     """Images of the first batch to show in TensorBoard and Weights & Biases, as the model sees them."""
+    log_samples: int | None = field(default=None, metadata={"identity": "operates"})
+    """Texts or pictures to draw at each evaluation on the validation split, as `jaxmp sample` does, kept in the run's
+    folder and in TensorBoard."""
     wandb: bool = field(default=False, metadata={"identity": "operates"})
     """Send the metrics to Weights & Biases, too."""
 
@@ -79,6 +82,7 @@ class Loop:
             "ranges_every",
             "steps_per_dispatch",
             "log_images",
+            "log_samples",
             *limits,
         ):
             if getattr(self, name) is not None:

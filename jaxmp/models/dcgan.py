@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
+from jaxmp.models.noise import Noise
 from jaxmp.models.sizes import check_sizes
 
 NORMAL = nn.initializers.normal(0.02)
@@ -66,11 +67,16 @@ class Discriminator(nn.Module):
         return nn.Dense(1, kernel_init=NORMAL)(x.reshape(x.shape[0], -1))[:, 0]
 
 
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws numbers between -1 and 1, the noise of section 3 of the paper."""
+    return jax.random.uniform(key, shape, minval=-1, maxval=1)
+
+
 class Judged(NamedTuple):
     """What a DCGAN makes of a batch of images."""
 
-    real: jax.Array
-    """logits of the discriminator for the batch, (batch,)"""
+    real: jax.Array | None
+    """logits of the discriminator for the batch, (batch,); None if only generated images were judged"""
     generated: jax.Array
     """logits of the discriminator for as many generated images, (batch,)"""
     images: jax.Array
@@ -107,13 +113,21 @@ class DCGAN(nn.Module):
         """Generator and discriminator."""
         self.generator = Generator(self.image, self.channels, self.kernel)
         self.discriminator = Discriminator(tuple(reversed(self.channels)), self.kernel)
+        self.latent = Noise(self.noise, uniform)
 
     def __call__(self, image: jax.Array, *, train: bool = False) -> Judged:
         """Judges images (batch, *image), from -1 to 1, and as many generated ones, of noise from the stream "noise"."""
-        noise = jax.random.uniform(self.make_rng("noise"), (image.shape[0], self.noise), minval=-1, maxval=1)
-        images = self.generate(noise, train=train)
-        real, generated = self.discriminator(image, train=train), self.discriminator(images, train=train)
-        return Judged(real, generated, images)
+        real = self.discriminator(image, train=train)
+        return self.judge_generated(image, train=train)._replace(real=real)
+
+    def judge_generated(self, image: jax.Array, *, train: bool = False) -> Judged:
+        """Judges as many generated images as there are in `image`, whose values it does not read."""
+        images = self.draw(image.shape[0], train=train)
+        return Judged(None, self.discriminator(images, train=train), images)
+
+    def draw(self, count: int, *, train: bool = False) -> jax.Array:
+        """Draws images (count, *image), from -1 to 1, of noise from the stream "noise"."""
+        return self.generate(self.latent(count), train=train)
 
     def generate(self, noise: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps noise (batch, noise), uniform from -1 to 1, to images (batch, *image), from -1 to 1."""

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmp.models.noise import Noise
 from jaxmp.models.sizes import check_sizes
 
 
@@ -53,11 +54,12 @@ class VAE(nn.Module):
         self.mean, self.log_variance = nn.Dense(self.latent), nn.Dense(self.latent)
         self.decoder = [nn.Dense(width) for width in reversed(self.hidden)]
         self.pixels = nn.Dense(math.prod(self.image))
+        self.noise = Noise(self.latent)
 
     def __call__(self, image: jax.Array) -> Reconstruction:
         """Maps images (batch, *image), from 0 to 1, to a `Reconstruction` from one sample of the latent variables."""
         mean, log_variance = self.encode(image)
-        noise = jax.random.normal(self.make_rng("noise"), mean.shape)  # float32 whatever the policy (trap T19)
+        noise = self.noise(mean.shape[0])  # float32 whatever the policy (trap T19)
         # In the dtype of the noise: in half, exp would overflow, and small differences from the mean would be lost.
         wide = jnp.promote_types(mean.dtype, noise.dtype)
         latent = mean.astype(wide) + jnp.exp(log_variance.astype(wide) / 2) * noise
@@ -76,3 +78,10 @@ class VAE(nn.Module):
         for layer in self.decoder:
             x = nn.tanh(layer(x))
         return self.pixels(x).reshape(latent.shape[0], *self.image)
+
+    def draw(self, count: int) -> jax.Array:
+        """Draws the latent variables of images from the prior, and returns the logits of the pixels, (count, *image).
+
+        The prior is the standard normal distribution; it is drawn from the random stream "noise".
+        """
+        return self.decode(self.noise(count))

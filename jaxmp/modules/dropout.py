@@ -1,9 +1,9 @@
 """`DropoutByExample`: random draws of a Linen module in training that do not depend on how the examples are spread.
 
 A module draws from one key for all rows of its input. On several devices that would be either the same mask for each
-device's rows, or masks that depend on the number of devices. So the modules that drop out draw for each example, from
-their key and the example's index in the whole batch. What a module of the user's draws by itself has no such rule: it
-gets a key of its own on each replica and in each microbatch.
+device's rows, or masks that depend on the number of devices. So the modules that drop out, and
+`jaxmp.models.noise.Noise`, draw for each example, from their key and the example's index in the whole batch. What a
+module of the user's draws by itself has no such rule: it gets a key of its own on each replica and in each microbatch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmp.models.noise import Noise
 from jaxmp.modules.interventions import LIFTED, Context, Intervention, Order, Run, attributes
 
 
@@ -24,8 +25,9 @@ class DropoutByExample(Intervention):
 
     nn.Dropout, and attention with `broadcast_dropout=False`, draw for the example at index p of the whole batch from
     `fold_in(key, p)`, wherever the examples lie along axis 0 of what is dropped, alone or merged with later axes. Masks
-    that all examples share (attention's by default, `broadcast_dims=(0, ...)`) are the same everywhere. Every other
-    draw depends on how the batch is spread.
+    that all examples share (attention's by default, `broadcast_dims=(0, ...)`) are the same everywhere. `Noise` draws
+    for the same index if it is called with the number of rows of the batch. Every other draw depends on how the batch
+    is spread.
 
     Args:
       global_index: indices of the rows in the whole batch, int32 (rows,); None: the batch is the whole.
@@ -61,6 +63,8 @@ class DropoutByExample(Intervention):
             attention = module.attention_fn if module.broadcast_dropout else self._attention(module.attention_fn)
             with attributes(module, attention_fn=attention):
                 return next_fun(*args, **kwargs)
+        if call and isinstance(module, Noise) and len(args) == 1 and args[0] == self.rows and not kwargs:
+            return next_fun(self.rows, self.global_index)
         if self.global_index is None or context.method_name == LIFTED:
             return next_fun(*args, **kwargs)
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 
+from jaxmp.errors import InputError, nearest
 from jaxmp.modules.interventions import Intervention, initializing, intervene
 
 
@@ -31,7 +32,13 @@ class Model(Protocol):
         ...
 
     def apply(
-        self, params: Any, model_state: Any, *inputs: Any, train: bool = False, key: jax.Array | None = None
+        self,
+        params: Any,
+        model_state: Any,
+        *inputs: Any,
+        train: bool = False,
+        key: jax.Array | None = None,
+        method: str | None = None,
     ) -> tuple[Any, Any]:
         """`(outputs, model_state)`.
 
@@ -41,6 +48,7 @@ class Model(Protocol):
           inputs: the arrays of a batch that the model is called with.
           train: whether dropout drops, and the new model state is returned; else the one that was given is.
           key: of all random draws of this call; in evaluation, of those that the model makes there too.
+          method: name of the method to call, which takes the arguments of `__call__`; None: `__call__`.
         """
         ...
 
@@ -90,10 +98,25 @@ class FlaxModel:
         return params, _without_sown(variables)
 
     def apply(
-        self, params: Any, model_state: Any, *inputs: Any, train: bool = False, key: jax.Array | None = None
+        self,
+        params: Any,
+        model_state: Any,
+        *inputs: Any,
+        train: bool = False,
+        key: jax.Array | None = None,
+        method: str | None = None,
     ) -> tuple[Any, Any]:
-        """See `Model`."""
-        run = functools.partial(self.run, {"params": params, **model_state}, *inputs, **self._arguments(train, key))
+        """See `Model`. Raises InputError if the module has no such method."""
+        arguments = self._arguments(train, key)
+        if method is not None:
+            if not callable(getattr(self.module, method, None)):
+                methods = [name for name in vars(type(self.module)) if not name.startswith("_") and name != "setup"]
+                raise InputError(
+                    f"{type(self.module).__name__} has no method {method!r}; expected a model that has it"
+                    f"{nearest(method, methods)}"
+                )
+            arguments |= {"method": method}
+        run = functools.partial(self.run, {"params": params, **model_state}, *inputs, **arguments)
         if not train:
             return run(), model_state
         outputs, model_state = run(mutable=list(model_state))

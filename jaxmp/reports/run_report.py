@@ -148,7 +148,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def _samples(page: Page, runs: Mapping[str, Run]) -> None:
-    """Adds what `jaxmp sample` drew, the files of each run by the step of the weights."""
+    """Adds the texts and pictures drawn from the model, the files of each run by the step of the weights."""
     found = {name: run.samples for name, run in runs.items() if run.samples}
     if found:
         page.section("Samples")

@@ -20,6 +20,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.runs.teacher import Teacher
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import as_images
+from jaxmp.tasks.samples import Sampling
 from jaxmp.tasks.task import check_rows
 
 
@@ -30,7 +31,7 @@ def check(trainer: Trainer) -> None:
       InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
         monitored metric that is not measured, a vocabulary that is too large for the model, columns that differ
         between the splits, labels out of range, integers that do not fit in 32 bits, patience without a validation
-        split, workers that would run the script again.
+        split, samples of a task that has none, workers that would run the script again.
     """
     experiment = trainer.experiment
     teacher = getattr(experiment.task, "teacher", None)
@@ -53,6 +54,13 @@ def check(trainer: Trainer) -> None:
     if experiment.loop.log_images:
         of_shape = {name: np.zeros((1, *spec.shape[1:]), spec.dtype) for name, spec in trainer.batch_spec.items()}
         as_images(of_shape, experiment.task.inputs, experiment.loop.log_images)
+    if experiment.loop.log_samples:
+        if "validation" not in others:
+            raise InputError(
+                f"loop.log_samples = {experiment.loop.log_samples} draws at evaluations, and there is no validation "
+                "split; expected one, or `jaxmp sample RUN` after training"
+            )
+        trainer.sample(trainer.init(), Sampling(experiment.loop.log_samples))
     if "zero_losses" in experiment.loop.watch:
         for name in trainer.objectives or (None,):
             loss_fn, state = trainer.make_loss(objective=name, zero_losses=True), trainer.state_spec

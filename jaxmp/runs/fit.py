@@ -2,9 +2,9 @@
 
 Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, and the ranges of
 the first of its steps if they were counted, while this one runs; then the hooks of a `StepInfo`; then, if this step is
-due for it, evaluate, write, the hooks of an `Evaluated`, save; then the next batch, its ranges if they are due, and the
-next dispatch. A line is on disk before a checkpoint of its step is begun, so that a run that is killed at any moment
-and resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
+due for it, evaluate, write, draw samples, the hooks of an `Evaluated`, save; then the next batch, its ranges if they
+are due, and the next dispatch. A line is on disk before a checkpoint of its step is begun, so that a run that is killed
+at any moment and resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
 """
 
 from __future__ import annotations
@@ -473,6 +473,8 @@ class _Session:
                 self._fail(problem, step, state, since_line)
             evaluates = (due.evaluation(step) or because) and "validation" in trainer.splits
             measured = records.evaluate(step, state, "validation") if evaluates else None
+            if evaluates and trainer.experiment.loop.log_samples:
+                records.draw_samples(step, state)
             if measured is not None and not failed:
                 evaluated = Evaluated(step, state, "validation", measured, self.folder.path)
                 again, failed = self._call_hooks(evaluated)

@@ -6,7 +6,7 @@
     summary.json     what came out, once the run has ended
     failed.json      at which step a run failed, and why; deleted when the run goes on
     report.html      where `jaxmp report` writes
-    samples/         texts and pictures that `jaxmp sample` drew, see samples.py
+    samples/         texts and pictures drawn from the model, see samples.py
     lock             locked by the process that trains here
 
 TensorBoard's events and the folder `wandb` stand beside them.
@@ -123,7 +123,7 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """The folder of what `jaxmp sample` drew."""
+        """The folder of texts and pictures drawn from the model."""
         return self.path / "samples"
 
     def checkpoints(self, **how: Any) -> Checkpoints:

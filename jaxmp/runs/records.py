@@ -21,10 +21,12 @@ from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.samples import write_samples
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer, as_images
 from jaxmp.scaling.historical import scaler_exhausted
 from jaxmp.scaling.transform import consecutive_skips, loss_scale, skipped_steps
+from jaxmp.tasks.samples import Samples, Sampling
 from jaxmp.training.feed import LONG_SKIP
 from jaxmp.training.metrics import NAN_LOSS, Metrics, MetricSpec, compute, is_watched
 from jaxmp.training.objective import ObjectiveSpec
@@ -130,6 +132,19 @@ class Records:
         for writer in self._writers:
             if isinstance(writer, TensorBoard | WeightsAndBiases):
                 writer.images("train/batch", images)
+
+    def draw_samples(self, step: int, state: TrainState) -> None:
+        """Draws the texts or pictures that `loop.log_samples` asks for, and keeps them; the state stays as it is.
+
+        The seed is always 0, so that the same latent variables are seen at each evaluation.
+        """
+        sampling = Sampling(self._loop.log_samples)
+        samples = self._trainer.sample(state, sampling)
+        processes.from_first(lambda: self._keep(samples, sampling, step))
+
+    def _keep(self, samples: Samples, sampling: Sampling, step: int) -> None:
+        (board,) = (writer for writer in self._writers if isinstance(writer, TensorBoard))
+        write_samples(self._folder, samples, sampling, step=step, seed=0, board=board)
 
     def _so_far(self, step: int) -> tuple[float, list[tuple[int, float]]]:
         """What the lines of the sessions before say: the seconds they took, and what they measured."""

@@ -24,15 +24,15 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.html.elements import Elements
-from jaxmp.modules.linen import UnderPolicy, with_policy
+from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
 from jaxmp.runs.curves import Curve, curve_figures
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.initial_weights import weights_by_path
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
-from jaxmp.tasks.samples import Samples, Sampling, Trained
-from jaxmp.tasks.task import predictions, sample
+from jaxmp.tasks.samples import Samples, Sampling
+from jaxmp.tasks.task import predictions
 from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.metrics import MetricSpec, compute, spec_of, specs_from_json
 from jaxmp.training.state import TrainState
@@ -309,25 +309,11 @@ class Run:
         Raises:
           InputError: the task has no `sample`, or it cannot draw that.
         """
-        experiment, state = self.experiment, self._chosen(state, "evaluated")
-        params = state.averaged_params
-        if experiment.lora.rank:
-            params = experiment.lora.merge(params)
-        return sample(
-            experiment.task,
-            Trained(
-                model=experiment.model,
-                apply=with_policy(experiment.model.apply, experiment.policy),
-                variables={"params": params, **state.model_state},
-                data=experiment.data,
-            ),
-            jax.random.key(seed),
-            sampling,
-        )
+        return self.trainer.sample(self._chosen(state, "evaluated"), sampling, seed=seed)
 
     @property
     def samples(self) -> list[Path]:
-        """The files of texts and pictures that `jaxmp sample` drew, by the step of their weights."""
+        """The files of texts and pictures that were drawn, by the step of their weights."""
         paths = [path for path in self._folder.samples.glob("*-*") if path.suffix in (".txt", ".png")]
         return sorted(paths, key=lambda path: (int(path.name.partition("-")[0]), path.name))
 

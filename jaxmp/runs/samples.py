@@ -1,7 +1,11 @@
-"""What was sampled from a run, kept in its folder: `samples/STEP-DIGEST.txt` or `.png`, and in TensorBoard."""
+"""What was sampled from a run, kept in its folder: `samples/STEP-DIGEST.txt` or `.png`, and in TensorBoard.
+
+`jaxmp sample` draws from a run that is there, `loop.log_samples` at each evaluation of one that trains.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -19,7 +23,15 @@ RULE = "-" * 80
 """line between two texts of a file"""
 
 
-def write_samples(folder: RunFolder, samples: Samples, sampling: Sampling, *, step: int, seed: int) -> list[Path]:
+def write_samples(
+    folder: RunFolder,
+    samples: Samples,
+    sampling: Sampling,
+    *,
+    step: int,
+    seed: int,
+    board: TensorBoard | None = None,
+) -> list[Path]:
     """Writes samples into a run's folder; those of the same step, seed and options replace what was there.
 
     Args:
@@ -28,6 +40,7 @@ def write_samples(folder: RunFolder, samples: Samples, sampling: Sampling, *, st
       sampling: how it was drawn.
       step: the step of the weights.
       seed: the seed of the draws.
+      board: takes them too; None: an event file of their own.
 
     Returns:
       The files.
@@ -36,8 +49,9 @@ def write_samples(folder: RunFolder, samples: Samples, sampling: Sampling, *, st
     digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:8]
     folder.samples.mkdir(parents=True, exist_ok=True)
     path, written = folder.samples / f"{step}-{digest}", []
-    board = TensorBoard(folder.path)
-    try:
+    with contextlib.ExitStack() as stack:
+        if board is None:
+            board = stack.enter_context(contextlib.closing(TensorBoard(folder.path)))
         if samples.texts:
             said = ", ".join(f"{name} {value!r}" for name, value in how.items() if value is not None)
             text = f"\n{RULE}\n".join([said, *samples.texts]) + "\n"
@@ -47,8 +61,6 @@ def write_samples(folder: RunFolder, samples: Samples, sampling: Sampling, *, st
             picture = grid(samples.pictures)
             written.append(_write(path.with_suffix(".png"), png(picture)))
             board.images("samples", [picture], step)
-    finally:
-        board.close()
     return written
 
 

@@ -17,15 +17,17 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
 from jaxmp.data.source import Rows, Source
+from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling
+from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling, with_policy
 from jaxmp.modules.model import as_model
 from jaxmp.precision.policy import parse_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
+from jaxmp.tasks.samples import Samples, Sampling, Trained
 from jaxmp.tasks.task import (
     Monitor,
     check_outputs,
@@ -33,6 +35,7 @@ from jaxmp.tasks.task import (
     metric_specs,
     objective_metric_specs,
     objectives_of,
+    sample,
 )
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
@@ -262,6 +265,31 @@ class Trainer:
         if all(spec.every == 1 for spec in self.objectives.values()):
             return None
         return DueSteps(functools.partial(due_at, self.objectives), self._make_step)
+
+    def sample(self, state: TrainState, sampling: Sampling, *, seed: int = 0) -> Samples:
+        """Draws texts or pictures from the weights that are evaluated, under the policy, as `task.sample` does.
+
+        Args:
+          state: whose weights; it is not changed.
+          sampling: what is to be drawn.
+          seed: seed of the draws, which depend on nothing else but the weights.
+
+        Raises:
+          InputError: the task has no `sample`, or it cannot draw that.
+        """
+        experiment, params = self.experiment, state.averaged_params
+        if experiment.lora.rank:
+            params = experiment.lora.merge(params)
+        variables = {"params": params, **state.model_state}
+        if processes.several() and self.devices.shard != "replicated":  # each of them reads all of what is drawn
+            variables = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.devices.mesh, P()))(variables)
+        trained = Trained(experiment.model, self._apply, variables, experiment.data)
+        return sample(experiment.task, trained, jax.random.key(seed), sampling)
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        """`model.apply` under the policy: one function, so that what samples by it is compiled once."""
+        return with_policy(self.experiment.model.apply, self.experiment.policy)
 
     def gradients(self, objective: str | None = None) -> Gradients:
         """The gradients of a step, on the whole batch in one program, compiled. For looking at a step again."""

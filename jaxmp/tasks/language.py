@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmp.errors import InputError
 from jaxmp.models.generate import generate
-from jaxmp.tasks.samples import Samples, Sampling, Trained
+from jaxmp.tasks.samples import TEXTS, Samples, Sampling, Trained
 from jaxmp.tasks.tokens import PerToken
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import ExpOfMean, Mean, Metrics, MetricSpec
@@ -80,13 +80,14 @@ class NextToken(LanguageModel):
         if not len(tokens):
             raise InputError(f"prompt = {prompt!r} has no token of the vocabulary; expected a text")
         length = model.context - len(tokens) if sampling.length is None else sampling.length
+        count = TEXTS if sampling.count is None else sampling.count
 
         @jax.jit
         def draw(variables: Any, prompts: jax.Array, key: jax.Array) -> jax.Array:
             temperature, apply = sampling.temperature, trained.apply
             return generate(model, variables, prompts, length, key=key, temperature=temperature, apply=apply)
 
-        drawn = draw(trained.variables, jnp.tile(tokens, (sampling.count, 1)), key)
+        drawn = draw(trained.variables, jnp.tile(tokens, (count, 1)), key)
         return Samples(texts=tuple(vocabulary.decode([*tokens, *row]) for row in np.asarray(drawn)))
 
 

@@ -18,7 +18,7 @@ from jaxmp.modules.remat import Remat
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, as_tree
 from jaxmp.tasks.function import as_task
-from jaxmp.tasks.task import Task, change_batch, check_returned, refuse_several, task_name, task_of
+from jaxmp.tasks.task import Task, change_batch, check_returned, objectives_of, refuse_several, task_name, task_of
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 from jaxmp.training.metrics import Mean, recorded_means
 
@@ -65,9 +65,12 @@ def make_loss(
         given for a model of `from_nnx`; when the loss is called, a pattern of `remat` or a rule of the policy names no
         module; with `zero_losses`, the task's loss is not made by `Mean.of`.
     """
-    task = as_task(task)
+    task, method = as_task(task), dict[str, Any]()
     if objective is not None:
-        task = task_of(task, objective)
+        several, task = task, task_of(task, objective)
+        called = objectives_of(several)[objective].method
+        # Not given where there is none: a `Model` of one's own may know of no methods.
+        method = {} if called is None else {"method": called}
     refuse_several(task, "make_loss without objective=")
     tree = as_tree(policy)
     has_recipe = any(each.recipe is not None for each in tree.policies)
@@ -87,9 +90,9 @@ def make_loss(
             index = batch.get(EXAMPLE_INDEX)
             own = under(Spread(index, count, replicas)) if has_recipe else under_policy
             trained = own.under(DropoutByExample(index, count), *sharding)
-            outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key)
+            outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key, **method)
         else:
-            outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key)
+            outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key, **method)
         try:
             with recorded_means() as made:
                 returned = task(outputs, batch)

@@ -56,7 +56,9 @@ class Task:
                     return jaxmp.Mean.of(-log_sigmoid(fake), batch["weight"]), {}
                 return jaxmp.Mean.of(-log_sigmoid(real) - log_sigmoid(-fake), batch["weight"]), {}
 
-    Their metrics are called `generator/loss` and so on, in `metrics` and `monitor` too.
+    Their metrics are called `generator/loss` and so on, in `metrics` and `monitor` too. An objective may call another
+    method of the model, `ObjectiveSpec(..., method="judge_generated")`, so that it computes only what it needs and
+    changes no batch statistics of the rest.
     """
 
     inputs: tuple[str, ...]

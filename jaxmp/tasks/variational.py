@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from jaxmp.errors import InputError
+from jaxmp.tasks.samples import Samples, Sampling, Trained, draw_pictures
 from jaxmp.tasks.task import Task
 from jaxmp.training.batch import Batch
 from jaxmp.training.metrics import Mean, Metrics, MetricSpec
@@ -54,6 +56,10 @@ class EvidenceBound(Task):
         weight = batch["weight"]
         metrics = {name: Mean.of(values, weight) for name, values in parts.items()}
         return Mean.of(cross_entropy + divergence, weight), metrics
+
+    def sample(self, trained: Trained, key: jax.Array, sampling: Sampling) -> Samples:
+        """Pictures of latent variables from the prior: the mean of each pixel. Raises InputError as `draw_pictures`."""
+        return draw_pictures(trained, key, sampling, jax.nn.sigmoid)
 
     def check(self, outputs: Any, batch: Any) -> None:
         """Raises InputError unless the outputs are three arrays that fit the images and each other."""

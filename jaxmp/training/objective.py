@@ -64,11 +64,16 @@ class ObjectiveSpec:
     """it runs at the steps that this divides, from step 0 on"""
     ema_decay: float | None = None
     """decay of the moving average of the parameters that it trains; None: `loop.ema_decay`"""
+    method: str | None = None
+    """name of the model's method that this objective calls, with the inputs and the mode that `__call__` takes; None:
+    `__call__`. A method that leaves a part of the model out keeps that part's batch statistics as they are"""
 
     def __post_init__(self) -> None:
         check_trains(self.trains, "ObjectiveSpec.trains")
         check_every(self.every, "ObjectiveSpec.every")
         check_ema_decay(self.ema_decay, "ObjectiveSpec.ema_decay")
+        if self.method is not None and not (isinstance(self.method, str) and self.method.isidentifier()):
+            raise InputError(f"ObjectiveSpec.method = {self.method!r:.60}: expected the name of a method, or None")
 
 
 Objectives = Mapping[str, Objective]

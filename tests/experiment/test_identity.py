@@ -38,6 +38,7 @@ KINDS = {
     "loop.ranges_every": "operates",
     "loop.watch": "operates",
     "loop.log_images": "operates",
+    "loop.log_samples": "operates",
     "loop.wandb": "operates",
     "data.device_limit": "operates",
     "data.workers": "operates",

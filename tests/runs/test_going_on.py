@@ -189,8 +189,8 @@ def slow_but(first, cases):
 
 def test_every_field_has_a_value_here_that_it_is_tried_with():
     """A new field of an experiment has to be entered in one of the tables."""
-    with_images = [("loop.log_images", 2)]  # in test_watch.py
-    tried = {"operates": OPERATES + with_images, "rounds": ROUNDS, "apart": [("seed", 1)]}
+    with_pictures = [("loop.log_images", 2), ("loop.log_samples", 2)]  # in test_watch.py and test_samples.py
+    tried = {"operates": OPERATES + with_pictures, "rounds": ROUNDS, "apart": [("seed", 1)]}
     for kind, cases in tried.items():
         assert {path for path, of in field_kinds(PICTURED).items() if of == kind} == {path for path, _ in cases}
     decides = {path for path, of in field_kinds(PICTURED).items() if of in HASHED}

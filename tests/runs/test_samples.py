@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,13 +15,17 @@ from jaxmp.data.tokenizer import Bytes
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
+from jaxmp.models.dcgan import DCGAN
 from jaxmp.models.mlp import MLP
 from jaxmp.models.transformer import GPT2
 from jaxmp.reports.run_report import report
+from jaxmp.runs.checks import check
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.run import Run
 from jaxmp.runs.samples import grid, write_samples
+from jaxmp.runs.trainer import Trainer
+from jaxmp.tasks.adversarial import Adversarial
 from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.language import MaskedLM, NextToken
 from jaxmp.tasks.samples import Samples, Sampling, Trained
@@ -82,6 +87,66 @@ def test_pictures_stand_side_by_side_in_about_a_square_and_are_kept(tmp_path):
     assert list(tmp_path.glob("events*"))
 
 
+def images(split):
+    return {"image": np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)}
+
+
+PICTURED = Experiment(
+    model=DCGAN((4, 4, 1), (4, 2), noise=3, kernel=3),
+    data=Arrays(images, batch_size=4, mean=(0.5,), std=(0.5,)),
+    task=Adversarial(),
+    precision="mixed_bfloat16",
+    loop=Loop(steps=2, eval_every=1),
+)
+
+
+@pytest.mark.slow
+def test_pictures_drawn_at_each_evaluation_change_no_bit_of_the_run_and_are_those_of_the_sample_command(
+    tmp_path, capsys, monkeypatch
+):
+    watched = dataclasses.replace(PICTURED, loop=dataclasses.replace(PICTURED.loop, log_samples=5))
+    runs = [
+        Run(fit(each, workdir=tmp_path / str(each is watched), log=lambda text: None).path, each)
+        for each in (PICTURED, watched)
+    ]
+    leaves = [jax.tree.leaves(dataclasses.replace(run.state(), key=None)) for run in runs]
+    assert [np.asarray(x).tobytes() for x in leaves[0]] == [np.asarray(x).tobytes() for x in leaves[1]]
+    assert not runs[0].samples
+    run = runs[1]
+    assert [path.name.partition("-")[0] for path in run.samples] == ["1", "2"]
+    (event,) = run.path.glob("events*")
+    assert event.read_bytes().count(b"samples/0") == 2
+    drawn = run.sample(Sampling(5))
+    np.testing.assert_array_equal(np.asarray(Image.open(run.samples[1])), grid(drawn.pictures)[..., 0])
+    assert (run.sample(Sampling(5), seed=1).pictures != drawn.pictures).any()
+
+    monkeypatch.setattr("jaxmp.runs.run.Run._rebuild", lambda self: watched)
+    capsys.readouterr()
+    assert sample_command(Options(str(run.path), count=5)) == 0
+    assert capsys.readouterr().out.startswith("\nsamples ") and len(run.samples) == 2  # in place of the run's own
+    page = str(report([run]))
+    assert "<h2>Samples</h2>" in page and page.count("data:image/png;base64") >= 2
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "names"),
+    [
+        (Classification(inputs=("image",)), "validation", "Classification has nothing to sample"),
+        (Adversarial(), None, "loop.log_samples = 2 draws at evaluations, and there is no validation split"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused_before_the_first_step(task, split, names):
+    def load(of):
+        return {**images(of), "label": np.zeros(8, int)} if of in ("train", split) else None
+
+    data = dataclasses.replace(PICTURED.data, load=load)
+    loop = dataclasses.replace(PICTURED.loop, log_samples=2)
+    model = MLP(features=(), classes=2) if isinstance(task, Classification) else PICTURED.model
+    with pytest.raises(InputError) as error:
+        check(Trainer(dataclasses.replace(PICTURED, data=data, loop=loop, task=task, model=model)))
+    assert names in str(error.value)
+
+
 def trained(model=None, data=EXPERIMENT.data):
     model = EXPERIMENT.model if model is None else model
     return Trained(model=model, apply=model.apply, variables={}, data=data)
@@ -125,3 +190,4 @@ def test_the_end_of_a_text_is_the_prompt_where_the_vocabulary_has_it(monkeypatch
     data = dataclasses.replace(EXPERIMENT.data, tokenizer=Bytes(special=True))
     assert sample(NextToken(), trained(data=data), 0, Sampling(1)).texts == ("",)
     assert sample(NextToken(), trained(), 0, Sampling(1)).texts == ("\n\n",)
+    assert len(sample(NextToken(), trained(), 0, Sampling()).texts) == 4 == seen[-1][0]

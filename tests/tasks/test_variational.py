@@ -9,7 +9,10 @@ import pytest
 
 from jaxmp.errors import InputError
 from jaxmp.models.vae import VAE, Reconstruction
+from jaxmp.modules.linen import with_policy
 from jaxmp.tasks.loss import init_model, make_loss
+from jaxmp.tasks.samples import Sampling, Trained
+from jaxmp.tasks.task import sample
 from jaxmp.tasks.variational import EvidenceBound
 from jaxmp.training.metrics import compute
 
@@ -61,6 +64,24 @@ def test_a_prior_of_its_own_has_no_divergence_and_the_loss_of_a_vae_trains():
     loss_fn = make_loss(model, EvidenceBound(), "mixed_float16")
     total, (weight, metrics, _) = jax.jit(loss_fn)(params, state, batch, jax.random.key(1))
     assert np.isfinite(total) and weight == 3 and set(metrics) == {"cross_entropy", "divergence"}
+
+
+@pytest.mark.slow
+def test_pictures_of_a_vae_are_the_means_of_pixels_of_latent_variables_from_the_prior():
+    model = VAE((2, 2, 1), (3,), 2)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))["params"]
+    trained = Trained(model, with_policy(model.apply, "mixed_float16"), {"params": params}, None)
+    found = sample(EvidenceBound(), trained, jax.random.key(1), Sampling(300)).pictures
+    assert found.shape == (300, 2, 2, 1) and found.dtype == np.float32
+    # The decoder in float64, of the latent variables of the first part of the pictures.
+    key = {"noise": jax.random.fold_in(jax.random.key(1), 0)}
+    latent = np.asarray(model.apply({"params": params}, 256, method=lambda m, n: m.noise(n), rngs=key), np.float64)
+    of = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    hidden = np.tanh(latent @ of["decoder_0"]["kernel"] + of["decoder_0"]["bias"])
+    means = 1 / (1 + np.exp(-(hidden @ of["pixels"]["kernel"] + of["pixels"]["bias"])))
+    np.testing.assert_allclose(found[:256].reshape(256, 4), means, atol=16 * 2.0**-11)
+    again = sample(EvidenceBound(), trained, jax.random.key(1), Sampling(3)).pictures
+    np.testing.assert_allclose(again, found[:3], atol=16 * 2.0**-11)
 
 
 @pytest.mark.slow
