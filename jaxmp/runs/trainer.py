@@ -114,7 +114,13 @@ class Trainer:
         """Which rows each step sees."""
         data, loop, optimizer = self.experiment.data, self.experiment.loop, self.experiment.optimizer
         is_poisson = isinstance(optimizer, Private) and optimizer.sampling == "poisson"
-        return (PoissonBatches if is_poisson else Batches)(
+        own = getattr(data, "batches", None)  # of a dataset that says which rows a step sees
+        if own is not None and isinstance(optimizer, Private):
+            raise InputError(
+                f"{type(optimizer).__name__}: {type(data).__name__} says itself which rows a step sees, which the "
+                "accountant does not know; expected an optimizer that is not private"
+            )
+        return (PoissonBatches if is_poisson else own or Batches)(
             examples=len(self.source()),
             batch_size=data.batch_size,
             seed=self.experiment.seed,
