@@ -216,7 +216,8 @@ class Experiment:
         if not isinstance(scaler, Scaling):
             return scaler
         if scaler.kind == "auto" and isinstance(self.optimizer, Private) and self.policy.wants_scaling:
-            return StaticScaler(PRIVATE_SCALE)
+            given = scaler.init_scale != Scaling.init_scale
+            return StaticScaler(scaler.init_scale if given else PRIVATE_SCALE)
         return scaler.make(self.policy)
 
     def to_json(self) -> dict[str, Any]:

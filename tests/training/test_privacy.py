@@ -151,6 +151,8 @@ def test_what_would_not_be_private_is_refused(case):
 def test_the_scale_of_a_private_float16_run_is_constant():
     assert private(precision="mixed_float16").make_scaler() == jaxmp.StaticScaler(256.0)
     assert private(precision="mixed_bfloat16").make_scaler() == jaxmp.NoScaler()
+    chosen = private(precision="mixed_float16", scaler=Scaling(init_scale=16.0))
+    assert chosen.make_scaler() == jaxmp.StaticScaler(16.0)
 
 
 PARALLEL = [Parallel(), Parallel(mode="pmap"), Parallel(shard="zero1"), Parallel(shard="fsdp")]
