@@ -23,8 +23,8 @@ ObjectiveSpec where a task names them.
 Experiments: Experiment, of a model, LoRA beside it; data: Arrays, TFDS, Augment, and Dataset, the base of your own,
 any of them cut by random_split, k_folds, balanced; a task: Classification, Adversarial, others in jaxmp.tasks, a
 function (FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an
-optimizer: SGD, Adam, AdamW, LAMB, Lion, or one of optax; a schedule: ConstantRate, CosineDecay, LinearDecay,
-StepDecay; and Loop, Scaling, Parallel.
+optimizer: SGD, Adam, AdamW, LAMB, Lion, or one of optax; private: DPSGD, DPAdam (Privacy in a loop of your own); a
+schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel.
 
 Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
 Evaluated, and may return Stop or Pause. export writes a run as a folder that predicts without jaxmp, load reads it.
@@ -97,7 +97,8 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.training.evaluation import make_eval_step
     from jaxmp.training.metrics import Mean, MetricSpec
     from jaxmp.training.objective import Objective, ObjectiveSpec
-    from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+    from jaxmp.training.optimizers import DPSGD, LAMB, SGD, Adam, AdamW, DPAdam, Lion
+    from jaxmp.training.privacy import Privacy
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState
     from jaxmp.training.step import make_train_step

@@ -60,6 +60,7 @@ def with_made_up_rows(experiment, rows):
     from jaxmp.data.arrays import Arrays
     from jaxmp.data.audio import JoinedRecordings, Recordings
     from jaxmp.data.image_folder import ImageFolder
+    from jaxmp.data.task_sequence import PermutedTasks
     from jaxmp.data.text import TextDataset, TextWindows
     from jaxmp.data.tokenizer import Bytes
 
@@ -77,6 +78,12 @@ def with_made_up_rows(experiment, rows):
         lengths = rng.integers(room // 2 + 1, room + 1, rows)  # two of them do not fit into one row
         return {data.column: [rng.bytes(length) for length in lengths], "label": rng.integers(0, 2, rows)}
 
+    if isinstance(data, PermutedTasks):
+        load = {"image": np.random.default_rng(0).integers(0, 256, (rows, 28, 28, 1)).astype(np.uint8)}
+        load["label"] = np.random.default_rng(1).integers(0, 10, rows)
+        return dataclasses.replace(
+            experiment, data=dataclasses.replace(data, rows=Arrays(lambda split: load), batch_size=8)
+        )
     if isinstance(data, TextDataset):
         tokenizer = data.tokenizer if isinstance(data.tokenizer, Bytes) else Bytes(special=True)
         data = dataclasses.replace(data, rows=Arrays(texts), tokenizer=tokenizer, batch_size=8)

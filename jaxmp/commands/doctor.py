@@ -21,6 +21,7 @@ EXTRAS = {
     "testing": ("hypothesis", "the laws of jaxmp.testing"),
     "text": ("tokenizers", "vocabularies of WordPiece and BPE"),
     "wandb": ("wandb", "metrics to Weights & Biases"),
+    "private": ("dp_accounting", "epsilon of private training"),
     "prepare": ("tensorflow", "to prepare datasets by their TFDS builders; prepared ones need none"),
 }
 """The module that each optional dependency of pyproject.toml installs, and what it is for."""

@@ -13,6 +13,7 @@ from jaxmp.runs.checks import check
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.memory import memory
 from jaxmp.text_table import table
+from jaxmp.training.accountant import epsilon
 
 MIB = 2**20
 
@@ -43,6 +44,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield f"steps       {batches.per_epoch} batches an epoch, {trainer.steps} steps in {epochs:.4g} epochs"
     yield f"parameters  {trainer.parameter_counts['parameters']:,}, {_nbytes(state.params) / MIB:.2f} MiB"
     yield from _trained(trainer)
+    yield from _privacy(trainer)
     yield ""
     yield str(trainer.explain())
     yield ""
@@ -58,6 +60,16 @@ def _trained(trainer: Trainer) -> Iterator[str]:
         often = "each step" if spec.every == 1 else f"every {spec.every} steps"
         yield f"{name:<11} trains {', '.join(spec.trains)}, {often}"
     yield from trainer.frozen()
+
+
+def _privacy(trainer: Trainer) -> Iterator[str]:
+    """What the weights of the whole run will tell of a row, where the optimizer is private."""
+    steps, optimizer = trainer.private_steps(trainer.steps), trainer.experiment.optimizer
+    if steps is not None:
+        yield (
+            f"privacy     epsilon {epsilon([steps], optimizer.delta):.4g}, delta {optimizer.delta:g} after all steps; "
+            f"{optimizer.sampling} batches of {trainer.batches.expected_rows:,.1f} rows on average"
+        )
 
 
 def _memory(trainer: Trainer) -> Iterator[str]:

@@ -64,6 +64,15 @@ class Batches:
         order = epoch_order(self.seed, 0 if self.repeat else epoch, self.examples)
         return np.resize(order, (self.per_epoch, self.batch_size))
 
+    @property
+    def expected_rows(self) -> float:
+        """The expected number of rows in a batch."""
+        return self.batch_size
+
+    def batch(self, rows: Any, position: Any) -> tuple[Any, Any]:
+        """Rows and weights of the batch at `position` in an epoch, from `rows`, its line of `epoch_rows`."""
+        return rows, self.weights(position)
+
     def weights(self, position: int | jax.Array) -> np.ndarray | jax.Array:
         """float32 (batch_size,): 1 for rows and 0 for padding in the batch at `position`, 0 to per_epoch - 1."""
         rows = position * self.batch_size + np.arange(self.batch_size, dtype=np.int32)
@@ -72,7 +81,8 @@ class Batches:
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows (batch_size,) int32 that step `step`, from 0, sees, and their weights (batch_size,) float32."""
         epoch, position = divmod(step, self.per_epoch)
-        return _epoch_rows(self, epoch)[position], np.asarray(self.weights(position))
+        rows, weights = self.batch(_epoch_rows(self, epoch)[position], position)
+        return rows, np.asarray(weights)
 
 
 @functools.lru_cache(maxsize=2)  # of this epoch and, read ahead, of the next

@@ -23,12 +23,13 @@ from jaxmp.html.elements import Elements, shortened
 from jaxmp.modules.lora import ADAPTERS, LoRA
 from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.scaling.scalers import Scaler, Scaling
+from jaxmp.scaling.scalers import NoScaler, Scaler, Scaling, StaticScaler
 from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.function import as_task
 from jaxmp.tasks.task import objectives_of, refuse_several
 from jaxmp.training.objective import EVERYTHING, check_trains
-from jaxmp.training.optimizers import Adam, is_optimizer
+from jaxmp.training.optimizers import Adam, Private, is_optimizer
+from jaxmp.training.privacy import PRIVATE_SCALE
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Experiment:
     """How a batch is fed to the model, and how its outputs become a loss and metrics: a Task, or a function of
     (outputs, batch)."""
     optimizer: Any = Adam()
-    """Optimizer: SGD, Adam, AdamW, LAMB, Lion, or any optax transformation; of several objectives, a mapping by name,
-    or one for all of them."""
+    """Optimizer: SGD, Adam, AdamW, LAMB, Lion, DPSGD, DPAdam, or any optax transformation; of several objectives, a
+    mapping by name, or one for all of them."""
     precision: str = "mixed_float16"
     """Dtypes of weights, computation and outputs: float32, mixed_bfloat16, mixed_float16 or p=f32,c=bf16,o=f32.
     Rules for single modules go before one of these: head=float32; @LayerNorm=float32; mixed_float16."""
@@ -119,6 +120,36 @@ class Experiment:
                     f"precision {policy}: JAX has float64 only where JAX_ENABLE_X64=1 is in the environment"
                 )
 
+        self._check_private(names)
+
+    def _check_private(self, names: list[str]) -> None:
+        """Refuses what would let a row enter a private step without clipping and noise."""
+        private = [part for part, optimizer in self._by_objective("optimizer", names) if isinstance(optimizer, Private)]
+        if not private:
+            return
+        what = f"{private[0]} = {type(self.optimizer).__name__}"
+        if names:
+            raise InputError(
+                f"{private[0]}: {type(self.task).__name__} has several objectives, each of which would have to be "
+                "accounted for; expected an optimizer that is not private, or a task with one objective"
+            )
+        made = self.make_scaler()
+        if not isinstance(made, NoScaler | StaticScaler):
+            raise InputError(
+                f"{what} with a {type(made).__name__}: a loss scale that reacts to overflows remembers single rows, "
+                "without noise; expected scaler.kind auto (static in float16), static or none"
+            )
+        if any(policy.recipe is not None for policy in self.policy.policies):
+            raise InputError(
+                f"{what} with precision {self.precision}: the scales of a recipe's formats are taken over all rows of "
+                "a batch, which mixes them without noise; expected a precision without a recipe"
+            )
+        if self.loop.accumulate_overflow != "window":
+            raise InputError(
+                f"{what} with loop.accumulate_overflow={self.loop.accumulate_overflow}: a private step leaves out the "
+                "rows that overflow, never a microbatch; expected window"
+            )
+
     def _require(self, name: str, holds: bool, expected: str) -> None:
         _require_part(name, getattr(self, name), holds, expected)
 
@@ -182,7 +213,12 @@ class Experiment:
         return self.make_scaler() if objective is None else self.make_scalers()[objective]
 
     def _make_scaler(self, scaler: Any) -> Scaler:
-        return scaler.make(self.policy) if isinstance(scaler, Scaling) else scaler
+        if not isinstance(scaler, Scaling):
+            return scaler
+        if scaler.kind == "auto" and isinstance(self.optimizer, Private) and self.policy.wants_scaling:
+            given = scaler.init_scale != Scaling.init_scale
+            return StaticScaler(scaler.init_scale if given else PRIVATE_SCALE)
+        return scaler.make(self.policy)
 
     def to_json(self) -> dict[str, Any]:
         """The experiment as JSON, the same in every process; see `jaxmp.experiment.canonical`.

@@ -22,6 +22,8 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import as_images
 from jaxmp.tasks.samples import Sampling
 from jaxmp.tasks.task import check_rows
+from jaxmp.training.accountant import import_accounting
+from jaxmp.training.privacy import refuse_model_state
 
 
 def check(trainer: Trainer) -> None:
@@ -40,6 +42,9 @@ def check(trainer: Trainer) -> None:
     trainer.explain()
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
+    if trainer.is_private:
+        import_accounting()
+        refuse_model_state(trainer.state_spec.model_state)
     check_vocabulary(experiment)
     others: dict[Split, Source] = {split: trainer.source(split) for split in trainer.splits if split != "train"}
     if experiment.loop.patience is not None and "validation" not in others:

@@ -129,6 +129,7 @@ class Console:
             "loss_scale": lambda scale: f"scale {scale:g}",
             **{name: _scale_of(name) for name in record if name.startswith("loss_scale/")},
             "skipped_steps": lambda steps: f"skipped {steps}",
+            "epsilon": lambda spent: f"epsilon {spent:.3g}",
         }
         speed: dict[str, Callable[[Any], str]] = {"examples_per_second": lambda rate: f"{rate:,.0f} examples/s"}
 

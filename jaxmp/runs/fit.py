@@ -47,6 +47,7 @@ from jaxmp.runs.going_on import (
     with_session,
 )
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, Pause, StateLost, StepInfo
+from jaxmp.runs.privacy import Spending, spent_by, trained_on_the_same_rows
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.run import Run
@@ -279,6 +280,8 @@ def _fit(
                 }
                 if parent is not None:
                     run |= {"begins_with": begins_with}
+                if trainer.is_private:
+                    run |= {"privacy": spending.to_json()}
                 if isinstance(parent, Parent):
                     run |= {"parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
@@ -286,6 +289,7 @@ def _fit(
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
 
+        spending = _spending(trainer, parent, rows, log) if trainer.is_private and not recorded else Spending(trainer)
         if not recorded:
             log_neighbours(folder, trainer, fresh, rows, begins_with, log)
         carried = None
@@ -308,6 +312,19 @@ def _fit(
             if changes:
                 processes.from_first(lambda: folder.write_config(with_session(recorded, step, changes)))
             return session.train(step, state, metrics)
+
+
+def _spending(
+    trainer: Trainer, parent: Parent | WeightsFile | None, rows: dict[str, Any], log: Callable[[str], None]
+) -> Spending:
+    """What a private run begins with having told of its rows: what the weights of `parent` tell of them."""
+    if parent is None:
+        return Spending(trainer)
+    if isinstance(parent, Parent) and trained_on_the_same_rows(parent.config, rows):
+        return Spending(trainer, spent_by(parent.config, parent.step), parent.step if parent.takes_all else 0)
+    name = parent.folder.path if isinstance(parent, Parent) else parent.path
+    log(f"epsilon takes the weights of {name} for public: they were trained on other rows, as far as is known")
+    return Spending(trainer)
 
 
 def _silent(message: str) -> None:
@@ -562,6 +579,7 @@ class _Session:
         summary = {
             "steps": step,
             **records.counts(step, state),
+            **records.spent(step),
             "test": test,
             "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test}
             if "validation" in splits

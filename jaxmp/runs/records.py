@@ -21,6 +21,7 @@ from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.privacy import Spending
 from jaxmp.runs.samples import write_samples
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer, as_images
@@ -84,11 +85,14 @@ class Records:
         self._seconds_before = 0.0  # of the sessions before this one
         self._began = time.perf_counter()
         self._pace = Pace()
+        self._spending = Spending(trainer)
 
     def open(self, step: int) -> None:
         """Goes on after `step`: later lines are cut off, and the evaluations up to there are read back."""
         processes.from_first(lambda: self._open_writers(step))
         self._seconds_before, self._evaluated = processes.from_first(lambda: self._so_far(step))
+        if self._trainer.is_private:
+            self._spending = Spending.of(self._trainer, processes.from_first(self._folder.read_config))
         self._line_step = step
 
     def close(self) -> None:
@@ -248,7 +252,8 @@ class Records:
         of_state = ("loss_scale", "skipped_steps")
         readings = {name: value.item() for name, value in jax.device_get(self._readings(step, state)).items()}
         kept = {name: value for name, value in readings.items() if name.partition("/")[0] in of_state}
-        self._record(step, split, values, kept)
+        spent = {name: value for name, value in self.spent(step).items() if name == "epsilon"}
+        self._record(step, split, values, kept | spent)
         if split == "validation":
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         return values
@@ -259,6 +264,10 @@ class Records:
         counted = applied_steps(step, readings, self._objectives)
         skipped = {name: of for name, of in readings.items() if name.startswith("skipped_steps")}
         return counted | skipped | {name: of for name, of in readings.items() if name.startswith("loss_scale")}
+
+    def spent(self, step: int) -> dict[str, float]:
+        """`epsilon` and `delta` of the weights after `step`, those of runs before included; {} without privacy."""
+        return self._spending.after(step)
 
     def measure(self, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, and returns the metrics."""

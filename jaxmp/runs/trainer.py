@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
+from jaxmp.data.poisson import PoissonBatches
 from jaxmp.data.source import Rows, Source
 from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
@@ -37,13 +38,14 @@ from jaxmp.tasks.task import (
     objectives_of,
     sample,
 )
+from jaxmp.training.accountant import PrivateSteps
 from jaxmp.training.batch import LossFn
 from jaxmp.training.evaluation import Evaluation
 from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Streamed, is_hidden, should_fuse_steps
 from jaxmp.training.gradients import Gradients, make_gradients
-from jaxmp.training.metrics import Mean, Metrics, MetricSpec, is_watched, zeros_like
+from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics, MetricSpec, is_watched, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, decay_mask, make_optimizer
+from jaxmp.training.optimizers import Optimizer, Private, decay_mask, make_optimizer
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
@@ -115,8 +117,15 @@ class Trainer:
     @functools.cached_property
     def batches(self) -> Batches:
         """Which rows each step sees."""
-        data, loop = self.experiment.data, self.experiment.loop
-        return Batches(
+        data, loop, optimizer = self.experiment.data, self.experiment.loop, self.experiment.optimizer
+        is_poisson = isinstance(optimizer, Private) and optimizer.sampling == "poisson"
+        own = getattr(data, "batches", None)  # of a dataset that says which rows a step sees
+        if own is not None and isinstance(optimizer, Private):
+            raise InputError(
+                f"{type(optimizer).__name__}: {type(data).__name__} says itself which rows a step sees, which the "
+                "accountant does not know; expected an optimizer that is not private"
+            )
+        return (PoissonBatches if is_poisson else own or Batches)(
             examples=len(self.source()),
             batch_size=data.batch_size,
             seed=self.experiment.seed,
@@ -187,7 +196,9 @@ class Trainer:
         experiment = self.experiment
         if not self.objectives:
             tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
-            return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=experiment.loop.ema_decay)
+            own, ema_decay = experiment.optimizer, experiment.loop.ema_decay
+            private = own.privacy(self.batches.expected_rows) if isinstance(own, Private) else None
+            return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=ema_decay, private=private)
         scalers = experiment.make_scalers()
         return {
             name: Objective(
@@ -216,6 +227,20 @@ class Trainer:
             name: dataclasses.replace(of, loss_fn=self.make_loss(objective=name)) for name, of in self.by_name.items()
         }
 
+    @property
+    def is_private(self) -> bool:
+        """Whether the optimizer hides each row of a batch."""
+        return isinstance(self.experiment.optimizer, Private)
+
+    def private_steps(self, steps: int, *, first: int = 0) -> PrivateSteps | None:
+        """How the rows enter `steps` steps after the first `first`, for the accountant; None without privacy."""
+        optimizer, batches = self.experiment.optimizer, self.batches
+        if not isinstance(optimizer, Private):
+            return None
+        rate = batches.rate if isinstance(batches, PoissonBatches) else 0.0
+        how = {"rate": rate, "per_epoch": batches.per_epoch, "first": first}
+        return PrivateSteps(optimizer.sampling, optimizer.noise_multiplier, steps, **how)  # type: ignore[arg-type]
+
     def make_loss(self, **kwargs: Any) -> LossFn:
         """The loss of this model, task and precision; for `kwargs`, such as `objective`, see `jaxmp.make_loss`."""
         experiment, parallel = self.experiment, self.experiment.parallel
@@ -229,7 +254,8 @@ class Trainer:
             objective=objective,
             axis_name=devices.replicas().axis_name if together else None,
             replicas=devices.replicas().axis_name,
-            rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" else None,
+            # Of a private step, the loss sees one row at a time.
+            rows=NamedSharding(devices.mesh, P(AXIS)) if devices.shard == "fsdp" and not self.is_private else None,
             zero_losses="zero_losses" in self.experiment.loop.watch,
         )
 
@@ -296,7 +322,7 @@ class Trainer:
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
         return self._compiled(
             f"gradients/{objective}",
-            lambda: make_gradients(of.loss_fn, accumulate_steps=parts, trains=of.trains),
+            lambda: make_gradients(of.loss_fn, accumulate_steps=parts, trains=of.trains, private=of.private),
         )
 
     def state_seen(self, objective: str | None = None) -> Callable[[TrainState, Any], TrainState]:
@@ -355,7 +381,8 @@ class Trainer:
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """Evaluates states: `evaluation(state, source)`."""
-        own = {name: mean for name, mean in self.no_metrics.items() if not is_hidden(name) and not is_watched(name)}
+        of_training = lambda name: is_hidden(name) or is_watched(name) or name == DROPPED_EXAMPLES  # noqa: E731
+        own = {name: mean for name, mean in self.no_metrics.items() if not of_training(name)}
         experiment = self.experiment
         make = functools.partial(make_loss, experiment.adapted_model, experiment.task, experiment.policy, train=False)
         loss_fn = {name: make(objective=name) for name in self.objectives} or make()
@@ -481,6 +508,7 @@ class Trainer:
             above, after = ("", "") if name is None else (f"{name}/", f"/{name}")
             found |= {f"{above}{metric}": of for metric, of in {"loss": mean, **traced.metrics}.items()}
             found |= {f"{above}{watched}": mean for watched in self.experiment.loop.watch}
+            found |= {DROPPED_EXAMPLES: mean} if self.is_private else {}
             found |= {f"{hidden}{after}": mean for hidden in HIDDEN_METRICS}
         return zeros_like(found)
 

@@ -283,7 +283,8 @@ class Scaling:
     """The loss scaler of an experiment; the defaults are those of `DynamicScaler`."""
 
     kind: Kind = "auto"
-    """How the loss is scaled; auto means dynamic if anything computes in float16, else none."""
+    """How the loss is scaled; auto means dynamic if anything computes in float16 (static, 256, with a private
+    optimizer), else none."""
     init_scale: float = DynamicScaler.init_scale
     """Loss scale of the first step (of every step if static), a power of two."""
     growth_factor: float = DynamicScaler.growth_factor

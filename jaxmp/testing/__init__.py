@@ -24,6 +24,7 @@ except ModuleNotFoundError:
 
 from jaxmp.testing.laws import Broken, LawResult, Laws
 from jaxmp.testing.policies import policy_laws
+from jaxmp.testing.private import PrivateClaim
 from jaxmp.testing.quantisers import quantizer_laws
 from jaxmp.testing.replicas import replicated
 from jaxmp.testing.scalers import ScalerAdapter, from_value_and_grad, scaler_laws
@@ -33,6 +34,7 @@ __all__ = [
     "Broken",
     "LawResult",
     "Laws",
+    "PrivateClaim",
     "ScalerAdapter",
     "StepAdapter",
     "from_value_and_grad",

@@ -44,6 +44,7 @@ from jaxmp.testing.objectives import (
     skipped_beside_others,
     skipped_statistics_are_dropped,
 )
+from jaxmp.testing.private import PRIVATE_LAWS, PrivateClaim
 from jaxmp.testing.scalers import is_sound_scale
 from jaxmp.testing.snapshots import Snapshot, first_difference, place_difference, restored, snapshot, type_difference
 from jaxmp.testing.sums import SUMS, terms
@@ -106,6 +107,8 @@ class StepAdapter:
     """`skipped_steps(state)`: number of skipped steps so far; by default that of `jaxmp.loss_scaling`"""
     consecutive_skips: Callable[[Any], Any] | None = None
     """`consecutive_skips(state)`: number of skipped steps in a row; by default that of `jaxmp.loss_scaling`"""
+    private: PrivateClaim | None = None
+    """what a private step (DP-SGD) claims; its laws are then those of `OF_A_PRIVATE_STEP`, and of its rows and noise"""
     trace: Callable[[Any, Any], Any] | None = None
     """`trace(state, batch)`: the jaxpr of the step; needed only if `step` itself cannot be traced"""
 
@@ -127,6 +130,10 @@ def step_laws(adapter: Any, *, reference: Any = None) -> Laws:
         """The step does what the reference does."""
         _as_reference(reference, trial)
 
+    if trial.read("private") is not None:
+        laws = [Law.of(check, trial) for check in (*OF_A_PRIVATE_STEP, as_the_reference, *PRIVATE_LAWS)]
+        require_methods("step_laws", adapter, ("init", "step"), laws)
+        return Laws("the private step" if isinstance(adapter, StepAdapter) else type(adapter).__name__, laws)
     views = functools.cache(lambda: objectives_of(trial))
     checks = [_of_each(check, views) if check in OF_AN_OBJECTIVE else check for check in LAWS]
     checks += [as_the_reference, *(_between(check, views) for check in BETWEEN_OBJECTIVES)]
@@ -566,6 +573,9 @@ OF_THE_WHOLE_STEP = (
     reduced_in_float32,
 )
 """laws of all of a step, whatever objectives it has"""
+OF_A_PRIVATE_STEP = (repeatable, types_stay, one_compile, trains, scale_is_sound, survives_saving, reduced_in_float32)
+"""laws of every step that hold of a private one: it drops the row that is not finite where others skip the step, and
+what its optimizer sees is clipped and noised, so that no law can choose it"""
 OF_AN_OBJECTIVE = tuple(law for law in LAWS if law not in OF_THE_WHOLE_STEP)
 """laws that hold for each objective of a step, and so for each of its scalers"""
 BETWEEN_OBJECTIVES = (others_do_not_matter, skipped_beside_others, not_due_stays, skipped_statistics_are_dropped)

@@ -130,9 +130,8 @@ class Resident:
         def advance(accumulating: Any, carry: Any, columns: Any, rows: jax.Array) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
-            own = devices.share(
-                devices.interleave_microbatches({"rows": rows[position], "weight": batches.weights(position)})
-            )
+            found, weight = batches.batch(rows[position], position)
+            own = devices.share(devices.interleave_microbatches({"rows": found, "weight": weight}))
             raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
             batch = {**raw, "weight": own["weight"]}
             return accumulating(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))

@@ -5,6 +5,7 @@ The train step, ranges, blame, find_policy, memory and comparisons all different
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +17,10 @@ from jaxmp.errors import InputError
 from jaxmp.precision.recipe import GRADIENT_AMAX
 from jaxmp.scaling.transform import all_finite, inner_view
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
-from jaxmp.training.metrics import Mean, Metrics
+from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics
 from jaxmp.training.objective import EVERYTHING, fill, trained_view
 from jaxmp.training.parallel import Replicas, single
+from jaxmp.training.privacy import Privacy, refuse_model_state
 from jaxmp.trees import has_gradient, tree_where
 
 OVERFLOWS = ("window", "microbatch")
@@ -103,6 +105,7 @@ def make_gradients(
     accumulate_overflow: Literal["window", "microbatch"] = "window",
     replicas: Replicas = single,
     trains: tuple[str, ...] = EVERYTHING,
+    private: Privacy | None = None,
 ) -> Gradients:
     """The first half of a train step, on one replica's share of a batch. For the arguments see `make_train_step`.
 
@@ -111,9 +114,14 @@ def make_gradients(
       mean loss times `scale`, summed over replicas, as are the metrics; the model state is averaged over replicas.
       What `trains` (see `Objective`) leaves out is not differentiated: in the gradients it is None.
 
+      With `private`, the gradients are those of each row's loss alone, clipped, summed and divided by `private.rows`,
+      still without noise (`Privacy.add_noise`). Each row is a batch of its own to the loss function, so that no row
+      sees another, and draws from a key of its own. Rows that are not finite are left out of the metrics, too, and the
+      metric `dropped_examples` is their share.
+
     Raises:
-      InputError: no such way to accumulate. When traced: a batch that does not divide into its microbatches, or a
-        pattern in `trains` that matches no parameter.
+      InputError: no such way to accumulate. When traced: a batch that does not divide into its microbatches, a
+        pattern in `trains` that matches no parameter, or, with `private`, a model that keeps a state.
     """
     if accumulate_steps < 1:
         raise InputError(f"accumulate_steps={accumulate_steps}: expected a whole number of at least 1")
@@ -175,7 +183,62 @@ def make_gradients(
         loss = jnp.where((weight == 0) & (dropped > 0), jnp.inf, loss * of_kept)
         return grads, Measured(loss, metrics, dropped > 0), model_state
 
+    def of_rows(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
+        assert private is not None
+        refuse_model_state(model_state)
+        rows, own = _rows(batch), trained_view(params, trains)
+        if rows % accumulate_steps:
+            raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
+        index = replicas.global_index(rows, accumulate_steps)
+        parts = {**replicas.microbatches(batch, accumulate_steps), EXAMPLE_INDEX: index}
+
+        def of_row(row: Batch) -> tuple[list[jax.Array], jax.Array, jax.Array, Any]:
+            alone = jax.tree.map(lambda x: x[None], row)
+            row_key = jax.random.fold_in(key, row[EXAMPLE_INDEX])
+            grads, (loss, metrics, _) = _differentiate(
+                scaled_mean, params, own, model_state, scale, alone, row_key, jnp.float32(1)
+            )
+            clipped, finite = private.clip(_with_gradient(own, grads), scale)
+            counts = row["weight"] > 0
+            kept = counts & finite & jnp.isfinite(loss)
+            # By selection: a row that only fills the batch may be NaN on its way through the model.
+            return [jnp.where(kept, g, 0) for g in clipped], counts, kept, tree_where(kept, metrics, _zeros(metrics))
+
+        def of_part(part: Batch) -> Any:
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=_sum_dtype(x)), jax.vmap(of_row)(part))
+
+        if accumulate_steps == 1:
+            found = of_part(jax.tree.map(lambda x: x[0], parts))
+        else:
+            nothing = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+            add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)  # noqa: E731
+            found, _ = jax.lax.scan(add, _zeros(nothing), parts)
+        sums, counted, kept, metrics = found
+        counted, kept, metrics = replicas.sum((counted, kept, metrics))
+        # The policy's reduce dtype would round what one row adds to the sum.
+        in_float32 = dataclasses.replace(replicas, reduce_dtype=jnp.float32)
+        sums = _with_gradient(own, in_float32.sum_gradients(_rebuild(own, sums)))
+        grads = _rebuild(own, [private.mean(g, scale) for g in sums])
+        total, weight = metrics["loss"]
+        nothing_left = (counted > 0) & (kept == 0)
+        metrics = {
+            **metrics,
+            "loss": Mean(jnp.where(nothing_left, jnp.nan, total), weight),
+            DROPPED_EXAMPLES: Mean(counted - kept, counted),
+        }
+        return grads, Measured(total / jnp.where(weight == 0, 1, weight), metrics), model_state
+
+    if private is not None:
+        return of_rows
     return of_batch if accumulate_steps == 1 else of_microbatches
+
+
+def _sum_dtype(x: jax.Array) -> Any:
+    return jnp.float32 if x.dtype == jnp.bool_ else x.dtype
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
 def _at_least_float32(x: Any) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxmp.errors import InputError
 
 BOOKKEEPING = (
-    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "learning_rate"),
+    *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "learning_rate", "epsilon"),
     *("examples_per_second", "steps_per_second", "device_peak_bytes", "wall_seconds", "ranges"),
 )
 """fields of a line of metrics.jsonl that are no metrics; of several objectives, `loss_scale/NAME` and so on"""
@@ -46,6 +46,9 @@ def is_watched(metric: str) -> bool:
     """
     return metric.rpartition("/")[2] in WATCHABLE
 
+
+DROPPED_EXAMPLES = "dropped_examples"
+"""name of a metric of private training: the share of examples whose loss or gradient was not finite, left out"""
 
 NAN_LOSS = "nan_loss"
 """name of a metric of training: the share of steps, including skipped ones, in which the loss was NaN; that of one of

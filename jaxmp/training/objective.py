@@ -16,6 +16,7 @@ import optax
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.training.batch import LossFn
+from jaxmp.training.privacy import Privacy
 from jaxmp.trees import Pattern, path_name
 
 EVERYTHING = ("**",)
@@ -41,6 +42,8 @@ class Objective:
     """it runs at the steps that this divides, from step 0 on"""
     ema_decay: float | None = None
     """decay of the moving average of the parameters that it trains, for a state that keeps one"""
+    private: Privacy | None = None
+    """how its gradient hides each row of the batch; None: it does not"""
 
     def __post_init__(self) -> None:
         check_trains(self.trains, "Objective.trains")

@@ -13,14 +13,15 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
-from jaxmp.errors import InputError, require
+from jaxmp.errors import InputError, nearest, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.scaling.state_format import parse_state_format, state_format
+from jaxmp.training.privacy import Privacy
 from jaxmp.training.schedules import ConstantRate, make_schedule
 from jaxmp.trees import Pattern, path_name
 
@@ -172,8 +173,11 @@ class Optimizer:
         rule = self._rule(self.rate(steps))
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
-        clip = optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
-        return optax.chain(clip, rule)
+        return optax.chain(self._clip(), rule)
+
+    def _clip(self) -> optax.GradientTransformation:
+        """Returns what is done to the gradient of the batch before the optimizer sees it."""
+        return optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
 
     def _decay_mask(self) -> Callable[[Any], Any] | None:
         """Returns the mask function for optax, which selects the parameters that decay; None without weight decay."""
@@ -284,3 +288,63 @@ class Lion(Optimizer):
 
     def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.lion(learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=self._decay_mask())
+
+
+SAMPLINGS = ("poisson", "shuffled")
+"""values of `Private.sampling`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Private(Optimizer):
+    """The base class of private optimizers: each row's gradient is clipped, and the sum gets Gaussian noise.
+
+    What the optimizer does with the noised gradient costs no privacy. See `jaxmp.training.privacy.Privacy` for what a
+    row that is not finite, a skipped step and the loss scale mean here, and what the guarantee leaves out.
+
+    Raises:
+      InputError: a value is out of range.
+
+    Source: Abadi et al. 2016, https://arxiv.org/abs/1607.00133.
+    """
+
+    clip_norm: float = 1.0  # type: ignore[assignment]
+    """Largest norm of one row's gradient: longer ones are scaled down to it before rows are summed."""
+    noise_multiplier: float = 1.0
+    """Standard deviation of the noise on the sum of a batch's gradients, in units of clip_norm."""
+    delta: float = 1e-5
+    """Probability for which epsilon need not hold; well below 1 / (number of training rows)."""
+    sampling: Literal["poisson", "shuffled"] = "poisson"
+    """How batches are drawn. poisson: each row is in each batch with the same probability, and batch_size is the room
+    for them. shuffled: each row once an epoch, in batches of batch_size; epsilon is then far larger."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "clip_norm", self.clip_norm is not None, "a positive number")
+        require(self, "noise_multiplier", 0 <= self.noise_multiplier < math.inf, "0 or a positive number")
+        require(self, "delta", 0 < self.delta < 1, "a number between 0 and 1")
+        require(
+            self,
+            "sampling",
+            self.sampling in SAMPLINGS,
+            f"{' or '.join(SAMPLINGS)}{nearest(str(self.sampling), SAMPLINGS)}",
+        )
+
+    def privacy(self, rows: float) -> Privacy:
+        """What is done to the gradients; `rows` is the expected number of rows in a batch."""
+        return Privacy(self.clip_norm, self.noise_multiplier, rows)
+
+    def _clip(self) -> optax.GradientTransformation:
+        return optax.identity()  # rows are clipped where their gradients are formed
+
+
+@dataclass(frozen=True)
+class DPSGD(Private, SGD):
+    """Differentially private SGD with momentum: rows clipped one by one, Gaussian noise on their sum.
+
+    Source: Abadi et al. 2016, Deep Learning with Differential Privacy, https://arxiv.org/abs/1607.00133.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPAdam(Private, Adam):
+    """Adam on differentially private gradients: rows clipped one by one, Gaussian noise on their sum."""

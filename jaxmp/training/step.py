@@ -156,15 +156,21 @@ def _attempt(
             accumulate_overflow=accumulate_overflow,
             replicas=replicas,
             trains=objective.trains,
+            private=objective.private,
         )
     )
+    private = objective.private
 
     def attempt(params: Any, model_state: Any, opt_state: Any, batch: Batch, key: jax.Array) -> Any:
         scale = loss_scale(opt_state)
         grads, measured, model_state = gradients(params, model_state, scale, batch, key)
         extra = {} if measured.overflowed is None else {"overflowed": measured.overflowed}
+        if private is None:
+            extra["value"] = measured.loss
+        else:  # what is decided by the loss, which has no noise, would tell of single rows
+            grads = private.add_noise(grads, scale, key)
         trained = trained_view(params, objective.trains)
-        updates, opt_state = tx.update(grads, opt_state, trained, value=measured.loss, **extra)
+        updates, opt_state = tx.update(grads, opt_state, trained, **extra)
         if norms:
             found = {"gradient_norm": global_norm(inner_view(grads)) / scale, "update_norm": global_norm(updates)}
             asked = {name: Mean(found[name].astype(jnp.float32), jnp.float32(1)) for name in norms}
