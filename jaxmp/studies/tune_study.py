@@ -241,7 +241,8 @@ class TrialQueue:
                 return None
             trial.set_user_attr("folder", self.folder.id)
         if self.heartbeat is not None:
-            stack.enter_context(get_heartbeat_thread(trial._trial_id, self.study._storage))
+            heart: Any = get_heartbeat_thread(trial._trial_id, self.study._storage)
+            stack.enter_context(heart)
         self.study.sampler = make_sampler(self.definition, trial.number)
         return Taken(trial, again="failed_trial" in trial.storage.get_trial_system_attrs(trial._trial_id))
 
@@ -443,7 +444,7 @@ def open_study(
                 )
         opened = open_storage(folder, storage, heartbeat)
         name = f"{definition.config}/{folder.path.name}"
-        direction = "minimize" if definition.direction == "min" else "maximize"
+        direction: Any = "minimize" if definition.direction == "min" else "maximize"
         try:
             study = optuna.create_study(storage=opened, study_name=name, direction=direction)
         except optuna.exceptions.DuplicatedStudyError:
