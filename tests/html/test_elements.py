@@ -57,7 +57,8 @@ def test_long_names_are_cut_in_the_middle_and_are_whole_where_pointed_at():
 
 def test_a_number_with_its_interval_stands_in_one_line_unless_longer_words_stand_below_it():
     found = Elements()
-    found.table(("a", "b", "c"), [("x", "-0.07 (-0.28 to +0.13)", "0.1 (none where all differences are equal)")])
+    rows = [("x", *["reference"] * 2), ("y", "-0.07 (-0.28 to +0.13)", "0.1 (none where all differences are equal)")]
+    found.table(("a", "b", "c"), rows)
     assert '<td class="s">-0.07' in found.cell() and "<td>0.1 (none" in found.cell()
 
 
