@@ -18,7 +18,7 @@ CELL_LETTERS = 44
 HEADING_LETTERS = 34
 """most letters of a cell that heads a row, which does not wrap"""
 INTERVAL_LETTERS = 24
-"""most letters of the cells of a column whose lines are not broken"""
+"""most letters of a number with its interval, for it to stand in one line"""
 
 # Those of Okabe and Ito 2008 (Color Universal Design), darkened where they stand on white, lightened on a dark screen;
 # each comes with dashes of its own.
@@ -87,9 +87,7 @@ class Elements:
         """Adds a table of plain text, columns of numbers aligned right. `first`: the first column holds headings."""
         count = len(header or rows[0])
         right = ["n" if all(_is_number(row[i]) for row in rows) else "" for i in range(count)]
-        # A number with its interval stands in one line, but beside longer words.
-        short = [max((len(row[i]) for row in rows), default=0) <= INTERVAL_LETTERS for i in range(count)]
-        kinds = [kind or ("s" if is_short else "") for kind, is_short in zip(right, short, strict=True)]
+        kinds = [kind or _interval_kind([row[i] for row in rows]) for i, kind in enumerate(right)]
         head = "".join(_cell("th", text, kind) for text, kind in zip(header or [""] * count, right, strict=True))
         body = "".join(
             "<tr>"
@@ -198,6 +196,12 @@ def _cell(tag: str, text: str, kind: str, *, wraps: bool = True) -> str:
         content = f'<a href="{escape(text.href)}">{content}</a>'
     attributes = (f' class="{kind}"' if kind else "") + (f' title="{escape(text)}"' if shown != text else "")
     return f"<{tag}{attributes}>{content}</{tag}>"
+
+
+def _interval_kind(texts: Sequence[str]) -> str:
+    """The class of a column of numbers with their intervals, which stand in one line each; else the empty text."""
+    intervals = any(" (" in text and _is_number(text) for text in texts)
+    return "s" if intervals and max(map(len, texts)) <= INTERVAL_LETTERS else ""
 
 
 def _is_number(text: str) -> bool:

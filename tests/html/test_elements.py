@@ -55,6 +55,13 @@ def test_long_names_are_cut_in_the_middle_and_are_whole_where_pointed_at():
     assert shortened("abcdefgh", 5) == "ab…gh" and shortened("abc", 3) == "abc"
 
 
+def test_a_number_with_its_interval_stands_in_one_line_unless_longer_words_stand_below_it():
+    found = Elements()
+    rows = [("x", *["reference"] * 2), ("y", "-0.07 (-0.28 to +0.13)", "0.1 (none where all differences are equal)")]
+    found.table(("a", "b", "c"), rows)
+    assert '<td class="s">-0.07' in found.cell() and "<td>0.1 (none" in found.cell()
+
+
 def test_a_cell_shows_the_words_of_the_text():
     numbers = table([("a", "1"), ("b<", "2")], header=("x", "y"))
     words = Words(cell_of([numbers, "line  of a value\nprecision   float32", "  indented"], "title")).words
