@@ -44,6 +44,7 @@ _CALLS = {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
 _NO_MODULES = {"jaxmp", "checkpoint", "closed_call", "rematted_computation", "shard_map", LOSS_SCALE}
+_OF_RECIPE = re.compile(rf"(?<!\w){RECIPE}(fprop|dgrad|wgrad)(?:-(\w+))?(?!\w)")  # not a module called recipe_head
 _LOOP = re.compile(r"(?<![^/])while/(body|cond)(?![^/])/?")  # as the compiled program has a scan
 _COMPILED = ("jit", "pjit", "pmap", "xla_pmap")
 _OWN = os.path.dirname(__file__) + os.sep
@@ -95,7 +96,8 @@ def module_path(names: str) -> str:
         name = name.partition(".")[0]
         # Under remat the backward pass names the outermost scope twice, and a method stands before its module.
         repeated = parts and parts[-1] == name and (not wrapped or previous_wrapped)
-        if name and not repeated and name not in _NO_MODULES and not name.startswith((QUANTIZE, RECIPE)):
+        of_format = name.startswith(QUANTIZE) or _OF_RECIPE.fullmatch(name)
+        if name and not repeated and name not in _NO_MODULES and not of_format:
             parts.append(name)
         previous_wrapped = wrapped
     return "/".join(parts)
@@ -108,14 +110,18 @@ def quantized(names: str) -> str:
 
 
 def recipe_product(names: str) -> str:
-    """Returns the product of a recipe that an equation with this name stack stands in (`fprop`, say), or ""."""
-    found = re.findall(rf"{RECIPE}(\w+)", names)
-    return found[-1] if found else ""
+    """Returns the product of a recipe that an equation with this name stack stands in (`fprop`, say), or "".
+
+    >>> recipe_product("jvp(Net)/dense/recipe_wgrad/recipe_wgrad-gradients"), recipe_product("Net/recipe_head")
+    ('wgrad', '')
+    """
+    found = _OF_RECIPE.findall(names)
+    return found[-1][0] if found else ""
 
 
 def recipe_operand(names: str) -> str:
     """Returns the operand whose rounding for a recipe an equation belongs to, such as `gradients`, or ""."""
-    found = re.findall(rf"{RECIPE}\w+-(\w+)", names)
+    found = [role for _, role in _OF_RECIPE.findall(names) if role]
     return found[-1] if found else ""
 
 

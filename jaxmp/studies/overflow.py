@@ -439,7 +439,7 @@ def _coarsest(policies: Sequence[Policy]) -> Format | BlockFormat:
             format = operand.format
             # For arrays of any number of axes: one scale, which is no finer than those of blocks.
             if isinstance(format, Delayed):
-                format = BlockFormat(format.format, "tensor")
+                format = BlockFormat(format.format, "tensor") if format.format.bits <= 8 else format.format
             elif isinstance(format, BlockFormat) and len(format.block) != 1:
                 format = BlockFormat(format.element, "tensor")
             formats += [] if format is None else [format]
