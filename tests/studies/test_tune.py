@@ -541,8 +541,9 @@ class Killed:
         while not list(self.workdir.glob("blobs/*-s0/checkpoints/*")):  # some kills shall meet a trial
             time.sleep(0.2)
         for _ in range(kills):
-            index = rng.randrange(workers)
-            assert running[index].poll() is None, "the study had ended before the kills had; expected a longer one"
+            living = [i for i, worker in enumerate(running) if worker.poll() is None]
+            assert living, "the study had ended before the kills had; expected a longer one"
+            index = rng.choice(living)
             running[index].send_signal(signal.SIGKILL)
             running[index].wait()
             running[index] = self.start()
