@@ -73,7 +73,8 @@ def main(
             **{name: [each[split] for each in of] for name, of in losses.items()},
             "best_minus_default": paired(pairs)._asdict() | {"p": None},  # no sign-flip test of five pairs
         }
-    found |= {"provenance": provenance(patch=False)}
+    origin = provenance(patch=False)
+    found |= {"provenance": {name: value for name, value in origin.items() if name != "command"}}
     print(json.dumps({name: value for name, value in found.items() if name != "provenance"}, indent=1))
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n")
