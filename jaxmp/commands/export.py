@@ -25,7 +25,7 @@ class Options:
     platforms: tuple[str, ...] = ("cpu",)
     """Platforms to make a program for: cpu, cuda, rocm, tpu. This machine's has to be among them."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"
-    """Program to write: StableHLO, which JAX runs with the bits of this run; or ONNX, which needs jaxmp[export]."""
+    """Program to write: StableHLO, which JAX runs with the bits of this run; or ONNX, which needs jaxmp[onnx]."""
     split: Literal["train", "validation", "test"] | None = None
     """Split that the certificate is measured on; by default test, else validation, else train."""
     rows: int = 10_000
