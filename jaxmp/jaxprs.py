@@ -199,8 +199,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 def dimension_size(dimension: Any, sizes: Mapping[str, int]) -> int:
     """Returns the size of a symbolic dimension where those that it depends on have the `sizes`."""
-    evaluate = getattr(dimension, "_evaluate", None) or dimension.evaluate  # JAX 0.10 has it under the first name
-    return int(evaluate(dict(sizes)))
+    return int(dimension._evaluate(dict(sizes)))  # not public
 
 
 def interpret(

@@ -21,6 +21,7 @@ from jaxmp.runs.provenance import provenance
 from jaxmp.runs.teacher import Teacher
 from jaxmp.studies.paired import paired
 from jaxmp.tasks.distillation import Distillation
+from jaxmp.text_table import without_nan
 
 HIDDEN = 50
 """units of the student: 3,760 parameters beside the teacher's 38,410"""
@@ -62,9 +63,9 @@ def main() -> None:
         "difference": difference._asdict(),
         "parameters": {"teacher": teacher.trainer.parameter_counts["parameters"], "student": parameters},
         "teacher": 100 * teacher.summary["best"]["test"]["accuracy"],
-        "provenance": provenance(patch=False),
+        "provenance": {name: value for name, value in provenance(patch=False).items() if name != "command"},
     }
-    Path(options.output).write_text(json.dumps(result, indent=2, allow_nan=True) + "\n")
+    Path(options.output).write_text(json.dumps(without_nan(result), indent=2) + "\n")
 
 
 if __name__ == "__main__":

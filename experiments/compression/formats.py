@@ -47,9 +47,9 @@ def main() -> None:
             flush=True,
         )
     name = run.config["name"]
-    result = {"run": name, "overrides": run.config.get("overrides", []), "formats": rows}
-    text = json.dumps(result | {"provenance": provenance(patch=False)}, indent=2)
-    Path(options.output).write_text(text + "\n")
+    how = {each: value for each, value in provenance(patch=False).items() if each != "command"}
+    result = {"run": name, "overrides": run.config.get("overrides", []), "formats": rows, "provenance": how}
+    Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-da
 EXTRAS = {
     "testing": ("hypothesis", "the laws of jaxmp.testing"),
     "text": ("tokenizers", "vocabularies of WordPiece and BPE"),
+    "export": ("flatbuffers", "exported models, which JAX runs"),
+    "onnx": ("onnx", "exported models as ONNX"),
     "wandb": ("wandb", "metrics to Weights & Biases"),
     "private": ("dp_accounting", "epsilon of private training"),
     "prepare": ("tensorflow", "to prepare datasets by their TFDS builders; prepared ones need none"),

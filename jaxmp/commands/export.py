@@ -25,7 +25,7 @@ class Options:
     platforms: tuple[str, ...] = ("cpu",)
     """Platforms to make a program for: cpu, cuda, rocm, tpu. This machine's has to be among them."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"
-    """Program to write: StableHLO, which JAX runs with the bits of this run; or ONNX, which needs jaxmp[export]."""
+    """Program to write: StableHLO, which JAX runs with the bits of this run; or ONNX, which needs jaxmp[onnx]."""
     split: Literal["train", "validation", "test"] | None = None
     """Split that the certificate is measured on; by default test, else validation, else train."""
     rows: int = 10_000
@@ -37,8 +37,8 @@ class Options:
 def export(options: Options) -> int:
     """Writes a run's model as a folder that predicts without jaxmp, with a certificate.
 
-    The program takes raw rows, any number of them. The certificate says how far its outputs are from those in float32
-    and from the run's own. predict.py in the folder loads it; jaxmp.load does too.
+    The program takes raw rows, any number of them. The certificate says how far its outputs are
+    from those in float32 and from the run's own. jaxmp.load and the folder's predict.py load it.
     """
     require_path(run=options.run, output=options.output)
     from jaxmp.deploy import export as deploy

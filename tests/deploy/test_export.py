@@ -249,7 +249,8 @@ def test_the_average_is_exported_only_of_a_run_that_keeps_one(run, tmp_path, mon
 
 @pytest.mark.full_size
 @pytest.mark.parametrize(
-    "name", ["digits_mlp", "mnist_cnn", "cifar10_cnn", "spoken_digits_lstm", "shakespeare_gpt", "sst2_bert_tiny"]
+    "name",
+    ["digits_mlp", "mnist_cnn", "cifar10_cnn", "mnist_vae", "spoken_digits_lstm", "shakespeare_gpt", "sst2_bert_tiny"],
 )
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
 def test_shipped_configs_are_exported_with_their_bits(tmp_path, made_up, name, precision):
