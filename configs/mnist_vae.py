@@ -5,9 +5,10 @@ Source: D. Kingma and M. Welling, Auto-Encoding Variational Bayes, ICLR 2014, ht
 pixels are the grey values, so that the loss is not the negative of a bound on a likelihood.
 
 Command:   jaxmp data prepare mnist && jaxmp train mnist_vae
-Hardware:  2 CPU cores, 3 to 4 minutes, while other programs ran
-Expected:  test loss 105.14 nats in mixed_float16 (6 of 11,000 steps skipped), 105.24 in mixed_bfloat16, 105.24 in
-           float32, of which 26.0 are the divergence from the prior; one seed
+Hardware:  1 CPU core, 72 s of its time in float32
+Expected:  test loss 105.41 nats in float32, of which 26.0 are the divergence from the prior; after 10 of the 20 epochs
+           validation loss 108.65 in float32, 108.65 in mixed_bfloat16, 108.78 in mixed_float16 (4 steps skipped); one
+           seed. 1-nearest-neighbour accuracy of its pictures 93.1 % in float32 (experiments/generative)
 """
 
 from __future__ import annotations

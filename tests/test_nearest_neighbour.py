@@ -34,7 +34,7 @@ def test_the_accuracy_is_a_half_for_one_distribution_one_for_two_and_none_for_co
     assert accuracy(one, other)["accuracy"] == pytest.approx(0.5, abs=0.04)
     assert set(accuracy(one, other + 9).values()) == {1.0}
     assert set(accuracy(one, one + 1e-6).values()) == {0.0}
-    # By hand: the neighbours of the real points are at 1.1, 2 and 11.1, those of the generated ones at 1.1, 12 and 11.1.
+    # By hand: the neighbours of the real points are 1.1, 2 and 11.1, those of the generated ones 1.1, 12 and 11.1.
     by_hand = accuracy(np.array([[0.0], [1.1], [10.0]]), np.array([[2.0], [11.1], [12.0]]))
     assert by_hand == {"accuracy": pytest.approx(3 / 6), "on_real": pytest.approx(1 / 3), "on_generated": 2 / 3}
 

@@ -26,6 +26,7 @@ import tyro
 from sklearn.neighbors import NearestNeighbors
 
 from jaxmp import Run, with_policy
+from jaxmp.runs.folder import parse_step
 from jaxmp.runs.provenance import provenance
 from jaxmp.tasks.samples import Sampling
 
@@ -80,9 +81,8 @@ def nearest_neighbour_accuracy(real: np.ndarray, generated: np.ndarray) -> dict[
 
 
 def main(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional],
     features: Path,
-    step: str = "last",
     count: int = 2000,
     seed: int = 0,
     output: Path | None = None,
@@ -90,9 +90,8 @@ def main(
     """Prints the accuracy of each run as a line of JSON, and that of real images beside other real images.
 
     Args:
-        runs: Runs of mnist_dcgan and mnist_vae.
+        runs: Runs of mnist_dcgan and mnist_vae: RUN for the last weights, RUN@best, or RUN@STEP.
         features: A run of mnist_cnn.
-        step: Weights to draw from: last, best or the number of a step.
         count: Test images, and as many pictures; the standard error of an accuracy near 0.5 is 0.5 / sqrt(2 count).
         seed: Seed of the draws.
         output: JSON file to write; none by default.
@@ -103,9 +102,10 @@ def main(
     real, others = in_features(images[:count]), in_features(images[count:])
     rows: list[dict[str, Any]] = [{"pictures": "real", **nearest_neighbour_accuracy(real, others)}]
     print(json.dumps(rows[0]), flush=True)
-    for path in runs:
+    for text in runs:
+        path, _, at = text.partition("@")
         run = Run(path)
-        state = run.state(int(step) if step.isdigit() else step)  # type: ignore[arg-type]
+        state = run.state(parse_step(at or "last", text))
         pictures = run.sample(Sampling(count), seed=seed, state=state).pictures
         assert pictures is not None
         of_run = {"config": run.config["name"], "precision": run.config["experiment"]["precision"]}
