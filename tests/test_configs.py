@@ -103,7 +103,10 @@ def bits(tree):
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
-LONG = ("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "openwebtext_", "spoken_digits_rnn", "sst2_bert")
+LONG = (
+    *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dpsgd", "openwebtext_", "permuted_mnist"),
+    *("spoken_digits_rnn", "sst2_bert"),
+)
 """configs that take long to compile, or have a like one among the others"""
 
 
