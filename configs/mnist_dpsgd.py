@@ -2,6 +2,14 @@
 
 Source: M. Abadi et al., Deep Learning with Differential Privacy, 2016, https://arxiv.org/abs/1607.00133, who reach 95 %
 at epsilon 2 and 97 % at epsilon 8 with 1,000 hidden units on 60 principal components, which are private as well.
+
+Command:   jaxmp data prepare mnist && jaxmp train mnist_dpsgd
+           at epsilon 8: jaxmp train mnist_dpsgd --optimizer.noise-multiplier 0.69
+Hardware:  2 CPU cores, a minute and a half of one core
+Expected:  test accuracy 94.07 % at epsilon 2.96, and 94.82 % at epsilon 7.74, delta 1e-5, in mixed_float16; one seed
+
+Needs the extra `private`. Epsilon is for the 55,000 training images, one more or less; the two noise multipliers are
+those that give 3 and 8.
 """
 
 from __future__ import annotations

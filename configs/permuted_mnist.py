@@ -1,8 +1,20 @@
 """Permuted MNIST: five tasks, one after the other, and how much of the earlier ones is forgotten.
 
 Source: I. Goodfellow et al., An Empirical Investigation of Catastrophic Forgetting in Gradient-Based Neural Networks,
-2013, https://arxiv.org/abs/1312.6211; forgetting as A. Chaudhry et al. 2018, https://arxiv.org/abs/1801.10112, define
-it; replay of a buffer as A. Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486.
+2013, https://arxiv.org/abs/1312.6211; J. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, figure 2.
+Forgetting as A. Chaudhry et al. 2018 define it, https://arxiv.org/abs/1801.10112; replay from a buffer as A. Chaudhry
+et al. 2019, https://arxiv.org/abs/1902.10486.
+
+Command:   jaxmp data prepare mnist && jaxmp train permuted_mnist
+           without replay: jaxmp train permuted_mnist --data.replay 0
+Hardware:  2 CPU cores, 2 to 3 minutes, while many other programs ran
+Expected:  average forgetting of the validation accuracy 0.0103 and 0.0112 with replay, 0.2341 and 0.2301 without, in
+           mixed_float16 with --seed 0 and 1; average accuracy over the five tasks, of the last weights on the test
+           split, 95.41 and 95.17 % with replay, 78.03 and 78.52 % without
+
+The forgetting, and the accuracy of each task after each task, are computed from the run's metrics.jsonl:
+
+    python -c "import jaxmp.studies.forgetting as f, sys; print(f.forgetting(sys.argv[1]))" runs/permuted_mnist/HASH-s0
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Experiment:
         made = self.make_scaler()
         if not isinstance(made, NoScaler | StaticScaler):
             raise InputError(
-                f"{what} with a {type(made).__name__}: a loss scale that reacts to overflows remembers single rows, "
+                f"{what} with a {type(made).__name__}: a loss scale that reacts to overflows remembers single rows "
                 "without noise; expected scaler.kind auto (static in float16), static or none"
             )
         if any(policy.recipe is not None for policy in self.policy.policies):

@@ -59,6 +59,7 @@ from jaxmp.scaling.transform import consecutive_skips, find_state
 from jaxmp.training.feed import Feed
 from jaxmp.training.metrics import Metrics, specs_to_json
 from jaxmp.training.objective import objective_key
+from jaxmp.training.optimizers import Private
 from jaxmp.training.state import TrainState
 
 
@@ -394,6 +395,12 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
     for line in trainer.frozen():
         log(line)
+    rows = len(trainer.source())
+    if isinstance(experiment.optimizer, Private) and experiment.optimizer.delta * rows >= 1:
+        log(
+            f"optimizer.delta = {experiment.optimizer.delta:g}: not below 1 / {rows}, one over the number of training "
+            "rows, so that to publish a row of them would count as private"
+        )
     if experiment.loop.overfit_batches is not None:
         log(
             f"loop.overfit_batches = {experiment.loop.overfit_batches}: every epoch trains on the same "

@@ -39,10 +39,11 @@ class Privacy:
     whether a step was applied would tell whether such a row was there, which no noise hides. So what decides whether a
     private step is skipped is the noised gradient alone, not the loss; a skipped step has been paid for like any other,
     and the accountant counts steps attempted, not steps applied. For the same reason the loss scale of a private step
-    is constant: a scale that reacts to overflows remembers rows without noise.
+    has to be constant: a scale that reacted to rows that overflow would remember them without noise, and one that sees
+    the noised gradient alone, as `DynamicScaler` does here, only grows.
 
     What the guarantee does not cover: the metrics of training, which are computed without noise; how hyper-parameters
-    were chosen; and those who know the seed, which is in config.json.
+    were chosen; and those who have the run's config.json, with its seed and fingerprints of the rows.
 
     Raises:
       InputError: a value is not one of those below.

@@ -9,6 +9,7 @@ from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.per_task import PerTask
 
 
+@pytest.mark.slow
 def test_each_metric_is_that_of_the_rows_of_a_task_and_the_loss_that_of_all():
     rng = np.random.default_rng(0)
     batch = {"label": rng.integers(0, 3, 12), "task": np.arange(12) % 2, "weight": np.float32(np.arange(12) < 10)}
