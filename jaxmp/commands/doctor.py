@@ -22,6 +22,7 @@ EXTRAS = {
     "text": ("tokenizers", "vocabularies of WordPiece and BPE"),
     "export": ("flatbuffers", "exported models, which JAX runs"),
     "onnx": ("onnx", "exported models as ONNX"),
+    "tune": ("optuna", "searches over many runs"),
     "wandb": ("wandb", "metrics to Weights & Biases"),
     "private": ("dp_accounting", "epsilon of private training"),
     "prepare": ("tensorflow", "to prepare datasets by their TFDS builders; prepared ones need none"),
