@@ -9,7 +9,7 @@ Hardware:  2 CPU cores, a minute and a half of one core
 Expected:  test accuracy 94.07 % at epsilon 2.96, and 94.82 % at epsilon 7.74, delta 1e-5, in mixed_float16; one seed
 
 Needs the extra `private`. Epsilon is for the 55,000 training images, one more or less; the two noise multipliers are
-those that give 3 and 8.
+rounded up from those that give 3 and 8.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_clipped_gradients_are_those_of_optax():
         return jax.grad(lambda p: loss(p, {}, row, KEY)[0])(PARAMS)
 
     each = jax.tree.map(lambda *x: jnp.stack(x), *map(of_row, range(ROWS)))
-    norms = jax.vmap(optax.global_norm)(each)
+    norms = jax.vmap(jaxmp.global_norm)(each)
     clip = float(jnp.median(norms))  # of half of the rows
     found, _, _ = gradients(Privacy(clip, 0.0, ROWS), batch=batch)
     tx = optax.contrib.differentially_private_aggregate(clip, 0.0, jax.random.key(0))
