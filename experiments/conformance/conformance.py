@@ -1,6 +1,6 @@
 """Checks the laws of jaxmp.testing on published systems, and prints a table.
 
-    uv run --with-requirements experiments/conformance/requirements.txt --with torch \
+    uv run --with-requirements experiments/conformance/requirements.txt --with torch --with torchao \
         python experiments/conformance/conformance.py --output experiments/conformance/conformance.json
 
 Each file in `systems` has a function `subjects()`. It returns adapters for one system, used as in its documentation or
