@@ -37,8 +37,7 @@ class Options:
 def export(options: Options) -> int:
     """Writes a run's model as a folder that predicts without jaxmp, with a certificate.
 
-    The program takes raw rows, any number of them. The certificate says how far its outputs are
-    from those in float32 and from the run's own. jaxmp.load and the folder's predict.py load it.
+    The certificate says how far the outputs are from those in float32, and from the run's own.
     """
     require_path(run=options.run, output=options.output)
     from jaxmp.deploy import export as deploy
