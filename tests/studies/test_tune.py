@@ -321,6 +321,7 @@ def workers(folder, does, jobs=2):
     return code, len((folder / "started").read_text())
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_started_again_and_bad_input_is_said_once(tmp_path, capfd):
     say, gone = "if fd: os.write(int(fd), b'1')\n", tmp_path / "gone"
     kill = f"if not os.path.exists({str(gone)!r}):\n open({str(gone)!r}, 'w')\n os.kill(os.getpid(), signal.SIGKILL)\n"
