@@ -78,7 +78,7 @@ def test_every_command_and_snippet_runs_in_order(tmp_path, monkeypatch):
     sys.modules.pop("wine", None)
     assert [command.split()[0] for command in commands] == [
         *("train", "doctor", "train", "train", "compare", "train", "train", "train", "blame", "audit", "find-policy"),
-        *("train", "what-if"),
+        *("train", "what-if", "tune", "export"),
     ]
     assert Run(tmp_path / "runs" / "wine").summary["test"]["accuracy"] > 0.9
     assert namespaces[-1]["test_policy"].broken == []
