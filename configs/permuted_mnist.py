@@ -7,7 +7,7 @@ et al. 2019, https://arxiv.org/abs/1902.10486.
 
 Command:   jaxmp data prepare mnist && jaxmp train permuted_mnist
            without replay: jaxmp train permuted_mnist --data.replay 0
-Hardware:  2 CPU cores, 2 to 3 minutes, while many other programs ran
+Hardware:  2 CPU cores, 2 to 5 minutes, while many other programs ran
 Expected:  average forgetting of the validation accuracy 0.0103 and 0.0112 with replay, 0.2341 and 0.2301 without, in
            mixed_float16 with --seed 0 and 1; average accuracy over the five tasks, of the last weights on the test
            split, 95.41 and 95.17 % with replay, 78.03 and 78.52 % without
