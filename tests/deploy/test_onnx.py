@@ -377,14 +377,12 @@ CONFIGS = [
         "cifar10_resnet20",
         "cifar10_vit_tiny",
         "mnist_simple_rnn",
-        "mnist_vae",
     ),
     *(
         "spoken_digits_lstm",
         "spoken_digits_ctc",
         "shakespeare_gpt",
         "sst2_bert_tiny",
-        "sst2_bert_tiny_mlm",
         "sst2_lstm",
     ),
 ]
