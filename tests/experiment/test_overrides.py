@@ -123,6 +123,7 @@ OTHERS = {
 
 
 CHOICES = {
+    "task.order": ("in_turn", "at_once"),
     "optimizer.sampling": ("poisson", "shuffled"),
     "model.block": ("basic", "bottleneck"),
     "model.strided": ("1x1", "3x3"),
