@@ -5,8 +5,8 @@
 
 Each file in `systems` has a function `subjects()`. It returns adapters for one system, used as in its documentation or
 its examples. Systems are tested in the installed version; systems that are not installed are left out, with a line that
-says so. Where the output file has rows of such a system, of an earlier run, they stay, each with the command, revision
-and versions of that run as its `measured`. "holds" means that hypothesis found no counterexample with the examples of
+says so. Where the output file has rows of such a system, of an earlier run, they stay; `earlier` in it has the command,
+revision and versions of that run by system. "holds" means that hypothesis found no counterexample with the examples of
 its quick profile.
 """
 
@@ -83,18 +83,19 @@ def run(system: str) -> dict[str, Any]:
     return {"rows": rows, "versions": versions, "left_out": None}
 
 
-def earlier_rows(output: Path | None, tested: set[str]) -> list[dict[str, Any]]:
-    """Returns the rows that the output file has of systems that were not tested now, each with what it was measured by.
+def earlier(output: Path | None, tested: set[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the rows that the output file has of systems that were not tested now, and by system what measured them.
 
     Args:
         output: JSON file of an earlier run; there may be none.
         tested: Names of the systems that were tested now.
     """
     if output is None or not output.exists():
-        return []
+        return [], {}
     old = json.loads(output.read_text())
-    measured = {name: old[name] for name in ("command", "git", "versions")}
-    return [{"measured": measured} | row for row in old["rows"] if row["system"] not in tested]
+    rows = [row for row in old["rows"] if row["system"] not in tested]
+    own = {name: old[name] for name in ("command", "git", "versions")}
+    return rows, {system: old["earlier"].get(system, own) for system in dict.fromkeys(row["system"] for row in rows)}
 
 
 def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | None = None) -> None:
@@ -113,7 +114,8 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, max_tasks_per_child=1) as pool:
         found = dict(zip(systems, pool.map(run, systems), strict=True))
     rows = [row for result in found.values() for row in result["rows"]]
-    rows += earlier_rows(output, {row["system"] for row in rows})
+    more, measured = earlier(output, {row["system"] for row in rows})
+    rows += more
     print("| system | version | law | verdict | smallest counterexample, or why skipped |\n|---|---|---|---|---|")
     print("\n".join(map(line, rows)))
     if output is not None:
@@ -121,7 +123,8 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
         for result in found.values():
             origin["versions"] |= result["versions"]
         left_out = {system: result["left_out"] for system, result in found.items() if result["left_out"]}
-        output.write_text(json.dumps(origin | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
+        found_now = {"left_out": left_out, "earlier": measured, "rows": rows}
+        output.write_text(json.dumps(origin | found_now, indent=1) + "\n")
 
 
 if __name__ == "__main__":
