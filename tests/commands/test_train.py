@@ -100,8 +100,8 @@ def test_a_trace_of_some_steps_can_be_read_and_one_past_the_end_is_refused_befor
     (file,) = Path("runs").glob("*/*/plugins/profile/*/*.xplane.pb")
     from jax.profiler import ProfileData
 
-    events = [
-        event for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
-    ]
-    steps = {dict(event.stats)["step_num"] for event in events if event.name == "train"}
+    profile, steps = ProfileData.from_file(str(file)), set()  # which owns its planes, lines and events
+    for plane in profile.planes:
+        for line in plane.lines:
+            steps |= {dict(event.stats)["step_num"] for event in line.events if event.name == "train"}
     assert steps == {22, 23, 24}
