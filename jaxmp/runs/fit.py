@@ -71,7 +71,7 @@ class Fitted(NamedTuple):
     summary: dict[str, Any]
     """what is in its summary.json; empty if the run was stopped"""
     stopped: bool
-    """whether a signal stopped it before its end, after saving"""
+    """whether a signal, `loop.max_minutes` or a hook's `Pause` ended this session before the run's end, after saving"""
     trained: bool = True
     """whether this call trained; False if the run had ended before"""
 
@@ -461,7 +461,7 @@ class _Session:
         return step, tree["state"], tree["metrics"]
 
     def train(self, step: int, state: TrainState, metrics: Metrics) -> Fitted:
-        """Trains from `step` to the end, to early stopping, to a hook's `Stop`, or to a signal."""
+        """Trains from `step` to the end, to early stopping, to a hook's `Stop` or `Pause`, or to a signal."""
         trainer, devices, records = self.trainer, self.trainer.devices, self.records
         due = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps, self.traced)
         placed = devices.put_state(state)

@@ -100,7 +100,7 @@ class Hooks:
     """The hooks of a run.
 
     Each of several processes calls all hooks, since a hook may compute with arrays that lie on the devices of all. A
-    `Stop` counts in the first process; a hook that raises in any of them ends the run in all.
+    `Stop` or a `Pause` counts in the first process, a `Stop` before a `Pause`; a hook that raises in any of them ends the run in all.
 
     Args:
       hooks: the functions, in the order in which they are called.
@@ -131,12 +131,14 @@ class Hooks:
             if error:
                 raise error
             return found
-        outcomes = processes.from_each([found, str(error) if error else None, isinstance(error, StateLost)])
+        said = None if found is None else (type(found).__name__, found.why)  # as JSON
+        outcomes = processes.from_each([said, str(error) if error else None, isinstance(error, StateLost)])
         failures = [f"{message}, in process {i}" for i, (_, message, _) in enumerate(outcomes) if message]
         if failures:  # of one kind everywhere: all processes save the state, or none does
             failed = StateLost if any(lost for _, _, lost in outcomes) else HookFailed
             raise failed(failures[0]) from (error and error.__cause__)
-        return outcomes[0][0]
+        first = outcomes[0][0]
+        return None if first is None else {"Stop": Stop, "Pause": Pause}[first[0]](first[1])
 
     def _call(self, wanted: list[tuple[str, Hook]], value: StepInfo | Evaluated) -> Stop | Pause | None:
         found: Stop | Pause | None = None
@@ -147,10 +149,11 @@ class Hooks:
                 raise HookFailed(f"{name} raised {type(error).__name__}: {error}") from error
             if isinstance(returned, bool) or returned is Stop or returned is Pause:
                 what = f"the class {returned.__name__}" if isinstance(returned, type) else returned
-                raise HookFailed(f"{name} returned {what}: expected None, or Stop('why') to end the run")
+                raise HookFailed(f"{name} returned {what}: expected None, Stop('why') or Pause('why')")
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(value.state) if isinstance(leaf, jax.Array)):
                 raise StateLost(f"{name} deleted or donated arrays of the state; expected a copy of what it changes")
-            if isinstance(returned, Stop | Pause) and found is None:
+            stronger = found is None or (isinstance(found, Pause) and isinstance(returned, Stop))
+            if isinstance(returned, Stop | Pause) and stronger:
                 found = returned._replace(why=f"{returned.why} ({name})")
         return found
 

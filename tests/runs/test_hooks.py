@@ -186,6 +186,12 @@ def test_a_pause_saves_a_run_that_ends_by_the_same_call_with_the_same_bits(plain
     assert bits(Run(ended.path, BASE).state()) == bits(Run(plain.path, BASE).state())
 
 
+def test_a_stop_counts_before_a_pause_of_the_same_step():
+    both = Hooks((lambda info: Pause("later"), lambda info: Stop("enough")))
+    found = both.call(StepInfo(1, None, {}))
+    assert isinstance(found, Stop) and found.why.startswith("enough (hook ")
+
+
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
