@@ -100,8 +100,8 @@ class Hooks:
     """The hooks of a run.
 
     Each of several processes calls all hooks, since a hook may compute with arrays that lie on the devices of all. A
-    `Stop` or a `Pause` counts in the first process, a `Stop` before a `Pause`; a hook that raises in any of them ends the
-    run in all.
+    `Stop` or a `Pause` counts in the first process, a `Stop` before a `Pause`; a hook that raises in any of them ends
+    the run in all.
 
     Args:
       hooks: the functions, in the order in which they are called.
