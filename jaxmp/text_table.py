@@ -1,8 +1,9 @@
-"""What is shown to people and to machines: aligned tables of text, and JSON without NaN."""
+"""What is shown to people and to machines: aligned tables of text, JSON without NaN, and URLs without passwords."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,3 +67,15 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_password(text: str) -> str:
+    """Returns `text`, a URL or an argument of a command, with every password of a URL left out.
+
+    >>> without_password("postgresql+psycopg://me:secret@host/db")
+    'postgresql+psycopg://me@host/db'
+    >>> without_password("postgresql+psycopg://me@host/db?password=secret&sslmode=require")
+    'postgresql+psycopg://me@host/db?password=...&sslmode=require'
+    """
+    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1@", text)
+    return re.sub(r"([?&]\w*passw\w*=)[^&\s]*", r"\1...", text)

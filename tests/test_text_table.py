@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from jaxmp.text_table import table, without_nan
+from jaxmp.text_table import table, without_nan, without_password
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_aligned_as_asked():
@@ -42,3 +42,22 @@ def test_what_json_cannot_hold_is_null_at_any_depth(value):
     found = without_nan({"a": [1, (value, {"b": value})], "c": "nan", "d": True, "e": 0.5, "f": None})
     assert found == {"a": [1, [None, {"b": None}]], "c": "nan", "d": True, "e": 0.5, "f": None}
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql+psycopg://me:s/e?c&ret@host:5432/db", "postgresql+psycopg://me@host:5432/db"),
+        ("--storage=mysql://me:secret@host/db?charset=utf8", "--storage=mysql://me@host/db?charset=utf8"),
+        (
+            "postgresql://me@host/db?password=secret&sslmode=require",
+            "postgresql://me@host/db?password=...&sslmode=require",
+        ),
+        ("postgresql://host/db?user=me&sslpassword=secret", "postgresql://host/db?user=me&sslpassword=..."),
+        ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:///runs/a.db", "sqlite:///runs/a.db"),
+        ("me@host:secret", "me@host:secret"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(text, shown):
+    assert without_password(text) == shown == without_password(shown)

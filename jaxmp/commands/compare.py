@@ -52,6 +52,7 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
     from jaxmp.studies.gate import Gate, gate
 
     seeds: Sequence[int] = (0, 1, 2) if options.seeds is None else options.seeds
+    study.require_gradients(options.gradients)
     found: Gate | None = None
     if options.margin is None:
         for name in ("metric", "looks"):

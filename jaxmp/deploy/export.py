@@ -72,7 +72,8 @@ def export(
       weights: of the best checkpoint by the monitored metric, or the last one, averaged where the run averages; or the
         last average, an error where the run keeps none.
       precision: policy to compute under; by default the run's own.
-      platforms: a program is made for each of these: cpu, cuda, rocm, tpu. Of ONNX, cpu alone.
+      platforms: a program is made for each of these: cpu, cuda, rocm, tpu; this machine's has to be among them, which
+        measures the certificate. Of ONNX, cpu alone.
       format: "stablehlo", or "onnx", which needs the extra `onnx`.
       split: rows that the certificate is measured on; by default test, else validation, else train.
       rows: the most rows that it is measured on, spread evenly over the split.
@@ -220,9 +221,17 @@ def assemble(manifest: dict[str, Any], files: Mapping[str, bytes], name: str) ->
         raise InputError(str(error)) from None
 
 
-def check(run: Run, folder: Path, weights: str, platforms: Sequence[str], format: str = "stablehlo") -> None:
-    """Refuses what can be known to be wrong before anything is traced."""
-    for name, value, known in (("weights", weights, WEIGHTS), ("format", format, FORMATS)):
+def check(
+    run: Run,
+    folder: Path,
+    weights: str,
+    platforms: Sequence[str],
+    format: str = "stablehlo",
+    *,
+    option: str = "weights",
+) -> None:
+    """Refuses what can be known to be wrong before anything is traced. `option` names `weights` in messages."""
+    for name, value, known in ((option, weights, WEIGHTS), ("format", format, FORMATS)):
         if value not in known:
             raise InputError(f"{name} {value!r}: expected {', '.join(known)}{nearest(str(value), known)}")
     for platform in platforms:
@@ -234,6 +243,11 @@ def check(run: Run, folder: Path, weights: str, platforms: Sequence[str], format
         raise InputError(f"platforms: expected at least one of {', '.join(PLATFORMS)}")
     if format != "onnx":
         _require_flatbuffers()
+        if (here := shipped.platform()) not in platforms:
+            raise InputError(
+                f"platforms {' '.join(platforms)}: the certificate is measured here, on {here}; expected --platforms "
+                f"{' '.join(platforms)} {here}, or JAX_PLATFORMS={platforms[0]}"
+            )
     if run.failure:
         raise InputError(
             f"{run.path} failed ({run.failure}), and a failed run is not exported; "
@@ -256,12 +270,12 @@ def _require_flatbuffers() -> None:
         raise InputError("exporting needs flatbuffers: pip install 'jaxmp[export]'") from None
 
 
-def chosen_state(run: Run, weights: str) -> TrainState:
-    """The state whose averaged weights are meant. Raises InputError if there is none."""
+def chosen_state(run: Run, weights: str, *, option: str = "weights") -> TrainState:
+    """The state whose averaged weights are meant. Raises InputError, which names `option`, if there is none."""
     state = run.state("best" if weights == "best" else "last")
     if weights == "ema" and state.ema is None:
         raise InputError(
-            f"weights ema: {run.path} keeps no average of its weights (loop.ema_decay is not set); expected best or "
+            f"{option} ema: {run.path} keeps no average of its weights (loop.ema_decay is not set); expected best or "
             "last"
         )
     return state
@@ -367,8 +381,8 @@ def lines(artefact: Artefact, folder: str | Path) -> list[tuple[str, str]]:
     certificate, manifest = artefact.certificate, artefact.manifest
     sizes = {path.name: path.stat().st_size for path in local_path("artefact", folder).iterdir()}
     lines = [
-        ("inputs", ", ".join(f"{name} {_text(spec)}" for name, spec in manifest["inputs"].items())),
-        ("outputs", ", ".join(f"{name} {_text(spec)}" for name, spec in manifest["outputs"].items())),
+        ("inputs", ", ".join(f"{name} {shipped.layout(spec)}" for name, spec in manifest["inputs"].items())),
+        ("outputs", ", ".join(f"{name} {shipped.layout(spec)}" for name, spec in manifest["outputs"].items())),
         ("precision", manifest["precision"]),
         ("weights", f"{manifest['run']['weights']}, step {manifest['run']['step']:,}"),
         ("files", ", ".join(f"{name} {size:,} bytes" for name, size in sorted(sizes.items()))),
@@ -391,12 +405,7 @@ def lines(artefact: Artefact, folder: str | Path) -> list[tuple[str, str]]:
         if "decisions" in found:
             parts.append(f"decisions {found['decisions']['agree']:,} of {found['decisions']['compared']:,} equal")
         if "kl" in found and not found["bit_equal"]:
-            largest = found["kl"]["largest"]
-            most = "infinite" if largest is None else f"{largest:.1e}"
-            parts.append(f"KL {found['kl']['mean'] or 0:.1e}, at most {most}")
+            mean, most = ("infinite" if kl is None else f"{kl:.1e}" for kl in map(found["kl"].get, ("mean", "largest")))
+            parts.append(f"KL {mean}, at most {most}")
         lines.append((f"against {name}", "; ".join(parts)))
     return lines
-
-
-def _text(spec: Mapping[str, Any]) -> str:
-    return f"{spec['dtype']}[{', '.join(map(str, spec['shape']))}]"

@@ -17,6 +17,8 @@ import hashlib
 import json
 import math
 import sys
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,7 @@ class Artefact:
         self.manifest, self.certificate, self._run = manifest, certificate, run
 
     def __repr__(self) -> str:
-        of = ", ".join(f"{name}: {_layout(spec)}" for name, spec in self.inputs.items())
+        of = ", ".join(f"{name}: {layout(spec)}" for name, spec in self.inputs.items())
         return f"Artefact({self.manifest['name']}, {self.manifest['format']}, {of})"
 
     @property
@@ -177,7 +179,7 @@ class Artefact:
     def _check(self, arrays: tuple[Any, ...], named: dict[str, Any]) -> list[np.ndarray]:
         """The inputs in their order, in the model's dtypes. Raises ArtefactError if they do not fit."""
         given = {**dict(zip(self.inputs, arrays, strict=False)), **named}
-        expected = ", ".join(f"{name}: {_layout(spec)}" for name, spec in self.inputs.items())
+        expected = ", ".join(f"{name}: {layout(spec)}" for name, spec in self.inputs.items())
         if len(arrays) > len(self.inputs) or set(given) != set(self.inputs) or len(given) != len(arrays) + len(named):
             names = ", ".join([*named, *(["..."] if arrays else [])]) or "nothing"
             raise ArtefactError(f"{len(arrays) + len(named)} inputs were given ({names}); expected {expected}")
@@ -189,11 +191,11 @@ class Artefact:
             shape = [sizes.setdefault(d, size) if isinstance(d, str) else d for d, size in places]
             if len(array.shape) != len(spec["shape"]) or shape != list(array.shape) or 0 in array.shape:
                 raise ArtefactError(
-                    f"input {name} is {array.dtype}{list(array.shape)}; expected {_layout(spec)}"
+                    f"input {name} is {array.dtype}{list(array.shape)}; expected {layout(spec)}"
                     + ("" if len(self.inputs) == 1 else ", and as many rows in each input")
                     + (", at least one row" if 0 in array.shape else "")
                 )
-            found.append(_in_dtype(name, array, _dtype(spec["dtype"]), _layout(spec)))
+            found.append(_in_dtype(name, array, _dtype(spec["dtype"]), layout(spec)))
         return found
 
 
@@ -209,7 +211,8 @@ def _in_dtype(name: str, array: np.ndarray, dtype: np.dtype, layout: str) -> np.
     return cast
 
 
-def _layout(spec: Mapping[str, Any]) -> str:
+def layout(spec: Mapping[str, Any]) -> str:
+    """Dtype and shape of an array as text: `uint8[b, 28, 28, 1]`."""
     return f"{spec['dtype']}[{', '.join(map(str, spec['shape']))}]"
 
 
@@ -253,13 +256,22 @@ def read_tensors(data: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
+def platform() -> str:
+    """The platform that JAX runs on here: cpu, cuda, rocm or tpu."""
+    import jax
+    from jax.extend import backend
+
+    if jax.default_backend() != "gpu":
+        return jax.default_backend()
+    return "cuda" if "cuda" in backend.get_backend().platform_version else "rocm"
+
+
 def _stablehlo(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> Any:
     """`(state, inputs) -> outputs` by the program for this process's platform."""
     try:
         import flatbuffers  # noqa: F401  jax.export needs it
         import jax
         from jax import export
-        from jax.extend import backend
     except ImportError as error:
         raise ArtefactError(f"{folder} needs {error.name}: pip install jax numpy flatbuffers") from None
     of, here = manifest["jax"]["version"], jax.__version__
@@ -268,16 +280,14 @@ def _stablehlo(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str
             f"{folder} was exported by jax {of}, and jax {here}, which is installed, is older and does not load it: "
             f"pip install 'jax>={of}'"
         )
-    platform = jax.default_backend()
-    if platform == "gpu":
-        platform = "cuda" if "cuda" in backend.get_backend().platform_version else "rocm"
-    if platform not in manifest["programs"]:
+    on = platform()
+    if on not in manifest["programs"]:
         there = ", ".join(manifest["programs"])
         raise ArtefactError(
-            f"{folder} has a program for {there}, and JAX runs on {platform} here: export the run with --platforms "
-            f"{' '.join(manifest['programs'])} {platform}, or set JAX_PLATFORMS={next(iter(manifest['programs']))}"
+            f"{folder} has a program for {there}, and JAX runs on {on} here: export the run with --platforms "
+            f"{' '.join(manifest['programs'])} {on}, or set JAX_PLATFORMS={next(iter(manifest['programs']))}"
         )
-    program = export.deserialize(bytearray(files[manifest["programs"][platform]]))
+    program = export.deserialize(bytearray(files[manifest["programs"][on]]))
     tensors = read_tensors(files["weights.safetensors"])
     weights = jax.device_put([tensors[name] for name in manifest["weights"]])
     call = jax.jit(program.call)
@@ -307,12 +317,15 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=512, help="number of rows that are computed at a time")
     options = parser.parse_args()
     try:
+        if options.batch < 1:
+            raise ArtefactError(f"--batch {options.batch}: expected 1 or more")
         model = load(Path(__file__).resolve().parent)
-        with np.load(options.rows) as file:
-            rows = {name: file[name] for name in file.files if name in model.inputs}
+        rows = {name: column for name, column in _columns(options.rows).items() if name in model.inputs}
         parts = []
-        for start in range(0, max(map(len, rows.values()), default=1), options.batch):
-            part = {name: column[start : start + options.batch] for name, column in rows.items()}
+        # Once at least: the model says what is wrong with no rows, or with a number instead of rows.
+        for start in range(0, max([1, *(len(column) for column in rows.values() if column.ndim)]), options.batch):
+            stop = start + options.batch
+            part = {name: column[start:stop] if column.ndim else column for name, column in rows.items()}
             parts.append(model.leaves(model(**part)))
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         first = next(iter(found.values()))
@@ -325,6 +338,18 @@ def main() -> int:
         return 2
     print(f"{len(first)} rows, {', '.join(found)}: {options.predictions}")
     return 0
+
+
+def _columns(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name. Raises ArtefactError if it is none, or damaged."""
+    try:
+        with open(path, "rb") as data:
+            file = np.load(data)
+            if isinstance(file, np.ndarray):
+                raise ValueError("this one has a single array, without a name")
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ArtefactError(f"{path}: expected a .npz file with an array for each input ({error})") from None
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -168,10 +168,10 @@ def quantise(
     folder = local_path("output", output)
     format = _format("weights", weights, FORMATS)
     patterns = [Pattern(text) for text in keep]
-    check(run, folder, checkpoint, platforms)
+    check(run, folder, checkpoint, platforms, option="checkpoint")
     tree = _with_activations(run.experiment.policy, activations)
     measured = Measured.of_run(run, split, rows)
-    state = chosen_state(run, checkpoint)
+    state = chosen_state(run, checkpoint, option="checkpoint")
     of = forward(run, state, measured.source, precision=str(tree))
     for pattern in patterns:
         if not any(pattern.covers(name) for name in of.weights):
@@ -355,11 +355,7 @@ def _search(
     split: Split = "validation" if "validation" in run.trainer.splits else "train"
     judge = _Judge(run, of, Measured.of_run(run, split, rows))
     eight = parse_block_format(FORMATS["int8"])
-    ladder: list[BlockFormat | None] = [
-        format,
-        *([eight] if eight.bits < 32 and format.bits < eight.bits else []),
-        None,
-    ]
+    ladder: list[BlockFormat | None] = [format, *([eight] if format.bits < eight.bits else []), None]
     rounded = {
         name: [leaf if each is None else _rounded(name, leaf, each) for each in ladder]
         for name, leaf in candidates.items()

@@ -197,10 +197,14 @@ def autocast(fn: Callable[..., Any], lists: OperationLists = TORCH, *, dtype: An
       dtype: the half precision, bfloat16 or float16.
 
     Raises:
-      InputError: `dtype` is another dtype, or `lists` no lists; or, when called, `fn` does not compute with floats.
+      InputError: `dtype` is another dtype, or `lists` is not an OperationLists; or, when called, `fn` does not compute
+        with floats.
     """
     if not isinstance(lists, OperationLists):
-        raise InputError(f"autocast: lists {lists!r:.80}: expected TORCH, APEX_O1 or OperationLists; dtype= has a name")
+        raise InputError(
+            f"autocast: lists {lists!r:.80}: expected TORCH, APEX_O1 or OperationLists; the dtype is given by keyword: "
+            "autocast(fn, dtype=jnp.float16)"
+        )
     return _interpreted(fn, _Interpreter(lists, _half(dtype)))
 
 

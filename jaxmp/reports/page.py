@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmp.errors import InputError
 from jaxmp.html.elements import DARK, LIGHT, Elements, element_style, escape
+from jaxmp.text_table import without_password
 
 
 @dataclass
@@ -63,8 +64,9 @@ def write(path: Path, text: str) -> None:
 
 
 def command() -> str:
-    """The command line of this process, with the program's name without its folder."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("__main__.py", "jaxmp", 1)
+    """The command line of this process, with the program's name without its folder, and without passwords."""
+    words = [Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])]
+    return shlex.join(words).replace("__main__.py", "jaxmp", 1)
 
 
 def provenance_rows(origin: Mapping[str, Any]) -> list[tuple[str, str]]:

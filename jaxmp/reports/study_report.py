@@ -41,8 +41,7 @@ def text(study: Mapping[str, Any]) -> str:
     """The best trials as lines of text, and the command of the best."""
     spec, ranked = _spec(study), _ranked(study)
     header, rows = _table(study, ranked[:SHOWN])
-    right = [i for i, label in enumerate(header) if label in ("trial", "value") or label.startswith("±")]
-    lines: list[str] = [table(rows, header=header, right=right)] if rows else []
+    lines: list[str] = [table(rows, header=header, right=[0, 1])] if rows else []
     if len(ranked) > SHOWN:
         lines.append(f"and {len(ranked) - SHOWN} more trials; `jaxmp report {study['folder']}` shows all")
     lines.append(f"{'trials':<16} {_counts(study)}")
@@ -51,7 +50,7 @@ def text(study: Mapping[str, Any]) -> str:
         lines.append(f"{'best':<16} none: no trial ended with all its seeds")
     else:
         metric = study["definition"]["metric"].replace("_", " ")
-        value = f"validation {metric} {_value(spec, best['value'])} {spec.unit}".rstrip()
+        value = f"validation {metric} {shown(spec, best['value'])} {spec.unit}".rstrip()
         lines.append(f"{'best':<16} trial {best['number'] + 1}, {value}")
         for run in best["runs"]:
             lines.append(f"{'run':<16} {run}")
@@ -85,7 +84,7 @@ def page(study: Mapping[str, Any]) -> Page:
             ["", ""],
             [
                 ["best trial", str(best["number"] + 1)],
-                [f"validation {_label(study, spec)}", _value(spec, best["value"])],
+                [f"validation {_label(study, spec)}", shown(spec, best["value"])],
                 *([leaf.replace("_", "-"), _param(value)] for leaf, value in best["params"].items()),
                 *(["run", run] for run in best["runs"]),
             ],
@@ -136,10 +135,6 @@ def _label(study: Mapping[str, Any], spec: MetricSpec) -> str:
     return spec.label(study["definition"]["metric"])
 
 
-def _value(spec: MetricSpec, value: float | None) -> str:
-    return shown(spec, value)
-
-
 def _param(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -169,7 +164,7 @@ def _table(study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> tup
     header = ["trial", _label(study, spec), *(["seeds"] if seeds > 1 else []), *leaves, "state"]
     rows = []
     for trial in trials:
-        row = [str(trial["number"] + 1), _value(spec, trial["value"])]
+        row = [str(trial["number"] + 1), shown(spec, trial["value"])]
         if seeds > 1:
             values = [value for value in trial["seeds"].values() if value is not None]
             spread = f"{shown(spec, min(values))} to {shown(spec, max(values))}" if len(values) > 1 else NO_VALUE
@@ -182,7 +177,7 @@ def _table(study: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> tup
 
 def _figures(study: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The history, and the importance of each field where there are trials enough."""
-    found = [("History", _history(study), "Points: trials. Stairs: the best so far.")]
+    found = [("History", _history(study), "Points: trials. Stairs: the best so far of those with all seeds.")]
     if importance := study["importance"]:
         rows = [(leaf.replace("_", "-"), [("share", 100 * share)]) for leaf, share in importance.items()]
         svg = bar_figure(Axis("share of the importance, %"), rows, name="importance of each field")
@@ -199,8 +194,9 @@ def _history(study: Mapping[str, Any]) -> str:
     spec, ended = _spec(study), _ended(study)
     sign, best, stairs = 1 if study["definition"]["direction"] == "min" else -1, math.inf, []
     for trial in ended:
-        best = min(best, sign * trial["value"])
-        stairs.append(sign * best * spec.factor)
+        if len(trial["seeds"]) == study["definition"]["seeds"]:  # the mean of fewer is of other seeds
+            best = min(best, sign * trial["value"])
+        stairs.append(sign * best * spec.factor if math.isfinite(best) else math.nan)
     x = [trial["number"] + 1 for trial in ended]
     y = [trial["value"] * spec.factor for trial in ended]
     lines = [Series("best", x, stairs, 0, steps=True)]
@@ -232,7 +228,7 @@ def _slices(study: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for trial, params in ended:
             if leaf in params:
                 x = params[leaf] if is_range else names.index(params[leaf])
-                tip = f"trial {trial['number'] + 1}: {_param(params[leaf])}, {_value(spec, trial['value'])}"
+                tip = f"trial {trial['number'] + 1}: {_param(params[leaf])}, {shown(spec, trial['value'])}"
                 points.append((float(x), trial["value"] * spec.factor, 0, tip))
         axis = Axis(leaf, "log10" if values.startswith("log:") else "linear")
         found.append((leaf, point_figure(axis, _axis(study, spec), points, names=names, name=f"slice of {leaf}"), ""))

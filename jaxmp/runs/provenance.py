@@ -10,11 +10,15 @@ from typing import Any
 
 import jax
 
+from jaxmp.text_table import without_password
+
 PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets grain numpy".split()
 
 
 def provenance(*, patch: bool = True) -> dict[str, Any]:
     """Collects how the current process was started, as JSON: `command`, `versions`, `git`, `devices`, `platform`.
+
+    Passwords in the URLs of `command` are left out.
 
     `git` describes the repository of the working directory: its `revision`, a `patch` with the changes to tracked files
     ("" if there are none), and the `untracked` files that are not ignored. It is None outside a repository.
@@ -26,7 +30,7 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
     if git is not None and not patch:
         git = {"revision": git["revision"], "dirty": bool(git["patch"] or git["untracked"])}
     return {
-        "command": sys.argv,
+        "command": [without_password(word) for word in sys.argv],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git": git,
         "devices": [device.device_kind for device in jax.devices()],

@@ -89,8 +89,7 @@ def compare(
 
     Raises: InputError as `grid` and `fit` do, before anything is trained.
     """
-    if gradients < 0:
-        raise InputError(f"gradients at {gradients} steps: expected a whole number of at least 0")
+    require_gradients(gradients)
     cells, results = grid(subject, precisions, seeds, overrides), []
     name = subject.name if isinstance(subject, ConfigFile) else name
     for i, cell in enumerate(cells):
@@ -125,6 +124,12 @@ def compare(
         "runs": results,
     }
     return Comparison(found)
+
+
+def require_gradients(steps: int) -> None:
+    """Raises InputError if gradients cannot be compared at so many steps."""
+    if steps < 0:
+        raise InputError(f"gradients at {steps} steps: expected a whole number of at least 0")
 
 
 def train_cell(

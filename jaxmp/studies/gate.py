@@ -11,6 +11,8 @@ if it fails so often that chance does not explain it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -193,14 +195,12 @@ def gate(
     """
     plan, cells = _plan(subject, precisions, margin, metric, seeds, looks, overrides)
     name = subject.name if isinstance(subject, ConfigFile) else name
-    path, studies = _read(local_path("workdir", workdir) / name, cells[0].experiment, plan, overrides)
-    study = next((each for each in studies if each["plan"] == plan._asdict()), None)
-    if study is None:
-        studies.append(study := {"plan": plan._asdict(), "looks": []})
-        write(path, json.dumps({"studies": studies}, indent=1) + "\n")  # before the first run
+    path = local_path("workdir", workdir) / name / f"gate-{_question(plan, cells)}.json"
+    _keep(path, plan)  # before the first run
     log(_power(plan))
     results: dict[tuple[str, int], dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
+    taken: list[dict[str, Any]] = []
     for done, pairs in zip([0, *plan.looks], plan.looks, strict=False):
         left = [each for each in plan.precisions[1:] if _answer(verdicts, each) == UNDECIDED]
         for cell in cells:
@@ -214,13 +214,10 @@ def gate(
             results[cell.precision, cell.seed] = result
         for each in left:
             verdicts[each] = without_nan(_decide(plan, results, each, plan.seeds[:pairs])._asdict())
-        look = {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}}
-        if look not in study["looks"]:
-            study["looks"].append(look)
-            write(path, json.dumps({"studies": studies}, indent=1) + "\n")
+        taken = _keep(path, plan, {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}})
         if not any(_answer(verdicts, each) == UNDECIDED for each in plan.precisions[1:]):
             break
-    return Gate(file=str(path), **plan._asdict(), used=pairs, taken=study["looks"], verdicts=verdicts)
+    return Gate(file=str(path), **plan._asdict(), used=pairs, taken=taken, verdicts=verdicts)
 
 
 def _answer(verdicts: dict[str, dict[str, Any]], precision: str) -> str:
@@ -260,17 +257,41 @@ def _plan(
     return Plan(list(precisions), metric, str(specs[metric].best), float(margin), chosen, numbers, p), cells
 
 
-def _read(
-    folder: Path, experiment: Experiment, plan: Plan, overrides: Sequence[str]
-) -> tuple[Path, list[dict[str, Any]]]:
-    """The file of a question, and the studies that were made of it.
+def _question(plan: Plan, cells: Sequence[Cell]) -> str:
+    """A hash of what is asked: the experiments and the metric, however precisions and overrides are spelled."""
+    question = [*(cell.experiment.hash for cell in cells if cell.seed == plan.seeds[0]), plan.metric]
+    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
 
-    Raises: InputError if a seed of the plan was looked at by another of them.
+
+def _keep(path: Path, plan: Plan, look: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Adds a plan, or a look of it, to the file of its question, and returns the looks that the plan has there.
+
+    The file is locked and read again, so that two gates at once keep all plans and looks of both.
+
+    Raises: InputError if a seed of the plan was looked at by another plan in the file.
     """
-    question = [experiment.hash, plan.precisions, plan.metric, list(overrides)]
-    path = folder / f"gate-{hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; choose another --workdir") from error
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        studies = _read(path, plan)
+        study = next((each for each in studies if each["plan"] == plan._asdict()), None)
+        if study is None:
+            studies.append(study := {"plan": plan._asdict(), "looks": []})
+        if look is not None and look not in study["looks"]:
+            study["looks"].append(look)
+        write(path, json.dumps({"studies": studies}, indent=1) + "\n")
+    return list(study["looks"])
+
+
+def _read(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The studies that were made of a question. Raises InputError if another one looked at a seed of the plan."""
     if not path.exists():
-        return path, []
+        return []
     try:
         studies = json.loads(path.read_text())["studies"]
         others = [Plan(**study["plan"]) for study in studies if study["plan"] != plan._asdict() and study["looks"]]
@@ -289,7 +310,7 @@ def _read(
                 f"fresh seeds, from {fresh} on say, or what is accepted is no longer right in 95 % of cases; {path} "
                 "has every look"
             )
-    return path, studies
+    return studies
 
 
 def _decide(

@@ -260,18 +260,24 @@ class _Worker:
 
     def work(self) -> bool:
         """Trains until no trial waits, and none is a dead worker's. Returns False if a signal stopped it."""
-        with stop_signals() as stopped:  # between two runs; `fit` saves a run that a signal reaches
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with stop_signals() as stopped:  # `fit` has its own, and saves a run that a signal reaches
             while not stopped():
                 with self.queue.take() as taken:
                     if taken is None:
                         return True
                     try:
-                        self._train(taken.trial, taken.again)
+                        self._train(taken.trial, taken.again, stopped)
                     except _Stopped:
-                        return False
+                        break
+                    except UpdateFinishedTrialError:  # without a sign of life for too long, it was given to another
+                        number = taken.trial.user_attrs.get("point", taken.trial.number) + 1
+                        self.log(f"trial {number}: another worker took it over; its run is kept")
+            self.log("stopped, and the run is saved; the same command goes on")
         return False
 
-    def _train(self, trial: Any, again: bool) -> None:
+    def _train(self, trial: Any, again: bool, stopped: Callable[[], bool]) -> None:
         """Trains the runs of a trial, and tells the study what came out."""
         from optuna.trial import TrialState
 
@@ -285,7 +291,7 @@ class _Worker:
         try:
             for i in range(self.definition.seeds):
                 seed = self.definition.seed + i
-                outcome = self._run(trial, drawn, seed, i, again)
+                outcome = self._run(trial, drawn, seed, i, again, stopped)
                 if isinstance(outcome, _Failure):
                     value, reason = self.worst, f"seed {seed}: {outcome.reason}"
                     break
@@ -311,8 +317,19 @@ class _Worker:
         result = f"{self.definition.metric} {value:.6g}" if told is not None and math.isfinite(value) else ""
         self.log(f"{where} {said}: {'; '.join(filter(None, (result, reason)))}")
 
-    def _run(self, trial: Any, drawn: Mapping[str, Any], seed: int, index: int, again: bool) -> float | _Failure:
-        """Trains one run of a trial. Returns its best value of the metric on the validation split."""
+    def _run(
+        self,
+        trial: Any,
+        drawn: Mapping[str, Any],
+        seed: int,
+        index: int,
+        again: bool,
+        stopped: Callable[[], bool],
+    ) -> float | _Failure:
+        """Trains one run of a trial. Returns its best value of the metric on the validation split.
+
+        Raises: _Stopped if a signal stopped it, or came before it began.
+        """
         try:
             experiment, arguments = self.space.point(self.subject, drawn, seed)
         except InputError as error:
@@ -341,6 +358,8 @@ class _Worker:
             return Pause("worse than other trials") if paused or trouble else None
 
         while True:
+            if stopped():
+                raise _Stopped
             try:
                 fitted = fit(
                     experiment,
@@ -352,7 +371,8 @@ class _Worker:
                     log=_silent,
                 )
             except FolderInUse:  # `jaxmp train`, or a worker whose trial has the same values
-                time.sleep(1.0)
+                if not stopped():
+                    time.sleep(1.0)
                 continue
             except RunFailed as error:
                 return _Failure(folder.read_failure() or str(error))

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import time
 import uuid
 import warnings
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmp.errors import InputError, local_path
-from jaxmp.text_table import without_nan
+from jaxmp.text_table import without_nan, without_password
 
 if TYPE_CHECKING:
     import optuna
@@ -49,6 +48,8 @@ UNSIGNED_SECONDS = 60.0
 """seconds after which a running trial that no worker signed is a dead worker's: signing follows taking at once"""
 MAKER_SECONDS = 2.0
 """seconds without a new trial after which another worker makes them no more"""
+JOURNAL_BEGINS = b'{"op_code":'
+"""first bytes of every line of a journal of Optuna"""
 FIRST_PERCENT = 10
 """percent of a run that the hyperband pruner gives to every trial"""
 
@@ -307,18 +308,23 @@ def open_storage(folder: StudyFolder, url: str | None, heartbeat: float | None =
       url: None; the path of a journal file; or a database, `postgresql+psycopg://user@host/name`, `sqlite:///file`.
       heartbeat: seconds between two signs of life of a worker, for a database.
 
-    Raises: InputError if it cannot be reached within 30 seconds, or has no driver.
+    Raises: InputError if it cannot be reached within 30 seconds, has no driver, or is a file but no journal.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if heartbeat is not None and not 1 <= heartbeat < math.inf:
+        raise InputError(f"--heartbeat {heartbeat:g}: expected 1 second or more")
     if url is None or "://" not in url:
         if heartbeat is not None:
             raise InputError(f"--heartbeat {heartbeat:g}: only with a database; a journal file has locks instead")
         path = folder.path / "journal.log" if url is None else local_path("--storage", url)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_no_journal(path)
             return optuna.storages.JournalStorage(_journal(path))
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"--storage {path}: expected a journal file of Optuna ({error})") from error
     return _database(url, heartbeat)
@@ -330,6 +336,16 @@ def close_storage(storage: Any) -> None:
     engine = getattr(getattr(storage, "_backend", storage), "engine", None)  # Optuna puts a cache around a database
     if engine is not None:
         engine.dispose()
+
+
+def _refuse_no_journal(path: Path) -> None:
+    """Raises InputError if the file is there, not empty and no journal: opening it cuts off a line without its end."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begins = file.read(len(JOURNAL_BEGINS))
+    if not JOURNAL_BEGINS.startswith(begins):  # a shorter beginning is one that a kill tore
+        raise InputError(f"--storage {path}: is there and no journal of Optuna; expected another file")
 
 
 def _journal(path: Path) -> Any:
@@ -378,7 +394,7 @@ def _database(url: str, heartbeat: float | None) -> Any:
     import optuna
     import sqlalchemy.exc
 
-    shown, end = re.sub(r"://[^/@]*:[^/@]*@", "://...@", url), time.monotonic() + REACH_SECONDS
+    shown, end = without_password(url), time.monotonic() + REACH_SECONDS
     how: dict[str, Any] = {}
     if heartbeat is not None:
         callback = optuna.storages.RetryHeartbeatStaleTrialCallback()
@@ -455,6 +471,10 @@ def open_study(
         kept = study.user_attrs.get("definition")
         if kept is not None:
             _refuse_other(folder.path, Definition(**kept), definition)
+        there = max(content["definition"].trials if content else 0, kept["trials"] if kept else 0)
+        if there > definition.trials:
+            log(f"--trials {definition.trials}: the study has {there}, and goes on with all")
+            definition = definition._replace(trials=there)
         if content is None or definition.trials > content["definition"].trials:
             fresh = {"id": uuid.uuid4().hex, "storage": _kept(storage), "study": name, **(more or {})}
             folder.write({**(content or fresh), "definition": definition})
@@ -489,7 +509,7 @@ def _refuse_other(path: Path, was: Definition, now: Definition) -> None:
 
 def _kept(storage: str | None) -> str | None:
     """The storage as study.json keeps it, without a password."""
-    return None if storage is None else re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", storage)
+    return None if storage is None else without_password(storage)
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with
 import jaxmp
 from jaxmp import Arrays, InputError
 from jaxmp.cli import main
+from jaxmp.deploy.export import lines
+from jaxmp.deploy.predict import Artefact
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
 from jaxmp.precision.policy import PRESETS
@@ -134,6 +137,37 @@ def test_predict_py_in_the_folder_needs_no_jaxmp(run, exported, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_that_predict_py_cannot_use_are_one_message(exported, tmp_path, monkeypatch, capsys):
+    def saved(name, **arrays):
+        np.savez(tmp_path / name, **arrays)
+        return tmp_path / name
+
+    good = saved("good.npz", image=images(2))
+    np.save(tmp_path / "one.npy", images(2))
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-30])
+    (tmp_path / "empty.npz").touch()
+    spec = importlib.util.spec_from_file_location("predict", exported / "predict.py")
+    predict = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(predict)
+    for path, more, expected in (
+        (saved("no_rows.npz", image=images(2)[:0]), [], "at least one row"),
+        (saved("number.npz", image=np.array(3, np.uint8)), [], "input image is uint8[]; expected uint8[b, 4, 4, 1]"),
+        (saved("other.npz", picture=images(2)), [], "(nothing); expected image"),
+        (tmp_path / "one.npy", [], "expected a .npz file with an array for each input"),
+        (tmp_path / "cut.npz", [], "expected a .npz file with an array for each input"),
+        (tmp_path / "empty.npz", [], "expected a .npz file with an array for each input"),
+        (tmp_path / "missing.npz", [], "No such file"),
+        (good, ["--batch", "0"], "--batch 0: expected 1 or more"),
+        (good, ["--batch", "-1"], "--batch -1: expected 1 or more"),
+    ):
+        monkeypatch.setattr("sys.argv", ["predict.py", str(path), str(tmp_path / "out.npz"), *more])
+        assert predict.main() == 2, path
+        said = capsys.readouterr().err
+        assert said.startswith("predict.py: ") and expected in said, said
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.slow
 def test_one_changed_bit_in_any_file_is_refused(exported, tmp_path):
     for name in sorted(path.name for path in exported.iterdir()):
         for place in (0, 0.5, 1):
@@ -221,6 +255,10 @@ def test_what_cannot_be_exported_is_one_message_and_nothing_is_written(run, tmp_
             jaxmp.export(of, **options)
         assert expected in str(error.value), options
 
+    monkeypatch.setattr("jaxmp.deploy.predict.platform", lambda: "cuda")
+    with pytest.raises(InputError, match=r"on cuda; expected --platforms cpu cuda, or JAX_PLATFORMS=cpu$"):
+        jaxmp.export(run, output=out)
+    monkeypatch.undo()
     opened = Path.open
 
     def full(self, mode="r", *args, **kwargs):
@@ -268,6 +306,15 @@ def test_shipped_configs_are_exported_with_their_bits(tmp_path, made_up, name, p
         found = list(artefact.leaves(artefact(**{key: batch[key] for key in artefact.inputs})).values())
         for mine, own in zip(found, jax.tree.leaves(run.outputs(batch, state)), strict=True):
             assert mine.tobytes() == np.asarray(own).tobytes(), count
+
+
+def test_a_divergence_that_is_infinite_is_said_to_be(tmp_path):
+    kl = {"mean": None, "largest": None}
+    found = {"bit_equal": False, "outputs": {}, "nonfinite": 0, "kl": kl}
+    manifest = {"inputs": {}, "outputs": {}, "precision": "float32", "run": {"weights": "best", "step": 2}}
+    certificate = {"rows": 1, "of": 1, "split": "test", "against": {"run": found}}
+    artefact = Artefact({**manifest, "expires": None}, certificate, None)
+    assert lines(artefact, tmp_path)[-1] == ("against run", "KL infinite, at most infinite")
 
 
 @pytest.mark.slow

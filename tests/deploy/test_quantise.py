@@ -122,6 +122,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(run, tmp_path):
         ({"keep": ("**",)}, "has no weight that can be quantised"),
         ({"budget": -1.0}, "--budget -1.0"),
         ({"rows": 0}, "rows 0"),
+        ({"checkpoint": "bset"}, "checkpoint 'bset': expected best, last, ema; did you mean 'best'?"),
     ):
         with pytest.raises(InputError) as error:
             quantise(run, output=out, **options)

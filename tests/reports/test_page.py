@@ -12,7 +12,8 @@ import subprocess
 import pytest
 
 from jaxmp.html.figure import Axis, Series, bar_figure, interval_figure, line_figure
-from jaxmp.reports.page import Page
+from jaxmp.reports.page import Page, command
+from jaxmp.runs.provenance import provenance
 
 WIDTHS = (400, 800, 1400)
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
@@ -80,3 +81,10 @@ def test_nothing_reaches_beyond_its_edge_in_a_window_of_any_width(tmp_path):
         [(name, LONG[0], "+0.07 (-0.28 to +0.13)") for name in LONG],
     )
     assert seen(page, tmp_path) == {str(width): [] for width in WIDTHS}
+
+
+def test_what_is_kept_of_a_command_has_no_password(monkeypatch):
+    argv = ["/bin/jaxmp", "tune", "digits", "--storage", "postgresql+psycopg://me:secret@host/db?sslpassword=secret"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert command().startswith("jaxmp tune digits --storage ") and "me@host/db" in command()
+    assert "secret" not in command() + str(Page("a")) + json.dumps(provenance()["command"])

@@ -66,6 +66,19 @@ def test_each_trial_with_a_value_is_a_point_of_the_history_and_of_each_slice():
         assert len(circles(svg, 0)) == 58
 
 
+def test_the_stairs_of_the_history_are_of_trials_with_all_seeds(monkeypatch):
+    found, drawn = study(), []
+    found["definition"] = DEFINITION | {"seeds": 2}
+    found["trials"] = [
+        found["trials"][0] | {"number": i, "value": value, "seeds": dict.fromkeys(map(str, range(seeds)), value)}
+        for i, (value, seeds) in enumerate([(0.5, 1), (3.0, 2), (0.1, 1), (2.0, 2)])
+    ]
+    monkeypatch.setattr(study_report, "line_figure", lambda x, y, lines, **how: drawn.append(lines) or "")
+    study_report._history(found)
+    ((best, _),) = drawn
+    assert str(best.y) == "[nan, 3.0, 3.0, 2.0]"
+
+
 def test_the_page_has_the_command_of_the_best_and_each_reason_and_the_terminal_the_best_trials():
     found = study()
     command = "jaxmp train c.py --loop.epochs 2 --optimizer.learning-rate 30 --seed 0 --workdir runs"

@@ -260,6 +260,22 @@ def test_a_second_signal_acts_as_ever(unhandled, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_sets_the_flags_of_all_contexts_around_it_and_of_those_that_follow(unhandled, monkeypatch):
+    with pytest.raises(Ended), signals.stop_signals() as outer:
+        with signals.stop_signals() as first:
+            assert not first() and not outer()
+        with signals.stop_signals() as second:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert second() and outer() and not first()
+        with signals.stop_signals() as third:
+            assert third()
+            now = signals.time.monotonic()
+            monkeypatch.setattr(signals.time, "monotonic", lambda: now + 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+    with signals.stop_signals() as after:
+        assert not after()
+
+
 @pytest.mark.slow
 def test_a_policy_without_float32_master_weights_is_said(tmp_path):
     said = []

@@ -12,6 +12,7 @@ from scipy import stats
 
 from jaxmp.cli import main
 from jaxmp.errors import InputError
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.reports import gate_report
 from jaxmp.reports.page import Page
 from jaxmp.studies import gate as gates
@@ -143,6 +144,34 @@ def test_pairs_are_planned_and_every_look_is_kept(tmp_path, blobs, made_up):
     assert "20 pairs: mixed_bfloat16 not inferior" in str(page)
 
 
+@pytest.mark.slow
+def test_no_spelling_of_the_same_question_makes_seeds_fresh(tmp_path, made_up):
+    made_up(noise)
+    config = ConfigFile.find("configs/digits_mlp.py")
+    run(config, tmp_path, seeds=range(3))
+    assert len(list(tmp_path.rglob("gate-*.json"))) == 1
+    alias = ("float32", "p=float32,c=bfloat16,o=float32", "mixed_float16")
+    for how in ({"overrides": ["--loop.log-every", "7"]}, {"precisions": alias}):
+        with pytest.raises(InputError, match="looked at before, by another plan"):
+            asked = {"precisions": PRECISIONS, "margin": 0.2, "seeds": range(3), "metric": "loss", **how}
+            gate(config, workdir=str(tmp_path), log=len, **asked)
+    assert len(list(tmp_path.rglob("gate-*.json"))) == 1
+
+
+def test_two_gates_at_once_keep_the_plans_and_looks_of_both(tmp_path):
+    path = tmp_path / "gate.json"
+    a = gates.Plan(list(PRECISIONS), "loss", "min", 0.1, [0, 1, 2], [3], 0.05)
+    b, c = a._replace(seeds=[3, 4, 5]), a._replace(margin=0.2)
+    look = {"pairs": 3, "verdicts": {}}
+    for plan in (a, b, c):
+        assert gates._keep(path, plan) == []
+    assert gates._keep(path, a, look) == gates._keep(path, a, look) == gates._keep(path, b, look) == [look]
+    kept = [(study["plan"]["seeds"], len(study["looks"])) for study in json.loads(path.read_text())["studies"]]
+    assert kept == [([0, 1, 2], 1), ([3, 4, 5], 1), ([0, 1, 2], 0)]
+    with pytest.raises(InputError, match=r"by another plan: margin 0.2 \(was 0.1\)"):  # it was planned, not looked at
+        gates._keep(path, c, look)
+
+
 def test_what_is_decided_at_a_look_is_trained_no_further(tmp_path, blobs, made_up):
     def loss(precision, seed):
         if precision == "mixed_float16":
@@ -223,6 +252,8 @@ def test_compare_with_a_margin_is_a_gate_by_its_exit_code(tmp_path, capsys):
     for more, message in (
         (["--metric", "loss"], "only with --margin"),
         (["--margin", "4", "--metric", "loss"], "margin 4.0 (was 5.0)"),
+        (["--margin", "5", "--metric", "loss", "--seeds", "7", "8", "9", "--gradients", "-1"], "gradients at -1 steps"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*-s7"))

@@ -28,7 +28,7 @@ from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
 from jaxmp.reports import study_report
 from jaxmp.runs.fit import Fitted, fit
-from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.folder import FolderInUse, RunFolder
 from jaxmp.runs.run import Run
 from jaxmp.studies.tune import tune
 from jaxmp.studies.tune_compiled import shared_compiles
@@ -237,7 +237,10 @@ def test_a_study_gets_those_trials_that_are_missing_and_no_other_question(tmp_pa
     chosen = ASKED._replace(sampler="random", space={"x": "linear:0:1"}, trials=2)
     assert len(queue(tmp_path / "s", chosen, None).study.trials) == 2
     assert len(queue(tmp_path / "s", chosen._replace(trials=5), None).study.trials) == 5
-    assert len(queue(tmp_path / "s", chosen, None).study.trials) == 5
+    said = []
+    again = queue(tmp_path / "s", chosen, None, log=said.append)
+    assert (len(again.study.trials), again.definition.trials) == (5, 5)
+    assert said == ["--trials 2: the study has 5, and goes on with all"]
     with pytest.raises(InputError, match=r"space x is linear:0:2 \(was linear:0:1\); metric is accuracy \(was loss\)"):
         queue(tmp_path / "s", chosen._replace(space={"x": "linear:0:2"}, metric="accuracy"), None)
     with pytest.raises(InputError, match="expected the same --storage"):
@@ -271,12 +274,27 @@ def test_a_line_that_a_kill_tore_is_dropped_before_the_next_is_written(tmp_path)
         ({"storage": "nosuch://host/db"}, "expected a journal file, or a URL"),
         ({"storage": "sqlite:////nowhere/at/all.db"}, "tried for 0.1 s and not reached"),
         ({"storage": "journal", "heartbeat": 5.0}, "only with a database"),
+        ({"storage": "sqlite://", "heartbeat": float("nan")}, "--heartbeat nan: expected 1 second or more"),
+        ({"storage": "sqlite://", "heartbeat": float("inf")}, "--heartbeat inf: expected 1 second or more"),
+        ({"storage": "sqlite://", "heartbeat": -60.0}, "--heartbeat -60: expected 1 second or more"),
+        ({"storage": "nosuch://me:secret@host/db"}, "--storage nosuch://me@host/db: expected"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmp.studies.tune_study.REACH_SECONDS", 0.1)
     with pytest.raises(InputError, match=message):
         queue(tmp_path / "s", **how)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"step": 1, "loss": 2.0}\n', "\0binary"])
+def test_a_file_that_is_no_journal_is_refused_and_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"^--storage .*: is there and no journal of Optuna; expected another file$"):
+        queue(tmp_path / "s", storage=str(path))
+    assert path.read_text() == text
+    path.write_text('{"op_c')  # torn by a kill
+    assert len(queue(tmp_path / "s", storage=str(path)).study.trials) == 3
 
 
 def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_path, monkeypatch):
@@ -449,6 +467,50 @@ def made_up(monkeypatch):
         monkeypatch.setattr("jaxmp.studies.tune.fit", fits)
 
     return use
+
+
+@pytest.mark.parametrize(
+    ("when", "runs", "states"),
+    [
+        ("the folder is in use", [0], ["running", "waiting"]),
+        ("the first seed ends", [0], ["running", "waiting"]),
+        ("the last seed ends", [0, 1], ["done", "waiting"]),
+    ],
+)
+def test_a_signal_stops_a_worker_wherever_it_is(tmp_path, made_up, when, runs, states):
+    trained, said = [], []
+
+    def loss(run):
+        trained.append(run.seed)
+        if when != "the last seed ends" or run.seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if when == "the folder is in use":
+            raise FolderInUse("another process trains in it")
+        return 1.0
+
+    made_up(loss)
+    space = {"optimizer.learning_rate": (0.1, 0.2)}
+    found = tune(BASE, space, sampler="grid", seeds=2, metric="loss", workdir=str(tmp_path), log=said.append)
+    assert found is None and said[-1] == "stopped, and the run is saved; the same command goes on"
+    trials = study_to_json(StudyFolder(tmp_path / "experiment/tune"))["trials"]
+    assert (trained, [trial["state"] for trial in trials]) == (runs, states)
+
+
+def test_a_trial_that_another_worker_took_over_ends_no_worker(tmp_path, made_up):
+    said = []
+
+    def loss(run):
+        if run.optimizer.learning_rate == 0.1:
+            study = open_study(folder, folder.read()["definition"], POINTS).study
+            study.tell(0, state=optuna.trial.TrialState.FAIL)
+        return 1.0
+
+    made_up(loss)
+    folder = StudyFolder(tmp_path / "experiment/tune")
+    space = {"optimizer.learning_rate": (0.1, 0.2)}
+    found = tune(BASE, space, sampler="grid", metric="loss", workdir=str(tmp_path), log=said.append)
+    assert [trial["state"] for trial in found["trials"]] == ["done"]
+    assert said[0] == "trial 1: another worker took it over; its run is kept"
 
 
 @pytest.mark.slow
