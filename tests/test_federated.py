@@ -118,3 +118,27 @@ def test_a_round_of_eight_devices(fedavg):
 def test_a_federation_of_nothing_is_refused(fedavg, fields, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(fedavg.Federation(), **fields)
+
+
+WITHOUT_ACCURACY = """
+import flax.linen as nn
+import numpy as np
+from jaxmp import Arrays, Experiment
+
+
+def squared(outputs, batch):
+    return (outputs[:, 0] - batch["y"]) ** 2
+
+
+def get_config():
+    columns = {"x": np.ones((80, 2), np.float32), "y": np.ones(80, np.float32)}
+    return Experiment(nn.Dense(1), Arrays.of(columns, batch_size=8), squared)
+"""
+
+
+@pytest.mark.slow
+def test_a_task_without_accuracy_is_refused(fedavg, tmp_path):
+    (tmp_path / "squares.py").write_text(WITHOUT_ACCURACY)
+    federation = fedavg.Federation(config=str(tmp_path / "squares.py"), clients=4)
+    with pytest.raises(InputError, match="measures no accuracy; expected a config of a classification task"):
+        fedavg.train(federation, "float32", "iid", 0)

@@ -199,14 +199,29 @@ def test_configs_have_their_page():
     code, printed = run("configs --markdown")
     assert code == 0
     assert (ROOT / "configs" / "README.md").read_text() == printed
+    alternative = "`; at epsilon 8: `jaxmp train mnist_dpsgd --optimizer.noise-multiplier 0.69`"
+    assert f"- Command: `jaxmp data prepare mnist && jaxmp train mnist_dpsgd{alternative}" in printed
+
+
+def summary_of(folder):
+    """The module summary.py of a folder, which writes the tables of its page."""
+    spec = importlib.util.spec_from_file_location("summary", folder / "summary.py")
+    summary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summary)
+    return summary
+
+
+def test_recipes_have_their_tables():
+    folder = ROOT / "experiments" / "recipes"
+    summary, readme = summary_of(folder), (folder / "README.md").read_text()
+    assert summary.with_tables(readme) == readme
+    diverged = {"mean": None, "low": None, "high": None}
+    assert summary.difference(diverged) == summary.difference(None) == ""
 
 
 def test_conformance_has_its_table():
     folder = ROOT / "experiments" / "conformance"
-    spec = importlib.util.spec_from_file_location("summary", folder / "summary.py")
-    summary = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(summary)
-    readme = (folder / "README.md").read_text()
+    summary, readme = summary_of(folder), (folder / "README.md").read_text()
     rows = json.loads((folder / "conformance.json").read_text())["rows"]
     assert summary.with_table(readme, rows) == readme
     assert "| jaxmp, DynamicScaler |" in readme

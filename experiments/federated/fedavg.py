@@ -149,6 +149,11 @@ def train(federation: Federation, precision: str, how: str, seed: int) -> dict[s
     file = ConfigFile.find(federation.config)
     experiment = file.experiment(["--precision", precision, "--seed", str(seed)])
     trainer = Trainer(experiment)
+    if "accuracy" not in trainer.metric_specs:
+        raise InputError(
+            f"--config {federation.config}: {type(experiment.task).__name__} measures no accuracy; expected a config "
+            "of a classification task, such as digits_mlp"
+        )
     source, data = trainer.source(), experiment.data
     whole = source[np.arange(len(source))]
     if federation.clients * 2 > len(source):

@@ -25,8 +25,8 @@ def table(content: dict[str, Any]) -> str:
 
 
 def difference(paired: dict[str, Any] | None) -> str:
-    """Formats a mean difference with its 95 % interval; bold where the interval leaves out 0."""
-    if paired is None:
+    """Formats a mean difference with its 95 % interval, bold where that leaves out 0; "" if no pair converged."""
+    if paired is None or paired["mean"] is None:
         return ""
     if paired["low"] is None:
         return f"{paired['mean']:+.4f}"

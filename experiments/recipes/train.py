@@ -15,7 +15,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -23,7 +23,6 @@ from jaxmp import fit
 from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.precision.recipe import RECIPES
-from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance
 from jaxmp.studies.paired import method, paired
 from jaxmp.text_table import without_nan
@@ -67,25 +66,26 @@ def precisions(high: str) -> dict[str, str]:
     return presets | without
 
 
-def loss_of(file: ConfigFile, options: tuple[str, ...], precision: str, seed: int, workdir: Path) -> dict[str, Any]:
-    """Trains one run, or reads it; returns its test loss (None where it diverged) and the seconds it took here."""
+def loss_of(file: ConfigFile, options: tuple[str, ...], precision: str, seed: int, workdir: Path) -> float | None:
+    """Trains one run, or reads it if it is finished; returns its test loss, None if it failed."""
     overrides = ["--precision", precision, *options, "--seed", str(seed)]
     origin = {"source": file.source, "file": file.file, "overrides": overrides}
     start = time.perf_counter()
-    experiment = file.experiment(overrides)
     try:
-        fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None)
+        fitted = fit(
+            file.experiment(overrides), workdir=workdir, name=file.name, origin=origin, log=lambda message: None
+        )
     except RunFailed as why:
-        return {"loss": None, "failed": str(why)}
+        print(f"{file.name} {precision} {seed}: {why}", flush=True)
+        return None
     if fitted.stopped:
         raise SystemExit(75)
-    folder = RunFolder.of(experiment, workdir, file.name).path
     print(f"{file.name} {precision} {seed}: {fitted.summary['test']} {time.perf_counter() - start:.0f} s", flush=True)
-    return {"loss": fitted.summary["test"]["loss"], "run": folder.name}
+    return fitted.summary["test"]["loss"]
 
 
 def main(
-    config: str = "digits_cnn",
+    config: Literal["digits_cnn", "cifar10_cnn", "shakespeare_gpt"] = "digits_cnn",
     seeds: tuple[int, ...] = (0, 1, 2),
     workdir: Path = Path("runs"),
     output: Path | None = None,
@@ -107,7 +107,7 @@ def main(
     losses: dict[str, dict[int, float | None]] = {}
     rows = []
     for name, precision in names.items():
-        found = {seed: loss_of(file, size.options, precision, seed, workdir)["loss"] for seed in seeds}
+        found = {seed: loss_of(file, size.options, precision, seed, workdir) for seed in seeds}
         losses[name] = found
         row: dict[str, Any] = {"name": name, "precision": precision, "loss": found}
         for reference in [each for each in REFERENCES if each in losses and each != name]:

@@ -44,7 +44,8 @@ def page(records: dict[str, str]) -> str:
     """Returns a Markdown page made of the docstrings `records` of configs: a table of all, and a section of each.
 
     A docstring is a title, paragraphs, and a list of entries such as `Command:   jaxmp train digits_mlp`, whose text
-    goes on in indented lines.
+    goes on in indented lines. Lines of a command that begin with a note, `at epsilon 8: jaxmp train ...`, are
+    alternatives to it.
     """
     rows = [f"| [{name}](#{name}) | {_title(text).rstrip('.')} |" for name, text in records.items()]
     sections = [f"## {name}\n\n{_markdown(text)}" for name, text in records.items()]
@@ -71,10 +72,19 @@ def _markdown(record: str) -> str:
         if len(entries) == 1:
             paragraphs.append(paragraph)
             continue
-        items = {key: " ".join(text.split()) for key, text in zip(entries[1::2], entries[2::2], strict=True)}
-        lines = [f"- {key}: {f'`{text}`' if key == 'Command' else text}" for key, text in items.items()]
+        items = zip(entries[1::2], entries[2::2], strict=True)
+        lines = [f"- {key}: {_commands(text) if key == 'Command' else ' '.join(text.split())}" for key, text in items]
         paragraphs.append("\n".join([*filter(None, [entries[0].strip()]), *lines]))
     return "\n\n".join(paragraphs)
+
+
+def _commands(text: str) -> str:
+    """A command in code, and its alternatives, each in code of its own after its note."""
+    first, *others = re.split(r"^\s*([^:`\n]+): (?=jaxmp )", text, flags=re.MULTILINE)
+    found = [f"`{' '.join(first.split())}`"]
+    for note, command in zip(others[::2], others[1::2], strict=True):
+        found.append(f"{note}: `{' '.join(command.split())}`")
+    return "; ".join(found)
 
 
 COMMAND = Command("configs", Options, configs)

@@ -18,18 +18,22 @@ from jaxmp.training.accountant import epsilon
 MIB = 2**20
 
 
-def dry_run(experiment: Experiment) -> str:
+def dry_run(experiment: Experiment, begins_with: str | None = None) -> str:
     """Describes a run as text: shapes, batches, parameters, the policy of each module, and the memory of a step.
+
+    Args:
+      experiment: what would be trained.
+      begins_with: the run that it would begin with (--init-from, --continue), which is not read; None without.
 
     Raises:
       InputError: training would refuse the experiment before its first step.
     """
     trainer = Trainer(experiment)
     check(trainer)
-    return "\n".join(_lines(trainer))
+    return "\n".join(_lines(trainer, begins_with))
 
 
-def _lines(trainer: Trainer) -> Iterator[str]:
+def _lines(trainer: Trainer, begins_with: str | None) -> Iterator[str]:
     experiment, batches, devices = trainer.experiment, trainer.batches, trainer.devices
     state = trainer.state_spec
     sizes = ", ".join(f"{split} {len(trainer.source(split))}" for split in trainer.splits)
@@ -44,7 +48,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield f"steps       {batches.per_epoch} batches an epoch, {trainer.steps} steps in {epochs:.4g} epochs"
     yield f"parameters  {trainer.parameter_counts['parameters']:,}, {_nbytes(state.params) / MIB:.2f} MiB"
     yield from _trained(trainer)
-    yield from _privacy(trainer)
+    yield from _privacy(trainer, begins_with)
     yield ""
     yield str(trainer.explain())
     yield ""
@@ -62,12 +66,15 @@ def _trained(trainer: Trainer) -> Iterator[str]:
     yield from trainer.frozen()
 
 
-def _privacy(trainer: Trainer) -> Iterator[str]:
+def _privacy(trainer: Trainer, begins_with: str | None) -> Iterator[str]:
     """What the weights of the whole run will tell of a row, where the optimizer is private."""
     steps, optimizer = trainer.private_steps(trainer.steps), trainer.experiment.optimizer
     if steps is not None:
+        after = "after all steps"
+        if begins_with is not None:
+            after = "of its own steps; those of the run that it begins with come on top"
         yield (
-            f"privacy     epsilon {epsilon([steps], optimizer.delta):.4g}, delta {optimizer.delta:g} after all steps; "
+            f"privacy     epsilon {epsilon([steps], optimizer.delta):.4g}, delta {optimizer.delta:g} {after}; "
             f"{optimizer.sampling} batches of {trainer.batches.expected_rows:,.1f} rows on average"
         )
 

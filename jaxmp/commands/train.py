@@ -57,7 +57,7 @@ def train(config: ConfigFile, options: Options, experiment: Experiment, override
     if options.dry_run:
         from jaxmp.commands.dry_run import dry_run
 
-        lines = dry_run(experiment)
+        lines = dry_run(experiment, options.continue_ or options.init_from)
         if processes.is_first():
             print(lines)
         return DONE

@@ -21,14 +21,21 @@ class PoissonBatches(Batches):
 
     `batch_size` is the room in a batch. The rate is the largest at which a step draws more rows than that with a
     probability below 1e-20; rows beyond it are left out, which adds at most steps * (1 + exp(epsilon)) * 1e-20 to delta
-    (Chua et al. 2024, https://arxiv.org/abs/2406.17298). Places that no row was drawn for have weight 0. An epoch is as
-    many steps as draw each row once on average.
+    (Chua et al. 2024, https://arxiv.org/abs/2406.17298); `jaxmp.training.accountant.epsilon` allows for it. Places
+    that no row was drawn for have weight 0. An epoch is as many steps as draw each row once on average.
+
+    Raises: InputError if batches are repeated, or so small that they would hold less than one row on average.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.repeat:
             raise InputError("loop.overfit_batches: a private optimizer draws other rows in each step; expected None")
+        if self.expected_rows < 1:
+            raise InputError(
+                f"data.batch_size = {self.batch_size}: a Poisson batch with so little room would hold "
+                f"{self.expected_rows:.2g} rows on average; expected a larger one, or optimizer.sampling shuffled"
+            )
 
     @functools.cached_property
     def rate(self) -> float:

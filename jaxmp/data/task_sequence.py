@@ -99,8 +99,10 @@ class _Permuted:
 class TaskBatches(Batches):
     """Which rows each step sees, where epoch n trains on task n: each of its rows `passes` times, in random order.
 
-    The first `round(replay * batch_size)` rows of a batch come from the buffers of earlier tasks instead, each drawn
-    evenly from all of them. A buffer holds the same rows of its task in every later epoch.
+    The first `replayed` rows of a batch come from the buffers of earlier tasks instead, each drawn evenly from all of
+    them. A buffer holds the same rows of its task in every later epoch.
+
+    Raises: InputError if a task has fewer rows than a batch, or `replay` rounds to none or all of a batch's rows.
     """
 
     tasks: int = 1
@@ -116,11 +118,21 @@ class TaskBatches(Batches):
         super().__post_init__()
         if self.batch_size > self.of_task:
             raise InputError(f"data.batch_size is {self.batch_size}; a task has only {self.of_task} training rows")
+        if self.replay and not 0 < self.replayed < self.batch_size:
+            raise InputError(
+                f"data.replay = {self.replay}, data.batch_size = {self.batch_size}: {self.replayed} rows of a batch "
+                "would be replayed; expected at least one, and one of the task itself"
+            )
 
     @property
     def of_task(self) -> int:
         """Number of rows of a task."""
         return self.examples // self.tasks
+
+    @property
+    def replayed(self) -> int:
+        """Number of rows of a batch that come from the buffers, from the second task on."""
+        return round(self.replay * self.batch_size)
 
     @property
     def per_epoch(self) -> int:
@@ -134,8 +146,8 @@ class TaskBatches(Batches):
         task, streams = epoch % self.tasks, epoch * self.passes
         own = [permutation(self.seed, streams + i, self.of_task) for i in range(self.passes)]
         rows = np.resize(np.concatenate(own), (self.per_epoch, self.batch_size)) + np.int32(task * self.of_task)
-        replayed = round(self.replay * self.batch_size) if task else 0
-        if replayed:
+        replayed = self.replayed
+        if task and replayed:
             kept = np.concatenate([self.kept(earlier) for earlier in range(task)])
             drawn = np.random.Philox(key=np.array([self.seed, 2**63 + epoch], np.uint64))
             bits = drawn.random_raw(self.per_epoch * replayed)

@@ -133,6 +133,17 @@ class Experiment:
                 f"{private[0]}: {type(self.task).__name__} has several objectives, each of which would have to be "
                 "accounted for; expected an optimizer that is not private, or a task with one objective"
             )
+        teacher, weight = getattr(self.task, "teacher", None), getattr(self.task, "teacher_weight", 1.0)
+        if teacher is not None and weight:
+            raise InputError(
+                f"{what} with task.teacher: what the teacher tells of its own training rows is not accounted for; "
+                "expected a task without a teacher, or task.teacher_weight 0"
+            )
+        if mixup := getattr(self.task, "mixup", 0):
+            raise InputError(
+                f"{what} with task.mixup = {mixup}: mixup makes one row of two, which are then clipped as one; "
+                "expected 0"
+            )
         made = self.make_scaler()
         if not isinstance(made, NoScaler | StaticScaler):
             raise InputError(

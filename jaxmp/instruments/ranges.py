@@ -205,20 +205,26 @@ def make_step_ranges(
       `(state, batch) -> StepRanges` of the step from that state: `parameters` (those that are trained), `gradients`,
       `scaled_gradients` and `updates` by the parameter's path, `outputs` and `output_gradients` (scaled) by the
       module's; and how many updates are lost in rounding the parameter to nearest. The state is not changed. Of several
-      objectives, it is the state that this one sees, see `jaxmp.training.step.make_state_seen`.
+      objectives, it is the state that this one sees, see `jaxmp.training.step.make_state_seen`. With `private`, the
+      gradients are clipped row by row and have their noise, and `output_gradients` are those of each row's own loss.
     """
-    tx = optax.with_extra_args_support(objective.tx)
-    gradients = gradients_and_module_counts(
-        objective.loss_fn, accumulate_steps=accumulate_steps, trains=objective.trains
-    )
+    tx, private = optax.with_extra_args_support(objective.tx), objective.private
+    how: dict[str, Any] = {"accumulate_steps": accumulate_steps, "trains": objective.trains}
+    loss_fn = objective.loss_fn if private is None else _sum_of_rows(objective.loss_fn, accumulate_steps)
+    counted = gradients_and_module_counts(loss_fn, **how)
+    of_rows = None if private is None else make_gradients(objective.loss_fn, **how, private=private)
 
     def step_ranges(state: TrainState, batch: Any) -> StepRanges:
         opt_state, key = state.opt_state, jax.random.fold_in(state.key, state.step)
         if name is not None:
             opt_state, key = opt_state[name], objective_key(key, name)
         scale, trained = loss_scale(opt_state), trained_view(state.params, objective.trains)
-        grads, measured, modules = gradients(state.params, state.model_state, scale, batch, key)
-        updates, _ = tx.update(grads, opt_state, trained, value=measured.loss)
+        arguments = state.params, state.model_state, scale, batch, key
+        grads, measured, modules = counted(*arguments)
+        extra = {"value": measured.loss}
+        if private is not None and of_rows is not None:  # as the step does
+            grads, extra = private.add_noise(of_rows(*arguments)[0], scale, key), {}
+        updates, _ = tx.update(grads, opt_state, trained, **extra)
         unscaled = jax.tree.map(lambda g: g / scale if jnp.issubdtype(g.dtype, jnp.floating) else g, grads)
         counts = {
             "parameters": count_each(trained),
@@ -233,6 +239,16 @@ def make_step_ranges(
         return StepRanges.of(counts, count_lost_updates(trained, updates))
 
     return step_ranges
+
+
+def _sum_of_rows(loss_fn: LossFn, accumulate_steps: int) -> LossFn:
+    """The loss whose gradients by the outputs of a row are those of the row's own loss: no weight divides it."""
+
+    def of_rows(*args: Any) -> Any:
+        total, (_, *rest) = loss_fn(*args)
+        return total, (jnp.float32(1 / accumulate_steps), *rest)  # weights are summed over microbatches
+
+    return of_rows
 
 
 @jax.tree_util.register_dataclass

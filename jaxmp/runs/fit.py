@@ -47,7 +47,7 @@ from jaxmp.runs.going_on import (
     with_session,
 )
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, Pause, StateLost, StepInfo
-from jaxmp.runs.privacy import Spending, spent_by, trained_on_the_same_rows
+from jaxmp.runs.privacy import Spending, may_share_rows, private_seeds, spent_by
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import Line, Records
 from jaxmp.runs.run import Run
@@ -318,14 +318,28 @@ def _fit(
 def _spending(
     trainer: Trainer, parent: Parent | WeightsFile | None, rows: dict[str, Any], log: Callable[[str], None]
 ) -> Spending:
-    """What a private run begins with having told of its rows: what the weights of `parent` tell of them."""
+    """What a private run begins with having told of its rows: what the weights of `parent` tell of them.
+
+    Raises: InputError if its seed would draw the noise of a private run before it again, which is accounted for as if
+      it were other noise.
+    """
     if parent is None:
         return Spending(trainer)
-    if isinstance(parent, Parent) and trained_on_the_same_rows(parent.config, rows):
-        return Spending(trainer, spent_by(parent.config, parent.step), parent.step if parent.takes_all else 0)
-    name = parent.folder.path if isinstance(parent, Parent) else parent.path
-    log(f"epsilon takes the weights of {name} for public: they were trained on other rows, as far as is known")
-    return Spending(trainer)
+    public = None
+    if not isinstance(parent, Parent) or not may_share_rows(parent.config, rows):
+        public = str(parent.folder.path if isinstance(parent, Parent) else parent.path)
+        log(f"epsilon takes the weights of {public} for public: they were trained on other rows, as far as is known")
+    if not isinstance(parent, Parent):
+        return Spending(trainer, taken_for_public=public)
+    seed, seeds = trainer.experiment.seed, private_seeds(parent.config)
+    if seed in seeds and not parent.takes_all:  # --continue goes on after the steps whose noise was drawn
+        whose = "its own" if seed == parent.config["seed"] else "that of a run before it"
+        raise InputError(
+            f"--init-from {parent.folder.path}: with seed {seed}, which was {whose}, the noise and the batches would "
+            "be the same again; expected another --seed"
+        )
+    before, first = spent_by(parent.config, parent.step, rows), parent.step if parent.takes_all else 0
+    return Spending(trainer, before, first, tuple(sorted(seeds)), public)
 
 
 def _silent(message: str) -> None:

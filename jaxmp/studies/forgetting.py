@@ -25,7 +25,7 @@ class Forgetting:
     """`after[k][j]`: the metric of task j on the validation split, after task k was learned"""
 
     @property
-    def average(self) -> float:
+    def average_metric(self) -> float:
         """The mean of the metric over all tasks after the last (average accuracy)."""
         return sum(self.after[-1]) / len(self.after[-1])
 
@@ -35,7 +35,7 @@ class Forgetting:
         return tuple(max(row[j] for row in self.after[:-1]) - self.after[-1][j] for j in range(len(self.after) - 1))
 
     @property
-    def mean(self) -> float:
+    def average_forgetting(self) -> float:
         """The average forgetting: the mean of `of_tasks`. Chaudhry et al. 2018, section 3.2, of a metric to maximise.
 
         https://arxiv.org/abs/1801.10112. 0 for a single task.
@@ -47,7 +47,8 @@ class Forgetting:
         header = ("after task", *(f"{self.metric}_{j}" for j in range(len(self.after[-1]))))
         rows = [(str(k), *(f"{value:.4f}" for value in row)) for k, row in enumerate(self.after)]
         shown = table(rows, header=header, right=range(1, len(header)))
-        return f"{shown}\naverage {self.metric} {self.average:.4f}, average forgetting {self.mean:.4f}"
+        averages = f"average {self.metric} {self.average_metric:.4f}, average forgetting {self.average_forgetting:.4f}"
+        return f"{shown}\n{averages}"
 
 
 def forgetting(run: str | os.PathLike[str], metric: str = "accuracy") -> Forgetting:
@@ -57,7 +58,8 @@ def forgetting(run: str | os.PathLike[str], metric: str = "accuracy") -> Forgett
       run: its folder.
       metric: measured by `jaxmp.tasks.per_task.PerTask`, as `METRIC_0`, `METRIC_1` and so on; more is better.
 
-    Raises: InputError if there is no such run, or no validation line at the end of an epoch has the metric of a task.
+    Raises: InputError if there is no such run, no validation line at the end of an epoch has the metric of a task, or
+      the epoch of a task has no validation line at its end.
     """
     folder = RunFolder.find(Path(run))
     lines = [line for line in folder.read_lines() if line["split"] == "validation" and line["epoch"] % 1 == 0]
@@ -68,4 +70,11 @@ def forgetting(run: str | os.PathLike[str], metric: str = "accuracy") -> Forgett
             "PerTask(...), on a dataset such as PermutedTasks"
         )
     order = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
-    return Forgetting(metric, tuple(tuple(line[name] for name in order) for line in lines[: len(order)]))
+    by_epoch = {int(line["epoch"]): line for line in lines}
+    for epoch in range(1, len(order) + 1):
+        if epoch not in by_epoch:
+            raise InputError(
+                f"{folder.path}: no evaluation after epoch {epoch}, at the end of task {epoch - 1}; expected a "
+                "finished run without loop.eval_every"
+            )
+    return Forgetting(metric, tuple(tuple(by_epoch[k + 1][name] for name in order) for k in range(len(order))))

@@ -228,9 +228,14 @@ def blame_run(
       log: takes each message about progress.
 
     Raises:
-      InputError: the run has no such step, or, without `step`, has skipped none; its folder or experiment cannot be
-        read (see `Run`).
+      InputError: the run has no such step, or, without `step`, has skipped none; its optimizer is private; its folder
+        or experiment cannot be read (see `Run`).
     """
+    if run.trainer.is_private:
+        raise InputError(
+            f"{run.path}: a private step leaves out the rows that overflow, see dropped_examples; blame repeats steps "
+            "of optimizers that are not private"
+        )
     past = Past(run, log)
     try:
         at = past.last_skipped(objective) if step is None else past.step(step, objective)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmp.data.poisson import OVERFULL, PoissonBatches
+from jaxmp.errors import InputError
 
 BATCHES = PoissonBatches(examples=2000, batch_size=128, seed=5)
 
@@ -25,6 +26,12 @@ def test_each_row_is_drawn_by_itself():
     each = np.bincount(drawn[drawn >= 0], minlength=2000)
     assert abs(each.var() / (steps * rate * (1 - rate)) - 1) < 6 * np.sqrt(2 / 2000)
     assert not np.array_equal(BATCHES.epoch_rows(0), BATCHES.epoch_rows(1))
+
+
+@pytest.mark.parametrize("room", [1, 8])
+def test_so_little_room_that_a_batch_would_be_empty_is_refused(room):
+    with pytest.raises(InputError, match=f"data.batch_size = {room}: a Poisson batch with so little room would hold"):
+        PoissonBatches(60_000, room, 0)
 
 
 @pytest.mark.parametrize("step", [0, 17, 41])

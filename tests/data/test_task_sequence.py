@@ -66,6 +66,8 @@ def test_replay_takes_its_share_of_a_batch_from_the_buffers_of_all_earlier_tasks
     [
         (lambda: sequence(replay=1.0), "data.replay = 1.0: expected 0 or more, below 1"),
         (lambda: sequence(tasks=0), "data.tasks"),
+        (lambda: batches(sequence(replay=0.95)), "data.replay = 0.95, data.batch_size = 8: 8 rows of a batch"),
+        (lambda: batches(sequence(replay=0.05)), "data.replay = 0.05, data.batch_size = 8: 0 rows of a batch"),
         (lambda: sequence(rows=None), "data.rows = None: expected a dataset"),
         (lambda: sequence(column="label").source("train"), "data.column = 'label': expected a column of images"),
         (lambda: batches(sequence(batch_size=41)), "data.batch_size is 41; a task has only 40 training rows"),

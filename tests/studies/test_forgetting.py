@@ -30,10 +30,14 @@ def test_forgetting_is_the_best_of_a_task_before_less_its_last(tmp_path):
     found = forgetting(tmp_path)
     assert found.after == tuple(map(tuple, after))
     np.testing.assert_allclose(found.of_tasks, [0.9 - 0.6, 0.8 - 0.7])
-    assert np.isclose(found.mean, 0.2) and np.isclose(found.average, 0.75)
+    assert np.isclose(found.average_forgetting, 0.2) and np.isclose(found.average_metric, 0.75)
     assert "average accuracy 0.7500, average forgetting 0.2000" in str(found)
     with pytest.raises(InputError, match="no validation line at the end of an epoch has error_0"):
         forgetting(tmp_path, "error")
+    kept = [line for line in lines if line["epoch"] != 2]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with pytest.raises(InputError, match="no evaluation after epoch 2, at the end of task 1; expected a finished run"):
+        forgetting(tmp_path)
 
 
 @pytest.mark.slow
@@ -52,5 +56,6 @@ def test_replay_forgets_less(tmp_path):
         return forgetting(fit(experiment, workdir=tmp_path, progress="none", log=lambda text: None).path)
 
     without, replayed = after(0.0), after(0.5)
-    assert replayed.mean < 0.7 * without.mean and without.mean > 0.1, (str(without), str(replayed))
+    assert without.average_forgetting > 0.1, str(without)
+    assert replayed.average_forgetting < 0.7 * without.average_forgetting, str(replayed)
     assert min(row[k] for k, row in enumerate(replayed.after)) > 0.85

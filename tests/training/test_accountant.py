@@ -38,4 +38,7 @@ def test_epsilon_is_that_of_the_mechanism():
     assert epsilon([steps(301, "shuffled", noise=3.0)], 1e-5) == pytest.approx(of_four)
     assert epsilon([steps(1, "shuffled", first=399)], 1e-5) == epsilon([steps(100, "shuffled")], 1e-5)
     assert epsilon([], 1e-5) == 0
+    # The rows that a batch has no room for: steps * (1 + exp(epsilon)) * 1e-20 has to be a small part of delta.
+    assert math.isfinite(epsilon([steps(1000)], 1e-12)) and epsilon([steps(1000)], 1e-15) == math.inf
+    assert math.isfinite(epsilon([steps(1000, "shuffled", noise=10.0)], 1e-15))
     assert math.inf == epsilon([None, steps(1)], 1e-5) == epsilon([steps(1, noise=0.0)], 1e-5)

@@ -14,13 +14,16 @@ from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop, Parallel
+from jaxmp.instruments.ranges import make_step_ranges
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import DynamicScaler, Scaling
+from jaxmp.tasks.distillation import Distillation
 from jaxmp.training.gradients import make_gradients
 from jaxmp.training.metrics import DROPPED_EXAMPLES, compute
 from jaxmp.training.optimizers import DPSGD, DPAdam
 from jaxmp.training.privacy import Privacy
+from jaxmp.trees import by_path
 
 ROWS, SCALE = 12, jnp.float32(256)
 KEY = jax.random.key(1)
@@ -136,6 +139,14 @@ REFUSED = {
         lambda: private(loop=Loop(steps=2, accumulate_overflow="microbatch")),
         "a private step leaves out the rows that overflow",
     ),
+    "a teacher": (
+        lambda: private(task=Distillation(teacher=lambda batch: batch["image"])),
+        "DPSGD with task.teacher: what the teacher tells of its own training rows is not accounted for",
+    ),
+    "mixup": (
+        lambda: private(task=jaxmp.Classification(mixup=0.2)),
+        "with task.mixup = 0.2: mixup makes one row of two, which are then clipped as one; expected 0",
+    ),
     "overfitted batches": (
         lambda: Trainer(private(loop=Loop(steps=2, overfit_batches=1))).batches,
         "loop.overfit_batches: a private optimizer draws other rows in each step",
@@ -152,6 +163,30 @@ def test_what_would_not_be_private_is_refused(case):
     make, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_teacher_without_weight_is_not_called_and_not_refused():
+    assert private(task=Distillation(teacher=lambda batch: batch["image"], teacher_weight=0.0)).task.teacher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_ranges_of_a_private_step_are_those_of_its_noised_update(parts):
+    loss, tx = (
+        jaxmp.make_loss(MODEL, jaxmp.Classification(), "float32"),
+        jaxmp.loss_scaling(optax.sgd(1.0), jaxmp.NoScaler()),
+    )
+    objective = jaxmp.Objective(loss, tx, private=Privacy(1.0, 2.0, ROWS))
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)  # to which an update is added exactly
+    state = jaxmp.TrainState.create(zeros, objective, key=KEY)
+    after, _ = jax.jit(jaxmp.make_train_step(objective, accumulate_steps=parts))(state, rows())
+    read = jax.jit(make_step_ranges(objective, accumulate_steps=parts))(state, rows()).read()
+    for name, leaf in by_path(after.params).items():
+        found = read["updates"][name]
+        assert found["size"] == leaf.size and found["zeros"] == 0
+        np.testing.assert_allclose([found["largest"]], [jnp.abs(leaf).max()], rtol=1e-6)
+    # Softmax less one-hot, at logits of 0: 2/3 at most, of a row that no batch divides; over microbatches a power of 2.
+    assert np.isclose(read["output_gradients"][""]["largest"], 2 / 3 if parts == 1 else 0.5, rtol=1e-6)
 
 
 def test_the_scale_of_a_private_float16_run_is_constant():
