@@ -249,10 +249,9 @@ def check(
                 f"{' '.join(platforms)} {here}, or JAX_PLATFORMS={platforms[0]}"
             )
     if run.failure:
-        raise InputError(
-            f"{run.path} failed ({run.failure}), and a failed run is not exported; "
-            f"`{how_to_blame(run.path, run.config)}` tells why"
-        )
+        how = how_to_blame(run.path, run.config)
+        why = f"; `{how}` tells why" if how else ""
+        raise InputError(f"{run.path} failed ({run.failure}), and a failed run is not exported{why}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {str(folder)!r}: a file of that name is there; expected a new or empty folder")
     if folder.is_dir() and (there := sorted(path.name for path in folder.iterdir())):

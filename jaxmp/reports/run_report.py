@@ -43,7 +43,8 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
     for run in runs:
         if run.failure:
             page.paragraph(f"Failed: {run.path}: {run.failure}", "bad")
-            page.paragraph(f"What made it, and what would have prevented it: {how_to_blame(run.path, run.config)}")
+            if how := how_to_blame(run.path, run.config):
+                page.paragraph(f"What made it, and what would have prevented it: {how}")
     unfinished = [str(run.path) for run in runs if not _ended(run) and not run.failure]
     if unfinished:
         page.paragraph(f"Not ended, and shown as far as it is: {', '.join(unfinished)}", "note")

@@ -636,13 +636,17 @@ class _Session:
         self.checkpoints.wait()
         reason = f"{problem}; {culprit}" if (culprit := self._culprit(step, state)) else problem
         processes.from_first(lambda: self.folder.write_failure(step, reason))
-        raise RunFailed(
-            f"{reason}. The state is saved in {self.folder.path}; what made it, and what would have prevented it: "
-            f"{how_to_blame(self.folder.path, self.folder.read_config())}"
-        )
+        how = how_to_blame(self.folder.path, self.folder.read_config())
+        more = f"; what made it, and what would have prevented it: {how}" if how else ""
+        raise RunFailed(f"{reason}. The state is saved in {self.folder.path}{more}")
 
     def _culprit(self, step: int, state: TrainState) -> str | None:
-        """What was not finite in the last step, of each objective that was skipped in it; None if none was."""
+        """What was not finite in the last step, of each objective that was skipped in it; None if none was.
+
+        None for a private step, too: it left out the rows that were not finite.
+        """
+        if self.trainer.is_private:
+            return None
         due = self.trainer.due(step - 1)
         skipped = [name for name in due if self._was_skipped(state, name)]
         found = []

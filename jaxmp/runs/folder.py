@@ -327,8 +327,13 @@ def _write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def how_to_blame(path: Path, config: Mapping[str, Any]) -> str:
-    """The command that explains a skipped step of a run; of a run started from Python, the call."""
+def how_to_blame(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The command that explains a skipped step of a run; of a run started from Python, the call.
+
+    None for a private run, whose steps are not repeated.
+    """
+    if "privacy" in config:
+        return None
     if "source" in config:
         return f"jaxmp blame {shlex.quote(str(path))}"
     return f"jaxmp.blame(jaxmp.Run({str(path)!r}, experiment)) in Python, with the experiment that was trained"

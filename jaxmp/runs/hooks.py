@@ -138,8 +138,10 @@ class Hooks:
         if failures:  # of one kind everywhere: all processes save the state, or none does
             failed = StateLost if any(lost for _, _, lost in outcomes) else HookFailed
             raise failed(failures[0]) from (error and error.__cause__)
-        first = outcomes[0][0]
-        return None if first is None else {"Stop": Stop, "Pause": Pause}[first[0]](first[1])
+        if outcomes[0][0] is None:
+            return None
+        kind, why = outcomes[0][0]
+        return Stop(why) if kind == "Stop" else Pause(why)
 
     def _call(self, wanted: list[tuple[str, Hook]], value: StepInfo | Evaluated) -> Stop | Pause | None:
         found: Stop | Pause | None = None

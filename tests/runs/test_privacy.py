@@ -12,7 +12,7 @@ import pytest
 import jaxmp
 from jaxmp.commands.dry_run import dry_run
 from jaxmp.data.arrays import Arrays
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
@@ -107,6 +107,18 @@ def test_a_run_says_its_epsilon_with_that_of_the_runs_before_it(tmp_path):
     assert "epsilon" not in not_private.summary
     for rows in (load, smaller):
         assert run(private(10, load=rows), init_from=not_private.path).summary["epsilon"] == math.inf
+
+
+def nowhere_finite(split):
+    columns = load(split)
+    return columns | {"image": np.full_like(columns["image"], np.nan)}
+
+
+@pytest.mark.slow
+def test_a_private_run_that_fails_names_no_command_that_refuses_it(tmp_path):
+    pytest.importorskip("dp_accounting")
+    with pytest.raises(RunFailed, match=r"The state is saved in \S+$"):
+        fit(private(10, load=nowhere_finite), workdir=tmp_path, progress="none", log=lambda text: None)
 
 
 @pytest.mark.parametrize(
