@@ -428,8 +428,17 @@ def _wait_before_exit(checkpoints: Checkpoints) -> None:
             unfinished._writing.join(timeout=60)
             if unfinished._failure is not None or unfinished._writing.is_alive():
                 print("the last checkpoint was not written: the program ended without close()", file=sys.stderr)
+                _let_go_of_orbax()
 
     threading._register_atexit(wait)  # type: ignore[attr-defined]
+
+
+def _let_go_of_orbax() -> None:
+    """Keeps Python 3.12 from waiting for Orbax's threads at exit: they wait ten minutes for one that could not start."""
+    locks = getattr(threading, "_shutdown_locks", None)
+    for thread in threading.enumerate():
+        if locks is not None and type(thread).__module__.startswith("orbax."):
+            locks.discard(thread._tstate_lock)  # type: ignore[attr-defined]
 
 
 def _reason(error: Exception) -> str:

@@ -170,9 +170,14 @@ def _attempt(
         else:  # what is decided by the loss, which has no noise, would tell of single rows
             grads = private.add_noise(grads, scale, key)
         trained = trained_view(params, objective.trains)
-        updates, opt_state = tx.update(grads, opt_state, trained, **extra)
+        given = grads, opt_state, trained
+        updates, opt_state = tx.update(*given, **extra)
         if norms:
-            found = {"gradient_norm": global_norm(inner_view(grads)) / scale, "update_norm": global_norm(updates)}
+            found = {"gradient_norm": global_norm(inner_view(grads)) / scale}
+            if "update_norm" in norms:
+                # Of updates that are made again: a second reader of the step's own would change how XLA rounds them
+                # on their way to the parameters (multiply and add in one, or not).
+                found["update_norm"] = global_norm(tx.update(*jax.lax.optimization_barrier(given), **extra)[0])
             asked = {name: Mean(found[name].astype(jnp.float32), jnp.float32(1)) for name in norms}
             measured = measured._replace(metrics={**measured.metrics, **asked})
         result = {"updates": updates, "model_state": model_state, "opt_state": opt_state}
