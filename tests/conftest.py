@@ -132,6 +132,8 @@ REPORTS = "JAXMP_TESTS_ON_EIGHT_DEVICES"
 def pytest_collection_modifyitems(session, items):
     leave_variants_to_the_slow_suite(items)
     for item in items:
+        if item.get_closest_marker("full_size"):  # a variant of a slow test, say
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
         if item.get_closest_marker("eight_devices") and REPORTS not in os.environ:
             item.add_marker(pytest.mark.xdist_group(EIGHT_DEVICES))
             item.setup = lambda: None  # its fixtures are made in the other process

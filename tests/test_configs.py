@@ -111,7 +111,7 @@ def bits(tree):
 
 LONG = (
     *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dcgan", "mnist_dpsgd", "openwebtext_"),
-    *("permuted_mnist", "spoken_digits_rnn", "sst2_bert"),
+    *("permuted_mnist", "spoken_digits_ctc", "spoken_digits_rnn", "sst2_bert"),
 )
 """configs that take long to compile, or have a like one among the others"""
 
@@ -186,8 +186,8 @@ def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its
     assert not [law for law in laws if law.verdict == "broken"], str(laws)
 
 
-SHORT = ("digits_mlp", "mnist_vae")
-"""configs whose step the slow suite has time to check, of a single objective; `-m full_size` checks all others"""
+SHORT = ("digits_mlp",)
+"""configs whose step the slow suite has time to check; `-m full_size` checks all others"""
 
 
 @pytest.mark.parametrize(

@@ -225,11 +225,10 @@ def test_jit_remat_vmap_and_scan_over_the_model_change_no_bit():
 # Going on.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("digits_mlp", "nvfp4"),
+        pytest.param("digits_mlp", "nvfp4", marks=pytest.mark.slow),
         pytest.param("digits_mlp", "mxfp8", marks=pytest.mark.full_size),
         pytest.param("digits_cnn", "nvfp4", marks=pytest.mark.full_size),
         pytest.param("digits_cnn", "mxfp8", marks=pytest.mark.full_size),
