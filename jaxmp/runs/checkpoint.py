@@ -434,7 +434,7 @@ def _wait_before_exit(checkpoints: Checkpoints) -> None:
 
 
 def _let_go_of_orbax() -> None:
-    """Keeps Python 3.12 from waiting for Orbax's threads at exit: they wait ten minutes for one that could not start."""
+    """Keeps Python 3.12 from waiting at exit for Orbax's threads, which wait minutes for one that could not start."""
     locks = getattr(threading, "_shutdown_locks", None)
     for thread in threading.enumerate():
         if locks is not None and type(thread).__module__.startswith("orbax."):
