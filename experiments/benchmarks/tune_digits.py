@@ -26,7 +26,7 @@ from jaxmp.runs.run import Run
 from jaxmp.studies.paired import paired
 from jaxmp.studies.tune_study import StudyFolder, study_to_json
 
-SPACE = ("optimizer.learning-rate=log:1e-4:1e-1", "data.batch-size=32,64,128", "model.dropout=linear:0:0.5")
+SPACE = ("optimizer.learning-rate=log:1e-4:1e-1", "model.features=256,512,1024", "model.dropout=linear:0:0.6")
 FRESH = (1001, 1002, 1003, 1004, 1005)
 
 
