@@ -1,4 +1,4 @@
-"""Measures what hooks and logging cost beside a step of about 2.3 ms, switched off and on.
+"""Measures what hooks and logging cost beside a step of 2 to 3 ms, switched off and on.
 
     python experiments/benchmarks/watch_cost.py --output experiments/benchmarks/watch_cost_cpu.json
 
