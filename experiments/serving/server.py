@@ -16,6 +16,7 @@ import importlib.util
 import io
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def make_app(folder: Path) -> FastAPI:
         try:
             with np.load(io.BytesIO(body), allow_pickle=False) as file:
                 rows = {name: file[name] for name in file.files}
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
             return 400, b"expected a .npz file with an array for each input"
         try:
             outputs = model.leaves(model(**rows))
