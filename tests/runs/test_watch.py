@@ -99,7 +99,7 @@ def test_what_a_run_trains_on_is_on_the_pages_of_tensorboard(tmp_path):
     assert b"validation/accuracy" in metrics.content and b"optimizer.clip_norm" in values.content
 
 
-def test_the_most_memory_of_a_device_is_in_the_lines_where_the_device_tells(monkeypatch):
+def test_the_most_memory_is_that_of_the_device_that_held_most(monkeypatch):
     def devices(*told):
         monkeypatch.setattr(
             jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda t=t: t) for t in told]
@@ -109,6 +109,13 @@ def test_the_most_memory_of_a_device_is_in_the_lines_where_the_device_tells(monk
     assert device_peak() == {}
     devices({"peak_bytes_in_use": 3}, None, {"peak_bytes_in_use": 5})
     assert device_peak() == {"device_peak_bytes": 5}
+
+
+@pytest.mark.slow
+def test_the_most_memory_of_a_device_is_in_the_lines_where_the_device_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxmp.runs.records.device_peak", lambda: {"device_peak_bytes": 5})
+    found = [line for line in lines(Run(fit(BASE, workdir=tmp_path).path, BASE)) if line["split"] == "train"]
+    assert found and all(line["device_peak_bytes"] == 5 for line in found)
 
 
 @pytest.mark.slow
