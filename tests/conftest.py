@@ -67,6 +67,9 @@ def with_made_up_rows(experiment, rows):
     data, optimizer = experiment.data, experiment.optimizer
     if hasattr(optimizer, "schedule") and hasattr(optimizer.schedule, "warmup_steps"):
         optimizer = dataclasses.replace(optimizer, schedule=dataclasses.replace(optimizer.schedule, warmup_steps=0))
+    if hasattr(optimizer, "sampling"):
+        # Poisson batches of 8 from few rows would be empty: a batch has no room for what may be drawn.
+        optimizer = dataclasses.replace(optimizer, sampling="shuffled")
     loop = dataclasses.replace(experiment.loop, accumulate_steps=1)
     experiment = dataclasses.replace(experiment, optimizer=optimizer, loop=loop)
 
