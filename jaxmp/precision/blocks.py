@@ -517,8 +517,11 @@ def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int]
     """
     format = parse_block_format(format) if isinstance(format, str) else format
     x = check_carrier(x, format)
-    layout, magnitude = _Layout(x.shape, format.block, _axes(x.shape, format, axis)), float32_bits(x) & ~_SIGN
-    scaling = _scaling(magnitude, layout, format)
+    layout = _Layout(x.shape, format.block, _axes(x.shape, format, axis))
+    return _block_scales(_scaling(float32_bits(x) & ~_SIGN, layout, format), layout, format)
+
+
+def _block_scales(scaling: _Scaling, layout: _Layout, format: BlockFormat) -> BlockScales:
     if format.scale == "e8m0":
         # 2^-127, which float32 holds as a subnormal number, is the scale of blocks of zeros alone: it is given as 0.
         bits = jnp.where(scaling.bad, jnp.uint32(INFINITY | 0x400000), scaling.stored.astype(jnp.uint32) << 23)
@@ -641,10 +644,25 @@ def round_blocks(
         all replicas.
     """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-    scaling = _scaling(bits & ~_SIGN, layout, format, axis_name)
+    return _rounded(bits, noise, _scaling(bits & ~_SIGN, layout, format, axis_name), layout, format, x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def round_blocks_with_scales(
+    x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]
+) -> tuple[jax.Array, BlockScales]:
+    """Rounds as `round_blocks` does; returns also what `block_scales` returns."""
+    layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
+    scaling = _scaling(bits & ~_SIGN, layout, format)
+    return _rounded(bits, noise, scaling, layout, format, x.dtype), _block_scales(scaling, layout, format)
+
+
+def _rounded(
+    bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, layout: _Layout, format: BlockFormat, dtype: Any
+) -> jax.Array:
     numbers = _elements(*_operands(bits, noise, layout), scaling, format.element)
     result = layout.ungrouped(_scaled(numbers, scaling.decode, scaling.bad))
-    return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
+    return _finish(result, (bits & _SIGN) > 0, dtype, keep_zero=isinstance(format.element, Format))
 
 
 @_quantize_blocks.defjvp

@@ -41,7 +41,7 @@ def operands():
 
 def measured(policy, operands, scale=1.0):
     x, w, g = map(jnp.asarray, operands)
-    measure = make_block_ranges(loss_of(policy), {"dense": parse_policy(policy).recipe})
+    measure = make_block_ranges(loss_of(policy))
     arguments = {"dense": {"kernel": w}}, {}, jnp.float32(scale), {"x": x, "cotangent": g}, jax.random.key(0)
     return {(each.product, each.role): each for each in jax.jit(measure)(*arguments).read()}
 
