@@ -272,7 +272,7 @@ def round_operand(
     x = x.astype(FLOAT32)
     if format is None:
         return x
-    pair = tuple(a % x.ndim for a in axes)
+    pair = axes[0] % x.ndim, axes[1] % x.ndim
     with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):
         if isinstance(format, BlockFormat):
             along = block_axes(operand, pair, x.ndim)
