@@ -221,7 +221,7 @@ class Trainer:
         return loss_scaling(make_optimizer(experiment.optimizer_of(name), steps, numbers), scaler)
 
     @property
-    def numbers(self) -> dict[str, dict[str, float]]:
+    def numbers(self) -> dict[str, dict[str, np.float32]]:
         """The third argument of `train_step` in training: for each objective, its optimizer's numbers and `ema_decay`.
 
         The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
@@ -230,9 +230,9 @@ class Trainer:
         found = {}
         for name, of in self.by_name.items():
             own = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
-            found[name or ""] = optimizer_numbers(own)
-            if of.ema_decay is not None:
-                found[name or ""]["ema_decay"] = float(of.ema_decay)
+            average = {} if of.ema_decay is None else {"ema_decay": of.ema_decay}
+            values = {**optimizer_numbers(own), **average}
+            found[name or ""] = {number: np.float32(value) for number, value in values.items()}
         return found
 
     def with_numbers(self, name: str | None, of: Objective, numbers: Any) -> Objective:
@@ -300,15 +300,18 @@ class Trainer:
     def _make_step(self, due: tuple[str, ...] | None) -> TrainStep:
         """The train step that runs the objectives `due`; None: those that are due by the state's own step."""
         experiment, several = self.experiment, {"order": self.order, "due": due} if self.objectives else {}
-        make = functools.partial(
-            make_train_step,
-            rounding=experiment.policy.rounding,
-            accumulate_steps=experiment.loop.accumulate_steps,
-            accumulate_overflow=experiment.loop.accumulate_overflow,
-            replicas=self.devices.replicas(experiment.policy.reduce),
-            norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
-            **several,  # type: ignore[arg-type]
-        )
+
+        def make(objectives: Any) -> TrainStep:
+            return make_train_step(
+                objectives,
+                rounding=experiment.policy.rounding,
+                accumulate_steps=experiment.loop.accumulate_steps,
+                accumulate_overflow=experiment.loop.accumulate_overflow,
+                replicas=self.devices.replicas(experiment.policy.reduce),
+                norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
+                **several,  # type: ignore[arg-type]
+            )
+
         with_constants = make(self.objective)
 
         def train_step(state: TrainState, batch: Any, numbers: Any = None) -> tuple[TrainState, Metrics]:
@@ -591,15 +594,17 @@ class Trainer:
 
         `step.lower(*arguments)` compiles it without data, for devices that need not exist.
         """
-        step: Any = self.devices.compile(self.train_step, (0, 0, None))
+        step: Any = self.devices.compile(self.train_step, (0, 0, 0))
+        numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.numbers)
         if self.devices.mode == "pmap":
             count = self.devices.count
-            state = _reshaped(self.state_spec, lambda shape: (count, *shape))
+            state, numbers = _reshaped((self.state_spec, numbers), lambda shape: (count, *shape))
             batch = _reshaped(self.batch_spec, lambda shape: (count, shape[0] // count, *shape[1:]))
-            return step, (state, batch, self.numbers)
-        rows = NamedSharding(self.devices.mesh, P(AXIS))
+            return step, (state, batch, numbers)
+        rows, whole = NamedSharding(self.devices.mesh, P(AXIS)), NamedSharding(self.devices.mesh, P())
         state = jax.tree.map(_placed, self.state_spec, self.devices.shardings(self.state_spec))
-        return step, (state, jax.tree.map(lambda x: _placed(x, rows), self.batch_spec), self.numbers)
+        batch = jax.tree.map(lambda x: _placed(x, rows), self.batch_spec)
+        return step, (state, batch, jax.tree.map(lambda x: _placed(x, whole), numbers))
 
 
 def _rate(optimizer: Optimizer, steps: int, applied: Any, numbers: Any) -> Any:

@@ -93,7 +93,7 @@ class Arguments(NamedTuple):
     """What a program takes beside state and data: values in which runs differ that share one compiled program."""
 
     numbers: Any
-    """third argument of the train step: numbers of its optimizers, weakly typed scalars"""
+    """third argument of the train step: numbers of its optimizers, float32 scalars"""
     key: jax.Array
     """typed PRNG key of augmentation; step n uses `fold_in(key, n)`"""
 
@@ -108,7 +108,7 @@ class Resident:
       batches: which rows make up the batch of each step.
       devices: the devices to run on.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
-      numbers: third argument of the train steps, Python floats; they are arguments of the compiled program.
+      numbers: third argument of the train steps, float32 scalars; they are arguments of the compiled program.
       fuse: whether a dispatch runs many steps, or each step is dispatched singly.
       due_steps: the train steps of several objectives, of which each step that is dispatched singly takes its own.
     """
@@ -162,8 +162,8 @@ class Resident:
             def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, own: Arguments) -> Any:
                 return advance(accumulating, (state, metrics), columns, rows, own)
 
-            axes = 0, 0, 0, 0, _AXES
-            return devices.compile(many_steps, (*axes, None)) if fuse else devices.compile(one_step, axes)
+            placed = 0, 0, 0, 0, 0
+            return devices.compile(many_steps, (*placed, None)) if fuse else devices.compile(one_step, placed)
 
         self.program = program(step)
         self.programs = None if fuse or due_steps is None else DuePrograms(due_steps, program)
@@ -202,7 +202,7 @@ class Streamed:
       devices: the devices to run on.
       last: number of steps of the run: reading ahead stops there.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
-      numbers: third argument of the train steps, Python floats; they are arguments of the compiled program.
+      numbers: third argument of the train steps, float32 scalars; they are arguments of the compiled program.
       due_steps: the train steps of several objectives, of which each step takes its own.
     """
 
@@ -233,7 +233,7 @@ class Streamed:
                 batch = self._prepare(raw, own.key, state.step, devices.global_index(batches.batch_size))
                 return accumulating((state, metrics), batch, own.numbers)
 
-            return devices.compile(one_step, (0, 0, 0, _AXES))
+            return devices.compile(one_step, (0, 0, 0, 0))
 
         self.program = program(step)
         self.programs = None if due_steps is None else DuePrograms(due_steps, program)
@@ -276,15 +276,11 @@ def should_fuse_steps(loss: Any) -> bool:
     return jax.default_backend() != "cpu" or "conv_general_dilated" not in str(loss)
 
 
-_AXES: Any = Arguments(None, 0)
-"""the mapped axes of `Arguments` under pmap, see `Devices.compile`"""
-
-
 def _arguments(numbers: Any, batches: Batches, devices: Devices) -> Arguments:
     """The arguments of a run, on its devices."""
     # Another stream of keys than the model's.
     key = jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION)
-    return Arguments(devices.put_numbers(numbers), devices.put(key))
+    return devices.put(Arguments(numbers, key))
 
 
 def _preparation(data: Dataset) -> Callable[..., dict[str, jax.Array]]:

@@ -65,7 +65,7 @@ def is_optimizer(value: Any) -> bool:
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 Numbers = Mapping[str, Any]
-"""Numbers of an optimizer by name: Python floats, or weakly typed float32 scalars that are arguments of a program."""
+"""Numbers of an optimizer by name: Python floats, or float32 scalars that are arguments of the program."""
 
 
 def optimizer_numbers(optimizer: Any) -> dict[str, float]:

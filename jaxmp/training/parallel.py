@@ -251,12 +251,12 @@ class Devices:
             return single
         return Replicas(None if self.shard == "fsdp" else AXIS, self.mesh, reduce_dtype, self.shard)
 
-    def compile(self, program: Callable[..., Any], in_axes: tuple[Any, ...]) -> Callable[..., Any]:
+    def compile(self, program: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
         """Compiles a program and donates its first argument.
 
         Args:
           program: a function of arrays that were placed with the methods of this class.
-          in_axes: for each argument, 0 if it was placed with these methods, None for plain numbers; or a tree of these.
+          in_axes: for each argument, 0 if it was placed with these methods, None for a plain number.
         """
         if self.mode == "jit":
             return jax.jit(program, donate_argnums=0, compiler_options=self._compiler_options)
@@ -293,15 +293,6 @@ class Devices:
             return self.whole(tree)
         stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.count, *jnp.shape(x))), tree)
         return jax.device_put(stack, NamedSharding(self.mesh, P(AXIS)))
-
-    def put_numbers(self, numbers: Any) -> Any:
-        """Replicates Python floats, which stay weakly typed: in a program they round to the dtype that they meet.
-
-        They have no first axis under `pmap`: None is their place in `in_axes` of `compile`.
-        """
-        if self.mode == "pmap" or self.several_processes:  # which takes only numbers of the host for equal ones
-            return numbers
-        return jax.device_put(numbers, NamedSharding(self.mesh, P()))
 
     def put_state(self, state: Any) -> Any:
         """Places a `TrainState` on the devices, as `shard` says."""

@@ -379,6 +379,22 @@ def test_what_a_trial_compiles_is_kept_for_the_next_and_deleted_with_the_study(t
 
 
 @pytest.mark.slow
+def test_trials_that_differ_in_numbers_alone_compile_nothing_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, compiled, seen = jax.config.jax_compilation_cache_dir, [], []
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event) if "cache_misses" in event else 0)
+    space = {"optimizer": [SGD(rate, weight_decay=rate, clip_norm=10 * rate) for rate in (0.1, 0.2, 0.3)]}
+    how = {"sampler": "grid", "metric": "loss", "workdir": str(tmp_path), "log": lambda _: seen.append(len(compiled))}
+    try:
+        tune(BASE, space, seeds=2, **how)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    assert len(seen) == 3 and 0 < seen[0] == seen[-1]
+
+
+@pytest.mark.slow
 def test_each_trial_is_the_run_that_train_makes_and_what_goes_wrong_is_a_result(tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path)
     study = ["tune", str(config), "--sampler", "grid", "--metric", "loss", "--workdir", str(tmp_path / "runs")]
