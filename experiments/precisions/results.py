@@ -23,6 +23,7 @@ from jaxmp import fit
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
+from jaxmp.text_table import without_nan
 
 
 def row(
@@ -73,7 +74,7 @@ def main(
         new = row(config, precisions, seeds, options, workdir)
         kept = [old for old in rows if (old["config"], old["options"]) != (config, options)]
         rows = sorted([*kept, new], key=lambda each: (each["config"], each["options"]))
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        output.write_text(json.dumps(without_nan(rows), indent=1) + "\n")
         print(config, new["metric"], new["test"], flush=True)
 
 
