@@ -207,7 +207,9 @@ def test_configs_have_their_page():
 def test_the_page_of_configs_has_a_table_of_what_they_reached():
     row = {"config": "a", "options": "", "metric": "loss", "seeds": [0, 1]}
     test = {"float32": [1.0, 3.0], "mixed_float16": [1.0, None]}
-    text = configs.page({"a": "A.\n\nMore."}, [row | {"test": test}, row | {"options": "--seed 5", "test": {"float32": [1.0]}}])
+    text = configs.page(
+        {"a": "A.\n\nMore."}, [row | {"test": test}, row | {"options": "--seed 5", "test": {"float32": [1.0]}}]
+    )
     assert "| config | metric | seeds | `float32` | `mixed_float16` |" in text
     assert "| `a` | loss | 2 | 2.0000 ± 1.4142 | 1 of 2 diverged |" in text
     assert "| `a` `--seed 5` | loss | 2 | 1.0000 |  |" in text
