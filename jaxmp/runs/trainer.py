@@ -216,12 +216,15 @@ class Trainer:
         experiment = self.experiment
         if name is None:
             return loss_scaling(make_optimizer(experiment.optimizer, self.steps, numbers), experiment.make_scaler())
-        steps = -(-self.steps // self.objectives[name].every)
-        scaler = experiment.make_scalers()[name]
-        return loss_scaling(make_optimizer(experiment.optimizer_of(name), steps, numbers), scaler)
+        optimizer = make_optimizer(experiment.optimizer_of(name), self._attempts(name), numbers)
+        return loss_scaling(optimizer, experiment.make_scalers()[name])
+
+    def _attempts(self, name: str | None) -> int:
+        """How often an objective runs in the whole run."""
+        return self.steps if name is None else -(-self.steps // self.objectives[name].every)
 
     @property
-    def numbers(self) -> dict[str, dict[str, np.float32]]:
+    def numbers(self) -> dict[str, dict[str, Any]]:
         """The third argument of `train_step` in training: for each objective, its optimizer's numbers and `ema_decay`.
 
         The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
@@ -231,9 +234,8 @@ class Trainer:
         for name, of in self.by_name.items():
             own = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             average = {} if of.ema_decay is None else {"ema_decay": of.ema_decay}
-            values = {**optimizer_numbers(own), **average}
-            found[name or ""] = {number: np.float32(value) for number, value in values.items()}
-        return found
+            found[name or ""] = {**optimizer_numbers(own, self._attempts(name)), **average}
+        return jax.tree.map(np.float32, found)
 
     def with_numbers(self, name: str | None, of: Objective, numbers: Any) -> Objective:
         """An objective with `numbers`, a tree like `self.numbers`, in place of its own; itself if that is None."""
@@ -569,10 +571,9 @@ class Trainer:
         """The learning rate of each objective, where it is known: `(applied steps, its numbers) -> rate`."""
         found: dict[str | None, Callable[[Any, Any], Any]] = {}
         for name in self.objectives or (None,):
-            every = 1 if name is None else self.objectives[name].every
             optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             if isinstance(optimizer, Optimizer):
-                found[name] = functools.partial(_rate, optimizer, -(-self.steps // every))
+                found[name] = functools.partial(_rate, optimizer, self._attempts(name))
         return found
 
     @property
