@@ -23,10 +23,10 @@ import numpy as np
 
 from jaxmp import make_loss, parse_policy, quantize, what_if
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.html.figure import Axis, interval_figure
 from jaxmp.instruments.gradient_error import exact_gradients, float64_arrays
 from jaxmp.runs.replay import PastStep, states_at
-from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Results, above, higher, increasing, lower, near
+from jaxmp.studies import paper_figures
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, above, higher, increasing, lower, near
 from jaxmp.training.gradients import make_gradients
 
 STALL = math.sqrt(3)
@@ -49,6 +49,7 @@ PARTS = {
     "without high layers": "nvfp4",
 }
 
+ERROR = "error of the gradient, share of its norm"
 QUICK = ("gaussian, nearest", "gaussian, stochastic", "nvfp4", "all to nearest", "step 1")
 """the arms of the quick version"""
 
@@ -296,22 +297,15 @@ def get_paper(quick: bool = False) -> Paper:
                 "Error of the gradient by format",
                 "Root mean squared distance of the gradient of digits_mlp to that in float64, by the norm of the "
                 "latter: each seed, and the mean with its 95 % t interval. Gradients are rounded stochastically.",
-                lambda results: _errors(results, [*FORMATS, "all to nearest", "all stochastic"]),
+                lambda results: paper_figures.means(
+                    results, [*FORMATS, "all to nearest", "all stochastic"], "error", ERROR
+                ),
             ),
             Figure(
                 "parts",
                 "Error of the gradient with each part of NVFP4 left out",
                 "As above, for NVIDIA's recipe with the last layer in float32, and without one of its parts each.",
-                lambda results: _errors(results, list(PARTS)),
+                lambda results: paper_figures.means(results, list(PARTS), "error", ERROR),
             ),
         ),
     )
-
-
-def _errors(results: Results, arms: list[str]) -> str:
-    rows = []
-    for i, arm in enumerate(arm for arm in arms if arm in results):
-        values = [value for value in results.of(arm, "error").values() if value is not None]
-        mean = results.mean(arm, "error")
-        rows.append((arm, i, values, None if math.isnan(mean.low) else (mean.mean, mean.low, mean.high)))
-    return interval_figure(Axis("error of the gradient, share of its norm"), rows, name="Error of the gradient by arm")
