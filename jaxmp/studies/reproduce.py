@@ -23,7 +23,7 @@ from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.reachable import made_by_function
 from jaxmp.reports import paper_report
-from jaxmp.reports.page import command, write
+from jaxmp.reports.page import write
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
 from jaxmp.studies.claims import Compute, Paper, Results, Train
@@ -133,7 +133,7 @@ def reproduce(
         "url": paper.url,
         "quick": quick,
         **provenance(patch=False),
-        "command": command(),
+        "command": f"jaxmp reproduce {name}{' --quick' if quick else ''}",
         "seeds": list(paper.seeds),
         "seconds": sum(of["seconds"] for seeds in arms.values() for of in seeds.values()),
         "method": method(len(paper.seeds)),
