@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxmp.commands.command import Command, require_path
-from jaxmp.errors import DONE, STOPPED
+from jaxmp.errors import DONE, STOPPED, InputError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Options:
     their claims and verdicts."""
     quick: bool = False
     """Run a small version in less than a minute, with results in WORKDIR/PAPER/quick; its verdicts need more size."""
+    tables: bool = False
+    """Run nothing: judge the paper's results.json again, and make its tables and plots from that."""
     workdir: str = "runs"
     """Folder for the runs; runs that exist are resumed, or read if they are finished."""
 
@@ -33,7 +36,15 @@ def reproduce(options: Options) -> int:
         print(_list())
         return DONE
     folder = study.find(options.paper)
-    results = study.reproduce(folder, quick=options.quick, workdir=options.workdir)
+    if options.tables:
+        if options.quick:
+            raise InputError("--tables makes those of the full study; expected it without --quick")
+        kept = study.committed(folder)
+        if kept is None:
+            raise InputError(f"--tables: no {study.RESULTS} in {folder}; expected jaxmp reproduce {folder.name} first")
+        results: dict[str, Any] | None = study.judged(study.load(folder, quick=False), kept)
+    else:
+        results = study.reproduce(folder, quick=options.quick, workdir=options.workdir)
     if results is None:
         return STOPPED
     path = study.save(folder, results, options.workdir)

@@ -78,6 +78,9 @@ def test_a_study_writes_tables_plots_and_verdicts_and_is_resumed_until_its_code_
     assert main(["reproduce", "bits"]) == 0
     assert len(calls.read_text().splitlines()) == 10, "computed again what was there"
     assert (folder / "README.md").read_text() == first
+    (folder / "README.md").write_text("# Bits\n\nProse.\n")
+    assert main(["reproduce", "bits", "--tables"]) == 0
+    assert len(calls.read_text().splitlines()) == 10 and (folder / "README.md").read_text() == first
     paper(edit=" + 0.5")
     assert main(["reproduce", "bits", "--quick"]) == 0
     assert len(calls.read_text().splitlines()) == 14, "read what other code had computed"
@@ -100,12 +103,13 @@ def test_papers_are_listed_with_their_claims_and_verdicts(paper, capsys):
     [
         (("4 bits", "8 bits"), "bit", "paper 'bit': no paper.py in experiments/bit; expected one of bits, "),
         (("4 bits", "8 bits"), "bit", "did you mean 'bits'?"),
+        (("4 bits", "8 bits"), "bits --tables", "--tables: no results.json in experiments/bits; expected jaxmp"),
         (("4 bits", "8 bit"), "bits", "claim 'fewer-bits': no arm '8 bit'; did you mean '8 bits'?"),
     ],
 )
 def test_a_paper_that_is_not_there_or_is_wrong_is_one_message(paper, capsys, arms, argument, message):
     paper(arms=arms)
-    assert main(["reproduce", argument]) == 2
+    assert main(["reproduce", *argument.split()]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
 
