@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import evaluation_batches
+from jaxmp.deploy.accuracy import Trade, labels_of, trade
 from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
 from jaxmp.deploy.predict import Artefact
@@ -40,9 +41,6 @@ ACTIVATIONS = {"int8": "int8:channel", "e4m3": "e4m3:channel"}
 SMALLEST = 2
 """least number of axes of a weight that is quantised: biases, scales and statistics stay"""
 
-CONFIDENCE = 1.96
-"""standard errors on each side of a 95 % interval"""
-
 
 class Layer(NamedTuple):
     """A weight, and what it is stored in."""
@@ -58,25 +56,6 @@ class Layer(NamedTuple):
     """why it stays; "" if it is quantised"""
 
 
-class Accuracy(NamedTuple):
-    """How often decisions are right, on the rows that were measured."""
-
-    right: int
-    rows: int
-
-    @property
-    def share(self) -> float:
-        """The share of right decisions."""
-        return self.right / self.rows
-
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % interval (Wilson 1927)."""
-        from scipy import stats
-
-        found = stats.binomtest(self.right, self.rows).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-
-
 @dataclasses.dataclass(frozen=True)
 class Quantised:
     """A quantised model and what was measured of it; printed, a report."""
@@ -85,12 +64,9 @@ class Quantised:
     """the exported folder, read back"""
     layers: tuple[Layer, ...]
     """every weight of the model"""
-    before: Accuracy | None
-    """of the run itself, on the split of the certificate; None where the task decides nothing that is labelled"""
-    after: Accuracy | None
-    """of the quantised model, on the same rows"""
-    change: tuple[float, float, float] | None
-    """change of the share of right decisions, and its 95 % interval, by pairs of decisions"""
+    trade: Trade | None
+    """accuracy of the run and of the quantised model on the split of the certificate; None where the task decides
+    nothing that is labelled"""
     flops: dict[str, int]
     """FLOPs of products for one row, by dtype; those of a format that no device here has run in the dtype named"""
 
@@ -112,15 +88,8 @@ class Quantised:
         lines = [table(rows, header=("weight", "shape", "stored in", "bytes"), right=(3,)), ""]
         ratio = self.nbytes_before / self.nbytes
         lines.append(f"bytes            {self.nbytes:,} of {self.nbytes_before:,}, {ratio:.2f} times fewer")
-        if self.before and self.after and self.change:
-            for name, found in (("run", self.before), ("quantised", self.after)):
-                low, high = found.interval()
-                lines.append(
-                    f"{name:<16} accuracy {100 * found.share:.2f} % ({100 * low:.2f} to {100 * high:.2f}), "
-                    f"{found.right:,} of {found.rows:,}"
-                )
-            change, low, high = (100 * each for each in self.change)
-            lines.append(f"change           {change:+.2f} points ({low:+.2f} to {high:+.2f}), by pairs of decisions")
+        if self.trade is not None:
+            lines += self.trade.lines("quantised")
         flops = ", ".join(f"{dtype} {count:,}" for dtype, count in self.flops.items())
         lines.append(f"FLOPs a row      {flops or 'none'}")
         return "\n".join(lines)
@@ -192,8 +161,7 @@ def quantise(
     }
     write_folder(run, state, packed, folder, measured, tree=tree, how=how, platforms=platforms)
     artefact = load(folder)
-    before, after, change = _accuracy(artefact, run, state, measured)
-    return Quantised(artefact, layers, before, after, change, _flops(packed, measured))
+    return Quantised(artefact, layers, _trade(artefact, packed, run, state, measured), _flops(packed, measured))
 
 
 def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
@@ -286,46 +254,14 @@ def _layer(name: str, leaf: Any, format: BlockFormat | None, patterns: Sequence[
     return Layer(name, np.shape(leaf), str(format), packed_weight(name, leaf, format).nbytes, before, "")
 
 
-def _labels(run: Run, batch: Mapping[str, np.ndarray], decided: np.ndarray | None) -> np.ndarray | None:
-    """The labels that decisions are compared with, where the task has them."""
-    labels = batch.get(getattr(run.experiment.task, "target", ""))
-    if labels is None or decided is None or labels.shape != decided.shape or labels.dtype.kind not in "iub":
-        return None
-    return labels
+def _trade(artefact: Artefact, of: Forward, run: Run, state: Any, measured: Measured) -> Trade | None:
+    """The accuracy of the run and of its artefact on the rows of the certificate; `of` is what was exported."""
 
+    def of_artefact(batch: Mapping[str, Any]) -> Any:
+        found = artefact.leaves(artefact(**{name: np.asarray(jnp.asarray(batch[name])) for name in artefact.inputs}))
+        return of.unflatten([jnp.asarray(leaf) for leaf in found.values()])
 
-def _accuracy(
-    artefact: Artefact, run: Run, state: Any, measured: Measured
-) -> tuple[Accuracy | None, Accuracy | None, tuple[float, float, float] | None]:
-    """Right decisions of the run and of an artefact, and the change with its 95 % interval.
-
-    The interval is that of a difference of paired proportions, with half an observation in each cell of disagreement
-    (A. Agresti and Y. Min, Statistics in Medicine 24, 2005).
-    """
-    task, right = run.experiment.task, []
-    for batch in evaluation_batches(measured.source, run.experiment.data.eval_batch_size):
-        there = int(np.sum(batch["weight"]))
-        own = run.outputs(batch, state)
-        mine = artefact.leaves(artefact(**{name: np.asarray(jnp.asarray(batch[name])) for name in artefact.inputs}))
-        leaves, structure = jax.tree.flatten(own)
-        del leaves
-        both = [
-            decisions(task, outputs)
-            for outputs in (own, jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in mine.values()]))
-        ]
-        labels = _labels(run, batch, both[0])
-        if labels is None:
-            return None, None, None
-        right.append(np.stack([(each == labels)[:there].ravel() for each in both if each is not None]))
-    first, second = np.concatenate(right, axis=1)
-    count = first.size
-    lost, won = int(np.sum(first & ~second)), int(np.sum(second & ~first))
-    change = (won - lost) / count
-    b, c = won + 0.5, lost + 0.5
-    error = math.sqrt(b + c - (b - c) ** 2 / (count + 2)) / (count + 2)
-    middle = (b - c) / (count + 2)
-    interval = change, middle - CONFIDENCE * error, middle + CONFIDENCE * error
-    return Accuracy(int(first.sum()), count), Accuracy(int(second.sum()), count), interval
+    return trade(run, measured.source, lambda batch: run.outputs(dict(batch), state), of_artefact)
 
 
 def _flops(of: Forward, measured: Measured) -> dict[str, int]:
@@ -410,7 +346,7 @@ class _Judge:
             there = int(np.sum(batch["weight"]))
             leaves = self._program(given, [], [np.asarray(jnp.asarray(batch[name])) for name in self._of.inputs])
             decided = decisions(run.experiment.task, self._of.unflatten(leaves))
-            labels = _labels(run, batch, decided)
+            labels = labels_of(run, batch, decided)
             if labels is None or decided is None or len(leaves) != 1:
                 raise InputError(
                     f"--budget: {type(run.experiment.task).__name__} decides nothing that the data label; expected a "

@@ -91,9 +91,9 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
         assert all(float(each.split(":")[1].split()[0]) > budget - 0.005 for each in said[:-1])
         sizes.append(found.nbytes)
     assert sizes[0] < sizes[1] < sizes[2] == found.nbytes_before
-    assert found.before and found.after and found.change and found.before.rows == 20
-    change, low, high = found.change
-    assert change == pytest.approx(found.after.share - found.before.share) and low <= change <= high
+    assert found.trade is not None and found.trade.before.rows == 20
+    change, low, high = found.trade.change
+    assert change == pytest.approx(found.trade.after.share - found.trade.before.share) and low <= change <= high
 
 
 @pytest.mark.full_size
