@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import evaluation_batches
+from jaxmp.deploy import calibrate as static
 from jaxmp.deploy.accuracy import Trade, labels_of, trade
 from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
@@ -56,6 +57,30 @@ class Layer(NamedTuple):
     """why it stays; "" if it is quantised"""
 
 
+class Calibrated(NamedTuple):
+    """Activations with static scales, and how far they reach beyond them."""
+
+    format: str
+    rows: int
+    """rows of the training split from which the scales were made"""
+    clipped: dict[str, float]
+    """share of the inputs of each product that is clipped, on the rows of the certificate, by layer"""
+    share: float
+    """share of the inputs of all products that is clipped"""
+    unrounded: tuple[str, ...]
+    """layers whose inputs stay as they are"""
+
+    def lines(self) -> list[str]:
+        """What was calibrated, in words."""
+        most = max(self.clipped, key=lambda layer: self.clipped[layer], default=None)
+        worst = "" if most is None or not self.clipped[most] else f", at most {self.clipped[most]:.4%} in {most}"
+        found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
+        found.append(f"clipped          {self.share:.4%} of the inputs of products{worst}")
+        if self.unrounded:
+            found.append(f"not rounded      the inputs of {', '.join(self.unrounded)}")
+        return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantised:
     """A quantised model and what was measured of it; printed, a report."""
@@ -67,6 +92,8 @@ class Quantised:
     trade: Trade | None
     """accuracy of the run and of the quantised model on the split of the certificate; None where the task decides
     nothing that is labelled"""
+    calibration: Calibrated | None
+    """of activations with static scales; None without them"""
     flops: dict[str, int]
     """FLOPs of products for one row, by dtype; those of a format that no device here has run in the dtype named"""
 
@@ -88,6 +115,8 @@ class Quantised:
         lines = [table(rows, header=("weight", "shape", "stored in", "bytes"), right=(3,)), ""]
         ratio = self.nbytes_before / self.nbytes
         lines.append(f"bytes            {self.nbytes:,} of {self.nbytes_before:,}, {ratio:.2f} times fewer")
+        if self.calibration is not None:
+            lines += self.calibration.lines()
         if self.trade is not None:
             lines += self.trade.lines("quantised")
         flops = ", ".join(f"{dtype} {count:,}" for dtype, count in self.flops.items())
@@ -101,6 +130,7 @@ def quantise(
     output: str | Path,
     weights: str = "int8",
     activations: str | None = None,
+    calibrate: int | None = None,
     checkpoint: Literal["best", "last", "ema"] = "best",
     keep: Sequence[str] = (),
     budget: float | None = None,
@@ -120,6 +150,8 @@ def quantise(
       weights: int8, int4, e4m3, mxfp8, nvfp4, or any block format (`jaxmp.parse_block_format`), such as int4:group32.
       activations: int8 or e4m3: the inputs of products are rounded, too, with a scale for each vector that is summed
         over, made anew for each row. This is emulated.
+      calibrate: number of training batches from which one static scale is made for the input of each product, its
+        largest magnitude there, in the place of scales that are made anew; see `jaxmp.deploy.calibrate`.
       checkpoint: whose weights, as `jaxmp.export` takes them.
       keep: patterns of weights that stay as they are, such as Dense_1 or **/embedding.
       budget: points of accuracy that may be lost on the validation split. Each weight then gets the fewest bits that
@@ -139,9 +171,17 @@ def quantise(
     patterns = [Pattern(text) for text in keep]
     check(run, folder, checkpoint, platforms, option="checkpoint")
     tree = _with_activations(run.experiment.policy, activations)
+    if calibrate is not None and activations is None:
+        raise InputError(f"--calibrate {calibrate}: there is nothing to calibrate; expected --activations beside it")
     measured = Measured.of_run(run, split, rows)
     state = chosen_state(run, checkpoint, option="checkpoint")
-    of = forward(run, state, measured.source, precision=str(tree))
+    calibration = None
+    if activations is None or calibrate is None:
+        of = forward(run, state, measured.source, precision=str(tree))
+    else:
+        found = static.calibrate(run, state, activations, batches=calibrate)
+        calibration, tree = _calibrated(run, state, measured, activations, found), found.tree
+        of = forward(run, found.state, measured.source, precision=str(tree))
     for pattern in patterns:
         if not any(pattern.covers(name) for name in of.weights):
             raise InputError(f"keep {pattern}: no such weight; {pattern.what_there_is(of.weights)}")
@@ -158,10 +198,11 @@ def quantise(
         "step": int(state.step),
         "formats": {layer.path: layer.format for layer in layers},
         "activations": activations,
-    }
+    } | ({} if calibration is None else {"calibration": calibration._asdict()})
     write_folder(run, state, packed, folder, measured, tree=tree, how=how, platforms=platforms)
     artefact = load(folder)
-    return Quantised(artefact, layers, _trade(artefact, packed, run, state, measured), _flops(packed, measured))
+    trade_ = _trade(artefact, packed, run, state, measured)
+    return Quantised(artefact, layers, trade_, calibration, _flops(packed, measured))
 
 
 def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
@@ -185,6 +226,16 @@ def _with_activations(tree: PolicyTree, activations: str | None) -> PolicyTree:
     if tree.default.recipe is not None or tree.default.operands is not None:
         raise InputError(f"--activations {activations}: the run's policy {tree} rounds the inputs of products already")
     return PolicyTree.parse(f"{tree},fprop={ACTIVATIONS[activations]}/high")
+
+
+def _calibrated(run: Run, state: Any, measured: Measured, format: str, found: static.Calibration) -> Calibrated:
+    """How much of the inputs of products lies beyond the static scales, on the rows of the certificate."""
+    counts = static.clipped(run, state, measured.source, found)
+    by_layer = {
+        f"{path or '(model)'}" + (f" {n}" if n else ""): above / size for (path, n), (above, size) in counts.items()
+    }
+    above, size = (sum(each[index] for each in counts.values()) for index in (0, 1))
+    return Calibrated(format, found.rows, by_layer, above / max(size, 1), found.unrounded)
 
 
 def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:

@@ -105,11 +105,26 @@ def test_the_sparsity_grows_by_the_cubic_schedule_and_no_weight_comes_back():
         assert float(state.sparsity) == np.float32(share)
 
 
+@pytest.mark.slow
+def test_of_weights_that_became_zero_those_that_were_pruned_stay_pruned():
+    pruning, weights = Pruning(0.5, end=0.5, rounds=2), {"kernel": jnp.arange(10.0, 0, -1).reshape(5, 2)}
+    tx = magnitude_pruning(optax.sgd(1.0), pruning, steps=8)
+    state = tx.init(weights)
+    for _ in range(5):
+        updates, state = tx.update({"kernel": jnp.zeros((5, 2))}, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        pruned = ~np.asarray(state.masks["kernel"]).ravel()
+        if pruned.sum() == 4:
+            assert np.array_equal(np.flatnonzero(pruned), [6, 7, 8, 9])
+            weights = {"kernel": jnp.zeros((5, 2))}
+    assert np.array_equal(np.flatnonzero(pruned), [0, 6, 7, 8, 9])
+
+
 KINDS = {
     "scaled, skipping": (jnp.float32, "nearest", (0, 3, 4, 7)),
     "bf16, Kahan": (jnp.bfloat16, "kahan", (3,)),
     "bf16, stochastic": (jnp.bfloat16, "stochastic", (3,)),
-    "fp16, nearest": (jnp.float16, "nearest", (0, 5)),
+    "fp16, Kahan": (jnp.float16, "kahan", (0, 5)),
 }
 
 
