@@ -33,9 +33,9 @@ class Options:
 def prune(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Trains a run again with pruning, from its best weights, and prints what that costs and saves.
 
-    RUN is a run folder. Any field of its experiment can be changed: --pruning.sparsity 0.9, --pruning.structure 2:4,
-    --pruning.keep Conv_0, --loop.epochs 2. The pruned run is an ordinary run folder; the same command resumes it.
-    With CONFIG, its run without pruning is trained first, unless it is there.
+    Of a run folder, any field of the experiment can be changed: --pruning.sparsity 0.9, --pruning.structure 2:4.
+
+    With CONFIG, its run without pruning is trained first, unless it is there. The same command resumes both.
     """
     import dataclasses
 

@@ -10,7 +10,7 @@ import pytest
 from deployed_runs import images, load, trained
 
 import jaxmp
-from jaxmp import InputError
+from jaxmp import Arrays, InputError
 from jaxmp.deploy.calibrate import calibrate, clipped
 from jaxmp.deploy.quantise import packed_weight, quantise, unpacked_weight
 
@@ -30,9 +30,10 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return trained(
-        tmp_path_factory.mktemp("small"), "float32", model=nn.Sequential([_flat, nn.Dense(8), nn.relu, nn.Dense(3)])
-    )
+    model = nn.Sequential([_flat, nn.Dense(8), nn.relu, nn.Dense(3)])
+    # With this mean most inputs are negative, the largest among them.
+    data = Arrays(load, batch_size=10, eval_batch_size=8, mean=(0.7,))
+    return trained(tmp_path_factory.mktemp("small"), "float32", model=model, data=data)
 
 
 def _flat(image):
@@ -42,7 +43,7 @@ def _flat(image):
 def inputs_of_layers(run, image):
     """The inputs of the two layers and the outputs, in float64; and the parameters."""
     params = {name: np.asarray(leaf, np.float64) for name, leaf in run.weights("best").items()}
-    first = image.reshape(len(image), -1).astype(np.float64) / 255 - np.float32(0.3)
+    first = image.reshape(len(image), -1).astype(np.float64) / 255 - np.float32(0.7)
     second = np.maximum(first @ params["layers_1/kernel"] + params["layers_1/bias"], 0)
     return first, second, params
 
