@@ -34,7 +34,6 @@ from jaxmp.modules.linen import (
     with_policy,
 )
 from jaxmp.modules.model import as_model
-from jaxmp.precision.policy import parse_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.samples import Samples, Sampling, Trained
@@ -428,15 +427,11 @@ class Trainer:
         return lambda state, batch: compiled(state, batch, self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
-        """The function of `make_block_ranges` for the recipes of the policy; None if nothing is rounded in blocks.
-
-        Raises: InputError if a rule of the policy matches no module.
-        """
+        """The function of `make_block_ranges`; None if the policy rounds nothing with scales."""
         if not any(block_operands(policy.recipe) for policy in self.experiment.policy.policies):
             return None
-        recipes = {row.module: parse_policy(row.policy).recipe for row in self.explain()}
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
-        return make_block_ranges(of.loss_fn, recipes, accumulate_steps=parts, trains=of.trains)
+        return make_block_ranges(of.loss_fn, accumulate_steps=parts, trains=of.trains)
 
     def _compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Any:
         """What `make` makes, jitted; made at the first call with this name."""
