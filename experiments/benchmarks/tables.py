@@ -1,0 +1,138 @@
+"""The tables of README.md: a function for each benchmark, from its result to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def origin(key: str, file: str, result: dict[str, Any]) -> str:
+    """Says what made a result: device, versions, load and command."""
+    versions = result.get("versions") or result["provenance"]["versions"]
+    device, command = key.partition(" on ")[2], result.get("command") or result["provenance"]["command"]
+    words = command if isinstance(command, str) else f"python {' '.join(command)}"
+    return f"({device}, JAX {versions['jax']}; [{file}](results/{file}), from `{words}`)"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Ratios to the hand-written step; of the fastest rounds."""
+    parts = []
+    for kind in ("one step a dispatch", "many steps a dispatch"):
+        measured = {key: each[kind] for key, each in result["results"].items()}
+        names = list(dict.fromkeys(name for each in measured.values() for name in each if isinstance(each[name], dict)))
+        rows = []
+        for key, each in measured.items():
+            base = each["hand-written"]["min_us"]
+            cells = [f"{each[name]['ratio']:.2f}" if name in each else "" for name in names if name != "hand-written"]
+            rows.append([key, f"{base:,.0f} us", *cells])
+        parts.append(f"{kind[0].upper()}{kind[1:]}, time / hand-written, fastest of {result['rounds']} rounds:\n\n")
+        parts.append(markdown(["", *(name for name in names)], rows) + "\n")
+    loads = [each["load"][0] for each in result["results"].values()]
+    parts.append(f"Load of the machine, processes that wanted a core: {min(loads):.1f} to {max(loads):.1f}.\n")
+    return "".join(parts)
+
+
+def step_time(result: dict[str, Any]) -> str:
+    """Ratios of jaxmp's step, in float16, and of many steps in one dispatch."""
+    rows = [
+        [
+            name,
+            f"{min(each['min'] for each in of['microseconds'].values()):,.0f} us",
+            pair,
+            f"{ratio['min']:.2f}",
+            f"{ratio['median']:.2f}",
+        ]
+        for name, of in result["results"].items()
+        for pair, ratio in of["ratio"].items()
+    ]
+    return markdown(["model", "fastest step", "", "fastest", "median"], rows)
+
+
+def ranges_cost(result: dict[str, Any]) -> str:
+    """The share of the processor time that ranges take."""
+    rows = [
+        [name, f"{of['processor']['step_ms']:.2f} ms", f"{of['processor']['share']:.1%}"]
+        for name, of in result["results"].items()
+    ]
+    return markdown(["config", "step", f"ranges every {result['every']} steps cost"], rows)
+
+
+def watch_cost(result: dict[str, Any]) -> str:
+    """What hooks and lines cost beside a step."""
+    of = result["results"]
+    rows = [[name, f"{us:.2f} us", f"{of['share'][name]:.3%}"] for name, us in of["added_us"].items()]
+    return markdown([f"{result['config']}: a step of {of['step_us'] / 1000:.1f} ms", "adds", "share"], rows)
+
+
+def audit_time(result: dict[str, Any]) -> str:
+    """The seconds of an audit."""
+    rows = [[name, f"{seconds:.2f} s"] for name, seconds in result["fastest"].items()]
+    return markdown([f"{result['layers']} layers, {result['parameters']:,} parameters", "fastest"], rows)
+
+
+def tune_digits(result: dict[str, Any]) -> str:
+    """What a study takes, and what its best is worth on fresh seeds."""
+    best = result["best"]
+    rows = [
+        ["wall seconds", f"{result['wall_seconds']:.0f}"],
+        ["processor seconds", f"{result['cpu_seconds']:.0f}"],
+        ["trials", len(result["states"])],
+        ["best trial", f"{best['trial']}: {', '.join(f'{k} {v}' for k, v in best['params'].items())}"],
+        ["its validation loss, on the seed that chose it", f"{best['validation_loss']:.4f}"],
+    ]
+    for split in ("validation", "test"):
+        of = result[f"{split}_loss"]
+        seeds, pair = len(of["seeds"]), of["best_minus_default"]
+        rows.append(
+            [
+                f"{split} loss beside the default's, {seeds} fresh seeds",
+                f"{pair['mean']:+.4f} (95 %: {pair['low']:+.4f} to {pair['high']:+.4f})",
+            ]
+        )
+    return markdown(["a study", result["command"] if isinstance(result["command"], str) else ""], rows)
+
+
+def pipelines(result: dict[str, Any]) -> str:
+    """Examples a second of the pipelines, and their share of a step."""
+    rows = [
+        [
+            name,
+            f"{of['examples_per_second']:,}",
+            f"{of['step_ms']} ms" if "step_ms" in of else "",
+            f"{of['share']:.1%}" if "share" in of else "",
+        ]
+        for name, of in result["results"].items()
+    ]
+    return markdown(["config", "examples/s of one core", "step", "pipeline's share"], rows)
+
+
+def streamed_memory(result: dict[str, Any]) -> str:
+    """The memory of a run on a streamed set."""
+    of = result["result"]
+    rows = [[name, f"{mib} MiB"] for name, mib in of["largest_mib"].items()]
+    return markdown([f"largest memory, streaming {of['set_mib']:,} MiB", ""], rows)
+
+
+def gate_errors(result: dict[str, Any]) -> str:
+    """How often a gate accepts what is worse by just its margin."""
+    of = result["wrong_acceptances"]
+    names = list(next(iter(of.values())))
+    rows = [[distribution, *(f"{row[name]:.1%}" for name in names)] for distribution, row in of.items()]
+    return markdown([f"differences of pairs, {result['studies']:,} studies", *names], rows)
+
+
+def h100_program(result: dict[str, Any]) -> str:
+    """Kernels and temporaries of the compiled programs."""
+    rows = [
+        [config, target, precision, program["kernels"], f"{program['memory of a GPU, in bytes']['temporaries']:,}"]
+        for config, targets in result["results"].items()
+        for target, precisions in targets.items()
+        for precision, program in precisions.items()
+    ]
+    return markdown(["config", "target", "precision", "kernels", "bytes of temporaries"], rows)
