@@ -12,7 +12,9 @@ day's file is gone on with where the benchmark can, and else measured again.
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -33,6 +35,10 @@ README = FOLDER / "README.md"
 OWN, PEERS = "own", "peers"
 BENCHMARKS = {
     "peers": PEERS,
+    "start": PEERS,
+    "growth": OWN,
+    "checkpoint": OWN,
+    "pipeline": PEERS,
     "step_time": OWN,
     "ranges_cost": OWN,
     "watch_cost": OWN,
@@ -44,8 +50,10 @@ BENCHMARKS = {
     "h100_program": OWN,
 }
 """each benchmark, a script of this folder, and the environment that it runs in"""
-QUICK = {"peers"}
+QUICK = {"peers", "start", "growth", "checkpoint", "pipeline"}
 """the benchmarks that have a --quick"""
+PLOTTED = ("start", "growth")
+"""the benchmarks whose script has a `plot(axes, result)`"""
 
 
 def environment() -> Path:
@@ -139,10 +147,33 @@ def with_tables(readme: str, results: dict[str, tuple[str, dict[str, Any]]]) -> 
         name, parts = match[2], []
         for key, (file, result) in results.items():
             if key.partition(" on ")[0] == name:
-                parts.append(f"{getattr(tables, name)(result).rstrip()}\n\n{tables.origin(key, file, result)}\n")
+                plot = f"\n![{name}](results/{name}-{key.partition(' on ')[2]}.svg)\n" if name in PLOTTED else ""
+                table = getattr(tables, name)(result).rstrip()
+                parts.append(f"{table}\n{plot}\n{tables.origin(key, file, result)}\n")
         return f"{match[1]}\n{chr(10).join(parts) or 'Not measured yet.' + chr(10)}\n{match[3]}"
 
     return re.sub(r"(<!-- made by run\.py: (\w+) -->\n).*?(<!-- end -->)", between, readme, flags=re.DOTALL)
+
+
+def draw(results: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> None:
+    """Draws the plot of each newest result whose script has a `plot`, as SVG; not where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed here: the plots stay as they are")
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "jaxmp", "svg.fonttype": "none"}  # the same file of the same result
+    from matplotlib import pyplot
+
+    for key, (_, result) in results.items():
+        name, _, device = key.partition(" on ")
+        if name not in PLOTTED:
+            continue
+        figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+        importlib.import_module(name).plot(axes, result)
+        figure.savefig(folder / f"{name}-{device}.svg", metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def main(
@@ -165,7 +196,9 @@ def main(
     for name in names:
         stem = f"{'quick-' if quick else ''}{device()}-{datetime.date.today().isoformat()}"
         run(name, RESULTS / f"{stem}.json", quick=quick, again=again, extra=list(extra))
-    README.write_text(with_tables(README.read_text(), newest()))
+    found = newest()
+    draw(found, RESULTS)
+    README.write_text(with_tables(README.read_text(), found))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,71 @@ def peers(result: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def start(result: dict[str, Any]) -> str:
+    """Seconds from the shell, and as a ratio to the program by hand."""
+    seconds = result["results"]["seconds"]
+    rows = []
+    for name, of in seconds.items():
+        kind, _, rest = name.partition(", ")
+        base = seconds.get(f"{kind}, hand-written, {rest.rpartition(', ')[2]}")
+        ratios = [f"{of[what]['min'] / base[what]['min']:.2f}" if base else "" for what in ("wall", "processor")]
+        rows.append([name, f"{of['wall']['min']:.2f} s", f"{of['processor']['min']:.2f} s", *ratios])
+    header = ["from the shell", "wall", "processor", "wall / by hand", "processor / by hand"]
+    loaded = f"Fastest of {result['rounds']} rounds; load {result['load'][0]}.\n"
+    return f"{markdown(header, rows)}\n{loaded}"
+
+
+def growth(result: dict[str, Any]) -> str:
+    """The fitted exponents."""
+    rows = []
+    for kind, of in result["results"].items():
+        for what in ("step", "start"):
+            exponents, seconds = of[what]["exponent"], of[what]["seconds"]
+            last = seconds["jaxmp"][-1] / seconds["hand-written"][-1]
+            rows.append([f"{what}, {kind} {of['sizes'][0]} to {of['sizes'][-1]:,}"])
+            rows[-1] += [f"{exponents['jaxmp']:.2f}", f"{exponents['hand-written']:.2f}", f"{last:.2f}"]
+    return markdown(["", "exponent, jaxmp", "by hand", "time / by hand, at the largest"], rows)
+
+
+def checkpoint(result: dict[str, Any]) -> str:
+    """Seconds and GB/s of saving and restoring."""
+    rows = [
+        [f"{size} MB, {kind}"]
+        + [f"{of[kind][name]['min']:.3f} s, {of[kind][name]['GB_per_second']:.2f} GB/s" for name in ("jaxmp", "Orbax")]
+        + [f"{of[kind]['ratio']:.2f}", f"{of[kind]['median_ratio']:.2f}"]
+        for size, of in result["results"].items()
+        for kind in ("blocks", "whole", "restore")
+    ]
+    return markdown(["", "jaxmp", "Orbax", "ratio of the fastest", "median ratio"], rows)
+
+
+def pipeline(result: dict[str, Any]) -> str:
+    """Examples a second of each reader."""
+    rows = [
+        [kind, name, f"{each['examples_per_second']:,.0f}", f"{each['examples_per_processor_second']:,.0f}"]
+        for kind, of in result["results"].items()
+        for name, each in of.items()
+    ]
+    table = markdown(["", "", "examples/s", "examples a second of processor time"], rows)
+    return f"{table}\nFastest of {result['rounds']} rounds; load {result['load'][0]}.\n"
+
+
+def scaling_cost(result: dict[str, Any]) -> str:
+    """Kernels, selects and bytes of each model's program, and what a policy and the scaling add."""
+    rows = []
+    for model, of in result["results"].items():
+        for name, program in of.items():
+            base = of[program["beside"]] if program["beside"] else None
+            cells = [
+                f"{program[key]:,}" + (f" ({program[key] / base[key] - 1:+.1%})" if base and base[key] else "")
+                for key in ("kernels", "selects", "temporaries", "peak")
+            ]
+            rows.append([model, name, program["beside"] or "", *cells])
+    return markdown(
+        ["model", "step", "beside", "kernels", "selects", "bytes of temporaries", "bytes at the peak"], rows
+    )
+
+
 def step_time(result: dict[str, Any]) -> str:
     """Ratios of jaxmp's step, in float16, and of many steps in one dispatch."""
     rows = [
