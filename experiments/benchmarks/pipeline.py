@@ -1,4 +1,4 @@
-"""Measures examples a second of reading shuffled batches: jaxmp beside tfds.as_numpy, plain Grain and torch's DataLoader.
+"""Measures examples a second of shuffled batches: jaxmp beside tfds.as_numpy, plain Grain and torch's DataLoader.
 
     python experiments/benchmarks/run.py pipeline
 

@@ -39,6 +39,7 @@ BENCHMARKS = {
     "growth": OWN,
     "checkpoint": OWN,
     "pipeline": PEERS,
+    "scaling_cost": OWN,
     "step_time": OWN,
     "ranges_cost": OWN,
     "watch_cost": OWN,
@@ -50,7 +51,7 @@ BENCHMARKS = {
     "h100_program": OWN,
 }
 """each benchmark, a script of this folder, and the environment that it runs in"""
-QUICK = {"peers", "start", "growth", "checkpoint", "pipeline"}
+QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost"}
 """the benchmarks that have a --quick"""
 PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""

@@ -44,9 +44,9 @@ class LSTM(nn.Module):
 class Block(nn.Module):
     """A transformer block."""
 
-    def __init__(self, heads: int, width: int):
+    def __init__(self, heads: int, width: int, *, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -55,7 +55,7 @@ class Block(nn.Module):
         """Maps (rows, length, width) to the same shape."""
         rows, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), is_causal=True)
+        y = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).reshape(rows, length, width))
         return x + self.down(nn.functional.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
@@ -63,20 +63,24 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """GPT-2 with tied embeddings."""
 
-    def __init__(self, of: Any, length: int):
+    def __init__(self, of: Any, length: int, *, causal: bool = True):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(of.vocabulary, of.width), nn.Embedding(length, of.width)
-        self.blocks = nn.ModuleList(Block(of.heads, of.width) for _ in range(of.layers))
+        self.blocks = nn.ModuleList(Block(of.heads, of.width, causal=causal) for _ in range(of.layers))
         self.norm = nn.LayerNorm(of.width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Any) -> Any:
-        """Maps tokens (rows, length) to logits."""
+    def hidden(self, tokens: Any) -> Any:
+        """Maps tokens (rows, length) to the last hidden states."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return nn.functional.linear(self.norm(x), self.tokens.weight)
+        return self.norm(x)
+
+    def forward(self, tokens: Any) -> Any:
+        """Maps tokens (rows, length) to logits."""
+        return nn.functional.linear(self.hidden(tokens), self.tokens.weight)
 
 
 def model_of(case: Case) -> nn.Module:
