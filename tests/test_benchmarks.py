@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
@@ -43,19 +44,65 @@ def test_the_newest_result_of_each_device_is_shown_and_none_of_a_quick_run(bench
     assert found == {"peers on cpu": ("cpu-2026-01-02.json", 1), "peers on gpu-x": ("gpu-x-2026-01-01.json", 3)}
 
 
+def test_only_what_is_a_benchmark_is_run(benchmark):
+    with pytest.raises(SystemExit, match="startt: there is no such benchmark; there are peers, start"):
+        benchmark("run").main(("peers", "startt"))
+
+
+def test_the_exponent_is_that_of_the_larger_sizes(benchmark):
+    sizes = [10, 100, 1000, 10_000]
+    seconds = [5.0, 5.0, 1.0, 100.0]
+    assert benchmark("growth").exponent(sizes, seconds) == pytest.approx(2)
+
+
+SMALLEST = {
+    "checkpoint": (("--quick",), {"1"}),
+    "gpu": (
+        ("--quick", "--names", "ceiling of products", "BERT-base", "--contenders", "TF32", "bfloat16"),
+        {"ceiling of products", "BERT-base"},
+    ),
+    "pipeline": (("--quick",), {"arrays in memory", "npy files"}),
+    "scaling_cost": (
+        ("--quick", "--target", "cpu", "--models", "digits CNN", "--steps", "float32", "mixed_bfloat16"),
+        {"digits CNN"},
+    ),
+}
+WHOLE = {
+    "gpu": (("--quick",), {"LSTM", "ResNet-50", "ViT-B/16", "GPT-2 124M", "BERT-base", "digits to 50 %"}),
+    "growth": (("--quick",), {"leaves", "layers", "scanned layers", "devices"}),
+    "peers": (("--size", "tiny", "--quick"), {f"{model}, float16" for model in ("MLP", "CNN", "LSTM", "transformer")}),
+    "scaling_cost": (("--quick", "--target", "cpu"), {"ResNet-50", "GPT-2 124M"}),
+    "start": (("--quick",), {"seconds", "parts"}),
+}
+
+
+def made(benchmark, name, arguments, output):
+    """The results of a script, which `tables` can show."""
+    found = tyro.cli(benchmark(name).main, args=["--output", str(output), *arguments])
+    assert found is None
+    result = json.loads(output.read_text())
+    assert benchmark("tables").__dict__[name](result).count("|") > 8
+    return result["results"]
+
+
 @pytest.mark.slow
-def test_peers_train_the_same_models(benchmark, tmp_path):
-    peers = benchmark("peers")
-    output = tmp_path / "peers.json"
-    peers.main(output, size="tiny", models=("MLP",), precisions=("float16",), quick=True)
-    (result,) = json.loads(output.read_text())["results"].values()
-    assert {"jaxmp", "hand-written"} <= set(result["one step a dispatch"])
-    assert {"jaxmp, steps()", "jaxmp, fit()", "hand-written"} <= set(result["many steps a dispatch"])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_runs_at_its_smallest(benchmark, tmp_path, monkeypatch, name):
+    monkeypatch.delenv("JAXMP_DATA", raising=False)
+    arguments, keys = SMALLEST[name]
+    assert set(made(benchmark, name, arguments, tmp_path / "result.json")) == keys
 
 
 @pytest.mark.full_size
-def test_peers_train_each_model_in_each_precision(benchmark, tmp_path):
-    peers = benchmark("peers")
-    output = tmp_path / "peers.json"
-    peers.main(output, size="tiny", quick=True)
-    assert len(json.loads(output.read_text())["results"]) == 12
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_benchmark_runs_whole_at_toy_size(benchmark, tmp_path, name):
+    arguments, keys = WHOLE[name]
+    assert keys <= set(made(benchmark, name, arguments, tmp_path / "result.json"))
+
+
+@pytest.mark.full_size
+def test_a_benchmark_that_was_cut_off_goes_on_where_it_stopped(benchmark, tmp_path):
+    output = tmp_path / "result.json"
+    first = made(benchmark, "growth", ("--quick", "--kinds", "leaves"), output)
+    both = made(benchmark, "growth", ("--quick", "--kinds", "leaves", "scanned layers"), output)
+    assert both["leaves"] == first["leaves"] and set(both) == {"leaves", "scanned layers"}

@@ -61,7 +61,11 @@ def saving_by_orbax(folder: Path, arrays: Any) -> tuple[Callable[[int], None], C
         for path in saved[:-1]:
             shutil.rmtree(path, ignore_errors=True)
 
-    return save, wait, lambda: checkpointer.restore(saved[-1])
+    def restore() -> Any:
+        how = ocp.checkpoint_utils.construct_restore_args(arrays)
+        return checkpointer.restore(saved[-1], args=ocp.args.PyTreeRestore(arrays, restore_args=how))
+
+    return save, wait, restore
 
 
 def measure(megabytes: int, rounds: int) -> dict[str, Any]:

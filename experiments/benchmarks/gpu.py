@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
-from interleaved import Run, interleave, load, timed
+from interleaved import Run, interleave, load, runs_here, timed
 from large_models import Workload, workloads
 
 from jaxmp import DynamicScaler, TrainState, fit, loss_scaling, make_train_step
@@ -115,16 +115,22 @@ def contender(workload: Workload, precision: str, *, scaled: bool) -> tuple[Run,
     return timed(steps), facts
 
 
-def of_model(workload: Workload, rounds: int, seconds: float, most: float | None) -> dict[str, Any]:
+def of_model(
+    workload: Workload, contenders: tuple[str, ...], rounds: int, seconds: float, most: float | None
+) -> dict[str, Any]:
     """Times all contenders on one model.
 
     Args:
       workload: what is trained.
+      contenders: of `CONTENDERS`, "TF32" and "bfloat16" among them.
       rounds: number of rounds.
       seconds: seconds of the fastest in a round.
       most: FLOP/s of a large product in bfloat16, measured before.
     """
-    found = {name: contender(workload, precision, scaled=scaled) for name, (precision, scaled) in CONTENDERS.items()}
+    found = {}
+    for name in contenders:
+        precision, scaled = CONTENDERS[name]
+        found[name] = contender(workload, precision, scaled=scaled)
     runs: dict[str, Run] = {name: run for name, (run, _) in found.items()}
     facts: dict[str, dict[str, Any]] = {name: fact for name, (_, fact) in found.items()}
     if importlib.util.find_spec("torch"):
@@ -133,7 +139,7 @@ def of_model(workload: Workload, rounds: int, seconds: float, most: float | None
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         for name, half in (("torch, TF32", None), ("torch, bfloat16", "bfloat16"), ("torch, float16", "float16")):
             steps = torch_large.make_steps(workload, half=half, device=device)
-            if steps is not None:
+            if steps is not None and runs_here(name, timed(steps)):
                 runs[name], facts[name] = timed(steps), {"step_flops": facts["bfloat16"]["step_flops"]}
     times = interleave(runs, rounds=rounds, seconds=seconds)
     kind, result = jax.devices()[0].device_kind, {}
@@ -181,7 +187,9 @@ def to_accuracy(config: str, accuracy: float) -> dict[str, Any]:
     }
 
 
-def blocks(rounds: int, seconds: float, *, toys: bool) -> dict[str, Callable[[dict[str, Any]], Any]]:
+def blocks(
+    contenders: tuple[str, ...], rounds: int, seconds: float, *, toys: bool
+) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """Returns what is measured, by name: functions of the results so far."""
 
     def most(results: dict[str, Any]) -> float | None:
@@ -192,7 +200,9 @@ def blocks(rounds: int, seconds: float, *, toys: bool) -> dict[str, Callable[[di
     }
     for name, workload in workloads(toys=toys).items():
         if name not in ("digits CNN", "ResNet-18"):
-            found[name] = lambda results, workload=workload: of_model(workload, rounds, seconds, most(results))
+            found[name] = lambda results, workload=workload: of_model(
+                workload, contenders, rounds, seconds, most(results)
+            )
     for name, (config, accuracy) in (TOY_ACCURACY if toys else TO_ACCURACY).items():
         found[name] = lambda results, config=config, accuracy=accuracy: to_accuracy(config, accuracy)
     return found
@@ -201,6 +211,7 @@ def blocks(rounds: int, seconds: float, *, toys: bool) -> dict[str, Callable[[di
 def main(
     output: Path | None = None,
     names: tuple[str, ...] = (),
+    contenders: tuple[str, ...] = tuple(CONTENDERS),
     rounds: int = 9,
     seconds: float = 1.0,
     toys: bool = False,
@@ -211,6 +222,7 @@ def main(
     Args:
         output: JSON file to write; none by default. What it has already is not measured again.
         names: Blocks to measure; all by default.
+        contenders: Precisions of jaxmp to measure, TF32 and bfloat16 among them.
         rounds: Number of rounds.
         seconds: Seconds of the fastest in a round.
         toys: The smallest models instead of the large ones, on any device.
@@ -220,7 +232,7 @@ def main(
     results: dict[str, Any] = kept.get("results", {})
     how = {"rounds": 1, "seconds": 0.002} if quick else {"rounds": rounds, "seconds": seconds}
     failed = []
-    for name, measure in blocks(**how, toys=toys or quick).items():
+    for name, measure in blocks(contenders, **how, toys=toys or quick).items():
         if (names and name not in names) or name in results:
             continue
         began = time.perf_counter()

@@ -26,6 +26,16 @@ def timed(steps: Callable[[int], Any]) -> Run:
     return run
 
 
+def runs_here(name: str, run: Run) -> bool:
+    """Whether a first step runs; says so where it raises RuntimeError, as float16 LSTMs of torch on a CPU."""
+    try:
+        run(1)
+    except RuntimeError as error:
+        print(f"left out: {name}, {str(error).partition(chr(10))[0]}", flush=True)
+        return False
+    return True
+
+
 def interleave(runs: Mapping[str, Run], *, rounds: int, seconds: float, most: int = 5000) -> dict[str, list[float]]:
     """Runs all of `runs` in every round, in alternating order; returns the seconds of a step in each round, by name.
 

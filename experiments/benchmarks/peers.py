@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from interleaved import Run, interleave, load, summary, timed
+from interleaved import Run, interleave, load, runs_here, summary, timed
 from peer_steps import hand_written, jaxmp_itself
 from peer_steps.cases import Case, cases
 
@@ -151,9 +151,11 @@ def one_step_a_dispatch(case: Case, precision: str, how: Settings, steps: dict[s
     runs = {name: singly(step, state, batch) for name, (step, state) in steps.items()}
     torch_amp = module_of("torch_amp")
     if torch_amp is not None:
-        runs["torch, eager"] = timed(torch_amp.make_steps(case, precision))
-        if how.torch_compile:
-            runs["torch, compiled"] = timed(torch_amp.make_steps(case, precision, compiled=True))
+        kinds = {"torch, eager": False} | ({"torch, compiled": True} if how.torch_compile else {})
+        for name, compiled in kinds.items():
+            run = timed(torch_amp.make_steps(case, precision, compiled=compiled))
+            if runs_here(name, run):
+                runs[name] = run
     return summary(interleave(runs, rounds=how.rounds, seconds=how.seconds), BASELINE)
 
 

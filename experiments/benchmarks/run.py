@@ -40,6 +40,7 @@ BENCHMARKS = {
     "checkpoint": OWN,
     "pipeline": PEERS,
     "scaling_cost": OWN,
+    "gpu": PEERS,
     "step_time": OWN,
     "ranges_cost": OWN,
     "watch_cost": OWN,
@@ -51,7 +52,7 @@ BENCHMARKS = {
     "h100_program": OWN,
 }
 """each benchmark, a script of this folder, and the environment that it runs in"""
-QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost"}
+QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost", "gpu"}
 """the benchmarks that have a --quick"""
 PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""

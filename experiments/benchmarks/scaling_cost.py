@@ -61,9 +61,7 @@ def counted(workload: Workload, name: str, target: str) -> dict[str, Any]:
     compiled = jitted.lower(*args).compile(options)
     program = Program.read(compiled, target)
     products = [kernel for kernel in program.kernels if kernel.kind in ("product", "convolution")]
-    nbytes = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.number)
-    )
+    numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.number)]
     return {
         "beside": BESIDE[name],
         "kernels": sum(kernel.times for kernel in program.kernels),
@@ -78,13 +76,20 @@ def counted(workload: Workload, name: str, target: str) -> dict[str, Any]:
     }
 
 
-def main(output: Path | None = None, target: str = "h100", models: tuple[str, ...] = (), quick: bool = False) -> None:
+def main(
+    output: Path | None = None,
+    target: str = "h100",
+    models: tuple[str, ...] = (),
+    steps: tuple[str, ...] = tuple(BESIDE),
+    quick: bool = False,
+) -> None:
     """Compiles and counts, prints, and writes the results as JSON after each model.
 
     Args:
         output: JSON file to write; none by default. What it has already is not counted again.
         target: GPU to compile for, or cpu.
         models: Names of models; all by default.
+        steps: Steps to count; with each, the one that it stands beside.
         quick: Toys instead of the models, to see that everything works.
     """
     kept = json.loads(output.read_text()) if output is not None and output.exists() else {}
@@ -92,7 +97,7 @@ def main(output: Path | None = None, target: str = "h100", models: tuple[str, ..
     for model, workload in workloads(toys=quick).items():
         if (models and model not in models) or model in results or model == "LSTM":
             continue
-        results[model] = {name: counted(workload, name, target) for name in BESIDE}
+        results[model] = {name: counted(workload, name, target) for name in steps}
         print(model, json.dumps(results[model], indent=1), flush=True)
         if output is not None:
             made = provenance(patch=False) | {"target": target, "results": results}

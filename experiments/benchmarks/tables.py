@@ -103,6 +103,31 @@ def scaling_cost(result: dict[str, Any]) -> str:
     )
 
 
+def gpu(result: dict[str, Any]) -> str:
+    """Speed, MFU and memory of each model on a GPU; and the runs to an accuracy."""
+    rows, reached = [], []
+    for name, of in result["results"].items():
+        found = of["result"]
+        if "reached" in found:
+            seconds = f"{found['seconds_after_compiling']:.1f} s" if found["reached"] else "not reached"
+            reached.append([name, seconds, f"{found['validation_accuracy']:.2%}", found["steps"]])
+            continue
+        for contender, each in found.items():
+            if not isinstance(each, dict):  # the FLOP/s of a product
+                rows.append([name, contender, "", f"{each / 1e12:.1f}", "", "", "", ""])
+                continue
+            shares = ["" if each[key] is None else f"{each[key]:.1%}" for key in ("mfu", "of_ceiling")]
+            memory = f"{each['bytes'] / 2**30:.2f} GiB" if "bytes" in each else ""
+            speed = f"{each['units_per_second']:,.0f} {each['unit']}/s"
+            beside = f"{each['beside_TF32']:.2f}x"
+            rows.append([name, contender, speed, f"{each['tflops_per_second']:.1f}", *shares, beside, memory])
+    header = ["", "", "speed", "TFLOP/s", "MFU", "of the ceiling", "beside TF32", "memory"]
+    table = markdown(header, rows)
+    if not reached:
+        return table
+    return f"{table}\n{markdown(['', 'after compiling', 'validation accuracy', 'steps'], reached)}"
+
+
 def step_time(result: dict[str, Any]) -> str:
     """Ratios of jaxmp's step, in float16, and of many steps in one dispatch."""
     rows = [
