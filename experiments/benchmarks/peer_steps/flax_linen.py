@@ -74,8 +74,10 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens (rows, length) to logits."""
-        embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
-        x = embed(tokens) + nn.Embed(tokens.shape[1], self.width, dtype=self.dtype)(jnp.arange(tokens.shape[1]))
+        length, small = tokens.shape[1], nn.initializers.normal(0.02)
+        embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, embedding_init=small)
+        embed_position = nn.Embed(length, self.width, dtype=self.dtype, embedding_init=small)
+        x = embed(tokens) + embed_position(jnp.arange(length))
         mask = nn.make_causal_mask(tokens, dtype=bool)
         for _ in range(self.layers):
             y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x)

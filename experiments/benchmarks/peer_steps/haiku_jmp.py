@@ -40,8 +40,9 @@ def lstm(of: Any, classes: int, x: jax.Array) -> jax.Array:
 
 def transformer(of: Any, classes: int, tokens: jax.Array, dtype: Any) -> jax.Array:
     """GPT-2 with tied embeddings."""
-    embed, length, head = hk.Embed(classes, of.width), tokens.shape[1], of.width // of.heads
-    x = embed(tokens).astype(dtype) + hk.Embed(length, of.width)(jnp.arange(length)).astype(dtype)
+    length, head, small = tokens.shape[1], of.width // of.heads, hk.initializers.RandomNormal(0.02)
+    embed, embed_position = hk.Embed(classes, of.width, w_init=small), hk.Embed(length, of.width, w_init=small)
+    x = embed(tokens).astype(dtype) + embed_position(jnp.arange(length)).astype(dtype)
     mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     norm = lambda x: hk.LayerNorm(-1, True, True)(x)  # noqa: E731
     init = hk.initializers.VarianceScaling()

@@ -39,7 +39,7 @@ def cnn(params: Any, x: jax.Array, dtype: Any) -> jax.Array:
         kernel, numbers = p["kernel"].astype(dtype), ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(x.astype(dtype), kernel, (1, 1), "SAME", dimension_numbers=numbers)
         x = jax.nn.relu(x + jnp.broadcast_to(p["bias"], x.shape).astype(dtype))
-        x = jax.lax.reduce_window(x, jnp.array(-jnp.inf, dtype), jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return dense(params["Dense_0"], x.reshape(len(x), -1), dtype)
 
 

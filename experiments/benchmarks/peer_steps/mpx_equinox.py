@@ -82,8 +82,10 @@ class Transformer(eqx.Module):
 
     def __init__(self, of: Any, length: int, key: jax.Array):
         width, keys = of.width, iter(jax.random.split(key, 3 * of.layers + 2))
-        self.tokens = eqx.nn.Embedding(of.vocabulary, width, key=next(keys))
-        self.positions = eqx.nn.Embedding(length, width, key=next(keys))
+        self.tokens, self.positions = (
+            eqx.nn.Embedding(weight=0.02 * jax.random.normal(next(keys), (count, width)))
+            for count in (of.vocabulary, length)
+        )
         bias = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
         self.blocks = [
             {
