@@ -38,11 +38,11 @@ class Schedule:
         """Returns the learning rate at step `t` (float32 scalar) without warm-up, as a fraction of the peak."""
         raise NotImplementedError
 
-    def make(self, peak: float, steps: int) -> optax.Schedule:
+    def make(self, peak: Any, steps: int) -> optax.Schedule:
         """Creates the optax schedule of a run.
 
         Args:
-          peak: the peak learning rate.
+          peak: the peak learning rate, a number or a float32 scalar.
           steps: number of steps of the run.
 
         Returns:
@@ -128,13 +128,23 @@ class StepDecay(Schedule):
         return self.drop ** passed.astype(jnp.float32)
 
 
-def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
+def takes_any_peak(schedule: Any) -> bool:
+    """Whether `make_schedule` takes an argument of the program that is being traced as the peak.
+
+    Not if the schedule has a `make` of its own, which may decide by the value of the peak.
+    """
+    make = getattr(type(schedule), "make", None)
+    return make is Schedule.make or not callable(getattr(schedule, "make", None))
+
+
+def make_schedule(schedule: Any, peak: Any, steps: int) -> optax.Schedule:
     """The learning rate by count of applied steps, of a `Schedule` or of an optax schedule.
 
     Args:
       schedule: one of jaxmp's, or a function of the count (int32 scalar) such as
         `optax.warmup_cosine_decay_schedule(0.0, 1.0, 100, 1000)`. Its values multiply `peak`, as those of jaxmp's do.
-      peak: the learning rate that the schedule multiplies; 1 where an optax schedule gives learning rates itself.
+      peak: the learning rate that the schedule multiplies, a number or a float32 scalar; 1 where an optax schedule
+        gives learning rates itself.
       steps: number of steps of the run.
 
     Raises:
@@ -161,7 +171,8 @@ def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
         raise InputError(
             f"schedule {name} gives {what}; expected a finite number of at least 0 at each step of the run"
         )
-    if peak != 1 and 0 < np.nanmax(factors) < SMALLEST_PEAK:
+    # A traced peak is that of an optimizer whose own number was checked here before.
+    if not isinstance(peak, jax.Array) and peak != 1 and 0 < np.nanmax(factors) < SMALLEST_PEAK:
         raise InputError(
             f"schedule {name} reaches {np.nanmax(factors):g} at most, and a schedule multiplies the learning rate, "
             f"{peak:g}; expected one with a peak of 1, or learning_rate=1.0 beside a schedule of learning rates"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -8,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.training.optimizers import (
+    DPSGD,
     KERNELS_AND_EMBEDDINGS,
     LAMB,
     SGD,
     Adam,
     AdamW,
+    DPAdam,
     Lion,
     decay_mask,
     make_optimizer,
+    optimizer_numbers,
 )
 from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay, make_schedule
 
@@ -255,3 +260,63 @@ def test_a_transformation_is_taken_as_it_is_and_a_function_is_told_the_number_of
     assert make_optimizer(tx, 9) is tx
     assert make_optimizer(lambda steps: tx if steps == 9 else None, 9) is tx
     assert isinstance(make_optimizer(Adam(), 9), optax.GradientTransformation)
+
+
+# Numbers that may be arguments of a compiled step.
+
+OTHER = {"learning_rate": 0.02, "weight_decay": 0.3, "clip_norm": 0.5}
+ALL_ON = [
+    (SGD(0.1, momentum=0.9, weight_decay=0.1, clip_norm=1.0), {**OTHER, "momentum": 0.7}),
+    (Adam(0.1, weight_decay=0.1, clip_norm=1.0), {**OTHER, "eps": 0.1}),
+    (AdamW(0.1, clip_norm=1.0), {**OTHER, "eps": 0.1}),
+    (LAMB(0.1, clip_norm=1.0), {**OTHER, "eps": 0.1}),
+    (Lion(0.1, clip_norm=1.0), OTHER),
+    (DPSGD(0.1, weight_decay=0.1), {"learning_rate": 0.02, "weight_decay": 0.3, "momentum": 0.7}),
+    (DPAdam(0.1, weight_decay=0.1), {"learning_rate": 0.02, "weight_decay": 0.3, "eps": 0.1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "other"),
+    [
+        pytest.param(*each, id=type(each[0]).__name__, marks=[pytest.mark.slow] if i else [])
+        for i, each in enumerate(ALL_ON)
+    ],
+)
+def test_numbers_take_the_place_of_fields_to_the_bit_and_each_is_read(params, optimizer, other):
+    assert set(optimizer.numbers()) == set(other)
+    changed = dataclasses.replace(optimizer, **other)
+    assert_same_bits(after(optimizer.make(STEPS, other), params, 1), after(changed.make(STEPS), params, 1))
+
+    def update(numbers):
+        tx = optimizer.make(STEPS, numbers)
+        return tx.update(params, tx.init(params), params)[0]
+
+    jaxpr = jax.make_jaxpr(update)(other).jaxpr
+    _, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert dict(zip(sorted(other), read, strict=True)) == dict.fromkeys(other, True)
+
+
+def test_a_number_that_is_off_or_decides_something_is_no_argument():
+    own = type("Own", (), {"make": lambda self, peak, steps: optax.cosine_decay_schedule(peak, steps)})()
+    assert SGD(0.1, momentum=0).numbers() == {"learning_rate": 0.1}
+    assert AdamW(0.1, weight_decay=0).numbers() == {"learning_rate": 0.1, "eps": 1e-8}
+    assert Lion(0.1, schedule=own).numbers() == {"weight_decay": 0.1}  # which may look at the peak
+    assert Lion(0.1, schedule=optax.cosine_decay_schedule(1.0, 9)).numbers()["learning_rate"] == 0.1
+    assert optimizer_numbers(optax.sgd(0.1)) == optimizer_numbers(lambda steps: optax.sgd(0.1)) == {}
+
+
+@pytest.mark.slow
+def test_a_float32_argument_changes_the_dtype_of_no_update():
+    optimizer = SGD(0.1, weight_decay=0.1, decay=("*",), clip_norm=0.3)
+
+    def updates(numbers, gradients):
+        tx = optimizer.make(STEPS, numbers)
+        return tx.update(gradients, tx.init(gradients), gradients)[0]
+
+    with jax.enable_x64(True):
+        gradients = {"double": np.linspace(-1, 1, 5), "single": np.linspace(-1, 1, 5, dtype=np.float32)}
+        found = jax.jit(updates)({name: np.float32(x) for name, x in optimizer.numbers().items()}, gradients)
+        for name, expected in updates(None, gradients).items():
+            assert found[name].dtype == gradients[name].dtype == expected.dtype
+            np.testing.assert_allclose(found[name], expected, rtol=2**-22)
