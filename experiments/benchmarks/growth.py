@@ -173,27 +173,27 @@ def on_these_devices(rounds: int, seconds: float) -> dict[str, dict[str, float]]
 
     by_hand = jax.device_put((params, tx.init(params)), NamedSharding(mesh, P()))
     todo = {
-        "jaxmp": (program, state, {**split, "weight": ones}),
-        "hand-written": (jax.jit(step, donate_argnums=0), by_hand, split),
+        "jaxmp": (program, state, ({**split, "weight": ones}, trainer.numbers)),
+        "hand-written": (jax.jit(step, donate_argnums=0), by_hand, (split,)),
     }
     runs, start = {}, {}
-    for name, (jitted, first, batch) in todo.items():
+    for name, (jitted, first, rest) in todo.items():
         began = time.perf_counter()
-        compiled = jitted.lower(first, batch).compile()
+        compiled = jitted.lower(first, *rest).compile()
         start[name] = time.perf_counter() - began
-        runs[name] = repeated(compiled, first, batch)
+        runs[name] = repeated(compiled, first, rest)
     times = interleave(runs, rounds=rounds, seconds=seconds)
     return {"start": start, "step": {name: min(of) for name, of in times.items()}}
 
 
-def repeated(compiled: Any, state: Any, batch: Any) -> Run:
-    """Runs a compiled step that donates its state."""
+def repeated(compiled: Any, state: Any, rest: tuple[Any, ...]) -> Run:
+    """Runs a compiled step that donates its state, on the same other arguments."""
 
     def run(count: int) -> float:
         nonlocal state
         began = time.perf_counter()
         for _ in range(count):
-            state, _ = compiled(state, batch)
+            state, _ = compiled(state, *rest)
         jax.block_until_ready(state)
         return (time.perf_counter() - began) / count
 

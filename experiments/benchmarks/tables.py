@@ -185,6 +185,10 @@ def tune_digits(result: dict[str, Any]) -> str:
                 f"{pair['mean']:+.4f} (95 %: {pair['low']:+.4f} to {pair['high']:+.4f})",
             ]
         )
+    if "cost" in result:
+        cost = result["cost"]
+        rows.append(["trials / the same runs by `fit`", f"{cost['trials_to_fit']:.2f}"])
+        rows.append(["trials / what their runs say that training took", f"{cost['trials_to_training']:.2f}"])
     return markdown(["a study", result["command"] if isinstance(result["command"], str) else ""], rows)
 
 

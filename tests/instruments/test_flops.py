@@ -58,7 +58,8 @@ def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_de
     two = types.SimpleNamespace(step_flops=trainer.step_flops, devices=devices)
     assert flops_per_second(two, 1e6)["mfu"] == pytest.approx(flops * 1e6 / (2 * 989.4e12))
     # The step itself computes one product less: nobody asks for the gradient of the images.
-    counted = sum(audit(trainer.train_step, trainer.state_spec, trainer.batch_spec).dot_flops_by_dtype.values())
+    step, arguments = trainer.program()
+    counted = sum(audit(step, *arguments).dot_flops_by_dtype.values())
     assert counted == flops - 2 * 32 * 16 * 8
 
 
