@@ -23,6 +23,7 @@ from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
+from jaxmp.instruments.flops import BACKWARD, product_flops
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
 from jaxmp.modules.linen import (
     Explanation,
@@ -581,6 +582,19 @@ class Trainer:
             trace = jax.make_jaxpr(self.make_loss(objective=name), return_shape=True)
             jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.batch_spec, state.key)
             found[name] = _Traced(jaxpr, metrics)
+        return found
+
+    @functools.cached_property
+    def step_flops(self) -> dict[str, float]:
+        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+
+        Of several objectives, the mean of a step. The update, and all that is no product, does not count.
+        """
+        found: dict[str, float] = {}
+        for name, traced in self._forward.items():
+            every = 1 if name is None else self.objectives[name].every
+            for dtype, flops in product_flops(traced.jaxpr).items():
+                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
         return found
 
     @property
