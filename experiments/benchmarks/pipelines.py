@@ -1,6 +1,6 @@
 """Measures what the data pipelines of shipped configs cost: examples a second, and their share of a train step.
 
-    python experiments/benchmarks/pipelines.py --output experiments/benchmarks/pipelines_cpu.json
+    python experiments/benchmarks/run.py pipelines
 
 A pipeline is all that happens between the rows and the step: taking the rows of a batch, and scaling, augmenting or
 features on the device; of streamed data reading the files as well. The share is the pipeline's time by the sum of its
@@ -85,7 +85,7 @@ def of_config(name: str, rounds: int, seconds: float) -> dict[str, Any]:
 
     def train() -> Any:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, trainer.numbers)
         return metrics
 
     of_pipeline = least_cpu_seconds(lambda: pipeline(columns, rows, weight, 0), rounds, seconds)

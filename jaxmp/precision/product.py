@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxmp.errors import InputError
 from jaxmp.jaxprs import RECIPE
-from jaxmp.precision.blocks import BlockFormat, round_blocks
+from jaxmp.precision.blocks import BlockFormat, Integer, round_blocks
 from jaxmp.precision.formats import Format, float32_bits, from_float32_bits, quantize, round_bits
 from jaxmp.precision.recipe import PRODUCTS, Delayed, Level, Recipe, RecipeOperand
 from jaxmp.trees import FLOAT32
@@ -280,13 +280,28 @@ def round_operand(
         if isinstance(format, Delayed):
             if scale is None:
                 raise InputError(f"format {format} of {operand.role}: expected a scale, which is kept in model state")
-            narrow = round_bits(float32_bits(x * scale), noise, format.format, saturate=True)
-            rounded = from_float32_bits(narrow, FLOAT32) / scale
+            if isinstance(format.format, Integer):
+                rounded = round_to_integer(x * scale, noise, format.format) / scale
+            else:
+                narrow = round_bits(float32_bits(x * scale), noise, format.format, saturate=True)
+                rounded = from_float32_bits(narrow, FLOAT32) / scale
         else:
             # Gradients overflow to what a loss scaler sees.
             saturate = operand.role != "gradients"
             rounded = from_float32_bits(round_bits(float32_bits(x), noise, format, saturate), FLOAT32)
         return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+def round_to_integer(x: jax.Array, noise: jax.Array | None, element: Integer) -> jax.Array:
+    """Rounds float32 to whole numbers within the symmetric range of `element`, ties to even; returns float32.
+
+    Args:
+      x: numbers that are scaled into the range.
+      noise: 32 random bits for each number, uint32, for stochastic rounding; None rounds to nearest.
+      element: an integer without a fraction, such as int8.
+    """
+    whole = jnp.round(x) if noise is None else jnp.floor(x + (noise >> 8).astype(FLOAT32) * 2.0**-24)
+    return jnp.clip(whole, -element.max, element.max)
 
 
 def block_axes(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +23,17 @@ from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
+from jaxmp.instruments.flops import BACKWARD, product_flops
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling, with_policy
+from jaxmp.modules.linen import (
+    Explanation,
+    UnderPolicy,
+    cast_to_param,
+    explain,
+    init_delayed_scaling,
+    module_classes,
+    with_policy,
+)
 from jaxmp.modules.model import as_model
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
@@ -44,8 +54,9 @@ from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Stream
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics, MetricSpec, is_watched, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, Private, decay_mask, make_optimizer
+from jaxmp.training.optimizers import Numbers, Optimizer, Private, decay_mask, make_optimizer, optimizer_numbers
 from jaxmp.training.parallel import AXIS, Devices
+from jaxmp.training.pruning import magnitude_pruning, pruned_weights, why_dense
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
 from jaxmp.trees import by_path
@@ -194,23 +205,62 @@ class Trainer:
         """What is trained, on one replica's share of a batch: one objective, or several by name."""
         experiment = self.experiment
         if not self.objectives:
-            tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
             own, ema_decay = experiment.optimizer, experiment.loop.ema_decay
             private = own.privacy(self.batches.expected_rows) if isinstance(own, Private) else None
+            tx = self._tx(None)
             return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=ema_decay, private=private)
-        scalers = experiment.make_scalers()
         return {
             name: Objective(
                 self.loss_fn(name),
-                loss_scaling(
-                    make_optimizer(experiment.optimizer_of(name), -(-self.steps // spec.every)), scalers[name]
-                ),
+                self._tx(name),
                 trains=spec.trains,
                 every=spec.every,
                 ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }
+
+    @functools.cached_property
+    def module_classes(self) -> dict[str, frozenset[str]]:
+        """The names of the class of each module and of its bases, by path."""
+        return module_classes(self.experiment.adapted_model, *self.inputs)
+
+    def _tx(self, name: str | None, numbers: Numbers | None = None) -> optax.GradientTransformation:
+        """The optimizer of an objective inside its loss scaling, with `numbers` in place of its own."""
+        experiment = self.experiment
+        if name is None:
+            optimizer, pruning = make_optimizer(experiment.optimizer, self.steps, numbers), experiment.pruning
+            if pruning.share:
+                optimizer = magnitude_pruning(optimizer, pruning, steps=self.steps, classes=self.module_classes)
+            return loss_scaling(optimizer, experiment.make_scaler())
+        optimizer = make_optimizer(experiment.optimizer_of(name), self._attempts(name), numbers)
+        return loss_scaling(optimizer, experiment.make_scalers()[name])
+
+    def _attempts(self, name: str | None) -> int:
+        """How often an objective runs in the whole run."""
+        return self.steps if name is None else -(-self.steps // self.objectives[name].every)
+
+    @property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """The third argument of `train_step` in training: for each objective, its optimizer's numbers and `ema_decay`.
+
+        The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
+        round an argument otherwise than a constant, so that all that repeats a step of training passes them as it does.
+        """
+        found = {}
+        for name, of in self.by_name.items():
+            own = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
+            average = {} if of.ema_decay is None else {"ema_decay": of.ema_decay}
+            found[name or ""] = {**optimizer_numbers(own, self._attempts(name)), **average}
+        return jax.tree.map(np.float32, found)
+
+    def with_numbers(self, name: str | None, of: Objective, numbers: Any) -> Objective:
+        """An objective with `numbers`, a tree like `self.numbers`, in place of its own; itself if that is None."""
+        if numbers is None:
+            return of
+        own = dict(numbers[name or ""])
+        ema_decay = own.pop("ema_decay", None)
+        return dataclasses.replace(of, tx=self._tx(name, own) if own else of.tx, ema_decay=ema_decay)
 
     @property
     def by_name(self) -> dict[str | None, Objective]:
@@ -260,21 +310,36 @@ class Trainer:
 
     @functools.cached_property
     def train_step(self) -> TrainStep:
-        """The pure train step, on one replica's share of a batch."""
+        """The pure train step, on one replica's share of a batch: `(state, batch, numbers=None) -> (state, metrics)`.
+
+        Training passes `self.numbers`, as arguments of its program. Without, they are constants.
+        """
         return self._make_step(None)
 
     def _make_step(self, due: tuple[str, ...] | None) -> TrainStep:
         """The train step that runs the objectives `due`; None: those that are due by the state's own step."""
         experiment, several = self.experiment, {"order": self.order, "due": due} if self.objectives else {}
-        return make_train_step(
-            self.objective,
-            rounding=experiment.policy.rounding,
-            accumulate_steps=experiment.loop.accumulate_steps,
-            accumulate_overflow=experiment.loop.accumulate_overflow,
-            replicas=self.devices.replicas(experiment.policy.reduce),
-            norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
-            **several,  # type: ignore[arg-type]
-        )
+
+        def make(objectives: Any) -> TrainStep:
+            return make_train_step(
+                objectives,
+                rounding=experiment.policy.rounding,
+                accumulate_steps=experiment.loop.accumulate_steps,
+                accumulate_overflow=experiment.loop.accumulate_overflow,
+                replicas=self.devices.replicas(experiment.policy.reduce),
+                norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
+                **several,  # type: ignore[arg-type]
+            )
+
+        with_constants = make(self.objective)
+
+        def train_step(state: TrainState, batch: Any, numbers: Any = None) -> tuple[TrainState, Metrics]:
+            if numbers is None:
+                return with_constants(state, batch)
+            own = {name: self.with_numbers(name, of, numbers) for name, of in self.by_name.items()}
+            return make(own[None] if None in own else own)(state, batch)
+
+        return train_step
 
     @property
     def order(self) -> str:
@@ -333,17 +398,20 @@ class Trainer:
             return lambda state, batch: state
         several = {name: of for name, of in self.replayed.items() if name is not None}
         loop = self.experiment.loop
-        return self._compiled(
-            f"state_seen/{objective}",
-            lambda: make_state_seen(
-                several,
+
+        def state_seen(state: TrainState, batch: Any, numbers: Any) -> TrainState:
+            seen = make_state_seen(
+                {name: self.with_numbers(name, of, numbers) for name, of in several.items()},
                 objective,
                 order=self.order,
                 rounding=self.experiment.policy.rounding,
                 accumulate_steps=loop.accumulate_steps,
                 accumulate_overflow=loop.accumulate_overflow,
-            ),
-        )
+            )
+            return seen(state, batch)
+
+        compiled = self._compiled(f"state_seen/{objective}", lambda: state_seen)
+        return lambda state, batch: compiled(state, batch, self.numbers)
 
     def step_ranges(self, objective: str | None = None) -> Callable[[TrainState, Any], StepRanges]:
         """`(state, batch) -> StepRanges` of the step from that state on a whole batch, compiled.
@@ -351,10 +419,13 @@ class Trainer:
         Of several objectives, those of one, from the state that `state_seen` gives.
         """
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
-        return self._compiled(
-            f"ranges/{objective}",
-            lambda: make_step_ranges(of, name=objective, accumulate_steps=parts, blocks=self.block_ranges(objective)),
-        )
+
+        def step_ranges(state: TrainState, batch: Any, numbers: Any) -> StepRanges:
+            own, blocks = self.with_numbers(objective, of, numbers), self.block_ranges(objective)
+            return make_step_ranges(own, name=objective, accumulate_steps=parts, blocks=blocks)(state, batch)
+
+        compiled = self._compiled(f"ranges/{objective}", lambda: step_ranges)
+        return lambda state, batch: compiled(state, batch, self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
         """The function of `make_block_ranges`; None if the policy rounds nothing with scales."""
@@ -392,6 +463,7 @@ class Trainer:
         data, source = self.experiment.data, self.source()
         how: dict[str, Any] = {
             "skip_limit": self.experiment.loop.max_consecutive_skips,
+            "numbers": self.numbers,
             "due_steps": self.due_steps,
         }
         if nbytes(source) > data.device_limit * 2**20:
@@ -458,6 +530,25 @@ class Trainer:
                 whose = "" if name is None else f" of {name}"
                 yield f"weight decay{whose}: no trained parameter matches {' or '.join(optimizer.decay)}"
 
+    def pruned(self) -> Iterator[str]:
+        """Says which parameters are pruned, and why each of the others stays dense."""
+        pruning, view = self.experiment.pruning, self.trained_spec
+        if not pruning.share:
+            return
+        chosen = pruned_weights(pruning, view, self.module_classes)
+        size = sum(leaf.size for leaf in chosen.values())
+        schedule = pruning.schedule(self.steps)
+        when = f"in step {schedule[0][0] + 1:,}" + (f" to {schedule[-1][0] + 1:,}" if len(schedule) > 1 else "")
+        yield f"pruned to {pruning.share:.2%} {when}: {size:,} of the parameters, {', '.join(chosen)}"
+        trained = by_path(view)
+        dense = [
+            f"{name} ({why})"
+            for name in by_path(self.state_spec.params)
+            if (why := why_dense(pruning, name, trained.get(name), self.module_classes))
+        ]
+        if dense:
+            yield f"not pruned: {', '.join(dense)}"
+
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
@@ -493,6 +584,19 @@ class Trainer:
             found[name] = _Traced(jaxpr, metrics)
         return found
 
+    @functools.cached_property
+    def step_flops(self) -> dict[str, float]:
+        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+
+        Of several objectives, the mean of a step. The update, and all that is no product, does not count.
+        """
+        found: dict[str, float] = {}
+        for name, traced in self._forward.items():
+            every = 1 if name is None else self.objectives[name].every
+            for dtype, flops in product_flops(traced.jaxpr).items():
+                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
+        return found
+
     @property
     def no_metrics(self) -> Metrics:
         """Training metrics that have counted nothing."""
@@ -508,14 +612,13 @@ class Trainer:
         return zeros_like(found)
 
     @property
-    def learning_rates(self) -> dict[str | None, Callable[[Any], Any]]:
-        """The learning rate of each objective as a function of the number of applied steps, where it is known."""
-        found: dict[str | None, Callable[[Any], Any]] = {}
+    def learning_rates(self) -> dict[str | None, Callable[[Any, Any], Any]]:
+        """The learning rate of each objective, where it is known: `(applied steps, its numbers) -> rate`."""
+        found: dict[str | None, Callable[[Any, Any], Any]] = {}
         for name in self.objectives or (None,):
-            every = 1 if name is None else self.objectives[name].every
             optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             if isinstance(optimizer, Optimizer):
-                found[name] = optimizer.rate(-(-self.steps // every))
+                found[name] = functools.partial(_rate, optimizer, self._attempts(name))
         return found
 
     @property
@@ -532,19 +635,26 @@ class Trainer:
         """Shapes and dtypes of the model's inputs, in a whole batch."""
         return [self.batch_spec[name] for name in self.experiment.task.inputs]
 
-    def program(self) -> tuple[Any, tuple[Any, Any]]:
-        """The jitted train step, and its abstract arguments (state and batch) as they lie on the devices.
+    def program(self) -> tuple[Any, tuple[Any, Any, Any]]:
+        """The jitted train step, and its abstract arguments (state, batch, numbers) as they lie on the devices.
 
         `step.lower(*arguments)` compiles it without data, for devices that need not exist.
         """
-        step: Any = self.devices.compile(self.train_step, (0, 0))
+        step: Any = self.devices.compile(self.train_step, (0, 0, 0))
+        numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.numbers)
         if self.devices.mode == "pmap":
             count = self.devices.count
-            state = _reshaped(self.state_spec, lambda shape: (count, *shape))
-            return step, (state, _reshaped(self.batch_spec, lambda shape: (count, shape[0] // count, *shape[1:])))
-        rows = NamedSharding(self.devices.mesh, P(AXIS))
+            state, numbers = _reshaped((self.state_spec, numbers), lambda shape: (count, *shape))
+            batch = _reshaped(self.batch_spec, lambda shape: (count, shape[0] // count, *shape[1:]))
+            return step, (state, batch, numbers)
+        rows, whole = NamedSharding(self.devices.mesh, P(AXIS)), NamedSharding(self.devices.mesh, P())
         state = jax.tree.map(_placed, self.state_spec, self.devices.shardings(self.state_spec))
-        return step, (state, jax.tree.map(lambda x: _placed(x, rows), self.batch_spec))
+        batch = jax.tree.map(lambda x: _placed(x, rows), self.batch_spec)
+        return step, (state, batch, jax.tree.map(lambda x: _placed(x, whole), numbers))
+
+
+def _rate(optimizer: Optimizer, steps: int, applied: Any, numbers: Any) -> Any:
+    return optimizer.rate(steps, numbers)(applied)
 
 
 class _Traced(NamedTuple):
