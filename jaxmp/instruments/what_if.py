@@ -153,8 +153,9 @@ def make_what_if(
 ) -> Callable[..., Measurements]:
     """Makes a function that measures what recipes would do to the products in one step.
 
-    Measured are Dense, DenseGeneral and Conv layers, also within attention, scan, remat and vmap; products of a layer
-    that runs several times are taken together. Scales of `Delayed` formats are those of the step's own magnitudes.
+    Measured are Dense, DenseGeneral and Conv layers without groups, also within attention, scan, remat and vmap, and if
+    the step runs under a recipe, the other layers that it rounds. Products of a layer that runs several times are taken
+    together. Scales of `Delayed` formats are those of the step's own magnitudes.
 
     Args:
       loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`.
@@ -171,9 +172,12 @@ def make_what_if(
     """
 
     every = tuple(recipes.values())
-    gather = make_product_sums(
-        loss_fn, lambda path, product: _Measure(every), accumulate_steps=accumulate_steps, trains=trains
-    )
+
+    def measures(path: str, product: ObservedProduct) -> _Measure | None:
+        # Groups have blocks of their own, which are not measured here: only a recipe of the step's own shows them.
+        return None if product.contraction.groups > 1 else _Measure(every)
+
+    gather = make_product_sums(loss_fn, measures, accumulate_steps=accumulate_steps, trains=trains)
 
     def measure(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> Measurements:
         found = gather(params, model_state, scale, batch, key)

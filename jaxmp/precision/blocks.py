@@ -5,7 +5,8 @@
     quantize(g, "mxfp4:rceil", axis=0, rounding="stochastic", key=key)
     packed = pack(x, "mxfp4"); packed.unpack()    # elements and scales in as many bits as the format has
 
-All rounding is done by integer operations on the bits of float32, as in `jaxmp.precision.formats`.
+Rounding uses integer operations on the bits of float32, as in `jaxmp.precision.formats`, and additions, products and
+powers of two of normal float32 numbers, which all devices compute exactly as IEEE 754 has them.
 """
 
 from __future__ import annotations

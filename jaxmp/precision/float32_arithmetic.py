@@ -1,4 +1,4 @@
-"""Multiplication and division of positive float32 numbers by integer operations.
+"""Multiplication and division of positive float32 numbers, exact on every device.
 
 The results are those of IEEE 754 with rounding to nearest, ties to even, on every device, with and without jit. The
 operations of XLA are not: it flushes subnormal numbers to zero (trap T10), replaces the division by a constant with a
