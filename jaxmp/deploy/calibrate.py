@@ -16,7 +16,7 @@ from jaxmp.data.source import Rows, Source
 from jaxmp.errors import InputError, whole_number
 from jaxmp.modules.linen import UnderPolicy, init_delayed_scaling
 from jaxmp.modules.model import as_model
-from jaxmp.modules.products import observed_products
+from jaxmp.modules.products import ObservedProduct, observed_products
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.precision.recipe import HISTORIES, Delayed, parse_operand
 from jaxmp.runs.run import Run
@@ -147,11 +147,11 @@ def _totals(
         found: dict[Key, jax.Array] = {}
         calls: collections.Counter[str] = collections.Counter()
 
-        def observe(path: str, contraction: Any, left: Any, right: Any, result: jax.Array) -> jax.Array:
-            product = path, calls[path]
+        def observe(path: str, product: ObservedProduct) -> jax.Array:
+            call, inputs = (path, calls[path]), product.activations
             calls[path] += 1
-            found[product] = number(left, product) if keyed else number(left)
-            return result
+            found[call] = number(inputs, call) if keyed else number(inputs)
+            return product.result
 
         batch = prepared(batch, None)
         with observed_products(observe):

@@ -17,6 +17,7 @@ import numpy as np
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
 from jaxmp.experiment.identity import hashed_values
+from jaxmp.instruments.flops import peak_flops
 from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
@@ -197,6 +198,7 @@ class Records:
             rate, speed = self._pace.reached(line.step), {}
             if rate is not None:
                 speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.expected_rows}
+                speed |= flops_per_second(self._trainer, rate)
             self._record(line.step, "train", values | speed | device_peak(), readings)
         return Verdict(next(filter(None, problems), None), stop)
 
@@ -311,6 +313,23 @@ class Records:
     def _hand_on(self, record: dict[str, Any]) -> None:
         for writer in self._writers:
             writer.write(record)
+
+
+def flops_per_second(trainer: Trainer, rate: float) -> dict[str, float]:
+    """`tflops_per_second` of a speed in steps a second; and `mfu`, its share of what all devices can reach.
+
+    MFU (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is the FLOPs of the model a second by the
+    devices' peak in the dtype of most of them; it is not there where `PEAK_FLOPS` has no such device. What is computed
+    again in the backward pass does not count.
+    """
+    by_dtype = trainer.step_flops
+    if not by_dtype:
+        return {}
+    flops = rate * sum(by_dtype.values())
+    kind = trainer.devices.mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind, max(by_dtype, key=lambda dtype: by_dtype[dtype]))
+    share = {} if peak is None else {"mfu": flops / (peak * trainer.devices.count)}
+    return {"tflops_per_second": flops / 1e12, **share}
 
 
 PACE_SECONDS = 5.0

@@ -23,6 +23,7 @@ from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
+from jaxmp.instruments.flops import BACKWARD, product_flops
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
 from jaxmp.modules.linen import (
     Explanation,
@@ -34,7 +35,6 @@ from jaxmp.modules.linen import (
     with_policy,
 )
 from jaxmp.modules.model import as_model
-from jaxmp.precision.policy import parse_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.samples import Samples, Sampling, Trained
@@ -233,12 +233,15 @@ class Trainer:
             if pruning.share:
                 optimizer = magnitude_pruning(optimizer, pruning, steps=self.steps, classes=self.module_classes)
             return loss_scaling(optimizer, experiment.make_scaler())
-        steps = -(-self.steps // self.objectives[name].every)
-        scaler = experiment.make_scalers()[name]
-        return loss_scaling(make_optimizer(experiment.optimizer_of(name), steps, numbers), scaler)
+        optimizer = make_optimizer(experiment.optimizer_of(name), self._attempts(name), numbers)
+        return loss_scaling(optimizer, experiment.make_scalers()[name])
+
+    def _attempts(self, name: str | None) -> int:
+        """How often an objective runs in the whole run."""
+        return self.steps if name is None else -(-self.steps // self.objectives[name].every)
 
     @property
-    def numbers(self) -> dict[str, dict[str, np.float32]]:
+    def numbers(self) -> dict[str, dict[str, Any]]:
         """The third argument of `train_step` in training: for each objective, its optimizer's numbers and `ema_decay`.
 
         The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
@@ -248,9 +251,8 @@ class Trainer:
         for name, of in self.by_name.items():
             own = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             average = {} if of.ema_decay is None else {"ema_decay": of.ema_decay}
-            values = {**optimizer_numbers(own), **average}
-            found[name or ""] = {number: np.float32(value) for number, value in values.items()}
-        return found
+            found[name or ""] = {**optimizer_numbers(own, self._attempts(name)), **average}
+        return jax.tree.map(np.float32, found)
 
     def with_numbers(self, name: str | None, of: Objective, numbers: Any) -> Objective:
         """An objective with `numbers`, a tree like `self.numbers`, in place of its own; itself if that is None."""
@@ -426,15 +428,11 @@ class Trainer:
         return lambda state, batch: compiled(state, batch, self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
-        """The function of `make_block_ranges` for the recipes of the policy; None if nothing is rounded in blocks.
-
-        Raises: InputError if a rule of the policy matches no module.
-        """
+        """The function of `make_block_ranges`; None if the policy rounds nothing with scales."""
         if not any(block_operands(policy.recipe) for policy in self.experiment.policy.policies):
             return None
-        recipes = {row.module: parse_policy(row.policy).recipe for row in self.explain()}
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
-        return make_block_ranges(of.loss_fn, recipes, accumulate_steps=parts, trains=of.trains)
+        return make_block_ranges(of.loss_fn, accumulate_steps=parts, trains=of.trains)
 
     def _compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Any:
         """What `make` makes, jitted; made at the first call with this name."""
@@ -586,6 +584,19 @@ class Trainer:
             found[name] = _Traced(jaxpr, metrics)
         return found
 
+    @functools.cached_property
+    def step_flops(self) -> dict[str, float]:
+        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+
+        Of several objectives, the mean of a step. The update, and all that is no product, does not count.
+        """
+        found: dict[str, float] = {}
+        for name, traced in self._forward.items():
+            every = 1 if name is None else self.objectives[name].every
+            for dtype, flops in product_flops(traced.jaxpr).items():
+                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
+        return found
+
     @property
     def no_metrics(self) -> Metrics:
         """Training metrics that have counted nothing."""
@@ -605,10 +616,9 @@ class Trainer:
         """The learning rate of each objective, where it is known: `(applied steps, its numbers) -> rate`."""
         found: dict[str | None, Callable[[Any, Any], Any]] = {}
         for name in self.objectives or (None,):
-            every = 1 if name is None else self.objectives[name].every
             optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             if isinstance(optimizer, Optimizer):
-                found[name] = functools.partial(_rate, optimizer, -(-self.steps // every))
+                found[name] = functools.partial(_rate, optimizer, self._attempts(name))
         return found
 
     @property

@@ -43,7 +43,7 @@ from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("going on")  # one worker: the fixtures train
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 class Small(nn.Module):
