@@ -73,7 +73,8 @@ class Calibrated(NamedTuple):
     def lines(self) -> list[str]:
         """What was calibrated, in words."""
         most = max(self.clipped, key=lambda layer: self.clipped[layer], default=None)
-        worst = "" if most is None or not self.clipped[most] else f", at most {100 * self.clipped[most]:.2g} % in {most}"
+        largest = 0.0 if most is None else 100 * self.clipped[most]
+        worst = f", at most {largest:.2g} % in {most}" if largest else ""
         found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
         found.append(f"clipped          {100 * self.share:.2g} % of the inputs of products{worst}")
         if self.unrounded:
