@@ -116,7 +116,8 @@ def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) ->
         if name in results and not again:
             output.write_text(json.dumps(results[name]))
         command = [str(python), str(FOLDER / f"{name}.py"), "--output", str(output), *extra]
-        done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])])
+        env = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}  # this tree, whichever made the environment
+        done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])], env=env)
         if output.exists():  # what was measured before it failed or was stopped
             made = json.loads(output.read_text())
             words = ["python", "experiments/benchmarks/run.py", *(["--quick"] if quick else []), name, *extra]
