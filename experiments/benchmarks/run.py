@@ -58,8 +58,12 @@ PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""
 
 
-def environment() -> Path:
-    """Returns the Python of the environment with the peers, which is made first if it is not there."""
+def environment(torch: str) -> Path:
+    """Returns the Python of the environment with the peers, which is made first if it is not there.
+
+    Args:
+      torch: the requirement of torch, "" for none.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache / "jaxmp" / "benchmarks" / f"python{version}"
@@ -76,7 +80,9 @@ def environment() -> Path:
         check=True,
     )
     # The CPU's build where there is no GPU: the other brings several GB of CUDA.
-    subprocess.run([*install, "torch", *([] if has_gpu() else ["--torch-backend", "cpu"])], check=True)
+    backend = [] if has_gpu() or "+" in torch else ["--torch-backend", "cpu"]
+    if torch and subprocess.run([*install, torch, *backend]).returncode:
+        print(f"{torch} could not be installed: it is left out. --torch names another build", file=sys.stderr)
     partial.rename(folder)
     return python
 
@@ -99,7 +105,7 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
-def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) -> None:
+def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: list[str]) -> None:
     """Runs one benchmark, and keeps its result in `file` under its name.
 
     Args:
@@ -107,10 +113,11 @@ def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) ->
       file: the results of this device and day.
       quick: short rounds, where the benchmark has them.
       again: leaves out what `file` has of it already.
+      torch: see `environment`.
       extra: further arguments of the script.
     """
     results = json.loads(file.read_text()) if file.exists() else {}
-    python = environment() if BENCHMARKS[name] == PEERS else Path(sys.executable)
+    python = environment(torch) if BENCHMARKS[name] == PEERS else Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         if name in results and not again:
@@ -183,6 +190,7 @@ def main(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     quick: bool = False,
     again: bool = False,
+    torch: str = "torch",
     extra: tuple[str, ...] = (),
 ) -> None:
     """Runs the named benchmarks one after the other, then makes the tables and plots of README.md.
@@ -191,6 +199,8 @@ def main(
         names: Names of benchmarks; none only makes the tables.
         quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows.
         again: Measure again what today's file has.
+        torch: The torch to install when the environment is made: torch==2.13.0+cpu, say, with UV_FIND_LINKS naming where
+            that build is; "" for none.
         extra: Further arguments of the scripts, such as --extra=--models --extra=MLP.
     """
     for name in names:
@@ -198,7 +208,7 @@ def main(
             raise SystemExit(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
     for name in names:
         stem = f"{'quick-' if quick else ''}{device()}-{datetime.date.today().isoformat()}"
-        run(name, RESULTS / f"{stem}.json", quick=quick, again=again, extra=list(extra))
+        run(name, RESULTS / f"{stem}.json", quick=quick, again=again, torch=torch, extra=list(extra))
     found = newest()
     draw(found, RESULTS)
     README.write_text(with_tables(README.read_text(), found))
