@@ -58,15 +58,19 @@ PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""
 
 
+def environment_folder() -> Path:
+    """Returns where the environment with the peers is, or will be: one for each version of Python."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "jaxmp" / "benchmarks" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
 def environment(torch: str) -> Path:
     """Returns the Python of the environment with the peers, which is made first if it is not there.
 
     Args:
       torch: the requirement of torch, "" for none.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = cache / "jaxmp" / "benchmarks" / f"python{version}"
+    folder = environment_folder()
     python = folder / "bin" / "python"
     if python.exists():
         return python
@@ -166,9 +170,13 @@ def with_tables(readme: str, results: dict[str, tuple[str, dict[str, Any]]]) -> 
 
 
 def draw(results: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> None:
-    """Draws the plot of each newest result whose script has a `plot`, as SVG; not where matplotlib is missing."""
+    """Draws the plot of each newest result whose script has a `plot`; matplotlib is in the environment of the peers."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed here: the plots stay as they are")
+        python = environment_folder() / "bin" / "python"
+        if not python.exists():
+            print("matplotlib is not installed here: the plots stay as they are")
+            return
+        subprocess.run([str(python), __file__], env=os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}, check=True)
         return
     import matplotlib
 
@@ -199,8 +207,8 @@ def main(
         names: Names of benchmarks; none only makes the tables.
         quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows.
         again: Measure again what today's file has.
-        torch: The torch to install when the environment is made: torch==2.13.0+cpu, say, with UV_FIND_LINKS naming where
-            that build is; "" for none.
+        torch: The torch to install when the environment is made, torch==2.13.0+cpu, say, where UV_FIND_LINKS names the
+            folder of that build; "" for none.
         extra: Further arguments of the scripts, such as --extra=--models --extra=MLP.
     """
     for name in names:
