@@ -61,6 +61,14 @@ def made_by(experiment: Any) -> dict[str, Any]:
     return dict(sorted(walk.result().items()))
 
 
+def made_by_function(function: Any) -> dict[str, Any]:
+    """What the result of a function depends on, as JSON by name: as `made_by`, for one function and what it reaches."""
+    walk = _Walk()
+    walk.visit(function, "function")
+    walk.package("jaxmp")
+    return dict(sorted(walk.result().items()))
+
+
 class Comparison:
     """What differs between two results of `made_by`.
 

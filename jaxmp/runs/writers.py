@@ -9,6 +9,7 @@ A record is one flat mapping. Its fields:
     loss                 float, the mean over the examples that the record stands for
     loss_scale           float, S of the step; 1 without loss scaling
     skipped_steps        int, total so far
+    sparsity             float, share of the weights that are pruned so far, of a run with pruning
     epsilon              float, of an evaluation of a private run: what the weights tell of a row, at the optimizer's
                          delta; null if nothing bounds it
     examples_per_second  float

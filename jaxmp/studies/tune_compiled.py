@@ -1,9 +1,9 @@
 """`shared_compiles`: what one trial of a study compiles, the next loads, in this process and in others of the machine.
 
 Trials whose programs are equal share them: those that differ in numbers that are arguments of the step in every run
-(learning rate, weight decay, clipping norm, momentum, eps, EMA decay, seed; see `Trainer.numbers`), and all trials of
-one model share evaluation. Where a trial changes what is a constant (a width, a batch size, dropout, b1, a schedule's
-own numbers), its step is compiled once for that value.
+(learning rate, its schedule's numbers, weight decay, clipping norm, momentum, eps, EMA decay, number of epochs, seed;
+see `Trainer.numbers`), and all trials of one model share evaluation. Where a trial changes what is a constant (a width,
+a batch size, dropout, b1), its step is compiled once for that value.
 """
 
 from __future__ import annotations

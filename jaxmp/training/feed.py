@@ -257,7 +257,7 @@ class Streamed:
         """See `Feed.batch`."""
         raw = next(stream(self._source, self._batches, step, step + 1))
         columns = {name: jnp.asarray(column) for name, column in raw.items()}
-        return self._prepare(columns, self._devices.get(self.arguments.key), step)
+        return self._prepare(columns, _augmentation_key(self._batches), step)
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -278,9 +278,12 @@ def should_fuse_steps(loss: Any) -> bool:
 
 def _arguments(numbers: Any, batches: Batches, devices: Devices) -> Arguments:
     """The arguments of a run, on its devices."""
-    # Another stream of keys than the model's.
-    key = jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION)
-    return devices.put(Arguments(numbers, key))
+    return devices.put(Arguments(numbers, _augmentation_key(batches)))
+
+
+def _augmentation_key(batches: Batches) -> jax.Array:
+    """The key of a run's augmentation: of another stream than the model's."""
+    return jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION)
 
 
 def _preparation(data: Dataset) -> Callable[..., dict[str, jax.Array]]:

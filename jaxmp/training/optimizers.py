@@ -22,7 +22,7 @@ from jaxmp.errors import InputError, nearest, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.scaling.state_format import parse_state_format, state_format
 from jaxmp.training.privacy import Privacy
-from jaxmp.training.schedules import ConstantRate, make_schedule, takes_any_peak
+from jaxmp.training.schedules import ConstantRate, make_schedule, schedule_numbers
 from jaxmp.trees import Pattern, path_name
 
 KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
@@ -65,12 +65,12 @@ def is_optimizer(value: Any) -> bool:
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 Numbers = Mapping[str, Any]
-"""Numbers of an optimizer by name: Python floats, or float32 scalars that are arguments of the program."""
+"""Numbers of an optimizer by name, trees of Python floats, or of float32 scalars that are arguments of the program."""
 
 
-def optimizer_numbers(optimizer: Any) -> dict[str, float]:
+def optimizer_numbers(optimizer: Any, steps: int) -> dict[str, Any]:
     """The numbers that may be arguments of a compiled step, see `Optimizer.numbers`; {} unless it is one of jaxmp's."""
-    return optimizer.numbers() if isinstance(optimizer, Optimizer) else {}
+    return optimizer.numbers(steps) if isinstance(optimizer, Optimizer) else {}
 
 
 def make_optimizer(optimizer: Any, steps: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
@@ -80,7 +80,7 @@ def make_optimizer(optimizer: Any, steps: int, numbers: Numbers | None = None) -
       optimizer: one of jaxmp's, or an object with a `make(steps)` like theirs; an optax transformation; or a function
         of the number of steps that returns one: `lambda steps: optax.sgd(optax.linear_schedule(0.1, 0.0, steps))`.
       steps: number of steps of the run.
-      numbers: what takes the place of the optimizer's own `optimizer_numbers`, by the same names; None or {}: they are
+      numbers: what takes the place of the optimizer's own `optimizer_numbers`, a tree like it; None or {}: they are
         constants.
 
     Raises:
@@ -164,14 +164,16 @@ class Optimizer:
         if self.state_format is not None:
             parse_state_format(self.state_format)
 
-    def numbers(self) -> dict[str, float]:
-        """The numbers of the update that may be arguments of a compiled step, by name.
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """The numbers of the update that may be arguments of a compiled step, by name; `schedule` has its own.
 
         Optimizers of one class that differ in these values alone share one program. A number that is off (0, None) is
         not among them: it decides which program it is. Nor are b1 and b2: optax forms 1 - b2 in double precision, and
         in float32 it is wrong by 1e-5 at 0.999.
         """
-        found = {"learning_rate": float(self.learning_rate)} if takes_any_peak(self.schedule) else {}
+        of_schedule, found = schedule_numbers(self.schedule, steps), dict[str, Any]()
+        if of_schedule is not None:
+            found |= {"learning_rate": float(self.learning_rate), "schedule": of_schedule}
         if self.clip_norm is not None:
             found["clip_norm"] = float(self.clip_norm)
         if self.weight_decay:
@@ -184,7 +186,9 @@ class Optimizer:
 
     def rate(self, steps: int, numbers: Numbers | None = None) -> optax.Schedule:
         """The learning rate of a run of `steps` steps, as a function of the number of applied steps."""
-        return make_schedule(self.schedule, (numbers or {}).get("learning_rate", self.learning_rate), steps)
+        own = numbers or {}
+        peak = own.get("learning_rate", self.learning_rate)
+        return make_schedule(self.schedule, peak, steps, own.get("schedule"))
 
     def make(self, steps: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
         """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
@@ -193,13 +197,13 @@ class Optimizer:
 
         Args:
           steps: number of steps of the run.
-          numbers: what takes the place of `self.numbers()`, by the same names, such as arguments of the program that is
-            being traced; by default the values are constants.
+          numbers: what takes the place of `self.numbers(steps)`, a tree like it, such as arguments of the program that
+            is being traced; by default the values are constants.
 
         Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
         the optimizer's state does not have.
         """
-        numbers = self.numbers() if numbers is None else numbers
+        numbers = self.numbers(steps) if numbers is None else numbers
         rule = self._rule(self.rate(steps, numbers), numbers)
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
@@ -238,9 +242,9 @@ class SGD(Optimizer):
         require(self, "momentum", 0 <= self.momentum < 1, "0 or more, below 1")
         require(self, "nesterov", self.momentum > 0 or not self.nesterov, "False, where momentum is 0")
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self, steps: int) -> dict[str, Any]:
         """See `Optimizer.numbers`."""
-        return super().numbers() | ({"momentum": float(self.momentum)} if self.momentum else {})
+        return super().numbers(steps) | ({"momentum": float(self.momentum)} if self.momentum else {})
 
     def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
         return self._after_l2(optax.sgd(learning_rate, numbers.get("momentum"), self.nesterov), numbers)
@@ -263,9 +267,9 @@ class Adam(Optimizer):
         require(self, "b2", 0 <= self.b2 < 1, "0 or more, below 1")
         require(self, "eps", 0 < self.eps < math.inf, "a positive number")
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self, steps: int) -> dict[str, Any]:
         """See `Optimizer.numbers`."""
-        return super().numbers() | {"eps": float(self.eps)}
+        return super().numbers(steps) | {"eps": float(self.eps)}
 
     def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
         return self._after_l2(optax.adam(learning_rate, self.b1, self.b2, numbers["eps"]), numbers)
@@ -370,9 +374,9 @@ class Private(Optimizer):
         """What is done to the gradients; `rows` is the expected number of rows in a batch."""
         return Privacy(self.clip_norm, self.noise_multiplier, rows)
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self, steps: int) -> dict[str, Any]:
         """See `Optimizer.numbers`; what rows are clipped to and their noise, which are accounted for, are constants."""
-        found = super().numbers()
+        found = super().numbers(steps)
         del found["clip_norm"]
         return found
 

@@ -46,8 +46,10 @@ HALVES = Loop(steps=4, accumulate_steps=2)
 def with_other_numbers(experiment):
     """The same experiment with another value of each number that need not be a constant."""
     optimizer, loop = experiment.optimizer, experiment.loop
-    own = {name: value for name, value in OTHER.items() if name in optimizer.numbers()}
-    loop = dataclasses.replace(loop, ema_decay=loop.ema_decay and 0.5)
+    own = {name: value for name, value in OTHER.items() if name in optimizer.numbers(4)}
+    if isinstance(optimizer.schedule, CosineDecay):
+        own["schedule"] = CosineDecay(warmup_steps=3, final=0.5)
+    loop = dataclasses.replace(loop, ema_decay=loop.ema_decay and 0.5, steps=6)
     return dataclasses.replace(experiment, optimizer=dataclasses.replace(optimizer, **own), loop=loop, seed=7)
 
 

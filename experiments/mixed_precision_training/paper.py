@@ -1,0 +1,222 @@
+"""Mixed precision training: float16 is as good as float32, by three techniques, each of which is left out here.
+
+    jaxmp reproduce mixed_precision_training [--quick]
+
+Micikevicius et al. 2018, Mixed Precision Training, 1710.03740. Trained is `digits_mlp`. For loss scaling it is trained
+with a loss in a unit 2^20 as large, and a learning rate 2^20 as large: in float32 that changes no update but by
+rounding, and in float16 the gradients are at the bottom of the range. Those of digits itself are not, and need no
+scale; the paper's own example is an object detector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmp import SGD, FunctionTask, Mean, NoScaler, StaticScaler
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.html.figure import Axis, Series, line_figure
+from jaxmp.precision.rounding import apply_updates
+from jaxmp.studies import paper_figures
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Results, Train, above, below, higher, lower, within
+
+POINT = 0.01
+"""the margin of equality: 1 point of test accuracy, 2.7 of the 269 test images"""
+UNIT = 2.0**-20
+RATIOS = (1024, 1536, 2047, 2304, 2560, 3072, 3584, 4096, 8192)
+SOURCE = "1710.03740"
+
+
+def lost_updates(seed: int, *, ratio: float) -> dict[str, float]:
+    """Returns the share of float16 weights that an update of -1/ratio of each leaves as it was.
+
+    The weights are normally distributed; the few below float16's smallest normal number, 2^-14, are left out.
+    """
+    drawn = jax.random.normal(jax.random.key(seed), (100_000,)).astype(jnp.float16)
+    weights = drawn[jnp.abs(drawn) >= 2.0**-14]
+    updates = -weights.astype(jnp.float32) / ratio
+    return {"lost": float(jnp.mean(apply_updates(weights, updates) == weights))}
+
+
+def accumulated(seed: int, *, dtype: str, length: int) -> dict[str, float]:
+    """Returns the error of 256 dot products of float16 vectors summed in `dtype`, by the norm of those in float64.
+
+    Each product is rounded to `dtype`, and the sum after each term. The vectors are positive, uniform in [0, 1).
+    """
+    rng = np.random.default_rng(seed)
+    x, y = (rng.random((256, length)).astype(np.float16) for _ in range(2))
+    exact = np.sum(x.astype(np.float64) * y.astype(np.float64), axis=1)
+    total = np.zeros(256, dtype)
+    for i in range(length):
+        total = (total + (x[:, i].astype(np.float32) * y[:, i].astype(np.float32)).astype(dtype)).astype(dtype)
+    return {"error": float(np.linalg.norm(total.astype(np.float64) - exact) / np.linalg.norm(exact))}
+
+
+def small_loss(logits: jax.Array, batch: Any) -> Any:
+    """Returns cross-entropy in a unit 2^20 as large, by row, and the accuracy."""
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    right = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
+    return UNIT * loss, {"accuracy": Mean.of(right, batch["weight"])}
+
+
+def get_paper(quick: bool = False) -> Paper:
+    """The claims that mixed float16 equals float32, and that each of the three techniques is needed."""
+    epochs, length = (4, 1024) if quick else (15, 4096)
+    options = ("--loop.epochs", str(epochs), "--loop.eval-every", "1000")
+    plain = ConfigFile.find("digits_mlp").experiment(list(options))
+    small = dataclasses.replace(
+        plain, task=FunctionTask(small_loss, ("image",)), optimizer=SGD(0.02 / UNIT, momentum=0.9)
+    )
+
+    def trained(precision: str) -> Train:
+        return Train("digits_mlp", ("--precision", precision, *options))
+
+    def scaled(scaler: Any) -> Train:
+        return Train(dataclasses.replace(small, precision="mixed_float16", scaler=scaler))
+
+    arms: dict[str, Train | Compute] = {
+        "float32": trained("float32"),
+        "mixed_float16": trained("mixed_float16"),
+        "float16 master weights": trained("float16"),
+        "small loss, float32": Train(dataclasses.replace(small, precision="float32", scaler=NoScaler())),
+        "small loss, S = 1": scaled(NoScaler()),
+        "small loss, S = 8": scaled(StaticScaler(8.0)),
+        "small loss, S = 1024": scaled(StaticScaler(1024.0)),
+        "summed in float16": Compute(accumulated, {"dtype": "float16", "length": length}),
+        "summed in float32": Compute(accumulated, {"dtype": "float32", "length": length}),
+    }
+    arms |= {f"ratio {ratio}": Compute(lost_updates, {"ratio": ratio}) for ratio in RATIOS}
+    if quick:
+        arms = {name: arms[name] for name in arms if not name.endswith(("weights", "8", "1024")) or "ratio" in name}
+    accuracy = "test accuracy, as a share: "
+
+    def scale_claim(scale: int) -> Claim:
+        return Claim(
+            id=f"scale-{scale}-passes",
+            says=f"With a loss scale of {scale} it reaches float32",
+            published="a scale of 8 was enough for the Multibox SSD detector",
+            source=f"{SOURCE}, section 3.2",
+            checked=False,
+            arms=(f"small loss, S = {scale}", "small loss, float32"),
+            metric="accuracy",
+            measured=f"{accuracy}S = {scale} minus float32; within 0.01",
+            judge=within(POINT),
+            remark="How large a scale is enough follows from the unit of the loss, which was chosen so that S = 1 "
+            "fails.",
+        )
+
+    claims = (
+        Claim(
+            id="mixed-equals-float32",
+            says="Mixed float16 is as accurate as float32",
+            published="the same accuracy, over all tasks",
+            source=f"{SOURCE}, abstract",
+            checked=False,
+            arms=("mixed_float16", "float32"),
+            metric="accuracy",
+            measured=f"{accuracy}mixed_float16 minus float32; within 0.01",
+            judge=within(POINT),
+        ),
+        Claim(
+            id="no-update-lost-below-2048",
+            says="An update of more than 1/2048 of its float16 weight is not lost",
+            published="lost where the weight is at least 2,048 times as large",
+            source=f"{SOURCE}, section 3.1",
+            checked=False,
+            arms=("ratio 2047",),
+            metric="lost",
+            measured="share of lost updates, weights 2,047 times as large",
+            judge=below(1e-9),
+        ),
+        Claim(
+            id="updates-lost-from-2048",
+            says="An update of less than that can be lost",
+            published="lost where the weight is at least 2,048 times as large",
+            source=f"{SOURCE}, section 3.1",
+            checked=False,
+            arms=("ratio 2304",),
+            metric="lost",
+            measured="share of lost updates, weights 2,304 times as large",
+            judge=above(0.0),
+            remark="Which are lost depends on the significand: a weight just above a power of two loses its update "
+            "from 2,048 on, one just below only from 4,096 on, where all are lost.",
+        ),
+        Claim(
+            id="float16-master-weights-lose",
+            says="Without float32 master weights, training loses accuracy",
+            published="80 % relative loss of accuracy, of a Mandarin speech model",
+            source=f"{SOURCE}, section 3.1",
+            checked=False,
+            arms=("float16 master weights", "mixed_float16"),
+            metric="accuracy",
+            measured=f"{accuracy}float16 weights minus mixed_float16",
+            judge=lower,
+            remark="Adam at 1e-3 moves weights of 0.03 by about 1e-3 a step, far above 1/2048 of them. With bfloat16 "
+            "and a smaller learning rate the loss is there: see `bfloat16_training`.",
+        ),
+        Claim(
+            id="no-scale-fails",
+            says="Without a loss scale, small gradients are lost and training fails",
+            published="Multibox SSD diverges without a scale",
+            source=f"{SOURCE}, section 3.2",
+            checked=False,
+            arms=("small loss, S = 1", "small loss, float32"),
+            metric="accuracy",
+            measured=f"{accuracy}S = 1 minus float32",
+            judge=lower,
+        ),
+        scale_claim(8),
+        scale_claim(1024),
+        Claim(
+            id="float16-sums-lose",
+            says="Dot products of float16 vectors have to be summed in float32",
+            published="some networks need it, without a figure",
+            source=f"{SOURCE}, section 3.3",
+            checked=False,
+            arms=("summed in float16", "summed in float32"),
+            metric="error",
+            measured=f"relative error of dot products of {length}, float16 minus float32 sums",
+            judge=higher,
+        ),
+    )
+    return Paper(
+        title="Mixed Precision Training",
+        authors="Micikevicius et al. 2018",
+        url="https://arxiv.org/abs/1710.03740",
+        seeds=(0, 1) if quick else (0, 1, 2, 3, 4),
+        arms=arms,
+        claims=tuple(claim for claim in claims if set(claim.arms) <= set(arms)),
+        tables=("accuracy", "error", "lost"),
+        figures=(
+            Figure(
+                "lost_updates",
+                "Updates lost beside float16 weights",
+                "Share of updates that leave a float16 weight as it was, by how many times as large as its update the "
+                "weight is; mean over the seeds. The paper's threshold is 2,048.",
+                _lost,
+            ),
+            Figure(
+                "scaling",
+                "A loss in a large unit, under loss scales",
+                "Test accuracy in mixed_float16: each seed, and the mean with its 95 % t interval.",
+                lambda results: paper_figures.means(
+                    results, [arm for arm in arms if arm.startswith("small")], "accuracy", "test accuracy, share"
+                ),
+            ),
+        ),
+    )
+
+
+def _lost(results: Results) -> str:
+    shares = [100 * results.mean(f"ratio {ratio}", "lost").mean for ratio in RATIOS]
+    return line_figure(
+        Axis("weight by its update", "log2"),
+        Axis("lost updates, %"),
+        [Series("float16", RATIOS, shares)],
+        name="Share of lost updates by the ratio of weight and update",
+    )

@@ -1,0 +1,305 @@
+"""`Paper`, `Claim` and the judges: what a paper says, as data that a study can check.
+
+    Paper(
+        name="bfloat16_training",
+        ...
+        seeds=(0, 1, 2, 3, 4),
+        arms={"float32": Train("digits_mlp", ("--precision", "float32")), "bfloat16": Train("digits_mlp", ...)},
+        claims=(Claim("nearest-loses", ..., arms=("bfloat16", "float32"), metric="loss", judge=higher),),
+    )
+
+A judge sees the values of the claim's arms by seed, and says the figure, its interval and the verdict. Values of one
+seed are paired: they come from the same initial weights, batches and random numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxmp.errors import InputError, nearest
+from jaxmp.experiment.experiment import Experiment
+from jaxmp.studies.paired import CONFIDENCE, Paired, paired
+
+if TYPE_CHECKING:
+    from jaxmp.runs.run import Run
+
+REPRODUCED, NOT_AT_THIS_SIZE, CONTRADICTED = "reproduced", "not at this size", "contradicted"
+"""The verdicts. Not at this size: the interval does not decide, which more seeds or a larger task might."""
+
+Values = Sequence[Mapping[int, float | None]]
+"""The metric of each arm of a claim, in the order of its arms, by seed; None where the run failed."""
+
+
+class Finding(NamedTuple):
+    """What a judge says about a claim."""
+
+    verdict: str
+    """one of the three verdicts"""
+    mean: float
+    """our figure: what it is of is the claim's `measured`; NaN without a value"""
+    low: float
+    """lower end of its interval; NaN where there is none"""
+    high: float
+    pairs: int
+    """number of seeds, or of pairs of runs that both ended, behind it"""
+    note: str = ""
+    """what the numbers do not say: failed runs, or why there is no interval"""
+
+
+Judge = Callable[[Values], Finding]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, and how it is checked."""
+
+    id: str
+    """short name, in lower case with hyphens"""
+    says: str
+    """what the paper claims, in a sentence"""
+    published: str
+    """the paper's figure, with its unit"""
+    source: str
+    """where the figure stands: section, table, figure or page"""
+    checked: bool
+    """whether the figure was compared with the paper's text"""
+    arms: tuple[str, ...]
+    """names of the arms that the judge sees, in its order"""
+    metric: str
+    """what is measured of each arm"""
+    measured: str
+    """what our figure is, with its unit: `test loss, bfloat16 minus float32`"""
+    judge: Judge
+    """says figure, interval and verdict"""
+    remark: str = ""
+    """where ours and theirs differ: the probable reason, and what was tried"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """An arm that trains: for each seed an ordinary run folder, that of `jaxmp train CONFIG OPTIONS --seed S`."""
+
+    subject: str | Experiment
+    """name of a config, path of a config file relative to the paper's folder, or an experiment"""
+    options: tuple[str, ...] = ()
+    """options of `jaxmp train`, for a config"""
+    measure: Callable[[Run], Mapping[str, Any]] | None = None
+    """further metrics of a finished run, beside those of its test split; `skipped_steps` is always there"""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """An arm that is computed without a run: for each seed a JSON file with the metrics that `function` returns."""
+
+    function: Callable[..., Mapping[str, Any]]
+    """called as `function(seed, **arguments)`; returns JSON by name of metric. Code that it reaches is its identity:
+    after an edit it is computed anew"""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """its other arguments, JSON"""
+
+
+Arm = Train | Compute
+
+
+class Results(dict[str, dict[int, dict[str, Any]]]):
+    """The metrics of each arm by seed: `results["float32"][0]["loss"]`. A run that failed has `failed`, its message."""
+
+    def of(self, arm: str, metric: str) -> dict[int, float | None]:
+        """Returns the metric of an arm by seed; None where a run failed, or has no finite value.
+
+        Raises: InputError with the nearest name if the arm has no such metric.
+        """
+        found = {}
+        for seed, metrics in self[arm].items():
+            if not metrics.get("failed") and metric not in metrics:
+                raise InputError(f"arm {arm!r} has no metric {metric!r}{nearest(metric, metrics)}")
+            found[seed] = metrics.get(metric) if not metrics.get("failed") else None
+        return found
+
+    def mean(self, arm: str, metric: str) -> Paired:
+        """Returns the mean of the metric over the seeds that ended, with its t interval."""
+        return paired([value for value in self.of(arm, metric).values() if value is not None])
+
+    def difference(self, arm: str, baseline: str, metric: str) -> Paired:
+        """Returns the mean of arm minus baseline over the seeds in which both ended, with its t interval."""
+        return paired(_differences(self.of(arm, metric), self.of(baseline, metric)))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot of a paper's results."""
+
+    name: str
+    """name of its file, without .svg"""
+    title: str
+    caption: str
+    """what it shows; plain text"""
+    draw: Callable[[Results], str]
+    """returns an `<svg>` element, of `jaxmp.html.figure`"""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper, its claims, and the study that checks them."""
+
+    title: str
+    authors: str
+    """authors and year"""
+    url: str
+    seeds: tuple[int, ...]
+    """seeds of every arm"""
+    arms: Mapping[str, Arm]
+    """by name, in the order in which they are listed; the first is run first in each seed"""
+    claims: tuple[Claim, ...]
+    tables: tuple[str, ...] = ()
+    """metrics of which the README has a table: mean and interval of each arm"""
+    figures: tuple[Figure, ...] = ()
+
+
+# --- judges
+
+
+def higher(values: Values) -> Finding:
+    """Judges that the first arm is above the second: by the interval of the mean paired difference."""
+    return _by_sign(values, 1)
+
+
+def lower(values: Values) -> Finding:
+    """Judges that the first arm is below the second."""
+    return _by_sign(values, -1)
+
+
+def within(margin: float) -> Judge:
+    """Returns a judge of equality: the mean paired difference of the first two arms is within +-margin.
+
+    Reproduced if the whole interval is inside, contradicted if it is outside. An interval that only holds 0 shows
+    nothing: few seeds always give one.
+    """
+
+    def judge(values: Values) -> Finding:
+        first, second, *_ = values
+        found = paired(_differences(first, second))
+        note = _failures(values, found)
+        if _failed_alone(first, second):
+            return _finding(NOT_AT_THIS_SIZE, found, note)
+        return _finding(_inside(found, -margin, margin), found, note)
+
+    return judge
+
+
+def near(published: float, tolerance: float) -> Judge:
+    """Returns a judge of a published number: the mean of the arm is within a relative `tolerance` of it."""
+    margin = abs(published) * tolerance
+
+    def judge(values: Values) -> Finding:
+        found = _of_one(values)
+        return _finding(_inside(found, published - margin, published + margin), found, _failures(values, found))
+
+    return judge
+
+
+def above(threshold: float) -> Judge:
+    """Returns a judge that the mean of the arm is above a threshold."""
+    return lambda values: _beyond(values, threshold, 1)
+
+
+def below(threshold: float) -> Judge:
+    """Returns a judge that the mean of the arm is below a threshold."""
+    return lambda values: _beyond(values, threshold, -1)
+
+
+def increasing(values: Values) -> Finding:
+    """Judges an order: each arm is above the one before it. The figure is the step that is least certain.
+
+    The intervals are as wide as k of them need to hold together with 95 % (Bonferroni).
+    """
+    confidence = 1 - (1 - CONFIDENCE) / max(len(values) - 1, 1)
+    steps = [paired(_differences(after, before), confidence) for before, after in itertools.pairwise(values)]
+    verdicts = [_sided(step, 0.0, 1) for step in steps]
+    order = (CONTRADICTED, NOT_AT_THIS_SIZE, REPRODUCED)
+    worst = min(range(len(steps)), key=lambda i: (order.index(verdicts[i]), steps[i].mean))
+    verdict = verdicts[worst]
+    if verdict == REPRODUCED and any(None in of.values() for of in values):
+        verdict = NOT_AT_THIS_SIZE
+    return _finding(verdict, steps[worst], _failures(values, steps[worst], f"step {worst + 1} of {len(steps)}"))
+
+
+def only_first_fails(values: Values) -> Finding:
+    """Judges that training fails under the first arm and under no other. The figure: failed runs of the first, %.
+
+    Reproduced if all seeds agree, contradicted if the first never fails. No interval: the seeds are counted.
+    """
+    first, *others = values
+    failed = sum(value is None for value in first.values())
+    clean = not any(None in of.values() for of in others)
+    verdict = REPRODUCED if failed == len(first) and clean else NOT_AT_THIS_SIZE if failed else CONTRADICTED
+    share = 100 * failed / len(first) if first else math.nan
+    others_failed = sum(value is None for of in others for value in of.values())
+    return Finding(verdict, share, math.nan, math.nan, len(first), f"{others_failed} runs of the other arms failed")
+
+
+def _by_sign(values: Values, sign: int) -> Finding:
+    first, second, *_ = values
+    found = paired(_differences(first, second))
+    verdict = _sided(found, 0.0, sign)
+    if verdict == REPRODUCED and _failed_alone(first, second):  # what fails is not better
+        verdict = NOT_AT_THIS_SIZE
+    return _finding(verdict, found, _failures(values, found))
+
+
+def _beyond(values: Values, threshold: float, sign: int) -> Finding:
+    found = _of_one(values)
+    return _finding(_sided(found, threshold, sign), found, _failures(values, found))
+
+
+def _of_one(values: Values) -> Paired:
+    return paired([value for value in values[0].values() if value is not None])
+
+
+def _differences(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> list[float]:
+    pairs = [(value, second.get(seed)) for seed, value in first.items()]
+    return [value - other for value, other in pairs if value is not None and other is not None]
+
+
+def _failed_alone(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> bool:
+    return any(value is None and second.get(seed) is not None for seed, value in first.items())
+
+
+def _ends(found: Paired) -> tuple[float, float]:
+    """The interval; where all of several values are equal, their value: no chance moved them."""
+    if found.no_interval and found.pairs > 1:
+        return found.mean, found.mean
+    return found.low, found.high
+
+
+def _sided(found: Paired, threshold: float, sign: int) -> str:
+    low, high = _ends(found)
+    if math.isnan(low):
+        return NOT_AT_THIS_SIZE
+    if sign < 0:
+        low, high, threshold = -high, -low, -threshold
+    return REPRODUCED if low > threshold else CONTRADICTED if high < threshold else NOT_AT_THIS_SIZE
+
+
+def _inside(found: Paired, least: float, most: float) -> str:
+    low, high = _ends(found)
+    if math.isnan(low):
+        return NOT_AT_THIS_SIZE
+    if least <= low and high <= most:
+        return REPRODUCED
+    return CONTRADICTED if high < least or low > most else NOT_AT_THIS_SIZE
+
+
+def _failures(values: Values, found: Paired, *notes: str) -> str:
+    failed = sum(value is None for of in values for value in of.values())
+    runs = sum(map(len, values))
+    said = [*notes, f"{failed} of {runs} runs failed" if failed else "", found.no_interval]
+    return "; ".join(filter(None, said))
+
+
+def _finding(verdict: str, found: Paired, note: str) -> Finding:
+    return Finding(verdict, found.mean, found.low, found.high, found.pairs, note)

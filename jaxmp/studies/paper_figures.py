@@ -1,0 +1,54 @@
+"""Plots of a paper's results that many papers want: means, paired differences, and curves of arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jaxmp.html.figure import Axis, Series, interval_figure, line_figure
+from jaxmp.studies.claims import Results
+from jaxmp.studies.paired import Paired, paired
+
+
+def means(results: Results, arms: Sequence[str], metric: str, label: str) -> str:
+    """Draws a metric of each arm: each seed, and the mean with its 95 % t interval. Arms without results are left out.
+
+    Args:
+      results: what was measured.
+      arms: from top to bottom.
+      metric: what is drawn.
+      label: of the axis: quantity and unit.
+    """
+    values = {arm: [v for v in results.of(arm, metric).values() if v is not None] for arm in arms if arm in results}
+    rows = [(arm, i, of, _interval(paired(of))) for i, (arm, of) in enumerate(values.items())]
+    return interval_figure(Axis(label), rows, name=f"{metric} by arm")
+
+
+def differences(results: Results, arms: Sequence[str], baseline: str, metric: str, label: str) -> str:
+    """Draws the paired differences of arms to a baseline: each seed, and the mean with its 95 % t interval.
+
+    A seed of which a run failed is no pair. Arms without results are left out.
+    """
+    rows = []
+    for i, arm in enumerate(arm for arm in arms if arm in results):
+        of, base = results.of(arm, metric), results.of(baseline, metric)
+        pairs = [(value, base[seed]) for seed, value in of.items()]
+        points = [value - other for value, other in pairs if value is not None and other is not None]
+        rows.append((arm, i, points, _interval(results.difference(arm, baseline, metric))))
+    return interval_figure(Axis(label), rows, name=f"{metric} minus that of {baseline}")
+
+
+def curves(results: Results, arms: Sequence[str], x: str, y: str, horizontal: Axis, vertical: Axis) -> str:
+    """Draws a curve of each seed and arm: the metrics `x` and `y` are lists of one length. One style for each arm."""
+    series = []
+    for i, arm in enumerate(arm for arm in arms if arm in results):
+        for j, found in enumerate(results[arm].values()):
+            if x in found:
+                values = [math.nan if value is None else value for value in found[y]]
+                failed = bool(found.get("failed"))
+                series.append(Series(arm if j == 0 else "", found[x], values, i, steps=True, failed=failed))
+    return line_figure(horizontal, vertical, series, name=f"{y} over {x}, by arm")
+
+
+def _interval(found: Paired) -> tuple[float, float, float] | None:
+    return None if math.isnan(found.low) else (found.mean, found.low, found.high)

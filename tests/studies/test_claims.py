@@ -1,0 +1,86 @@
+"""The judges of claims: a verdict follows from the interval alone, and a failed run is never left out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from jaxmp.errors import InputError
+from jaxmp.studies.claims import (
+    CONTRADICTED,
+    NOT_AT_THIS_SIZE,
+    REPRODUCED,
+    Results,
+    above,
+    below,
+    higher,
+    increasing,
+    lower,
+    near,
+    only_first_fails,
+    within,
+)
+
+ZEROS, NOISE = [0.0] * 5, [0.01, -0.01, 0.02, -0.02, 0.0]
+
+
+def seeds(values):
+    return dict(enumerate(values))
+
+
+def moved(by):
+    return [by + noise for noise in NOISE]
+
+
+@pytest.mark.parametrize(
+    ("judge", "arms", "verdict"),
+    [
+        (higher, [moved(1), ZEROS], REPRODUCED),
+        (higher, [moved(-1), ZEROS], CONTRADICTED),
+        (higher, [moved(0.001), ZEROS], NOT_AT_THIS_SIZE),
+        (higher, [[1.0], [0.0]], NOT_AT_THIS_SIZE),  # one seed decides nothing
+        (higher, [[1.0] * 5, ZEROS], REPRODUCED),  # no chance moved any of five
+        (higher, [ZEROS, ZEROS], NOT_AT_THIS_SIZE),  # equal, which is not above
+        (lower, [moved(-1), ZEROS], REPRODUCED),
+        (lower, [moved(1), ZEROS], CONTRADICTED),
+        (lower, [[None, *moved(-1)[1:]], ZEROS], NOT_AT_THIS_SIZE),  # what fails alone is not better
+        (lower, [[None, *moved(-1)[1:]], [None, *ZEROS[1:]]], REPRODUCED),  # both failed: no difference there
+        (within(0.1), [moved(0), ZEROS], REPRODUCED),
+        (within(0.01), [moved(0), ZEROS], NOT_AT_THIS_SIZE),  # an interval that holds 0 shows nothing
+        (within(0.1), [moved(1), ZEROS], CONTRADICTED),
+        (within(0.1), [[None, *moved(0)[1:]], ZEROS], NOT_AT_THIS_SIZE),
+        (within(0.0), [ZEROS, ZEROS], REPRODUCED),
+        (near(1.0, 0.05), [moved(1)], REPRODUCED),
+        (near(1.0, 0.01), [moved(1)], NOT_AT_THIS_SIZE),
+        (near(1.0, 0.05), [moved(2)], CONTRADICTED),
+        (above(0.5), [moved(1)], REPRODUCED),
+        (above(0.5), [moved(0)], CONTRADICTED),
+        (below(0.5), [moved(0)], REPRODUCED),
+        (increasing, [moved(0), ZEROS[:0] + [1.0] * 5, moved(2)], REPRODUCED),
+        (increasing, [moved(0), moved(2), [1.0] * 5], CONTRADICTED),
+        (increasing, [moved(0), [0.01] * 5, moved(2)], NOT_AT_THIS_SIZE),
+        (increasing, [moved(0), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
+        (only_first_fails, [[None] * 5, ZEROS], REPRODUCED),
+        (only_first_fails, [[None] * 5, [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
+        (only_first_fails, [[None, *ZEROS[1:]], ZEROS], NOT_AT_THIS_SIZE),
+        (only_first_fails, [ZEROS, ZEROS], CONTRADICTED),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_a_failed_run_counts_against(judge, arms, verdict):
+    assert judge([seeds(arm) for arm in arms]).verdict == verdict
+
+
+def test_a_finding_says_how_many_runs_failed_and_which_step_of_an_order_is_least_certain():
+    found = higher([seeds([None, 1.0, 1.1, 1.2]), seeds(ZEROS[:4])])
+    assert (found.pairs, found.note) == (3, "1 of 8 runs failed")
+    found = increasing([seeds(moved(0)), seeds([5.0] * 5), seeds(moved(5.5))])
+    assert found.note == "step 2 of 2" and math.isclose(found.mean, 0.5)
+
+
+def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():
+    results = Results({"a": {0: {"loss": 2.0}, 1: {"failed": "NaN"}}, "b": {0: {"loss": 1.5}, 1: {"loss": 1.0}}})
+    assert results.of("a", "loss") == {0: 2.0, 1: None}
+    assert (results.difference("a", "b", "loss").mean, results.mean("b", "loss").pairs) == (0.5, 2)
+    with pytest.raises(InputError, match=r"arm 'a' has no metric 'los'; did you mean 'loss'\?"):
+        results.of("a", "los")

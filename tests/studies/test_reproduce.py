@@ -1,0 +1,156 @@
+"""`jaxmp reproduce`: a paper's study is resumed, and every table, plot and verdict comes from its results."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from jaxmp.cli import main
+from jaxmp.studies import reproduce
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+PAPERS = sorted(path.parent.name for path in EXPERIMENTS.glob("*/paper.py"))
+PUBLISHED = [name for name in PAPERS if (EXPERIMENTS / name / "results.json").is_file()]
+SMALLEST = "bfloat16_training"
+
+PAPER = """
+from jaxmp.html.figure import Axis
+from jaxmp.studies import paper_figures
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, higher
+
+def error(seed, *, bits):
+    with open({calls!r}, "a") as file:
+        file.write(f"{{bits}} {{seed}}\\n")
+    return {{"error": 2.0 ** -bits * (1 + seed / 10){edit}}}
+
+def get_paper(quick=False):
+    return Paper(
+        title="Fewer bits", authors="Nobody 2020", url="https://example.org", seeds=tuple(range(2 if quick else 5)),
+        arms={{f"{{bits}} bits": Compute(error, {{"bits": bits}}) for bits in (4, 8)}},
+        claims=(
+            Claim("fewer-bits", "Fewer bits err more", "0.06", "table 1", True, {arms}, "error", "4 minus 8 bits",
+                  higher, "Because | so."),
+        ),
+        tables=("error",),
+        figures=(Figure("errors", "Errors", "The errors.",
+                 lambda results: paper_figures.differences(results, ["4 bits"], "8 bits", "error", "error")),),
+    )
+"""
+
+
+@pytest.fixture
+def paper(tmp_path, monkeypatch):
+    """Writes experiments/bits/paper.py in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments" / "bits"
+    folder.mkdir(parents=True)
+
+    def write(edit="", arms=("4 bits", "8 bits")):
+        (folder / "paper.py").write_text(PAPER.format(calls=str(tmp_path / "calls"), edit=edit, arms=arms))
+        return folder
+
+    return write
+
+
+def test_a_study_writes_tables_plots_and_verdicts_and_is_resumed_until_its_code_changes(paper, tmp_path, capsys):
+    folder = paper()
+    (folder / "README.md").write_text("# Bits\n\nProse.\n")
+    above = folder.parent / "README.md"
+    above.write_text("Guide.\n<!-- made by jaxmp reproduce -->\n<!-- end -->\nMore.\n")
+
+    assert main(["reproduce", "bits"]) == 0
+    said = capsys.readouterr().out
+    assert "fewer-bits  0.06   0.07031 (0.05881 to 0.08182)  reproduced" in said
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("# Bits\n\nProse.\n") and "**reproduced**" in readme
+    assert "- `fewer-bits`: Because | so." in readme and "| `4 bits` | 0.075 ± 0.0099 |" in readme
+    assert "fewer-bits" in above.read_text() and above.read_text().endswith("<!-- end -->\nMore.\n")
+    svg = ElementTree.fromstring((folder / "errors.svg").read_text())
+    texts = "".join(svg.itertext())
+    assert "The errors." in texts and "Made by: " in texts and "reproduce bits" in texts
+
+    calls = tmp_path / "calls"
+    assert len(calls.read_text().splitlines()) == 10
+    first = (folder / "README.md").read_text()
+    assert main(["reproduce", "bits"]) == 0
+    assert len(calls.read_text().splitlines()) == 10, "computed again what was there"
+    assert (folder / "README.md").read_text() == first
+    (folder / "README.md").write_text("# Bits\n\nProse.\n")
+    assert main(["reproduce", "bits", "--tables"]) == 0
+    assert len(calls.read_text().splitlines()) == 10 and (folder / "README.md").read_text() == first
+    paper(edit=" + 0.5")
+    assert main(["reproduce", "bits", "--quick"]) == 0
+    assert len(calls.read_text().splitlines()) == 14, "read what other code had computed"
+    assert json.loads((folder / "results.json").read_text())["seeds"] == [0, 1, 2, 3, 4], "a quick study replaced it"
+    assert "± " in (tmp_path / "runs/bits/quick/README.md").read_text()
+
+
+def test_papers_are_listed_with_their_claims_and_verdicts(paper, capsys):
+    paper()
+    assert main(["reproduce"]) == 0
+    assert "bits" in (line := capsys.readouterr().out.splitlines()[1]) and line.endswith("not run yet")
+    assert main(["reproduce", "bits"]) == 0
+    capsys.readouterr()
+    assert main(["reproduce"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("reproduced")
+
+
+@pytest.mark.parametrize(
+    ("arms", "argument", "message"),
+    [
+        (("4 bits", "8 bits"), "bit", "paper 'bit': no paper.py in experiments/bit; expected one of bits, "),
+        (("4 bits", "8 bits"), "bit", "did you mean 'bits'?"),
+        (("4 bits", "8 bits"), "bits --tables", "--tables: no results.json in experiments/bits; expected jaxmp"),
+        (("4 bits", "8 bit"), "bits", "claim 'fewer-bits': no arm '8 bit'; did you mean '8 bits'?"),
+    ],
+)
+def test_a_paper_that_is_not_there_or_is_wrong_is_one_message(paper, capsys, arms, argument, message):
+    paper(arms=arms)
+    assert main(["reproduce", *argument.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_an_error_in_a_paper_is_said_with_its_line(paper, capsys):
+    folder = paper()
+    (folder / "paper.py").write_text("x = 1\ny = x.z\n")
+    assert main(["reproduce", "bits"]) == 2
+    assert "paper.py raised in line 2: AttributeError: 'int' object has no attribute 'z'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tables_plots_and_verdicts_are_those_of_the_committed_results(name):
+    """No figure is typed by hand: after an edit of a paper's claims, run `jaxmp reproduce PAPER` again."""
+    folder = EXPERIMENTS / name
+    results = reproduce.committed(folder)
+    again = reproduce.judged(reproduce.load(folder, quick=False), results)
+    readme = (folder / "README.md").read_text()
+    for path, text in reproduce.written(folder, again, folder, readme).items():
+        assert path.read_text() == text, f"{path} is not what its results.json makes"
+
+
+def test_the_table_of_all_papers_is_that_of_the_committed_results():
+    assert (EXPERIMENTS / "README.md").read_text() == reproduce.overview(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_each_paper_says_its_figures_and_sources_in_both_sizes(name):
+    for quick in (False, True):
+        paper = reproduce.load(EXPERIMENTS / name, quick=quick)
+        assert paper.claims and all(claim.published and claim.source and claim.measured for claim in paper.claims)
+        assert quick or len(paper.seeds) >= 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == SMALLEST else pytest.mark.full_size) for name in PAPERS],
+)
+def test_the_quick_version_of_a_paper_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    assert main(["reproduce", name, "--quick", "--workdir", str(tmp_path)]) == 0
+    assert "tables and plots" in capsys.readouterr().out
+    results = json.loads((tmp_path / name / "quick" / "results.json").read_text())
+    assert all(claim["verdict"] for claim in results["claims"])
