@@ -77,5 +77,7 @@ def without_password(text: str) -> str:
     >>> without_password("postgresql+psycopg://me@host/db?password=secret&sslmode=require")
     'postgresql+psycopg://me@host/db?password=...&sslmode=require'
     """
-    text = re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1@", text)
-    return re.sub(r"([?&]\w*passw\w*=)[^&\s]*", r"\1...", text)
+    # A password ends at an @ and may hold blanks. One that should have been escaped in it ends it too early: no host
+    # holds an @, so that all is left out up to the last before the database.
+    text = re.sub(r"(://[^/@:]*):[^@]*@(?:[^@/?]*@)*", r"\1@", text)
+    return re.sub(r"([?&]\w*passw\w*=)[^&]*", r"\1...", text)

@@ -141,6 +141,11 @@ def pytest_collection_modifyitems(session, items):
             item.add_marker(pytest.mark.xdist_group(EIGHT_DEVICES))
             item.setup = lambda: None  # its fixtures are made in the other process
             item.runtest = functools.partial(repeat_outcome, session, item)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+LONGEST = ("tests/test_readme.py", "tests/test_configs.py")
+"""the files whose tests take minutes: they come first, so that no worker is left with one when the others have ended"""
 
 
 def name_in_group(item):

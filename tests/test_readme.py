@@ -15,6 +15,7 @@ import pytest
 
 import jaxmp
 from jaxmp.cli import main
+from jaxmp.commands import configs
 from jaxmp.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -201,6 +202,17 @@ def test_configs_have_their_page():
     assert (ROOT / "configs" / "README.md").read_text() == printed
     alternative = "`; at epsilon 8: `jaxmp train mnist_dpsgd --optimizer.noise-multiplier 0.69`"
     assert f"- Command: `jaxmp data prepare mnist && jaxmp train mnist_dpsgd{alternative}" in printed
+
+
+def test_the_page_of_configs_has_a_table_of_what_they_reached():
+    row = {"config": "a", "options": "", "metric": "loss", "seeds": [0, 1]}
+    test = {"float32": [1.0, 3.0], "mixed_float16": [1.0, None]}
+    text = configs.page(
+        {"a": "A.\n\nMore."}, [row | {"test": test}, row | {"options": "--seed 5", "test": {"float32": [1.0]}}]
+    )
+    assert "| config | metric | seeds | `float32` | `mixed_float16` |" in text
+    assert "| `a` | loss | 2 | 2.0000 ± 1.4142 | 1 of 2 diverged |" in text
+    assert "| `a` `--seed 5` | loss | 2 | 1.0000 |  |" in text
 
 
 def summary_of(folder):

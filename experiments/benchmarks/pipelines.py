@@ -85,7 +85,7 @@ def of_config(name: str, rounds: int, seconds: float) -> dict[str, Any]:
 
     def train() -> Any:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, trainer.numbers)
         return metrics
 
     of_pipeline = least_cpu_seconds(lambda: pipeline(columns, rows, weight, 0), rounds, seconds)

@@ -112,7 +112,7 @@ def compiled(precision: str, parallel: Parallel, loop: Loop, target: Target, *, 
     lowered = step.lower(*arguments)
     options = COMPILER_OPTIONS | ({"xla_gpu_all_reduce_combine_threshold_bytes": 2**40} if in_one else {})
     program = Program.read(lowered.compile(compiler_options=options), str(target))
-    state, batch = arguments
+    state, batch, _ = arguments
     params, optimizer = nbytes(state.params), nbytes(state.opt_state)
     ideal = {
         "replicated": params + optimizer,

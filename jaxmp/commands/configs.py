@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxmp.commands.command import Command
 from jaxmp.errors import DONE, InputError
@@ -25,7 +29,10 @@ def configs(options: Options) -> int:
     if not found:
         raise InputError(f"no configs in {' or '.join(map(str, config_file.folders()))}")
     records = {name: _record(name) for name in found}
-    print(page(records) if options.markdown else table([(name, _title(text)) for name, text in records.items()]))
+    if options.markdown:
+        print(page(records, _results()))
+    else:
+        print(table([(name, _title(text)) for name, text in records.items()]))
     return DONE
 
 
@@ -40,8 +47,23 @@ time and result. This page is made of them, by
 """
 
 
-def page(records: dict[str, str]) -> str:
-    """Returns a Markdown page made of the docstrings `records` of configs: a table of all, and a section of each.
+_MEASURED = """
+## Measured
+
+The monitored metric on the test split, of the last weights: mean and standard deviation over seeds, the same seeds in
+each precision. From [results.json](results.json), which has each run and its revision, by
+
+    uv run python experiments/precisions/results.py CONFIG ...
+
+"""
+
+
+def page(records: dict[str, str], results: Sequence[dict[str, Any]] = ()) -> str:
+    """Returns a Markdown page of configs: a table of all, what was measured, and a section of each record.
+
+    Args:
+      records: the docstring of each config, by its name.
+      results: rows of experiments/precisions/results.py.
 
     A docstring is a title, paragraphs, and a list of entries such as `Command:   jaxmp train digits_mlp`, whose text
     goes on in indented lines. Lines of a command that begin with a note, `at epsilon 8: jaxmp train ...`, are
@@ -49,7 +71,39 @@ def page(records: dict[str, str]) -> str:
     """
     rows = [f"| [{name}](#{name}) | {_title(text).rstrip('.')} |" for name, text in records.items()]
     sections = [f"## {name}\n\n{_markdown(text)}" for name, text in records.items()]
-    return "\n".join([_INTRODUCTION, "| config | what it trains |", "|---|---|", *rows, "", "\n\n".join(sections)])
+    measured = [_MEASURED + _measured(results)] if results else []
+    table_of_all = ["| config | what it trains |", "|---|---|", *rows]
+    return "\n".join([_INTRODUCTION, *table_of_all, *measured, "", "\n\n".join(sections)])
+
+
+def _results() -> list[dict[str, Any]]:
+    """What configs reached: the results.json beside them, if there is one."""
+    for folder in config_file.folders():
+        if (folder / "results.json").is_file():
+            found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+            return found
+    return []
+
+
+def _measured(results: Sequence[dict[str, Any]]) -> str:
+    """A table of the rows of results.json."""
+    precisions = list(dict.fromkeys(precision for row in results for precision in row["test"]))
+    names = " | ".join(f"`{precision}`" for precision in precisions)
+    lines = [f"| config | metric | seeds | {names} |", "|---|---|---|" + "---|" * len(precisions)]
+    for row in results:
+        config = f"`{row['config']}`" + (f" `{row['options']}`" if row["options"] else "")
+        values = " | ".join(_mean_and_spread(row["test"].get(precision, [])) for precision in precisions)
+        lines.append(f"| {config} | {row['metric']} | {len(row['seeds'])} | {values} |")
+    return "\n".join(lines)
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation; runs that have no finite value are counted, not dropped."""
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        return f"{len(values) - len(found)} of {len(values)} diverged"
+    spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.4f}{spread}" if found else ""
 
 
 def _record(name: str) -> str:

@@ -87,7 +87,7 @@ def _memory(trainer: Trainer) -> Iterator[str]:
     parts = {
         "state and batch": compiled.argument_size_in_bytes,
         "temporaries": compiled.temp_size_in_bytes,
-        "training set": nbytes(trainer.source()) if resident else 0,
+        "training set": nbytes(trainer.source(), experiment.data.prepare_once) if resident else 0,
     }
     yield "memory of a device, in MiB: predicted from shapes"
     yield str(memory(experiment))

@@ -124,6 +124,10 @@ def normalised(features: jax.Array, counts: jax.Array) -> jax.Array:
     return centred / jnp.maximum(jnp.sqrt(variance), jnp.float32(1e-3))
 
 
+CHUNK = 256
+"""recordings whose features are made at a time, where they are made once"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpecAugment:
     """Sets random bands and random frames of an example's `features`, float32 (frames, bands), to 0, the mean.
@@ -231,16 +235,34 @@ class Recordings(Dataset):
         ]
         return rows
 
+    def prepare_once(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `Dataset.prepare_once`: features in the place of the samples, from which a step would make them anew.
+
+        A class with a `prepare` of its own gets the samples.
+        """
+        if type(self).prepare is not Recordings.prepare:
+            return columns
+        columns, made = dict(columns), jax.jit(self._features)
+        samples, length = columns.pop("samples"), columns.pop("length")
+        chunks = [made(samples[i : i + CHUNK], length[i : i + CHUNK]) for i in range(0, len(samples), CHUNK)]
+        return columns | jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+    def _features(self, samples: Any, length: Any) -> dict[str, jax.Array]:
+        return {"features": self.features(samples, length), "frames": self.features.frames(length)}
+
     def prepare(self, *, train: bool) -> Prepare:
-        """As `Dataset.prepare`, with `features` and `frames` in the place of `samples` and `length`, and `augment`."""
+        """As `Dataset.prepare`, with `features` and `frames` in the place of `samples` and `length`, and `augment`.
+
+        A batch that has its features already, by `prepare_once`, keeps them.
+        """
         masks = (self.augment,) if self.augment.bands or self.augment.frames else ()
         transforms = (*self.transforms, *masks) if train else self.transforms
 
         def apply(batch: dict[str, Any], key: Any, global_index: jax.Array | None = None) -> dict[str, Any]:
             batch = dict(batch)
-            samples, length = batch.pop("samples"), batch.pop("length")
-            made = {"features": self.features(samples, length), "frames": self.features.frames(length)}
-            return apply_transforms(transforms, {**batch, **made}, key if train else None, global_index)
+            if "samples" in batch:
+                batch |= self._features(batch.pop("samples"), batch.pop("length"))
+            return apply_transforms(transforms, batch, key if train else None, global_index)
 
         return apply
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jaxmp.data.source import Source
 from jaxmp.data.transforms import HostTransformed, apply_transforms, errors_named
@@ -123,6 +124,15 @@ class Dataset(abc.ABC):
         if not len(source):
             raise InputError(f"{call} has no rows")
         return source
+
+    def prepare_once(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of `prepare` needs neither a key nor other rows, done once to all rows of a split that stays in memory.
+
+        `columns` has arrays of shape (rows, ...), and so has the result, of which `prepare` makes the same batches as
+        of `columns`, but for rounding. Here it is `columns`; a class of datasets whose `prepare` is expensive extends
+        both, as `Recordings` does.
+        """
+        return columns
 
     def prepare(self, *, train: bool) -> Prepare:
         """What is done to a batch on the device: `(batch, key, global_index=None) -> batch`, pure, to be traced.

@@ -97,9 +97,10 @@ def resident(source: Source) -> dict[str, np.ndarray]:
     return _numeric(read_rows(source, np.arange(len(source))))
 
 
-def nbytes(source: Source) -> int:
-    """The size in bytes of what `resident` would return, computed from one row."""
-    return sum(column.nbytes for column in _numeric(read_rows(source, np.arange(1))).values()) * len(source)
+def nbytes(source: Source, prepare_once: Callable[[dict[str, np.ndarray]], Any] = dict) -> int:
+    """The size in bytes of `prepare_once(resident(source))`, computed from one row."""
+    row = prepare_once(_numeric(read_rows(source, np.arange(1))))
+    return sum(column.nbytes for column in row.values()) * len(source)
 
 
 def left_out(source: Source) -> dict[str, str]:

@@ -79,7 +79,8 @@ class Records:
         self._writers: list[Writer] = []
         self._objectives = trainer.objectives
         every = {name: spec.every for name, spec in self._objectives.items()}
-        self._read = jax.jit(functools.partial(_read, every=every, rates=trainer.learning_rates))
+        read = jax.jit(functools.partial(_read, every=every, rates=trainer.learning_rates))
+        self._read = functools.partial(read, numbers=trainer.numbers)
         self._ranges: list[_Ranges] = []  # not written yet
         self._evaluated: list[tuple[int, float]] = []  # step and monitored metric of each evaluation
         self._seconds_before = 0.0  # of the sessions before this one
@@ -397,17 +398,19 @@ def applied_steps(step: int, readings: Mapping[str, Any], objectives: Mapping[st
     }
 
 
-Rates = Mapping[str | None, Callable[[Any], Any]]
-"""the learning rate by the number of applied steps, of each objective by name; of a single one under None"""
+Rates = Mapping[str | None, Callable[[Any, Any], Any]]
+"""`Trainer.learning_rates`"""
 
 
-def _read(opt_state: Any, step: Any, *, every: Mapping[str, int], rates: Rates) -> dict[str, jax.Array]:
+def _read(
+    opt_state: Any, step: Any, *, numbers: Mapping[str, Any], every: Mapping[str, int], rates: Rates
+) -> dict[str, jax.Array]:
     # As results of a program of its own they are copies: the state's buffers are donated to the next dispatch.
     if every:
         found: dict[str, jax.Array] = {}
         for name, n in every.items():
             of_one: Rates = {None: rates[name]} if name in rates else {}
-            read = _read(opt_state[name], -(-step // n), every={}, rates=of_one)
+            read = _read(opt_state[name], -(-step // n), numbers={"": numbers[name]}, every={}, rates=of_one)
             found |= {f"{reading}/{name}": value for reading, value in read.items()}
         return found | {"skipped_steps": skipped_steps(opt_state)}
     found = {
@@ -418,7 +421,7 @@ def _read(opt_state: Any, step: Any, *, every: Mapping[str, int], rates: Rates) 
     }
     if None in rates:  # that of the last step that was applied
         applied = jnp.maximum(step - skipped_steps(opt_state) - 1, 0)
-        found["learning_rate"] = jnp.asarray(rates[None](applied), jnp.float32)
+        found["learning_rate"] = jnp.asarray(rates[None](applied, numbers[""]), jnp.float32)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +46,7 @@ from jaxmp.training.feed import HIDDEN_METRICS, DueSteps, Feed, Resident, Stream
 from jaxmp.training.gradients import Gradients, make_gradients
 from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics, MetricSpec, is_watched, zeros_like
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
-from jaxmp.training.optimizers import Optimizer, Private, decay_mask, make_optimizer
+from jaxmp.training.optimizers import Numbers, Optimizer, Private, decay_mask, make_optimizer, optimizer_numbers
 from jaxmp.training.parallel import AXIS, Devices
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
@@ -195,23 +196,54 @@ class Trainer:
         """What is trained, on one replica's share of a batch: one objective, or several by name."""
         experiment = self.experiment
         if not self.objectives:
-            tx = loss_scaling(make_optimizer(experiment.optimizer, self.steps), experiment.make_scaler())
             own, ema_decay = experiment.optimizer, experiment.loop.ema_decay
             private = own.privacy(self.batches.expected_rows) if isinstance(own, Private) else None
+            tx = self._tx(None)
             return Objective(self.loss_fn(), tx, trains=experiment.trained, ema_decay=ema_decay, private=private)
-        scalers = experiment.make_scalers()
         return {
             name: Objective(
                 self.loss_fn(name),
-                loss_scaling(
-                    make_optimizer(experiment.optimizer_of(name), -(-self.steps // spec.every)), scalers[name]
-                ),
+                self._tx(name),
                 trains=spec.trains,
                 every=spec.every,
                 ema_decay=experiment.loop.ema_decay if spec.ema_decay is None else spec.ema_decay,
             )
             for name, spec in self.objectives.items()
         }
+
+    def _tx(self, name: str | None, numbers: Numbers | None = None) -> optax.GradientTransformation:
+        """The optimizer of an objective inside its loss scaling, with `numbers` in place of its own."""
+        experiment = self.experiment
+        if name is None:
+            return loss_scaling(make_optimizer(experiment.optimizer, self.steps, numbers), experiment.make_scaler())
+        optimizer = make_optimizer(experiment.optimizer_of(name), self._attempts(name), numbers)
+        return loss_scaling(optimizer, experiment.make_scalers()[name])
+
+    def _attempts(self, name: str | None) -> int:
+        """How often an objective runs in the whole run."""
+        return self.steps if name is None else -(-self.steps // self.objectives[name].every)
+
+    @property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """The third argument of `train_step` in training: for each objective, its optimizer's numbers and `ema_decay`.
+
+        The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
+        round an argument otherwise than a constant, so that all that repeats a step of training passes them as it does.
+        """
+        found = {}
+        for name, of in self.by_name.items():
+            own = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
+            average = {} if of.ema_decay is None else {"ema_decay": of.ema_decay}
+            found[name or ""] = {**optimizer_numbers(own, self._attempts(name)), **average}
+        return jax.tree.map(np.float32, found)
+
+    def with_numbers(self, name: str | None, of: Objective, numbers: Any) -> Objective:
+        """An objective with `numbers`, a tree like `self.numbers`, in place of its own; itself if that is None."""
+        if numbers is None:
+            return of
+        own = dict(numbers[name or ""])
+        ema_decay = own.pop("ema_decay", None)
+        return dataclasses.replace(of, tx=self._tx(name, own) if own else of.tx, ema_decay=ema_decay)
 
     @property
     def by_name(self) -> dict[str | None, Objective]:
@@ -261,21 +293,36 @@ class Trainer:
 
     @functools.cached_property
     def train_step(self) -> TrainStep:
-        """The pure train step, on one replica's share of a batch."""
+        """The pure train step, on one replica's share of a batch: `(state, batch, numbers=None) -> (state, metrics)`.
+
+        Training passes `self.numbers`, as arguments of its program. Without, they are constants.
+        """
         return self._make_step(None)
 
     def _make_step(self, due: tuple[str, ...] | None) -> TrainStep:
         """The train step that runs the objectives `due`; None: those that are due by the state's own step."""
         experiment, several = self.experiment, {"order": self.order, "due": due} if self.objectives else {}
-        return make_train_step(
-            self.objective,
-            rounding=experiment.policy.rounding,
-            accumulate_steps=experiment.loop.accumulate_steps,
-            accumulate_overflow=experiment.loop.accumulate_overflow,
-            replicas=self.devices.replicas(experiment.policy.reduce),
-            norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
-            **several,  # type: ignore[arg-type]
-        )
+
+        def make(objectives: Any) -> TrainStep:
+            return make_train_step(
+                objectives,
+                rounding=experiment.policy.rounding,
+                accumulate_steps=experiment.loop.accumulate_steps,
+                accumulate_overflow=experiment.loop.accumulate_overflow,
+                replicas=self.devices.replicas(experiment.policy.reduce),
+                norms=[name for name in experiment.loop.watch if name.endswith("_norm")],
+                **several,  # type: ignore[arg-type]
+            )
+
+        with_constants = make(self.objective)
+
+        def train_step(state: TrainState, batch: Any, numbers: Any = None) -> tuple[TrainState, Metrics]:
+            if numbers is None:
+                return with_constants(state, batch)
+            own = {name: self.with_numbers(name, of, numbers) for name, of in self.by_name.items()}
+            return make(own[None] if None in own else own)(state, batch)
+
+        return train_step
 
     @property
     def order(self) -> str:
@@ -334,17 +381,20 @@ class Trainer:
             return lambda state, batch: state
         several = {name: of for name, of in self.replayed.items() if name is not None}
         loop = self.experiment.loop
-        return self._compiled(
-            f"state_seen/{objective}",
-            lambda: make_state_seen(
-                several,
+
+        def state_seen(state: TrainState, batch: Any, numbers: Any) -> TrainState:
+            seen = make_state_seen(
+                {name: self.with_numbers(name, of, numbers) for name, of in several.items()},
                 objective,
                 order=self.order,
                 rounding=self.experiment.policy.rounding,
                 accumulate_steps=loop.accumulate_steps,
                 accumulate_overflow=loop.accumulate_overflow,
-            ),
-        )
+            )
+            return seen(state, batch)
+
+        compiled = self._compiled(f"state_seen/{objective}", lambda: state_seen)
+        return lambda state, batch: compiled(state, batch, self.numbers)
 
     def step_ranges(self, objective: str | None = None) -> Callable[[TrainState, Any], StepRanges]:
         """`(state, batch) -> StepRanges` of the step from that state on a whole batch, compiled.
@@ -352,10 +402,13 @@ class Trainer:
         Of several objectives, those of one, from the state that `state_seen` gives.
         """
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
-        return self._compiled(
-            f"ranges/{objective}",
-            lambda: make_step_ranges(of, name=objective, accumulate_steps=parts, blocks=self.block_ranges(objective)),
-        )
+
+        def step_ranges(state: TrainState, batch: Any, numbers: Any) -> StepRanges:
+            own, blocks = self.with_numbers(objective, of, numbers), self.block_ranges(objective)
+            return make_step_ranges(own, name=objective, accumulate_steps=parts, blocks=blocks)(state, batch)
+
+        compiled = self._compiled(f"ranges/{objective}", lambda: step_ranges)
+        return lambda state, batch: compiled(state, batch, self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
         """The function of `make_block_ranges` for the recipes of the policy; None if nothing is rounded in blocks.
@@ -397,6 +450,7 @@ class Trainer:
         data, source = self.experiment.data, self.source()
         how: dict[str, Any] = {
             "skip_limit": self.experiment.loop.max_consecutive_skips,
+            "numbers": self.numbers,
             "due_steps": self.due_steps,
         }
         if nbytes(source) > data.device_limit * 2**20:
@@ -513,14 +567,13 @@ class Trainer:
         return zeros_like(found)
 
     @property
-    def learning_rates(self) -> dict[str | None, Callable[[Any], Any]]:
-        """The learning rate of each objective as a function of the number of applied steps, where it is known."""
-        found: dict[str | None, Callable[[Any], Any]] = {}
+    def learning_rates(self) -> dict[str | None, Callable[[Any, Any], Any]]:
+        """The learning rate of each objective, where it is known: `(applied steps, its numbers) -> rate`."""
+        found: dict[str | None, Callable[[Any, Any], Any]] = {}
         for name in self.objectives or (None,):
-            every = 1 if name is None else self.objectives[name].every
             optimizer = self.experiment.optimizer if name is None else self.experiment.optimizer_of(name)
             if isinstance(optimizer, Optimizer):
-                found[name] = optimizer.rate(-(-self.steps // every))
+                found[name] = functools.partial(_rate, optimizer, self._attempts(name))
         return found
 
     @property
@@ -537,19 +590,26 @@ class Trainer:
         """Shapes and dtypes of the model's inputs, in a whole batch."""
         return [self.batch_spec[name] for name in self.experiment.task.inputs]
 
-    def program(self) -> tuple[Any, tuple[Any, Any]]:
-        """The jitted train step, and its abstract arguments (state and batch) as they lie on the devices.
+    def program(self) -> tuple[Any, tuple[Any, Any, Any]]:
+        """The jitted train step, and its abstract arguments (state, batch, numbers) as they lie on the devices.
 
         `step.lower(*arguments)` compiles it without data, for devices that need not exist.
         """
-        step: Any = self.devices.compile(self.train_step, (0, 0))
+        step: Any = self.devices.compile(self.train_step, (0, 0, 0))
+        numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.numbers)
         if self.devices.mode == "pmap":
             count = self.devices.count
-            state = _reshaped(self.state_spec, lambda shape: (count, *shape))
-            return step, (state, _reshaped(self.batch_spec, lambda shape: (count, shape[0] // count, *shape[1:])))
-        rows = NamedSharding(self.devices.mesh, P(AXIS))
+            state, numbers = _reshaped((self.state_spec, numbers), lambda shape: (count, *shape))
+            batch = _reshaped(self.batch_spec, lambda shape: (count, shape[0] // count, *shape[1:]))
+            return step, (state, batch, numbers)
+        rows, whole = NamedSharding(self.devices.mesh, P(AXIS)), NamedSharding(self.devices.mesh, P())
         state = jax.tree.map(_placed, self.state_spec, self.devices.shardings(self.state_spec))
-        return step, (state, jax.tree.map(lambda x: _placed(x, rows), self.batch_spec))
+        batch = jax.tree.map(lambda x: _placed(x, rows), self.batch_spec)
+        return step, (state, batch, jax.tree.map(lambda x: _placed(x, whole), numbers))
+
+
+def _rate(optimizer: Optimizer, steps: int, applied: Any, numbers: Any) -> Any:
+    return optimizer.rate(steps, numbers)(applied)
 
 
 class _Traced(NamedTuple):

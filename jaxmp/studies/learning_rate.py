@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ class Rising(Schedule):
     first: float
     """Learning rate of the first step, as a fraction of the peak."""
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        return jnp.exp(math.log(self.first) * (1 - t / max(steps - 1, 1)))
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Schedule.numbers`."""
+        return {**super().numbers(steps), "steps": float(steps)}
+
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+        return jnp.exp(math.log(self.first) * (1 - t / jnp.maximum(numbers["steps"] - 1, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def memory(subject: Callable[..., Any] | Experiment, *args: Any, **how: Any) -> 
     if not isinstance(subject, Experiment):
         return instrument.memory(subject, *args, **how)
     trainer = Trainer(subject)
-    _, (state, _) = trainer.program()
+    _, (state, *_) = trainer.program()
     devices, parts = trainer.devices, subject.loop.accumulate_steps
     if devices.mode == "pmap":  # stacked, one a device
         state = trainer.state_spec

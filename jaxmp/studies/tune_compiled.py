@@ -1,8 +1,9 @@
 """`shared_compiles`: what one trial of a study compiles, the next loads, in this process and in others of the machine.
 
-Trials whose programs are equal share them: those that differ in their seed alone, and all of them share evaluation.
-A number such as the learning rate is a constant of the train step, so that another one compiles a step of its own. As
-an argument it would not, but XLA may round an argument otherwise than a constant, and trials are runs of `jaxmp train`.
+Trials whose programs are equal share them: those that differ in numbers that are arguments of the step in every run
+(learning rate, its schedule's numbers, weight decay, clipping norm, momentum, eps, EMA decay, number of epochs, seed;
+see `Trainer.numbers`), and all trials of one model share evaluation. Where a trial changes what is a constant (a width,
+a batch size, dropout, b1), its step is compiled once for that value.
 """
 
 from __future__ import annotations

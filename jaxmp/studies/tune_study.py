@@ -48,8 +48,10 @@ UNSIGNED_SECONDS = 60.0
 """seconds after which a running trial that no worker signed is a dead worker's: signing follows taking at once"""
 MAKER_SECONDS = 2.0
 """seconds without a new trial after which another worker makes them no more"""
-JOURNAL_BEGINS = b'{"op_code":'
-"""first bytes of every line of a journal of Optuna"""
+JOURNAL_KEYS = {"op_code", "worker_id"}
+"""keys that every line of a journal of Optuna has"""
+JOURNAL_LINE = 2**16
+"""most bytes of a journal's first line, which makes its first study"""
 FIRST_PERCENT = 10
 """percent of a run that the hyperband pruner gives to every trial"""
 
@@ -321,7 +323,8 @@ def open_storage(folder: StudyFolder, url: str | None, heartbeat: float | None =
         path = folder.path / "journal.log" if url is None else local_path("--storage", url)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_no_journal(path)
+            if url is not None:  # that in the study's folder is its own, whatever a kill left of it
+                _refuse_no_journal(path)
             return optuna.storages.JournalStorage(_journal(path))
         except InputError:
             raise
@@ -339,12 +342,26 @@ def close_storage(storage: Any) -> None:
 
 
 def _refuse_no_journal(path: Path) -> None:
-    """Raises InputError if the file is there, not empty and no journal: opening it cuts off a line without its end."""
+    """Raises InputError if the file is there, not empty and no journal: opening it cuts off a line without its end.
+
+    A first line without its end is nobody's study: it is not cut off, since the file may be something else.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        begins = file.read(len(JOURNAL_BEGINS))
-    if not JOURNAL_BEGINS.startswith(begins):  # a shorter beginning is one that a kill tore
+        first = file.readline(JOURNAL_LINE)
+    if not first:
+        return
+    if not first.endswith(b"\n"):
+        raise InputError(
+            f"--storage {path}: is there and no journal of Optuna: its first line has no end; expected another file; "
+            "or delete this one, if a study was being made in it when the machine went down"
+        )
+    try:
+        line = json.loads(first)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict) or not line.keys() >= JOURNAL_KEYS:
         raise InputError(f"--storage {path}: is there and no journal of Optuna; expected another file")
 
 

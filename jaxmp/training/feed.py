@@ -89,6 +89,15 @@ class DuePrograms:
         return self.compiled[due]
 
 
+class Arguments(NamedTuple):
+    """What a program takes beside state and data: values in which runs differ that share one compiled program."""
+
+    numbers: Any
+    """third argument of the train step: numbers of its optimizers, float32 scalars"""
+    key: jax.Array
+    """typed PRNG key of augmentation; step n uses `fold_in(key, n)`"""
+
+
 class Resident:
     """A feed that keeps the training set on the device.
 
@@ -99,6 +108,7 @@ class Resident:
       batches: which rows make up the batch of each step.
       devices: the devices to run on.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
+      numbers: third argument of the train steps, float32 scalars; they are arguments of the compiled program.
       fuse: whether a dispatch runs many steps, or each step is dispatched singly.
       due_steps: the train steps of several objectives, of which each step that is dispatched singly takes its own.
     """
@@ -113,42 +123,47 @@ class Resident:
         *,
         fuse: bool,
         skip_limit: int,
+        numbers: Any = None,
         due_steps: DueSteps | None = None,
     ):
         self._batches, self._devices, self._fuse = batches, devices, fuse
-        self._columns = devices.put(resident(source))
+        self._columns = devices.put(data.prepare_once(resident(source)))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
-        self._prepare = _preparation(data, batches)
+        self._prepare = _preparation(data)
+        self.arguments = _arguments(numbers, batches, devices)
 
         @jax.jit
-        def batch(columns: Any, rows: Any, weight: Any, step: Any) -> dict[str, jax.Array]:
+        def batch(columns: Any, rows: Any, weight: Any, key: Any, step: Any) -> dict[str, jax.Array]:
             raw = {name: jnp.take(column, rows, axis=0) for name, column in columns.items()}
-            return self._prepare({**raw, "weight": weight}, step)
+            return self._prepare({**raw, "weight": weight}, key, step)
 
         self._batch = batch
 
-        def advance(accumulating: Any, carry: Any, columns: Any, rows: jax.Array) -> Any:
+        def advance(accumulating: Any, carry: Any, columns: Any, rows: jax.Array, own: Arguments) -> Any:
             state = carry[0]
             position = state.step % batches.per_epoch
             found, weight = batches.batch(rows[position], position)
-            own = devices.share(devices.interleave_microbatches({"rows": found, "weight": weight}))
-            raw = {name: jnp.take(column, own["rows"], axis=0) for name, column in columns.items()}
-            batch = {**raw, "weight": own["weight"]}
-            return accumulating(carry, self._prepare(batch, state.step, devices.global_index(batches.batch_size)))
+            share = devices.share(devices.interleave_microbatches({"rows": found, "weight": weight}))
+            raw = {name: jnp.take(column, share["rows"], axis=0) for name, column in columns.items()}
+            batch, index = {**raw, "weight": share["weight"]}, devices.global_index(batches.batch_size)
+            return accumulating(carry, self._prepare(batch, own.key, state.step, index), own.numbers)
 
         def program(step: TrainStep) -> Callable[..., Any]:
             accumulating = _accumulating(step, skip_limit)
 
-            def many_steps(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, count: Any) -> Any:
+            def many_steps(
+                state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, own: Arguments, count: Any
+            ) -> Any:
                 def turn(_: Any, carry: Any) -> Any:
-                    return advance(accumulating, carry, columns, rows)
+                    return advance(accumulating, carry, columns, rows, own)
 
                 return jax.lax.fori_loop(0, count, turn, (state, metrics))
 
-            def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array) -> Any:
-                return advance(accumulating, (state, metrics), columns, rows)
+            def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, own: Arguments) -> Any:
+                return advance(accumulating, (state, metrics), columns, rows, own)
 
-            return devices.compile(many_steps, (0, 0, 0, 0, None)) if fuse else devices.compile(one_step, (0, 0, 0, 0))
+            placed = 0, 0, 0, 0, 0
+            return devices.compile(many_steps, (*placed, None)) if fuse else devices.compile(one_step, placed)
 
         self.program = program(step)
         self.programs = None if fuse or due_steps is None else DuePrograms(due_steps, program)
@@ -158,7 +173,7 @@ class Resident:
         epoch = first // self._batches.per_epoch
         if self._rows[0] != epoch:
             self._rows = epoch, self._devices.put(self._batches.epoch_rows(epoch))
-        args = (self._columns, self._rows[1])
+        args = (self._columns, self._rows[1], self.arguments)
         if self._fuse:
             return self.program(state, metrics, *args, np.int32(count))
         for step in range(first, first + count):
@@ -170,7 +185,7 @@ class Resident:
         """See `Feed.batch`."""
         rows, weight = self._batches.rows(step)
         columns = self._devices.get(self._columns)
-        return self._batch(columns, rows, weight, np.int32(step))
+        return self._batch(columns, rows, weight, self._devices.get(self.arguments.key), np.int32(step))
 
     def close(self) -> None:
         """Does nothing: this feed does not read ahead."""
@@ -187,6 +202,7 @@ class Streamed:
       devices: the devices to run on.
       last: number of steps of the run: reading ahead stops there.
       skip_limit: the length of a row of skipped steps that `LONG_SKIP` counts.
+      numbers: third argument of the train steps, float32 scalars; they are arguments of the compiled program.
       due_steps: the train steps of several objectives, of which each step takes its own.
     """
 
@@ -200,22 +216,24 @@ class Streamed:
         last: int,
         *,
         skip_limit: int,
+        numbers: Any = None,
         due_steps: DueSteps | None = None,
     ):
         self._source, self._batches, self._devices, self._last = source, batches, devices, last
         self._workers = data.workers
         self._ahead: Any = None
         self._next = -1  # the step whose batch `_ahead` returns next
-        self._prepare = _preparation(data, batches)
+        self._prepare = _preparation(data)
+        self.arguments = _arguments(numbers, batches, devices)
 
         def program(step: TrainStep) -> Callable[..., Any]:
             accumulating = _accumulating(step, skip_limit)
 
-            def one_step(state: TrainState, metrics: Metrics, raw: Any) -> Any:
-                batch = self._prepare(raw, state.step, devices.global_index(batches.batch_size))
-                return accumulating((state, metrics), batch)
+            def one_step(state: TrainState, metrics: Metrics, raw: Any, own: Arguments) -> Any:
+                batch = self._prepare(raw, own.key, state.step, devices.global_index(batches.batch_size))
+                return accumulating((state, metrics), batch, own.numbers)
 
-            return devices.compile(one_step, (0, 0, 0))
+            return devices.compile(one_step, (0, 0, 0, 0))
 
         self.program = program(step)
         self.programs = None if due_steps is None else DuePrograms(due_steps, program)
@@ -231,14 +249,15 @@ class Streamed:
             )
         for step in range(first, first + count):
             program = self.program if self.programs is None else self.programs.at(step)
-            state, metrics = program(state, metrics, self._devices.put_local(next(self._ahead)))
+            state, metrics = program(state, metrics, self._devices.put_local(next(self._ahead)), self.arguments)
         self._next = first + count
         return state, metrics
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See `Feed.batch`."""
         raw = next(stream(self._source, self._batches, step, step + 1))
-        return self._prepare({name: jnp.asarray(column) for name, column in raw.items()}, step)
+        columns = {name: jnp.asarray(column) for name, column in raw.items()}
+        return self._prepare(columns, _augmentation_key(self._batches), step)
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -257,27 +276,35 @@ def should_fuse_steps(loss: Any) -> bool:
     return jax.default_backend() != "cpu" or "conv_general_dilated" not in str(loss)
 
 
-def _preparation(data: Dataset, batches: Batches) -> Callable[..., dict[str, jax.Array]]:
-    """Returns a function `(raw batch, step, global_index=None) -> batch`: `data.prepare` with the key of that step."""
+def _arguments(numbers: Any, batches: Batches, devices: Devices) -> Arguments:
+    """The arguments of a run, on its devices."""
+    return devices.put(Arguments(numbers, _augmentation_key(batches)))
+
+
+def _augmentation_key(batches: Batches) -> jax.Array:
+    """The key of a run's augmentation: of another stream than the model's."""
+    return jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION)
+
+
+def _preparation(data: Dataset) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `(raw batch, key, step, global_index=None) -> batch`: `data.prepare` with the key of that step."""
     apply = data.prepare(train=True)
 
-    def prepared(raw: dict[str, jax.Array], step: Any, global_index: Any = None) -> dict[str, jax.Array]:
-        # Another stream of keys than the model's.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(batches.seed), AUGMENTATION), step)
-        return apply(raw, key, global_index)
+    def prepared(raw: dict[str, jax.Array], key: jax.Array, step: Any, global_index: Any = None) -> Any:
+        return apply(raw, jax.random.fold_in(key, step), global_index)
 
     return prepared
 
 
-def _accumulating(step: TrainStep, skip_limit: int) -> Callable[[Any, Any], Any]:
-    """Returns the step with accumulated metrics: `((state, metrics), batch) -> (state, metrics)`.
+def _accumulating(step: TrainStep, skip_limit: int) -> Callable[[Any, Any, Any], Any]:
+    """Returns the step with accumulated metrics: `((state, metrics), batch, numbers) -> (state, metrics)`.
 
     Metrics are added step by step, so that the sums do not depend on how steps are split into dispatches.
     """
 
-    def accumulating(carry: tuple[TrainState, Metrics], batch: Any) -> tuple[TrainState, Metrics]:
+    def accumulating(carry: tuple[TrainState, Metrics], batch: Any, numbers: Any) -> tuple[TrainState, Metrics]:
         (state, metrics), one = carry, jnp.float32(1)
-        state, measured = step(state, batch)
+        state, measured = step(state, batch) if numbers is None else step(state, batch, numbers)
         names = [name.partition("/")[2] for name in measured if name.startswith(f"{NAN_LOSS}/")]
         if names:  # several objectives: each has zeroed its own metrics
             rows = {name: consecutive_skips(state.opt_state[name]) == skip_limit for name in names}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from jaxmp.errors import InputError, nearest, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.scaling.state_format import parse_state_format, state_format
 from jaxmp.training.privacy import Privacy
-from jaxmp.training.schedules import ConstantRate, make_schedule
+from jaxmp.training.schedules import ConstantRate, make_schedule, schedule_numbers
 from jaxmp.trees import Pattern, path_name
 
 KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
@@ -64,14 +64,24 @@ def is_optimizer(value: Any) -> bool:
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
+Numbers = Mapping[str, Any]
+"""Numbers of an optimizer by name, trees of Python floats, or of float32 scalars that are arguments of the program."""
 
-def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
+
+def optimizer_numbers(optimizer: Any, steps: int) -> dict[str, Any]:
+    """The numbers that may be arguments of a compiled step, see `Optimizer.numbers`; {} unless it is one of jaxmp's."""
+    return optimizer.numbers(steps) if isinstance(optimizer, Optimizer) else {}
+
+
+def make_optimizer(optimizer: Any, steps: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
     """The optax transformation of an optimizer, for a run of `steps` steps.
 
     Args:
       optimizer: one of jaxmp's, or an object with a `make(steps)` like theirs; an optax transformation; or a function
         of the number of steps that returns one: `lambda steps: optax.sgd(optax.linear_schedule(0.1, 0.0, steps))`.
       steps: number of steps of the run.
+      numbers: what takes the place of the optimizer's own `optimizer_numbers`, a tree like it; None or {}: they are
+        constants.
 
     Raises:
       InputError: as the optimizer's `make` does; or what comes out is no optax transformation, or scales the loss
@@ -84,7 +94,7 @@ def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
         make = optimizer if of_ones_own else optimizer.make
         name = f"optimizer: {getattr(make, '__qualname__', 'the function')}({steps})"
         try:
-            made = make(steps)
+            made = make(steps, numbers) if numbers else make(steps)
         except TypeError as error:
             if not of_ones_own:
                 raise
@@ -154,40 +164,64 @@ class Optimizer:
         if self.state_format is not None:
             parse_state_format(self.state_format)
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        """Returns the optax optimizer, with weight decay but without clipping."""
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """The numbers of the update that may be arguments of a compiled step, by name; `schedule` has its own.
+
+        Optimizers of one class that differ in these values alone share one program. A number that is off (0, None) is
+        not among them: it decides which program it is. Nor are b1 and b2: optax forms 1 - b2 in double precision, and
+        in float32 it is wrong by 1e-5 at 0.999.
+        """
+        of_schedule, found = schedule_numbers(self.schedule, steps), dict[str, Any]()
+        if of_schedule is not None:
+            found |= {"learning_rate": float(self.learning_rate), "schedule": of_schedule}
+        if self.clip_norm is not None:
+            found["clip_norm"] = float(self.clip_norm)
+        if self.weight_decay:
+            found["weight_decay"] = float(self.weight_decay)
+        return found
+
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        """Returns the optax optimizer, with weight decay but without clipping; `numbers` has those of `numbers()`."""
         raise NotImplementedError
 
-    def rate(self, steps: int) -> optax.Schedule:
+    def rate(self, steps: int, numbers: Numbers | None = None) -> optax.Schedule:
         """The learning rate of a run of `steps` steps, as a function of the number of applied steps."""
-        return make_schedule(self.schedule, self.learning_rate, steps)
+        own = numbers or {}
+        peak = own.get("learning_rate", self.learning_rate)
+        return make_schedule(self.schedule, peak, steps, own.get("schedule"))
 
-    def make(self, steps: int) -> optax.GradientTransformation:
+    def make(self, steps: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
         """Creates the optax transformation for a run of `steps` steps: clipping, then the optimizer.
 
         Its state has one layout by class: what is off is `optax.identity()`, so that it can be turned on later.
 
+        Args:
+          steps: number of steps of the run.
+          numbers: what takes the place of `self.numbers(steps)`, a tree like it, such as arguments of the program that
+            is being traced; by default the values are constants.
+
         Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
         the optimizer's state does not have.
         """
-        rule = self._rule(self.rate(steps))
+        numbers = self.numbers(steps) if numbers is None else numbers
+        rule = self._rule(self.rate(steps, numbers), numbers)
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
-        return optax.chain(self._clip(), rule)
+        return optax.chain(self._clip(numbers), rule)
 
-    def _clip(self) -> optax.GradientTransformation:
+    def _clip(self, numbers: Numbers) -> optax.GradientTransformation:
         """Returns what is done to the gradient of the batch before the optimizer sees it."""
-        return optax.identity() if self.clip_norm is None else clip_by_global_norm(self.clip_norm)
+        return clip_by_global_norm(numbers["clip_norm"]) if "clip_norm" in numbers else optax.identity()
 
     def _decay_mask(self) -> Callable[[Any], Any] | None:
         """Returns the mask function for optax, which selects the parameters that decay; None without weight decay."""
         return functools.partial(decay_mask, patterns=self.decay) if self.weight_decay else None
 
-    def _after_l2(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    def _after_l2(self, rule: optax.GradientTransformation, numbers: Numbers) -> optax.GradientTransformation:
         """Chains adding weight decay to the gradients (L2 regularisation) with `rule`."""
         decay: optax.GradientTransformation = optax.identity()
         if self.weight_decay:
-            decay = optax.add_decayed_weights(self.weight_decay, self._decay_mask())
+            decay = optax.add_decayed_weights(numbers["weight_decay"], self._decay_mask())
         return optax.chain(decay, rule)
 
 
@@ -208,8 +242,12 @@ class SGD(Optimizer):
         require(self, "momentum", 0 <= self.momentum < 1, "0 or more, below 1")
         require(self, "nesterov", self.momentum > 0 or not self.nesterov, "False, where momentum is 0")
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return self._after_l2(optax.sgd(learning_rate, self.momentum or None, self.nesterov))
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Optimizer.numbers`."""
+        return super().numbers(steps) | ({"momentum": float(self.momentum)} if self.momentum else {})
+
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        return self._after_l2(optax.sgd(learning_rate, numbers.get("momentum"), self.nesterov), numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +267,12 @@ class Adam(Optimizer):
         require(self, "b2", 0 <= self.b2 < 1, "0 or more, below 1")
         require(self, "eps", 0 < self.eps < math.inf, "a positive number")
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return self._after_l2(optax.adam(learning_rate, self.b1, self.b2, self.eps))
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Optimizer.numbers`."""
+        return super().numbers(steps) | {"eps": float(self.eps)}
+
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        return self._after_l2(optax.adam(learning_rate, self.b1, self.b2, numbers["eps"]), numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +282,9 @@ class AdamW(Adam):
     weight_decay: float = 0.01
     """Weight decay: a step takes this multiple of a parameter off it, times the learning rate."""
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.adamw(
-            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=self._decay_mask()
-        )
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        decay = numbers.get("weight_decay", 0.0)
+        return optax.adamw(learning_rate, self.b1, self.b2, numbers["eps"], weight_decay=decay, mask=self._decay_mask())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +299,9 @@ class LAMB(Adam):
     weight_decay: float = 0.01
     """Weight decay: this multiple of a parameter is added to its update, before the layer's norm scales the update."""
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.lamb(
-            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=self._decay_mask()
-        )
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        decay = numbers.get("weight_decay", 0.0)
+        return optax.lamb(learning_rate, self.b1, self.b2, numbers["eps"], weight_decay=decay, mask=self._decay_mask())
 
 
 @dataclass(frozen=True)
@@ -286,8 +326,9 @@ class Lion(Optimizer):
         require(self, "b1", 0 <= self.b1 < 1, "0 or more, below 1")
         require(self, "b2", 0 <= self.b2 < 1, "0 or more, below 1")
 
-    def _rule(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.lion(learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=self._decay_mask())
+    def _rule(self, learning_rate: optax.Schedule, numbers: Numbers) -> optax.GradientTransformation:
+        decay = numbers.get("weight_decay", 0.0)
+        return optax.lion(learning_rate, self.b1, self.b2, weight_decay=decay, mask=self._decay_mask())
 
 
 SAMPLINGS = ("poisson", "shuffled")
@@ -333,7 +374,13 @@ class Private(Optimizer):
         """What is done to the gradients; `rows` is the expected number of rows in a batch."""
         return Privacy(self.clip_norm, self.noise_multiplier, rows)
 
-    def _clip(self) -> optax.GradientTransformation:
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Optimizer.numbers`; what rows are clipped to and their noise, which are accounted for, are constants."""
+        found = super().numbers(steps)
+        del found["clip_norm"]
+        return found
+
+    def _clip(self, numbers: Numbers) -> optax.GradientTransformation:
         return optax.identity()  # rows are clipped where their gradients are formed
 
 

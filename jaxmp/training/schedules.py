@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +35,31 @@ class Schedule:
     def __post_init__(self) -> None:
         require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more steps")
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        """Returns the learning rate at step `t` (float32 scalar) without warm-up, as a fraction of the peak."""
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """The numbers of a run of `steps` steps that may be arguments of a compiled step, by name: trees of floats.
+
+        Schedules of one class that differ in these values alone share one program.
+        """
+        del steps  # for subclasses
+        return {"warmup_steps": float(self.warmup_steps)}
+
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+        """Returns the learning rate without warm-up, as a fraction of the peak.
+
+        Args:
+          t: the step, float32 scalar.
+          numbers: those of `numbers()`, floats or float32 scalars.
+        """
         raise NotImplementedError
 
-    def make(self, peak: float, steps: int) -> optax.Schedule:
+    def make(self, peak: Any, steps: int, numbers: Mapping[str, Any] | None = None) -> optax.Schedule:
         """Creates the optax schedule of a run.
 
         Args:
-          peak: the peak learning rate.
+          peak: the peak learning rate, a number or a float32 scalar.
           steps: number of steps of the run.
+          numbers: what takes the place of `self.numbers(steps)`, such as arguments of the program that is being traced;
+            by default the values are constants.
 
         Returns:
           A function that maps the count of applied steps (int32 scalar) to the learning rate (float32 scalar).
@@ -52,24 +68,27 @@ class Schedule:
           InputError: the warm-up is longer than the run.
         """
         require(self, "warmup_steps", self.warmup_steps <= steps, f"at most the {steps} steps of the run")
+        own = self.numbers(steps) if numbers is None else numbers
 
         def learning_rate(count: jax.typing.ArrayLike) -> jax.Array:
             t = jnp.asarray(count, jnp.float32)
-            warmup = jnp.minimum(1.0, (t + 1.0) / max(self.warmup_steps, 1))
-            return peak * warmup * self._factor(t, steps)
+            warmup = jnp.minimum(1.0, (t + 1.0) / jnp.maximum(own["warmup_steps"], 1.0))
+            return peak * warmup * self._factor(t, own)
 
         return learning_rate
 
-    def _progress(self, t: jax.Array, steps: int) -> jax.Array:
-        """Returns the progress of the run: 0 at the end of the warm-up, 1 at and after the end of the run."""
-        return jnp.clip((t - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
+
+def _progress(t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+    """Returns the progress of the run: 0 at the end of the warm-up, 1 at and after the end of the run."""
+    warmup_steps = numbers["warmup_steps"]
+    return jnp.clip((t - warmup_steps) / jnp.maximum(numbers["steps"] - warmup_steps, 1.0), 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantRate(Schedule):
     """A constant learning rate, after the warm-up if there is one."""
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
         return jnp.ones_like(t)
 
 
@@ -87,8 +106,13 @@ class CosineDecay(Schedule):
         super().__post_init__()
         require(self, "final", 0 <= self.final <= 1, "a fraction of the peak, 0 to 1")
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        return self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(math.pi * self._progress(t, steps)))
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Schedule.numbers`."""
+        return {**super().numbers(steps), "steps": float(steps), "final": float(self.final)}
+
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+        final = numbers["final"]
+        return final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(math.pi * _progress(t, numbers)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +126,12 @@ class LinearDecay(Schedule):
         super().__post_init__()
         require(self, "final", 0 <= self.final <= 1, "a fraction of the peak, 0 to 1")
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
-        return 1.0 + (self.final - 1.0) * self._progress(t, steps)
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Schedule.numbers`."""
+        return {**super().numbers(steps), "steps": float(steps), "final": float(self.final)}
+
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+        return 1.0 + (numbers["final"] - 1.0) * _progress(t, numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +150,36 @@ class StepDecay(Schedule):
         require(self, "boundaries", rising and one_kind, "rising fractions of the run, or rising numbers of steps")
         require(self, "drop", 0 < self.drop < math.inf, "a positive number")
 
-    def _factor(self, t: jax.Array, steps: int) -> jax.Array:
+    def numbers(self, steps: int) -> dict[str, Any]:
+        """See `Schedule.numbers`; the boundaries are numbers of steps."""
         first_steps = [round(boundary * steps) if boundary < 1 else round(boundary) for boundary in self.boundaries]
-        passed = jnp.sum(t >= jnp.array(first_steps, jnp.float32))
-        return self.drop ** passed.astype(jnp.float32)
+        return {**super().numbers(steps), "boundaries": [float(step) for step in first_steps], "drop": float(self.drop)}
+
+    def _factor(self, t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+        passed = jnp.sum(t >= jnp.stack([jnp.asarray(step, jnp.float32) for step in numbers["boundaries"]]))
+        return numbers["drop"] ** passed.astype(jnp.float32)
 
 
-def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
+def schedule_numbers(schedule: Any, steps: int) -> dict[str, Any] | None:
+    """The numbers of a schedule that may be arguments of a compiled step, for `make_schedule`; {} of an optax schedule.
+
+    None if the schedule has a `make` of its own, which may decide by its numbers, and by that of the peak.
+    """
+    if isinstance(schedule, Schedule) and type(schedule).make is Schedule.make:
+        return schedule.numbers(steps)
+    return None if callable(getattr(schedule, "make", None)) else {}
+
+
+def make_schedule(schedule: Any, peak: Any, steps: int, numbers: Mapping[str, Any] | None = None) -> optax.Schedule:
     """The learning rate by count of applied steps, of a `Schedule` or of an optax schedule.
 
     Args:
       schedule: one of jaxmp's, or a function of the count (int32 scalar) such as
         `optax.warmup_cosine_decay_schedule(0.0, 1.0, 100, 1000)`. Its values multiply `peak`, as those of jaxmp's do.
-      peak: the learning rate that the schedule multiplies; 1 where an optax schedule gives learning rates itself.
+      peak: the learning rate that the schedule multiplies, a number or a float32 scalar; 1 where an optax schedule
+        gives learning rates itself.
       steps: number of steps of the run.
+      numbers: what takes the place of `schedule_numbers(schedule, steps)`; None or {}: they are constants.
 
     Raises:
       InputError: an optax schedule raises, gives something else than a number of at least 0, or reaches less than a
@@ -143,7 +187,7 @@ def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
     """
     make = getattr(schedule, "make", None)
     if callable(make):
-        return make(peak, steps)
+        return make(peak, steps, numbers) if numbers else make(peak, steps)
     name = getattr(schedule, "__qualname__", type(schedule).__name__).removesuffix(".<locals>.schedule")
     try:
         with jax.ensure_compile_time_eval():
@@ -161,7 +205,8 @@ def make_schedule(schedule: Any, peak: float, steps: int) -> optax.Schedule:
         raise InputError(
             f"schedule {name} gives {what}; expected a finite number of at least 0 at each step of the run"
         )
-    if peak != 1 and 0 < np.nanmax(factors) < SMALLEST_PEAK:
+    # A traced peak is that of an optimizer whose own number was checked here before.
+    if not isinstance(peak, jax.Array) and peak != 1 and 0 < np.nanmax(factors) < SMALLEST_PEAK:
         raise InputError(
             f"schedule {name} reaches {np.nanmax(factors):g} at most, and a schedule multiplies the learning rate, "
             f"{peak:g}; expected one with a peak of 1, or learning_rate=1.0 beside a schedule of learning rates"

@@ -24,7 +24,8 @@ from jaxmp.training.state import TrainState
 ORDERS = ("in_turn", "at_once")
 """values of `order`"""
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""`(state, batch) -> (state, metrics)`; that of a `Trainer` takes numbers of its optimizers as a third argument"""
 
 
 def make_train_step(

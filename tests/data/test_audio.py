@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmp.data.audio import JoinedRecordings, LogMel, Recordings, SpecAugment, random_span
+from jaxmp.data.pipeline import nbytes
 from jaxmp.data.source import Columns
 from jaxmp.errors import InputError
 
@@ -117,6 +118,29 @@ def test_recordings_are_filled_up_or_cut_to_one_length():
     batch = jax.eval_shape(prepare, {**rows, "weight": np.ones(2, np.float32)}, key)
     assert set(batch) == {"features", "frames", "label", "weight"}
     assert batch["features"].shape == (2, 8, 40) and batch["frames"].dtype == np.int32
+
+
+class Louder(Two):
+    """Two recordings that are changed as samples."""
+
+    def prepare(self, *, train):
+        inner = super().prepare(train=train)
+        return lambda batch, key, index=None: inner({**batch, "samples": 2 * batch["samples"]}, key, index)
+
+
+def test_features_are_made_once_where_the_recordings_stay_in_memory():
+    data, key = Two(augment=SpecAugment(bands=20, frames=3)), jax.random.key(0)
+    columns, prepare = data.source("train")[np.arange(2)], data.prepare(train=True)
+    once = data.prepare_once(columns)
+    assert set(once) == {"features", "frames", "label"} and "samples" in columns
+    assert nbytes(data.source("train"), data.prepare_once) == sum(column.nbytes for column in once.values())
+    weight = {"weight": np.ones(2, np.float32)}
+    assert "fft" in str(jax.make_jaxpr(prepare)({**columns, **weight}, key))
+    assert "fft" not in str(jax.make_jaxpr(prepare)({**once, **weight}, key))
+    anew, kept = (jax.jit(prepare)({**rows, **weight}, key) for rows in (columns, once))
+    np.testing.assert_allclose(anew["features"], kept["features"], rtol=0, atol=1e-5)  # of a standard deviation
+    np.testing.assert_array_equal(anew["frames"], kept["frames"])
+    assert "samples" in Louder().prepare_once(columns)
 
 
 @pytest.mark.slow

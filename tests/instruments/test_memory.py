@@ -192,7 +192,7 @@ def test_microbatches_keep_their_own_activations_alone(of_config):
 
 def compiled_gradients(trainer):
     """Bytes of the gradients, as the compiler hands them out."""
-    experiment, (_, (state, batch)) = trainer.experiment, trainer.program()
+    experiment, (_, (state, batch, _)) = trainer.experiment, trainer.program()
     loss_fn = make_loss(experiment.model, experiment.task, experiment.policy)
     gradients = jax.jit(jax.grad(lambda *args: loss_fn(*args)[0]))
     compiled = gradients.lower(state.params, state.model_state, batch, state.key).compile()

@@ -286,15 +286,34 @@ def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, mo
         queue(tmp_path / "s", **how)
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', '{"step": 1, "loss": 2.0}\n', "\0binary"])
-def test_a_file_that_is_no_journal_is_refused_and_stays_as_it_is(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"step": 1, "loss": 2.0}\n', "; expected another file"),
+        ('{"op_code":0,"worker\n{"op_code":4,"worker_id":"a"}\n', "; expected another file"),
+        ('["op_code", "worker_id"]\n', "; expected another file"),
+        ('{"a": 1}', ": its first line has no end"),
+        ('{"op_code":0,"worker_id":"a","study', ": its first line has no end"),
+        ("{", ": its first line has no end"),
+        ("\0binary", ": its first line has no end"),
+    ],
+)
+def test_a_file_that_is_no_journal_is_refused_and_stays_as_it_is(tmp_path, text, why):
     path = tmp_path / "file"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"^--storage .*: is there and no journal of Optuna; expected another file$"):
+    with pytest.raises(InputError, match=f"^--storage .*: is there and no journal of Optuna{why}"):
         queue(tmp_path / "s", storage=str(path))
     assert path.read_text() == text
-    path.write_text('{"op_c')  # torn by a kill
-    assert len(queue(tmp_path / "s", storage=str(path)).study.trials) == 3
+
+
+def test_a_study_is_made_in_its_own_journal_of_which_a_kill_left_half_a_line_and_in_an_empty_file(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/journal.log").write_text('{"op_c')
+    (tmp_path / "empty").touch()
+    for how in ({}, {"storage": str(tmp_path / "empty")}):
+        made = queue(tmp_path / ("t" if how else "s"), **how)
+        assert len(made.study.trials) == 3
+    assert len(queue(tmp_path / "t", storage=str(tmp_path / "empty")).study.trials) == 3
 
 
 def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_path, monkeypatch):
@@ -376,6 +395,22 @@ def test_what_a_trial_compiles_is_kept_for_the_next_and_deleted_with_the_study(t
 
 
 # Studies that train.
+
+
+@pytest.mark.slow
+def test_trials_that_differ_in_numbers_alone_compile_nothing_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, compiled, seen = jax.config.jax_compilation_cache_dir, [], []
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event) if "cache_misses" in event else 0)
+    space = {"optimizer": [SGD(rate, weight_decay=rate, clip_norm=10 * rate) for rate in (0.1, 0.2, 0.3)]}
+    how = {"sampler": "grid", "metric": "loss", "workdir": str(tmp_path), "log": lambda _: seen.append(len(compiled))}
+    try:
+        tune(BASE, space, seeds=2, **how)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    assert len(seen) == 3 and 0 < seen[0] == seen[-1]
 
 
 @pytest.mark.slow

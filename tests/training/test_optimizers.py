@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -8,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 from jaxmp.errors import InputError
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.training.optimizers import (
+    DPSGD,
     KERNELS_AND_EMBEDDINGS,
     LAMB,
     SGD,
     Adam,
     AdamW,
+    DPAdam,
     Lion,
     decay_mask,
     make_optimizer,
+    optimizer_numbers,
 )
 from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay, make_schedule
 
@@ -255,3 +260,72 @@ def test_a_transformation_is_taken_as_it_is_and_a_function_is_told_the_number_of
     assert make_optimizer(tx, 9) is tx
     assert make_optimizer(lambda steps: tx if steps == 9 else None, 9) is tx
     assert isinstance(make_optimizer(Adam(), 9), optax.GradientTransformation)
+
+
+# Numbers that may be arguments of a compiled step.
+
+ON = {"weight_decay": 0.1, "clip_norm": 1.0, "schedule": CosineDecay(warmup_steps=1)}
+OTHER = {
+    "learning_rate": 0.02,
+    "weight_decay": 0.3,
+    "clip_norm": 0.5,
+    "schedule": CosineDecay(warmup_steps=2, final=0.1),
+}
+LINEAR = {"schedule": LinearDecay(warmup_steps=1)}, {"schedule": LinearDecay(warmup_steps=2, final=0.1)}
+DROPS = {"schedule": StepDecay()}, {"schedule": StepDecay(warmup_steps=3, boundaries=(0.001, 0.9), drop=0.5)}
+ALL_ON = [
+    (SGD(0.1, momentum=0.9, **ON), {**OTHER, "momentum": 0.7}),
+    (Adam(0.1, **ON), {**OTHER, "eps": 0.1}),
+    (AdamW(0.1, **ON | LINEAR[0]), {**OTHER | LINEAR[1], "eps": 0.1}),
+    (LAMB(0.1, **ON | DROPS[0]), {**OTHER | DROPS[1], "eps": 0.1}),
+    (Lion(0.1, **ON), OTHER),
+    (DPSGD(0.1, weight_decay=0.1), {"learning_rate": 0.02, "weight_decay": 0.3, "momentum": 0.7}),
+    (DPAdam(0.1, weight_decay=0.1), {"learning_rate": 0.02, "weight_decay": 0.3, "eps": 0.1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "other"),
+    [
+        pytest.param(*each, id=type(each[0]).__name__, marks=[pytest.mark.slow] if i else [])
+        for i, each in enumerate(ALL_ON)
+    ],
+)
+def test_numbers_take_the_place_of_fields_to_the_bit_and_each_is_read(params, optimizer, other):
+    changed = dataclasses.replace(optimizer, **other)
+    numbers = changed.numbers(STEPS // 2)
+    assert jax.tree.structure(optimizer.numbers(STEPS)) == jax.tree.structure(numbers)
+    assert set(numbers) == {*other, "schedule"}
+    assert_same_bits(after(optimizer.make(STEPS, numbers), params, 2), after(changed.make(STEPS // 2), params, 2))
+
+    def update(numbers):
+        tx = optimizer.make(STEPS, numbers)
+        return tx.update(params, tx.init(params), params)[0]
+
+    jaxpr = jax.make_jaxpr(update)(numbers).jaxpr
+    _, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert all(read) and len(read) == len(jax.tree.leaves(numbers))
+
+
+def test_a_number_that_is_off_or_decides_something_is_no_argument():
+    own = type("Own", (), {"make": lambda self, peak, steps: optax.cosine_decay_schedule(peak, steps)})()
+    of_optax = optax.cosine_decay_schedule(1.0, 9)
+    assert SGD(0.1, momentum=0, schedule=of_optax).numbers(9) == {"learning_rate": 0.1, "schedule": {}}
+    assert AdamW(0.1, weight_decay=0, schedule=own).numbers(9) == {"eps": 1e-8}  # it may look at the peak
+    assert optimizer_numbers(optax.sgd(0.1), 9) == optimizer_numbers(lambda steps: optax.sgd(0.1), 9) == {}
+
+
+@pytest.mark.slow
+def test_a_float32_argument_changes_the_dtype_of_no_update():
+    optimizer = SGD(0.1, weight_decay=0.1, decay=("*",), clip_norm=0.3)
+
+    def updates(numbers, gradients):
+        tx = optimizer.make(STEPS, numbers)
+        return tx.update(gradients, tx.init(gradients), gradients)[0]
+
+    with jax.enable_x64(True):
+        gradients = {"double": np.linspace(-1, 1, 5), "single": np.linspace(-1, 1, 5, dtype=np.float32)}
+        found = jax.jit(updates)(jax.tree.map(np.float32, optimizer.numbers(STEPS)), gradients)
+        for name, expected in updates(None, gradients).items():
+            assert found[name].dtype == gradients[name].dtype == expected.dtype
+            np.testing.assert_allclose(found[name], expected, rtol=2**-22)

@@ -160,7 +160,7 @@ class Session:
         self.restart()
         args = self.state_on_devices, self.devices.put(trainer.no_metrics), self.feed._columns
         rows = self.devices.put(trainer.batches.epoch_rows(0))
-        self.feed.program = self.feed.program.lower(*args, rows).compile()
+        self.feed.program = self.feed.program.lower(*args, rows, self.feed.arguments).compile()
 
     def restart(self, state=None, step=0):
         self.losses = [None] * step

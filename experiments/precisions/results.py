@@ -1,0 +1,82 @@
+"""Trains configs under several precisions and seeds, and keeps what they reached in configs/results.json.
+
+    python experiments/precisions/results.py mnist_mlp spoken_digits_rnn
+    python experiments/precisions/results.py sst2_bert_tiny \
+        --options="--init-from runs/sst2_bert_tiny_mlm --init-only tokens positions types embedding_norm 'blocks_*'"
+
+The runs are those of `jaxmp train CONFIG --precision PRECISION --seed SEED`, in the same folders; a run that is already
+finished is read and not repeated. What is kept is the monitored metric, of the last weights, on the test split. The
+file is written after each config, whose row takes the place of an older one of the same config and options;
+`jaxmp configs --markdown` makes a table of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxmp import fit
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.runs.provenance import provenance
+from jaxmp.runs.trainer import Trainer
+from jaxmp.text_table import without_nan
+
+
+def row(
+    config: str, precisions: tuple[str, ...], seeds: tuple[int, ...], options: str, workdir: Path
+) -> dict[str, Any]:
+    """Returns what a config reached; trains the runs that do not exist yet."""
+    file, reached, skipped, seconds = ConfigFile.find(config), {}, {}, {}
+    for precision in precisions:
+        summaries = []
+        for seed in seeds:
+            overrides = ["--precision", precision, "--seed", str(seed), *shlex.split(options)]
+            experiment = file.experiment(overrides)
+            monitor = Trainer(experiment).monitor
+            origin = {"source": file.source, "file": file.file, "overrides": overrides}
+            fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None)
+            if fitted.stopped:
+                raise SystemExit(75)
+            summaries.append(fitted.summary)
+        reached[precision] = [summary["test"][monitor.name] for summary in summaries]
+        skipped[precision] = [summary["skipped_steps"] for summary in summaries]
+        seconds[precision] = [round(summary["wall_seconds"], 1) for summary in summaries]
+    found = {"config": config, "options": options, "metric": monitor.name, "seeds": list(seeds), "test": reached}
+    made = provenance(patch=False)
+    made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
+    return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made}
+
+
+def main(
+    configs: tyro.conf.Positional[tuple[str, ...]],
+    precisions: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16"),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    options: str = "",
+    workdir: Path = Path("runs"),
+    output: Path = Path("configs/results.json"),
+) -> None:
+    """Trains the runs that do not exist yet, and writes what they reached.
+
+    Args:
+        configs: Names of configs.
+        precisions: Values of --precision.
+        seeds: Seeds; one run for each.
+        options: More options of `jaxmp train` for all runs, as one string.
+        workdir: Folder that contains all runs.
+        output: JSON file to write to.
+    """
+    for config in configs:
+        rows = json.loads(output.read_text()) if output.exists() else []
+        new = row(config, precisions, seeds, options, workdir)
+        kept = [old for old in rows if (old["config"], old["options"]) != (config, options)]
+        rows = sorted([*kept, new], key=lambda each: (each["config"], each["options"]))
+        output.write_text(json.dumps(without_nan(rows), indent=1) + "\n")
+        print(config, new["metric"], new["test"], flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
