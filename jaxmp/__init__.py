@@ -24,7 +24,8 @@ Experiments: Experiment, of a model, LoRA beside it; data: Arrays, TFDS, Augment
 any of them cut by random_split, k_folds, balanced; a task: Classification, Adversarial, others in jaxmp.tasks, a
 function (FunctionTask), or your own of Task, Mean, MetricSpec, its rows weighted by Weighted, class_weights; an
 optimizer: SGD, Adam, AdamW, LAMB, Lion, or one of optax; private: DPSGD, DPAdam (Privacy in a loop of your own); a
-schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel.
+schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel, Pruning (magnitude_pruning in
+a loop of your own).
 
 Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
 Evaluated, and may return Stop or Pause. export writes a run as a folder that predicts without jaxmp, load reads it.
@@ -99,6 +100,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.training.objective import Objective, ObjectiveSpec
     from jaxmp.training.optimizers import DPSGD, LAMB, SGD, Adam, AdamW, DPAdam, Lion
     from jaxmp.training.privacy import Privacy
+    from jaxmp.training.pruning import Pruning, magnitude_pruning
     from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay
     from jaxmp.training.state import TrainState
     from jaxmp.training.step import make_train_step

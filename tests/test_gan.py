@@ -227,7 +227,7 @@ def lines(path):
         {
             key: of
             for key, of in record.items()
-            if key not in ("wall_seconds", "examples_per_second", "steps_per_second")
+            if key not in ("wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second")
         }
         for record in records
     ]

@@ -1,6 +1,6 @@
 """Measures how long `jaxmp.audit` takes on a train step of GPT-2. The step is traced without creating arrays.
 
-    python experiments/benchmarks/audit_time.py --output audit_time.json
+    python experiments/benchmarks/run.py audit_time
 
 The model is GPT-2 with 124 million parameters (Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners", table 2, the smallest: 12 layers, width 768, 1024 tokens, a vocabulary of 50257) in plain Flax Linen with

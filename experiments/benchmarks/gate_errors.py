@@ -1,6 +1,6 @@
 """How often a gate accepts what it should not: simulated studies of a precision that is worse by just the margin.
 
-    python experiments/benchmarks/gate_errors.py --output experiments/benchmarks/gate_errors.json
+    python experiments/benchmarks/run.py gate_errors
 
 Each study draws paired differences of a distribution whose mean is the margin, and decides as
 `jaxmp.studies.gate.decide` does, after a fixed number of pairs, or after 5, 10 and 20. Beside it, what looking after

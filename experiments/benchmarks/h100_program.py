@@ -1,6 +1,6 @@
 """Compiles the train steps of configs for H100s, in several precisions, and lists the kernels; needs no GPU.
 
-    JAX_PLATFORMS=cpu python experiments/benchmarks/h100_program.py --output h100_program.json
+    JAX_PLATFORMS=cpu python experiments/benchmarks/run.py h100_program
 
 Needs the CUDA build of JAX. For each config, precision and target, it reports how many kernels a step launches, by kind
 and dtype, the memory per GPU in bytes, and the collectives. Nothing is run, so there are no times. Kernels are not

@@ -1,6 +1,6 @@
 """Measures what the data pipelines of shipped configs cost: examples a second, and their share of a train step.
 
-    python experiments/benchmarks/pipelines.py --output experiments/benchmarks/pipelines_cpu.json
+    python experiments/benchmarks/run.py pipelines
 
 A pipeline is all that happens between the rows and the step: taking the rows of a batch, and scaling, augmenting or
 features on the device; of streamed data reading the files as well. The share is the pipeline's time by the sum of its

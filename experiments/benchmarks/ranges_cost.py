@@ -1,6 +1,6 @@
 """Measures the cost of `--loop.ranges-every 100`, which records value ranges of one step in a hundred.
 
-    python experiments/benchmarks/ranges_cost.py --output experiments/benchmarks/ranges_cost_cpu.json
+    python experiments/benchmarks/run.py ranges_cost
 
 Alternates in one process between some training steps, dispatched as in training, and one look. A look is everything
 that `--loop.ranges-every` adds to a step: forward and backward pass of the batch again, with counting; fetching the

@@ -5,13 +5,15 @@
 Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they
 say what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if`
 is the time in which all recipes are measured in one pass (`jaxmp what-if`), by the number of recipes: a forward and a
-backward pass and the exact products are shared.
+backward pass and the exact products are shared. `--alone` also times passes that measure one recipe, as multiples of a
+step. Beside the times stands the load of the machine, in the last minute, at their end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +57,7 @@ def fastest(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return seconds
 
 
-def of_config(config: str, recipes: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def of_config(config: str, recipes: tuple[str, ...], alone: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """The times of one config, and their ratios to float32's."""
     programs: dict[str, Callable[[], Any]] = {}
     for precision in ("float32", *recipes):
@@ -65,19 +67,23 @@ def of_config(config: str, recipes: tuple[str, ...], rounds: int) -> dict[str, A
         programs[precision] = lambda step=step, state=state, batch=batch: step(state, batch)
     trainer = trainer_of(config, "float32", CONFIGS[config])
     state, batch = trainer.init(), trainer.feed(fuse=False).batch(0)
-    named = {name: recipe_of(name) for name in recipes}
-    measure = jax.jit(make_what_if(trainer.replayed[None].loss_fn, named))
     arguments = state.params, state.model_state, jnp.float32(1), batch, state.key
-    programs["what-if, all recipes"] = lambda: measure(*arguments)
+    for name, measured in {"what-if, all recipes": recipes, **{f"what-if, {each}": (each,) for each in alone}}.items():
+        named = {each: recipe_of(each) for each in measured}
+        measure = jax.jit(make_what_if(trainer.replayed[None].loss_fn, named))
+        programs[name] = lambda measure=measure: measure(*arguments)
     seconds = fastest(programs, rounds)
     ratios = {name: seconds[name] / seconds["float32"] for name in recipes}
     ratios["what-if, each recipe"] = seconds["what-if, all recipes"] / seconds["float32"] / len(recipes)
-    return {"config": config, "options": list(CONFIGS[config]), "seconds": seconds, "steps in float32": ratios}
+    ratios |= {name: seconds[name] / seconds["float32"] for name in (f"what-if, {each}" for each in alone)}
+    found = {"config": config, "options": list(CONFIGS[config]), "load": round(os.getloadavg()[0], 1)}
+    return {**found, "seconds": seconds, "steps in float32": ratios}
 
 
 def main(
     configs: tuple[str, ...] = tuple(CONFIGS),
     recipes: tuple[str, ...] = tuple(RECIPES),
+    alone: tuple[str, ...] = (),
     rounds: int = 15,
     output: Path | None = None,
 ) -> None:
@@ -86,15 +92,17 @@ def main(
     Args:
       configs: of `CONFIGS`.
       recipes: the recipes to time.
+      alone: recipes that `what-if` also measures one by one.
       rounds: number of timed runs of each step.
       output: file for the results, as JSON.
     """
     rows = []
     for config in configs:
-        rows.append(of_config(config, recipes, rounds))
+        rows.append(of_config(config, recipes, alone, rounds))
         print(config, {name: round(each, 2) for name, each in rows[-1]["steps in float32"].items()}, flush=True)
         if output is not None:
-            how = f"python experiments/benchmarks/recipe_time.py --configs {' '.join(configs)} --output {output}"
+            how = f"python experiments/benchmarks/recipe_time.py --configs {' '.join(configs)}"
+            how += f" --rounds {rounds}" + (f" --alone {' '.join(alone)}" if alone else "") + f" --output {output}"
             content = {**provenance(patch=False), "command": how, "rounds": rounds, "rows": rows}
             output.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Compares the speed of jaxmp's train step with the same step in plain JAX, and with Flax's DynamicScale.
 
-    python experiments/benchmarks/step_time.py --output step_time.json
+    python experiments/benchmarks/run.py step_time
 
 All contenders run in one process, in interleaved rounds, so that other load on the machine affects all of them. Compare
 the ratios rather than the times: the ratio of the fastest rounds, and the median of the ratios of single rounds. Every

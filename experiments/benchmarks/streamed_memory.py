@@ -1,6 +1,6 @@
 """Trains on a streamed set of 4 GiB, and measures the largest resident memory of the process.
 
-    python experiments/benchmarks/streamed_memory.py --output experiments/benchmarks/streamed_memory_cpu.json
+    python experiments/benchmarks/run.py streamed_memory
 
 The set is made-up rows of 4,096 bytes and labels, in .npy files; a step sees rows from all over the file. What is
 measured is the memory of the process: "resident", all of it, and "anonymous", without mapped files such as libraries.

@@ -1,6 +1,6 @@
 """A study of 40 trials of `digits_mlp`: how long it takes, and whether its best beats the default on fresh seeds.
 
-    python experiments/benchmarks/tune_digits.py --output experiments/benchmarks/tune_digits_cpu.json
+    python experiments/benchmarks/run.py tune_digits
 
 The study chooses by the validation loss of seed 0. The best and the default are then trained on five seeds that the
 study did not see, and compared pair by pair, on the validation and on the test split.

@@ -1,6 +1,6 @@
 """Measures what hooks and logging cost beside a step of 2 to 3 ms, switched off and on.
 
-    python experiments/benchmarks/watch_cost.py --output experiments/benchmarks/watch_cost_cpu.json
+    python experiments/benchmarks/run.py watch_cost
 
 Switched off: the call that `fit` makes after each dispatch where it has no hook. (A step that watches nothing is the
 program that it was before there was `--loop.watch`, which tests/training/test_step.py holds: that costs nothing.)

@@ -27,23 +27,23 @@ def main() -> None:
     for format in options.formats:
         with tempfile.TemporaryDirectory() as folder:
             found = quantise(run, output=Path(folder) / "out", weights=format)
-        assert found.before and found.after and found.change
-        change, low, high = (100 * each for each in found.change)
+        assert found.trade
+        change, low, high = (100 * each for each in found.trade.change)
         rows.append(
             {
                 "format": format,
                 "bytes": found.nbytes,
                 "bytes_before": found.nbytes_before,
-                "accuracy_before": 100 * found.before.share,
-                "accuracy": 100 * found.after.share,
+                "accuracy_before": 100 * found.trade.before.share,
+                "accuracy": 100 * found.trade.after.share,
                 "change": change,
                 "interval": [low, high],
-                "rows": found.after.rows,
+                "rows": found.trade.after.rows,
             }
         )
         print(
             f"{format:<8} {found.nbytes_before / found.nbytes:.2f} times fewer bytes, "
-            f"{100 * found.after.share:.2f} %, {change:+.2f} points ({low:+.2f} to {high:+.2f})",
+            f"{100 * found.trade.after.share:.2f} %, {change:+.2f} points ({low:+.2f} to {high:+.2f})",
             flush=True,
         )
     name = run.config["name"]

@@ -109,9 +109,9 @@ def get_paper(quick: bool = False) -> Paper:
             measured=f"{accuracy}S = {scale} minus float32; within 0.01",
             judge=within(POINT),
             remark="How large a scale is enough follows from the unit of the loss. 2^-19 is the largest in which S = 1 "
-            "loses every gradient of a whole batch of 64; the last batch of an epoch has 42 rows, and keeps those that are "
-            "wrong by two thirds or more. Under S = 8 a gradient keeps 2 bits at most. A unit of 2^-18 was tried: S = 1 "
-            "then trains nearly as well; and 2^-20: S = 1 learns nothing, and S = 8 loses accuracy.",
+            "loses every gradient of a whole batch of 64; the last batch of an epoch has 42 rows, and keeps those that "
+            "are wrong by two thirds or more. Under S = 8 a gradient keeps 2 bits at most. A unit of 2^-18 was tried: "
+            "S = 1 then trains nearly as well; and 2^-20: S = 1 learns nothing, and S = 8 loses accuracy.",
         )
 
     claims = (

@@ -21,6 +21,8 @@ class Options:
     """Format of the weights: int8, int4, e4m3, mxfp8, nvfp4, or another block format such as int4:group32."""
     activations: Literal["int8", "e4m3"] | None = None
     """Format of the inputs of products, with a scale for each vector, which is emulated; by default they stay."""
+    calibrate: int | None = None
+    """Training batches from which the inputs of products get static scales, in the place of those made for each row."""
     checkpoint: Literal["best", "last", "ema"] = "best"
     """Weights to quantise: of the best checkpoint, or the last one, averaged where the run averages; or ema."""
     keep: tuple[str, ...] = ()

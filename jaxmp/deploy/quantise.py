@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import evaluation_batches
+from jaxmp.deploy import calibrate as static
+from jaxmp.deploy.accuracy import Trade, labels_of, trade
 from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
 from jaxmp.deploy.predict import Artefact
@@ -40,9 +42,6 @@ ACTIVATIONS = {"int8": "int8:channel", "e4m3": "e4m3:channel"}
 SMALLEST = 2
 """least number of axes of a weight that is quantised: biases, scales and statistics stay"""
 
-CONFIDENCE = 1.96
-"""standard errors on each side of a 95 % interval"""
-
 
 class Layer(NamedTuple):
     """A weight, and what it is stored in."""
@@ -58,23 +57,28 @@ class Layer(NamedTuple):
     """why it stays; "" if it is quantised"""
 
 
-class Accuracy(NamedTuple):
-    """How often decisions are right, on the rows that were measured."""
+class Calibrated(NamedTuple):
+    """Activations with static scales, and how far they reach beyond them."""
 
-    right: int
+    format: str
     rows: int
+    """rows of the training split from which the scales were made"""
+    clipped: dict[str, float]
+    """share of the inputs of each product that is clipped, on the rows of the certificate, by layer"""
+    share: float
+    """share of the inputs of all products that is clipped"""
+    unrounded: tuple[str, ...]
+    """layers whose inputs stay as they are"""
 
-    @property
-    def share(self) -> float:
-        """The share of right decisions."""
-        return self.right / self.rows
-
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % interval (Wilson 1927)."""
-        from scipy import stats
-
-        found = stats.binomtest(self.right, self.rows).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+    def lines(self) -> list[str]:
+        """What was calibrated, in words."""
+        most = max(self.clipped, key=lambda layer: self.clipped[layer], default=None)
+        worst = "" if most is None or not self.clipped[most] else f", at most {self.clipped[most]:.4%} in {most}"
+        found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
+        found.append(f"clipped          {self.share:.4%} of the inputs of products{worst}")
+        if self.unrounded:
+            found.append(f"not rounded      the inputs of {', '.join(self.unrounded)}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +89,11 @@ class Quantised:
     """the exported folder, read back"""
     layers: tuple[Layer, ...]
     """every weight of the model"""
-    before: Accuracy | None
-    """of the run itself, on the split of the certificate; None where the task decides nothing that is labelled"""
-    after: Accuracy | None
-    """of the quantised model, on the same rows"""
-    change: tuple[float, float, float] | None
-    """change of the share of right decisions, and its 95 % interval, by pairs of decisions"""
+    trade: Trade | None
+    """accuracy of the run and of the quantised model on the split of the certificate; None where the task decides
+    nothing that is labelled"""
+    calibration: Calibrated | None
+    """of activations with static scales; None without them"""
     flops: dict[str, int]
     """FLOPs of products for one row, by dtype; those of a format that no device here has run in the dtype named"""
 
@@ -112,15 +115,10 @@ class Quantised:
         lines = [table(rows, header=("weight", "shape", "stored in", "bytes"), right=(3,)), ""]
         ratio = self.nbytes_before / self.nbytes
         lines.append(f"bytes            {self.nbytes:,} of {self.nbytes_before:,}, {ratio:.2f} times fewer")
-        if self.before and self.after and self.change:
-            for name, found in (("run", self.before), ("quantised", self.after)):
-                low, high = found.interval()
-                lines.append(
-                    f"{name:<16} accuracy {100 * found.share:.2f} % ({100 * low:.2f} to {100 * high:.2f}), "
-                    f"{found.right:,} of {found.rows:,}"
-                )
-            change, low, high = (100 * each for each in self.change)
-            lines.append(f"change           {change:+.2f} points ({low:+.2f} to {high:+.2f}), by pairs of decisions")
+        if self.calibration is not None:
+            lines += self.calibration.lines()
+        if self.trade is not None:
+            lines += self.trade.lines("quantised")
         flops = ", ".join(f"{dtype} {count:,}" for dtype, count in self.flops.items())
         lines.append(f"FLOPs a row      {flops or 'none'}")
         return "\n".join(lines)
@@ -132,6 +130,7 @@ def quantise(
     output: str | Path,
     weights: str = "int8",
     activations: str | None = None,
+    calibrate: int | None = None,
     checkpoint: Literal["best", "last", "ema"] = "best",
     keep: Sequence[str] = (),
     budget: float | None = None,
@@ -151,6 +150,8 @@ def quantise(
       weights: int8, int4, e4m3, mxfp8, nvfp4, or any block format (`jaxmp.parse_block_format`), such as int4:group32.
       activations: int8 or e4m3: the inputs of products are rounded, too, with a scale for each vector that is summed
         over, made anew for each row. This is emulated.
+      calibrate: number of training batches from which one static scale is made for the input of each product, its
+        largest magnitude there, in the place of scales that are made anew; see `jaxmp.deploy.calibrate`.
       checkpoint: whose weights, as `jaxmp.export` takes them.
       keep: patterns of weights that stay as they are, such as Dense_1 or **/embedding.
       budget: points of accuracy that may be lost on the validation split. Each weight then gets the fewest bits that
@@ -170,9 +171,17 @@ def quantise(
     patterns = [Pattern(text) for text in keep]
     check(run, folder, checkpoint, platforms, option="checkpoint")
     tree = _with_activations(run.experiment.policy, activations)
+    if calibrate is not None and activations is None:
+        raise InputError(f"--calibrate {calibrate}: there is nothing to calibrate; expected --activations beside it")
     measured = Measured.of_run(run, split, rows)
     state = chosen_state(run, checkpoint, option="checkpoint")
-    of = forward(run, state, measured.source, precision=str(tree))
+    calibration = None
+    if activations is None or calibrate is None:
+        of = forward(run, state, measured.source, precision=str(tree))
+    else:
+        found = static.calibrate(run, state, activations, batches=calibrate)
+        calibration, tree = _calibrated(run, state, measured, activations, found), found.tree
+        of = forward(run, found.state, measured.source, precision=str(tree))
     for pattern in patterns:
         if not any(pattern.covers(name) for name in of.weights):
             raise InputError(f"keep {pattern}: no such weight; {pattern.what_there_is(of.weights)}")
@@ -189,11 +198,11 @@ def quantise(
         "step": int(state.step),
         "formats": {layer.path: layer.format for layer in layers},
         "activations": activations,
-    }
+    } | ({} if calibration is None else {"calibration": calibration._asdict()})
     write_folder(run, state, packed, folder, measured, tree=tree, how=how, platforms=platforms)
     artefact = load(folder)
-    before, after, change = _accuracy(artefact, run, state, measured)
-    return Quantised(artefact, layers, before, after, change, _flops(packed, measured))
+    trade_ = _trade(artefact, packed, run, state, measured)
+    return Quantised(artefact, layers, trade_, calibration, _flops(packed, measured))
 
 
 def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
@@ -217,6 +226,16 @@ def _with_activations(tree: PolicyTree, activations: str | None) -> PolicyTree:
     if tree.default.recipe is not None or tree.default.operands is not None:
         raise InputError(f"--activations {activations}: the run's policy {tree} rounds the inputs of products already")
     return PolicyTree.parse(f"{tree},fprop={ACTIVATIONS[activations]}/high")
+
+
+def _calibrated(run: Run, state: Any, measured: Measured, format: str, found: static.Calibration) -> Calibrated:
+    """How much of the inputs of products lies beyond the static scales, on the rows of the certificate."""
+    counts = static.clipped(run, state, measured.source, found)
+    by_layer = {
+        f"{path or '(model)'}" + (f" {n}" if n else ""): above / size for (path, n), (above, size) in counts.items()
+    }
+    above, size = (sum(each[index] for each in counts.values()) for index in (0, 1))
+    return Calibrated(format, found.rows, by_layer, above / max(size, 1), found.unrounded)
 
 
 def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:
@@ -286,46 +305,14 @@ def _layer(name: str, leaf: Any, format: BlockFormat | None, patterns: Sequence[
     return Layer(name, np.shape(leaf), str(format), packed_weight(name, leaf, format).nbytes, before, "")
 
 
-def _labels(run: Run, batch: Mapping[str, np.ndarray], decided: np.ndarray | None) -> np.ndarray | None:
-    """The labels that decisions are compared with, where the task has them."""
-    labels = batch.get(getattr(run.experiment.task, "target", ""))
-    if labels is None or decided is None or labels.shape != decided.shape or labels.dtype.kind not in "iub":
-        return None
-    return labels
+def _trade(artefact: Artefact, of: Forward, run: Run, state: Any, measured: Measured) -> Trade | None:
+    """The accuracy of the run and of its artefact on the rows of the certificate; `of` is what was exported."""
 
+    def of_artefact(batch: Mapping[str, Any]) -> Any:
+        found = artefact.leaves(artefact(**{name: np.asarray(jnp.asarray(batch[name])) for name in artefact.inputs}))
+        return of.unflatten([jnp.asarray(leaf) for leaf in found.values()])
 
-def _accuracy(
-    artefact: Artefact, run: Run, state: Any, measured: Measured
-) -> tuple[Accuracy | None, Accuracy | None, tuple[float, float, float] | None]:
-    """Right decisions of the run and of an artefact, and the change with its 95 % interval.
-
-    The interval is that of a difference of paired proportions, with half an observation in each cell of disagreement
-    (A. Agresti and Y. Min, Statistics in Medicine 24, 2005).
-    """
-    task, right = run.experiment.task, []
-    for batch in evaluation_batches(measured.source, run.experiment.data.eval_batch_size):
-        there = int(np.sum(batch["weight"]))
-        own = run.outputs(batch, state)
-        mine = artefact.leaves(artefact(**{name: np.asarray(jnp.asarray(batch[name])) for name in artefact.inputs}))
-        leaves, structure = jax.tree.flatten(own)
-        del leaves
-        both = [
-            decisions(task, outputs)
-            for outputs in (own, jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in mine.values()]))
-        ]
-        labels = _labels(run, batch, both[0])
-        if labels is None:
-            return None, None, None
-        right.append(np.stack([(each == labels)[:there].ravel() for each in both if each is not None]))
-    first, second = np.concatenate(right, axis=1)
-    count = first.size
-    lost, won = int(np.sum(first & ~second)), int(np.sum(second & ~first))
-    change = (won - lost) / count
-    b, c = won + 0.5, lost + 0.5
-    error = math.sqrt(b + c - (b - c) ** 2 / (count + 2)) / (count + 2)
-    middle = (b - c) / (count + 2)
-    interval = change, middle - CONFIDENCE * error, middle + CONFIDENCE * error
-    return Accuracy(int(first.sum()), count), Accuracy(int(second.sum()), count), interval
+    return trade(run, measured.source, lambda batch: run.outputs(dict(batch), state), of_artefact)
 
 
 def _flops(of: Forward, measured: Measured) -> dict[str, int]:
@@ -410,7 +397,7 @@ class _Judge:
             there = int(np.sum(batch["weight"]))
             leaves = self._program(given, [], [np.asarray(jnp.asarray(batch[name])) for name in self._of.inputs])
             decided = decisions(run.experiment.task, self._of.unflatten(leaves))
-            labels = _labels(run, batch, decided)
+            labels = labels_of(run, batch, decided)
             if labels is None or decided is None or len(leaves) != 1:
                 raise InputError(
                     f"--budget: {type(run.experiment.task).__name__} decides nothing that the data label; expected a "

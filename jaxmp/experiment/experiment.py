@@ -30,6 +30,7 @@ from jaxmp.tasks.task import objectives_of, refuse_several
 from jaxmp.training.objective import EVERYTHING, check_trains
 from jaxmp.training.optimizers import Adam, Private, is_optimizer
 from jaxmp.training.privacy import PRIVATE_SCALE
+from jaxmp.training.pruning import Pruning
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Experiment:
     those to train beside the adapters; by default none."""
     lora: LoRA = LoRA()
     """Adapters of low rank, which are trained in place of the model's weights."""
+    pruning: Pruning = Pruning()
+    """Magnitude pruning: which weights become zero while the others train, and when."""
     parallel: Parallel = Parallel()
     """How a step is distributed over devices: it changes the last digits, and no run's hash."""
     loop: Loop = Loop()
@@ -100,6 +103,13 @@ class Experiment:
                 f"lora.rank = {self.lora.rank}: the objectives of {type(self.task).__name__} say what each of them "
                 "trains; expected 0, no adapters"
             )
+        self._require("pruning", isinstance(self.pruning, Pruning), "Pruning(0.9), say")
+        for beside, there in (("the task has several objectives", bool(names)), ("lora.rank is set", self.lora.rank)):
+            if self.pruning.share and there:
+                raise InputError(
+                    f"pruning.sparsity = {self.pruning.share:g}: {beside}, and pruning is of a model that one "
+                    "objective trains as a whole; expected 0, nothing pruned"
+                )
         _ = self.adapted_model  # refuses a model without modules
         for part, optimizer in self._by_objective("optimizer", names):
             _require_part(part, optimizer, is_optimizer(optimizer), expected)

@@ -25,6 +25,7 @@ from jaxmp.experiment.canonical import canonical
 from jaxmp.modules.lora import LoRA
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.training.objective import EVERYTHING
+from jaxmp.training.pruning import Pruning
 
 KINDS = ("decides", "chooses", "operates", "rounds", "apart")
 """what a field can do to a run"""
@@ -133,6 +134,8 @@ _ADDED_LATER: dict[str, Any] = {
     "trains": list(EVERYTHING),
     **{f"lora.{name}": value for name, value in json.loads(json.dumps(canonical(LoRA(), "lora"))).items()},
     "lora": {},
+    **{f"pruning.{name}": value for name, value in json.loads(json.dumps(canonical(Pruning(), "pruning"))).items()},
+    "pruning": {},
     "data.cuts": [],
     "task.class_weights": [],
     "task.mixup": 0.0,

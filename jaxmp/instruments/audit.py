@@ -29,6 +29,7 @@ from jax.interpreters import partial_eval
 from jaxmp.html.elements import cell_of
 from jaxmp.instruments import numbers
 from jaxmp.instruments.finding import Counted, Finding, found
+from jaxmp.instruments.flops import FLOPS
 from jaxmp.instruments.numbers import Number
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
@@ -528,9 +529,9 @@ class _Walk:
 
     def _count(self, eqn: Any, given: list[_Facts], place: Counted) -> None:
         name, path = eqn.primitive.name, place.module
-        if name in _FLOPS and not _sums_nothing(eqn):
+        if name in FLOPS and not _sums_nothing(eqn):
             dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
-            flops, product = _FLOPS[name](eqn) * place.times, recipe_product(place.names)
+            flops, product = FLOPS[name](eqn) * place.times, recipe_product(place.names)
             formats = given[0].format, given[1].format
             self.dots.append(Dot(name, dtype, flops, path, place.source, place.times, formats, product))
         elif name == "ragged_dot_general":
@@ -605,7 +606,7 @@ class _Walk:
             return _Facts(**{"gradient": any(facts.gradient for facts in given), **shared})
         if name == "add_any":
             return _Facts(product=any(facts.product for facts in given), **shared)
-        if name in _FLOPS:
+        if name in FLOPS:
             of_weight = not any(facts.weight for facts in given)
             if of_recipe := recipe_product(place.names):  # its operands are rounded, which hides that one is a weight
                 of_weight = of_recipe == "wgrad"
@@ -650,22 +651,6 @@ def _decides(eqn: Any, given: list[_Facts]) -> bool:
 
 def _full_norm(row: ModulePolicy) -> Policy:
     return parse_policy("float32" if row.type in ("SpectralNorm", "WeightNorm") else row.policy)
-
-
-def _dot_flops(eqn: Any) -> int:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-
-
-def _convolution_flops(eqn: Any) -> int:
-    kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-    outputs, inputs, *window = (kernel[d] for d in spec)  # the inputs are those of a group
-    if math.prod(eqn.params["lhs_dilation"]) > 1:  # of the zeros in between nothing is computed: each number, spread
-        return 2 * eqn.invars[0].aval.size * (outputs // eqn.params["feature_group_count"]) * math.prod(window)
-    return 2 * eqn.outvars[0].aval.size * inputs * math.prod(window)
-
-
-_FLOPS = {"dot_general": _dot_flops, "conv_general_dilated": _convolution_flops}
 
 
 def _sums_nothing(eqn: Any) -> bool:

@@ -1,6 +1,6 @@
 """Ranges by block: how large the blocks of a recipe's operands are, which scales they have, and which of them clip.
 
-    measure = make_block_ranges(loss_fn, {"Dense_0": RECIPES["nvfp4"]})
+    measure = make_block_ranges(loss_fn)
     for operand in measure(params, model_state, jnp.float32(1), batch, key).read():
         print(operand.layer, operand.product, operand.role, operand.amax.exponents, operand.first_clipped)
 
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmp.instruments.product_sums import make_product_sums
 from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size
-from jaxmp.modules.products import observed_products
-from jaxmp.precision.blocks import BlockFormat, block_scales, clips_above
-from jaxmp.precision.product import Contraction, block_axes, transformed
-from jaxmp.precision.recipe import Recipe, RecipeOperand
+from jaxmp.modules.products import ObservedProduct
+from jaxmp.precision.blocks import BlockFormat, BlockScales, block_scales, clips_above
+from jaxmp.precision.product import block_axes, largest_magnitude, split_groups, transformed
+from jaxmp.precision.recipe import ROLES, Delayed, Recipe, RecipeOperand
 from jaxmp.training.batch import LossFn
-from jaxmp.training.gradients import make_gradients
-from jaxmp.training.objective import EVERYTHING, fill, trained_view
+from jaxmp.training.objective import EVERYTHING
 
 
 class Block(NamedTuple):
@@ -92,27 +92,27 @@ class OperandBlocks:
 
 
 def block_operands(recipe: Recipe | None) -> tuple[RecipeOperand, ...]:
-    """Returns the operands of a recipe that are rounded in blocks, in the order of its products."""
+    """Returns the operands of a recipe that are rounded with scales, in the order of its products.
+
+    A `Delayed` operand is one block, whose scale is that which the step uses.
+    """
     operands = () if recipe is None else tuple(recipe.operands())
-    return tuple(operand for operand in operands if isinstance(operand.format, BlockFormat))
+    return tuple(operand for operand in operands if isinstance(operand.format, BlockFormat | Delayed))
 
 
 def make_block_ranges(
     loss_fn: LossFn,
-    recipes: Mapping[str, Recipe | None],
     *,
     accumulate_steps: int = 1,
     trains: tuple[str, ...] = EVERYTHING,
 ) -> Callable[..., BlockRanges]:
-    """Makes a function that measures the blocks of all operands that are rounded in blocks, in one step.
+    """Makes a function that measures the blocks of all operands that recipes round with scales, in one step.
 
-    Measured are Dense, DenseGeneral and Conv layers, also within attention, scan, remat and vmap. Blocks of a layer
-    that runs several times are counted together.
+    Measured are all layers whose product a recipe rounds, also within attention, scan, remat and vmap. Blocks of a
+    layer that runs several times are counted together. Each group of a grouped convolution has blocks of its own.
 
     Args:
       loss_fn: a loss function that runs Linen modules under `jaxmp.with_policy`.
-      recipes: the recipe of each module by path, such as `{row.module: parse_policy(row.policy).recipe}` for the rows
-        of `jaxmp.explain`; layers without one are left out.
       accumulate_steps: number of microbatches of a batch.
       trains: the parameters that are differentiated, see `jaxmp.Objective`.
 
@@ -120,38 +120,24 @@ def make_block_ranges(
       `(params, model_state, scale, batch, key) -> BlockRanges`; works under jit.
     """
 
+    shapes: dict[str, dict[RecipeOperand, tuple[int, ...]]] = {}
+
+    def measures(path: str, product: ObservedProduct) -> _Measure | None:
+        found = _Measure(block_operands(product.recipe))
+        if not found.operands:
+            return None
+        arrays = {role: product.operand(role, product.result) for role in ROLES}
+        shapes[path] = {
+            operand: _scales_of(arrays[operand.role], operand, product)[1].of_blocks.shape for operand in found.operands
+        }
+        return found
+
+    gather = make_product_sums(loss_fn, measures, accumulate_steps=accumulate_steps, trains=trains)
+
     def measure(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> BlockRanges:
-        shapes: dict[str, dict[RecipeOperand, tuple[int, ...]]] = {}
-
-        def note(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
-            operands = {"activations": x, "weights": w, "gradients": y}
-            shapes[path] = {
-                operand: _scales_of(operands[operand.role], operand, contraction).of_blocks.shape
-                for operand in block_operands(recipes.get(path))
-            }
-            return y
-
-        def noted(*args: Any) -> Any:  # a function of its own: of `loss_fn`, JAX may know the shapes
-            return loss_fn(*args)
-
-        with observed_products(note):
-            jax.eval_shape(noted, params, model_state, batch, key)
-        met = {path: found for path, found in shapes.items() if found}
-        # What is measured comes out as the gradient of an input that changes nothing, as in `make_what_if`.
-        sinks = {path: jnp.zeros((len(found), _SIZE), jnp.float32) for path, found in met.items()}
-
-        def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
-            own, sinks = both
-
-            def tapped(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
-                return _tap((contraction, tuple(met[path])), y, x, w, sinks[path]) if path in met else y
-
-            with observed_products(tapped):
-                return loss_fn(fill(own, params), model_state, batch, key)
-
-        gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
-        (_, found), _, _ = gradients((trained_view(params, trains), sinks), model_state, scale, batch, key)
-        return BlockRanges(found, tuple((path, tuple(of.items())) for path, of in met.items()))
+        shapes.clear()
+        found = gather(params, model_state, scale, batch, key)
+        return BlockRanges(found, tuple((path, tuple(shapes[path].items())) for path in found))
 
     return measure
 
@@ -191,42 +177,48 @@ _FIRST = 5  # of a block: index in two parts, amax, scale, and whether there is 
 _SIZE = 2 * _COUNTS + 2 + 2 * _FIRST + 2
 
 
-def _scales_of(x: jax.Array, operand: RecipeOperand, contraction: Contraction) -> Any:
-    """The scales with which an operand is rounded."""
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """Sums up the blocks of operands."""
+
+    operands: tuple[RecipeOperand, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(operands, sums)."""
+        return len(self.operands), _SIZE
+
+    def __call__(self, product: ObservedProduct, gradient: jax.Array) -> jax.Array:
+        """Returns float32 (operands, sums)."""
+        return jnp.stack([_measured(product.operand(each.role, gradient), each, product) for each in self.operands])
+
+
+def _scales_of(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> tuple[jax.Array, BlockScales]:
+    """The numbers that are rounded, and the scales with which they are."""
+    x, axes = split_groups(x, product.contraction, operand.role)
+    x = transformed(x, operand, axes)
+    if isinstance(operand.format, BlockFormat):
+        return x, block_scales(x, operand.format, axis=_axis(operand, axes, x.ndim))
+    amax, scale = largest_magnitude(x), 1 / product.scales[operand.role]
+    finite = jnp.isfinite(amax)
+    scale, amax = jnp.where(finite, scale, jnp.nan), jnp.where(finite, amax, 0)
+    whole = (1,) * x.ndim
+    return x, BlockScales(scale.reshape(whole), jnp.broadcast_to(scale, x.shape), amax.reshape(whole))
+
+
+def _axis(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int, ...] | None:
     assert isinstance(operand.format, BlockFormat)
-    axes = contraction.axes[operand.role]
-    along = None if operand.format.block == "tensor" else block_axes(operand, axes)
-    return block_scales(transformed(x, operand, axes), operand.format, axis=along)
+    return None if operand.format.block == "tensor" else block_axes(operand, axes, ndim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(plan: Any, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> jax.Array:
-    return y
-
-
-def _tap_forward(plan: Any, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> Any:
-    return y, (x, w)
-
-
-def _tap_backward(plan: Any, kept: Any, g: jax.Array) -> Any:
-    (contraction, operands), (x, w) = plan, kept
-    arrays = {"activations": x, "weights": w, "gradients": g}
-    rows = [_measured(arrays[operand.role], operand, contraction) for operand in operands]
-    return g, jnp.zeros_like(x), jnp.zeros_like(w), jnp.stack(rows)
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
-def _measured(x: jax.Array, operand: RecipeOperand, contraction: Contraction) -> jax.Array:
+def _measured(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> jax.Array:
     """The sums of one operand, float32 (_SIZE,)."""
-    assert isinstance(operand.format, BlockFormat)
-    found = _scales_of(x, operand, contraction)
-    numbers = transformed(x, operand, contraction.axes[operand.role])
+    numbers, found = _scales_of(x, operand, product)
+    element = operand.format.element if isinstance(operand.format, BlockFormat) else operand.format.format  # type: ignore[union-attr]
     bad = jnp.isnan(found.of_blocks)
-    over = jnp.abs(numbers) > found.of_numbers * clips_above(operand.format.element)  # False where a scale is NaN
+    over = jnp.abs(numbers) > found.of_numbers * clips_above(element)  # False where a scale is NaN
     # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
-    clipped = found.amax > found.of_blocks * clips_above(operand.format.element)
+    clipped = found.amax > found.of_blocks * clips_above(element)
     totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
     size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
     parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]

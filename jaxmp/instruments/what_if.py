@@ -21,22 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.errors import InputError
-from jaxmp.modules.products import observed_products
-from jaxmp.precision.blocks import BlockFormat, block_scales, clips_above
+from jaxmp.instruments.product_sums import make_product_sums
+from jaxmp.modules.products import ObservedProduct
+from jaxmp.precision.blocks import BlockFormat, clips_above, round_blocks_with_scales
 from jaxmp.precision.formats import Format
 from jaxmp.precision.policy import parse_policy
-from jaxmp.precision.product import Contraction, block_axes, largest_magnitude, round_operand, transformed
+from jaxmp.precision.product import Contraction, block_axes, largest_magnitude, round_operand, summed_axis, transformed
 from jaxmp.precision.recipe import PRODUCTS, RECIPES, Delayed, Recipe, RecipeOperand, parse_recipe
 from jaxmp.text_table import table
 from jaxmp.training.batch import LossFn
-from jaxmp.training.gradients import make_gradients
-from jaxmp.training.objective import EVERYTHING, fill, trained_view
+from jaxmp.training.objective import EVERYTHING
 
 STALL = math.sqrt(3)
 """Signal to noise of a gradient below which training stalls (Chmiel et al. 2025, FP4 All the Way, 2505.19115)."""
 
 GROUPS = 16
 """number of parts of an array over which the interval of a bias is estimated"""
+
+_LANES = 16
 
 _T = 2.131449545559323  # the 97.5 % point of Student's t with 15 degrees of freedom
 
@@ -168,38 +170,18 @@ def make_what_if(
       InputError: when it is called: the loss runs no such layer.
     """
 
+    every = tuple(recipes.values())
+    gather = make_product_sums(
+        loss_fn, lambda path, product: _Measure(every), accumulate_steps=accumulate_steps, trains=trains
+    )
+
     def measure(params: Any, model_state: Any, scale: Any, batch: Any, key: Any) -> Measurements:
-        met: dict[str, None] = {}
-
-        def note(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
-            met[path] = None
-            return y
-
-        def noted(*args: Any) -> Any:  # a function of its own: of `loss_fn`, JAX may know the shapes
-            return loss_fn(*args)
-
-        with observed_products(note):
-            jax.eval_shape(noted, params, model_state, batch, key)
-        if not met:
+        found = gather(params, model_state, scale, batch, key)
+        if not found:
             raise InputError(
                 "what-if: the loss runs no layer with a product (Dense, DenseGeneral, Conv) under a policy; expected a "
                 "model of Linen modules, called under jaxmp.with_policy"
             )
-        # What is measured comes out as the gradient of an input that changes nothing, and so out of any transformation.
-        shape = (len(recipes), len(PRODUCTS), 2 * _OPERAND + _SUMS)
-        sinks = {path: jnp.zeros(shape, jnp.float32) for path in met}
-
-        def observed(both: Any, model_state: Any, batch: Any, key: Any) -> Any:
-            own, sinks = both
-
-            def tapped(path: str, contraction: Contraction, x: Any, w: Any, y: Any) -> Any:
-                return _tap(_Measure(contraction, tuple(recipes.values())), y, x, w, sinks[path])
-
-            with observed_products(tapped):
-                return loss_fn(fill(own, params), model_state, batch, key)
-
-        gradients = make_gradients(observed, accumulate_steps=accumulate_steps)
-        (_, found), _, _ = gradients((trained_view(params, trains), sinks), model_state, scale, batch, key)
         return Measurements(found, tuple(recipes.items()))
 
     return measure
@@ -227,99 +209,118 @@ class Measurements:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(measure: _Measure, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> jax.Array:
-    return y
-
-
-def _tap_forward(measure: _Measure, y: jax.Array, x: jax.Array, w: jax.Array, sink: jax.Array) -> Any:
-    return y, (x, w)
-
-
-def _tap_backward(measure: _Measure, kept: Any, g: jax.Array) -> Any:
-    x, w = kept
-    return g, jnp.zeros_like(x), jnp.zeros_like(w), measure(x, w, g)
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Measure:
     """Sums up what recipes do to the three products of a layer."""
 
-    contraction: Contraction
     recipes: tuple[Recipe, ...]
 
-    def __call__(self, x: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(recipes, products, sums)."""
+        return len(self.recipes), len(PRODUCTS), 2 * _OPERAND + _SUMS
+
+    def __call__(self, product: ObservedProduct, gradient: jax.Array) -> jax.Array:
         """Returns float32 (recipes, products, sums)."""
-        arrays = {role: a.astype(jnp.float32) for role, a in (("activations", x), ("weights", w), ("gradients", g))}
-        shapes = {"fprop": g.shape, "dgrad": x.shape, "wgrad": w.shape}
-        plain = self.contraction.products(())
-        exact = {
-            product: plain[product](*(arrays[role] for role in roles), shapes[product])
-            for product, roles in PRODUCTS.items()
-        }
-        operands: dict[RecipeOperand, tuple[jax.Array, jax.Array]] = {}  # recipes share some
+        contraction: Contraction = product.contraction
+        given = {"activations": product.activations, "weights": product.weights, "gradients": gradient}
+        arrays = {role: each.astype(jnp.float32) for role, each in given.items()}
+        shapes = {"fprop": gradient.shape, "dgrad": arrays["activations"].shape, "wgrad": arrays["weights"].shape}
+        operands: dict[Any, _Rounded] = {}
+        exact: dict[str, _Exact] = {}
         found = []
+        for name, roles in PRODUCTS.items():
+            exact[name] = _Exact.of(contraction.products(())[name](*(arrays[role] for role in roles), shapes[name]))
+        plain_operands: dict[Any, _Exact] = {}
         for recipe in self.recipes:
-            products = self.contraction.products(recipe.accumulate)
-            for product, roles in PRODUCTS.items():
-                own = [recipe.operand(product, role) for role in roles]
-                for operand in own:
-                    if operand not in operands:
-                        operands[operand] = self._operand(arrays[operand.role], operand)
-                rounded = products[product](*(operands[operand][0] for operand in own), shapes[product])
-                sums = [*(operands[operand][1] for operand in own), _sums(exact[product], rounded)[0]]
-                found.append(jnp.concatenate(sums))
-        return jnp.stack(found).reshape(len(self.recipes), len(PRODUCTS), -1)
+            products = contraction.products(recipe.accumulate)
+            for name, roles in PRODUCTS.items():
+                own = []
+                for role in roles:
+                    operand, axes = recipe.operand(name, role), contraction.axes[role]
+                    before, rounding = _sameness(operand, axes)
+                    if before not in plain_operands:
+                        plain_operands[before] = _Exact.of(transformed(arrays[role], operand, axes))
+                    if rounding not in operands:
+                        operands[rounding] = _rounded(plain_operands[before], operand, axes)
+                    own.append(operands[rounding])
+                rounded = products[name](*(each.numbers for each in own), shapes[name])
+                found.append(jnp.concatenate([*(each.sums for each in own), exact[name].sums(rounded)]))
+        return jnp.stack(found).reshape(self.shape)
 
-    def _operand(self, x: jax.Array, operand: RecipeOperand) -> tuple[jax.Array, jax.Array]:
-        """Returns the operand as it is multiplied, and the sums of what it lost."""
-        axes, format = self.contraction.axes[operand.role], operand.format
-        x = transformed(x, operand, axes)
-        noise = None
-        if operand.rounding == "stochastic" and format is not None:
-            noise = jax.random.bits(jax.random.key(0), x.shape, jnp.uint32)
-        delayed = isinstance(format, Delayed)
-        # As if the history held the magnitudes of this step.
-        amax = largest_magnitude(x) if delayed else None
-        factor = None if amax is None else jnp.where(amax > 0, format.format.max / amax, 1.0)  # type: ignore[union-attr]
+
+def _sameness(operand: RecipeOperand, axes: tuple[int, int]) -> tuple[Any, Any]:
+    """What an operand has in common with others that are equal before they are rounded, and after."""
+    along = summed_axis(operand, axes)
+    left = PRODUCTS[operand.product][0] == operand.role
+    before = (operand.role, (operand.hadamard, along, left) if operand.hadamard else None)
+    by_axis = isinstance(operand.format, BlockFormat) and len(block_axes(operand, axes, 3)) == 1
+    return before, (before, operand.format, operand.rounding, along if by_axis else None)
+
+
+class _Rounded(NamedTuple):
+    """An operand as it is multiplied, and the sums of what it lost."""
+
+    numbers: jax.Array
+    sums: jax.Array
+    """float32 (_OPERAND,)"""
+
+
+class _Exact(NamedTuple):
+    """An array before it is rounded, with what all of its roundings are compared with."""
+
+    numbers: jax.Array
+    squares: jax.Array
+    """sums of their squares by group"""
+    there: jax.Array
+    """how many are not zero"""
+
+    @classmethod
+    def of(cls, x: jax.Array) -> _Exact:
+        return cls(x, _by_group(x * x), _count(x != 0))
+
+    def sums(self, rounded: jax.Array) -> jax.Array:
+        """Sums of error times number and of squares by group, and of squared errors; float32 (_SUMS,)."""
+        error = rounded - self.numbers
+        return jnp.concatenate([_by_group(error * self.numbers), self.squares, jnp.sum(_by_group(error * error))[None]])
+
+
+def _by_group(x: jax.Array) -> jax.Array:
+    """Sums of equal parts of an array in C order, (GROUPS,)."""
+    groups = jnp.pad(jnp.ravel(x), (0, -x.size % GROUPS)).reshape(GROUPS, -1)
+    # In lanes that are added at the end: XLA:CPU adds 16 numbers at a time, where it adds those of one sum in turn.
+    lanes = jnp.pad(groups, ((0, 0), (0, -groups.shape[1] % _LANES))).reshape(GROUPS, -1, _LANES)
+    return jnp.sum(jnp.sum(lanes, axis=1), axis=1)
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    """How many flags are set, float32."""
+    return jnp.sum(_by_group(flags.astype(jnp.int32))).astype(jnp.float32)
+
+
+def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _Rounded:
+    """Rounds an operand, already transformed, and sums up what it loses."""
+    x, format, noise = exact.numbers, operand.format, None
+    if operand.rounding == "stochastic" and format is not None:
+        noise = jax.random.bits(jax.random.key(0), x.shape, jnp.uint32)
+    limit, scales = jnp.float32(jnp.inf), jnp.zeros(3)
+    if isinstance(format, BlockFormat):
+        rounded, found = round_blocks_with_scales(x, noise, format, block_axes(operand, axes, x.ndim))
+        limit = found.of_numbers * clips_above(format.element)
+        logs = jnp.log2(jnp.where(found.amax > 0, jnp.maximum(found.of_blocks, 2.0**-126), 1))
+        scales = jnp.stack([_count(found.amax > 0), *(jnp.sum(_by_group(each)) for each in (logs, logs * logs))])
+    elif isinstance(format, Delayed):  # as if the history held the magnitudes of this step
+        amax = largest_magnitude(x)
+        factor = jnp.where(amax > 0, format.format.max / amax, 1.0)
         rounded = round_operand(x, operand, axes=axes, noise=noise, scale=factor)
-        limit, scales = jnp.float32(jnp.inf), jnp.zeros(3)
-        if isinstance(format, BlockFormat):
-            along = None if format.block == "tensor" else block_axes(operand, axes)
-            found = block_scales(x, format, axis=along)
-            limit = found.of_numbers * clips_above(format.element)
-            logs = jnp.log2(jnp.where(found.amax > 0, jnp.maximum(found.of_blocks, 2.0**-126), 1))
-            scales = jnp.stack([jnp.sum(found.amax > 0).astype(jnp.float32), jnp.sum(logs), jnp.sum(logs**2)])
-        elif delayed:
-            limit = clips_above(format.format) / factor  # type: ignore[union-attr, operator]
-        elif isinstance(format, Format):
+        limit = clips_above(format.format) / factor
+    else:
+        rounded = round_operand(x, operand, axes=axes, noise=noise)
+        if isinstance(format, Format):
             limit = jnp.float32(clips_above(format))
-        there = x != 0
-        sums, counts = _sums(x, rounded, there, there & (rounded == 0), jnp.abs(x) > limit)
-        return rounded, jnp.concatenate([sums, jnp.full(1, x.size, jnp.float32), counts, scales])
-
-
-def _sums(exact: jax.Array, rounded: jax.Array, *flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of error times number and of squares by group, and of squared errors; and how many of each flag are set.
-
-    Returns:
-      float32 (2 * GROUPS + 1,), and float32 (len(flags),).
-    """
-    error = rounded - exact
-    columns = [error * exact, exact * exact, error * error, *(flag.astype(jnp.float32) for flag in flags)]
-    # One reduction for all: else XLA:CPU rounds the operand anew for each.
-    groups = [jnp.pad(jnp.ravel(x), (0, -x.size % GROUPS)).reshape(GROUPS, -1) for x in columns]
-    zeros = [np.float32(0)] * len(groups)
-    along, squares, errors, *counts = jax.lax.reduce(groups, zeros, _add, (1,))
-    sums = jnp.concatenate([along, squares, jnp.sum(errors)[None]])
-    return sums, jnp.stack([jnp.sum(each) for each in counts]) if counts else jnp.zeros(0)
-
-
-def _add(a: Any, b: Any) -> Any:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    underflow, clipped = _count((x != 0) & (rounded == 0)), _count(jnp.abs(x) > limit)
+    counts = jnp.stack([jnp.float32(x.size), exact.there, underflow, clipped])
+    return _Rounded(rounded, jnp.concatenate([exact.sums(rounded), counts, scales]))
 
 
 def _read(name: str, recipe: Recipe, path: str, product: str, sums: np.ndarray) -> ProductLoss:

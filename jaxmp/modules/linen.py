@@ -377,6 +377,16 @@ def _inputs(batch: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(batch[name] for name in names)
 
 
+def module_classes(model: Any, *inputs: Any) -> dict[str, frozenset[str]]:
+    """The names of the class of each module and of its bases, by path, found by an abstract `init`.
+
+    Args:
+      model: a Linen module; one of `from_nnx` has no modules that are known.
+      inputs: shapes and dtypes of the model's inputs.
+    """
+    return _modules(model, *inputs)[1].classes
+
+
 def _modules(model: Any, *inputs: Any, **kwargs: Any) -> tuple[dict[str, Any], MetModules, Any]:
     """The modules that `init` calls, by path, what rules may call them, and the shapes of the parameters, unboxed."""
     found: dict[str, Any] = {} if isinstance(module_of(model), nn.Module) else {"": model}

@@ -20,6 +20,13 @@ import jax.numpy as jnp
 from jaxmp.errors import InputError
 from jaxmp.jaxprs import bind, called, interpret, opened
 from jaxmp.modules.interventions import attributes
+from jaxmp.modules.products import (
+    ObservedProduct,
+    is_observing,
+    observe,
+    product_of_convolution,
+    product_of_matrices,
+)
 from jaxmp.precision.formats import DelayedScalingState
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.product import Delay, Draws, conv_general_dilated, dot_general, largest_magnitude
@@ -172,11 +179,22 @@ def run_product(
     assert recipe is not None
 
     def dot(x: jax.Array, w: jax.Array, numbers: Any, *_: Any, **__: Any) -> jax.Array:
-        return dot_general(x, w, numbers, **products.surroundings(module, recipe, x, w))
+        around = products.surroundings(module, recipe, x, w)
+        y = dot_general(x, w, numbers, **around)
+        return observed(product_of_matrices, x, w, y, numbers, around=around).reshape(y.shape)
 
     def conv(x: jax.Array, w: jax.Array, strides: Any, padding: Any, *, precision: Any = None, **how: Any) -> Any:
-        return conv_general_dilated(x, w, strides, padding, **how, **products.surroundings(module, recipe, x, w))
+        around = products.surroundings(module, recipe, x, w)
+        y = conv_general_dilated(x, w, strides, padding, **how, **around)
+        return observed(product_of_convolution, x, w, y, strides, padding, around=around, **how)
 
+    def observed(make: Callable[..., ObservedProduct], *args: Any, around: Mapping[str, Any], **how: Any) -> jax.Array:
+        if not is_observing():
+            return args[2]
+        scales = {} if around["delay"] is None else around["delay"].scales
+        return observe("/".join(module.path), make(*args, **how)._replace(recipe=recipe, scales=scales))
+
+    dot.is_observed = conv.is_observed = True  # type: ignore[attr-defined]
     if isinstance(module, nn.Embed):
         query, table = args[0].astype(dtype), _stored(module, "embedding").astype(FLOAT32)
         return dot(query, table, (((query.ndim - 1,), (1,)), ((), ()))).astype(dtype)

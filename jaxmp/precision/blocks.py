@@ -30,7 +30,6 @@ from jaxmp.precision.float32_arithmetic import (
     LEADING,
     MANTISSA,
     divide,
-    multiply,
     significand_and_exponent,
     times_power_of_two,
     to_bits,
@@ -389,7 +388,7 @@ class PackedBlocks:
         magnitudes, negative = _split_sign(codes, self.format.element)
         layout = _Layout(self.shape, self.format.block, self.axis)
         scale = _decoded_scale(layout.expand(self.scales), self.tensor_scale, self.format)
-        bits = _decode(layout.grouped(magnitudes), scale, self.format.element)
+        bits = _scaled(_numbers(layout.grouped(magnitudes), self.format.element), *scale)
         return _finish(layout.ungrouped(bits), negative, jnp.dtype(dtype))
 
     def to_ml_dtypes(self) -> tuple[np.ndarray, np.ndarray, float | None]:
@@ -438,7 +437,8 @@ def pack(
 def _packed(x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]) -> PackedBlocks:
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
     scaling = _scaling(bits & ~_SIGN, layout, format)
-    magnitudes = layout.ungrouped(_encode(*_operands(bits, noise, layout), scaling, format.element))
+    numbers = _elements(*_operands(bits, noise, layout), scaling, format.element)
+    magnitudes = layout.ungrouped(jnp.where(scaling.bad, jnp.uint32(0), _codes(numbers, format.element)))
     codes = _join_sign(magnitudes, (bits & _SIGN) > 0, format.element)
     scales = jnp.squeeze(scaling.stored, layout.inner)
     return PackedBlocks(_pack_codes(codes, format.element.bits), scales, scaling.tensor_scale, format, x.shape, axes)
@@ -517,8 +517,11 @@ def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int]
     """
     format = parse_block_format(format) if isinstance(format, str) else format
     x = check_carrier(x, format)
-    layout, magnitude = _Layout(x.shape, format.block, _axes(x.shape, format, axis)), float32_bits(x) & ~_SIGN
-    scaling = _scaling(magnitude, layout, format)
+    layout = _Layout(x.shape, format.block, _axes(x.shape, format, axis))
+    return _block_scales(_scaling(float32_bits(x) & ~_SIGN, layout, format), layout, format)
+
+
+def _block_scales(scaling: _Scaling, layout: _Layout, format: BlockFormat) -> BlockScales:
     if format.scale == "e8m0":
         # 2^-127, which float32 holds as a subnormal number, is the scale of blocks of zeros alone: it is given as 0.
         bits = jnp.where(scaling.bad, jnp.uint32(INFINITY | 0x400000), scaling.stored.astype(jnp.uint32) << 23)
@@ -528,8 +531,7 @@ def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int]
     else:
         assert scaling.tensor_scale is not None
         scale = jnp.where(scaling.bad, jnp.nan, _e4m3_numbers(scaling.stored) * scaling.tensor_scale)
-    amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
-    amax = bitcast_convert_type(jnp.where(scaling.bad, jnp.uint32(0), amax), jnp.float32)
+    amax = bitcast_convert_type(scaling.amax, jnp.float32)
     whole = layout.ungrouped(jnp.broadcast_to(scale, layout.split))
     return BlockScales(jnp.squeeze(scale, layout.inner), whole, jnp.squeeze(amax, layout.inner))
 
@@ -552,6 +554,7 @@ def _e4m3_numbers(codes: jax.Array) -> jax.Array:
 
 _SIGN = np.uint32(0x80000000)
 _LARGEST = np.uint32(INFINITY - 1)
+_FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 _NAN_CODES = {"e8m0": 255, "e4m3": 127}
 _SCALE_DTYPES: dict[str, Any] = {"e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn, "f32": np.float32}
 _E4M3 = parse_format("e4m3")
@@ -593,6 +596,15 @@ class _Layout:
         return jnp.expand_dims(scales, self.inner)
 
 
+class _Factor(NamedTuple):
+    """A positive number for each block, by which its numbers are multiplied: factor * 2^exponent."""
+
+    factor: jax.Array | None
+    """float32 in [1, 2), or 0; None for 1"""
+    exponent: jax.Array
+    """int32"""
+
+
 class _Scaling(NamedTuple):
     """The scales of all blocks. Each array has the shape of the split array, with 1 for what lies within a block."""
 
@@ -600,27 +612,14 @@ class _Scaling(NamedTuple):
     """the scale as it is stored: uint8 code of e8m0 or e4m3, or float32"""
     tensor_scale: jax.Array | None
     """float32 scalar"""
-    factor: jax.Array | None
-    """numbers are multiplied by factor * 2^exponent before they are rounded; float32 in [1, 2), None for 1"""
-    exponent: jax.Array
-    """int32"""
+    encode: _Factor
+    """what numbers are multiplied by before they are rounded to elements"""
+    decode: _Factor
+    """the scale: what elements are multiplied by"""
     bad: jax.Array
     """bool: the block holds an infinity or NaN"""
-    scale: jax.Array | None = None
-    """bits of what elements are multiplied by, where they are known without decoding `stored`"""
-
-
-class _Scale(NamedTuple):
-    """What elements are multiplied by."""
-
-    factor: jax.Array | None
-    """float32 in [1, 2); None for 1"""
-    exponent: jax.Array
-    """int32"""
-    bad: jax.Array
-    """bool: the scale is NaN"""
-    zero: jax.Array | None
-    """bool: the scale is 0; None if it cannot be"""
+    amax: jax.Array
+    """bits of the largest magnitude of each block that is not bad, else 0"""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -645,14 +644,25 @@ def round_blocks(
         all replicas.
     """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-    scaling = _scaling(bits & ~_SIGN, layout, format, axis_name)
-    magnitudes = _encode(*_operands(bits, noise, layout), scaling, format.element)
-    if scaling.scale is None:
-        scale = _decoded_scale(scaling.stored, scaling.tensor_scale, format)
-    else:
-        scale = _Scale(*significand_and_exponent(scaling.scale), scaling.bad, scaling.scale == 0)
-    result = layout.ungrouped(_decode(magnitudes, scale, format.element))
-    return _finish(result, (bits & _SIGN) > 0, x.dtype, keep_zero=isinstance(format.element, Format))
+    return _rounded(bits, noise, _scaling(bits & ~_SIGN, layout, format, axis_name), layout, format, x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def round_blocks_with_scales(
+    x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...]
+) -> tuple[jax.Array, BlockScales]:
+    """Rounds as `round_blocks` does; returns also what `block_scales` returns."""
+    layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
+    scaling = _scaling(bits & ~_SIGN, layout, format)
+    return _rounded(bits, noise, scaling, layout, format, x.dtype), _block_scales(scaling, layout, format)
+
+
+def _rounded(
+    bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, layout: _Layout, format: BlockFormat, dtype: Any
+) -> jax.Array:
+    numbers = _elements(*_operands(bits, noise, layout), scaling, format.element)
+    result = layout.ungrouped(_scaled(numbers, scaling.decode, scaling.bad))
+    return _finish(result, (bits & _SIGN) > 0, dtype, keep_zero=isinstance(format.element, Format))
 
 
 @_quantize_blocks.defjvp
@@ -675,20 +685,26 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_na
     if format.scale == "e8m0":
         code = _e8m0_code(amax, format.element, format.rule)
         stored = jnp.where(bad, np.uint8(_NAN_CODES["e8m0"]), code.astype(jnp.uint8))
-        return _Scaling(stored, None, None, 127 - code, bad)
-    largest = to_bits(format.element.max)
+        return _Scaling(stored, None, _Factor(None, 127 - code), _Factor(None, code - 127), bad, amax)
     if format.scale == "f32":
         # With this limit the scale is a normal number, which others can multiply by without losing it (trap T10).
-        encode = _once(jnp.minimum(divide(largest, amax), to_bits(2.0**126)))
-        scale = bitcast_convert_type(_once(divide(to_bits(1), encode)), jnp.float32)
-        return _Scaling(jnp.where(bad, jnp.float32(jnp.nan), scale), None, *significand_and_exponent(encode), bad)
+        encode = _once(jnp.minimum(divide(to_bits(format.element.max), amax), to_bits(2.0**126)))
+        decode = _once(divide(to_bits(1), encode))
+        bad = bad | (decode >= INFINITY)  # of elements below 1, and a block of float32's largest numbers
+        stored = jnp.where(bad, jnp.float32(jnp.nan), bitcast_convert_type(decode, jnp.float32))
+        return _Scaling(stored, None, _factor(encode), _factor(decode), bad, amax)
     tensor_amax = jnp.max(amax, initial=0)
     if axis_name is not None:
         tensor_amax = jax.lax.pmax(tensor_amax, axis_name)
-    scale_code, tensor_scale, encode, scale = _e4m3_scaling(amax, tensor_amax, format)
-    stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), scale_code.astype(jnp.uint8))
-    factor, exponent = significand_and_exponent(encode)
-    return _Scaling(stored, bitcast_convert_type(tensor_scale, jnp.float32), factor, exponent, bad, scale)
+    code, tensor_scale, encode, decode = _e4m3_scaling(amax, tensor_amax, format)
+    stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), code.astype(jnp.uint8))
+    tensor_scale = bitcast_convert_type(tensor_scale, jnp.float32)
+    return _Scaling(stored, tensor_scale, _factor(encode), _factor(decode), bad, amax)
+
+
+def _factor(bits: jax.Array) -> _Factor:
+    factor, exponent = significand_and_exponent(bits)
+    return _Factor(jnp.where(bits == 0, jnp.float32(0), factor), exponent)
 
 
 def _e8m0_code(amax: jax.Array, element: Element, rule: str) -> jax.Array:
@@ -707,17 +723,53 @@ def _e4m3_scaling(amax: jax.Array, tensor_amax: jax.Array, format: BlockFormat) 
     """Returns codes of the scales, and bits: of the scale of the tensor, and of the factors of numbers and elements."""
     one, largest, product = to_bits(1), to_bits(format.element.max), to_bits(448 * format.element.max)
     if format.rule == "te":
-        encode_tensor = jnp.minimum(divide(product, tensor_amax), _LARGEST)
+        encode_tensor = _once(jnp.minimum(divide(product, tensor_amax), _LARGEST))
         tensor_scale = _once(divide(one, encode_tensor))
-        multiplier = _once(multiply(encode_tensor, to_bits(float(np.float32(1) / np.float32(format.element.max)))))
-        scale, code = _to_e4m3(jnp.minimum(multiply(amax, multiplier), to_bits(448)))
-        decode = _once(multiply(scale, tensor_scale))
+        reciprocal = np.float32(1) / np.float32(format.element.max)
+        multiplier = jnp.minimum(bitcast_convert_type(encode_tensor, jnp.float32) * reciprocal, _FLOAT32_MAX)
+        code = _e4m3_codes(jnp.minimum(_normal_product(amax, multiplier), 448))
+        decode = _once(_e4m3_product(code, tensor_scale))
         return code, tensor_scale, _once(jnp.minimum(divide(one, decode), _LARGEST)), decode
     tensor_scale = _once(divide(tensor_amax, product))
     ratio = jnp.where(amax > 0, divide(divide(amax, largest), tensor_scale), jnp.uint32(0))
-    scale, code = _to_e4m3(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)))
+    code = _e4m3_codes(bitcast_convert_type(jnp.clip(ratio, to_bits(2.0**-6), to_bits(448)), jnp.float32))
+    scale = bitcast_convert_type(_e4m3_numbers(code), jnp.uint32)
     encode = _once(jnp.minimum(divide(_once(divide(one, tensor_scale)), scale), _LARGEST))
-    return code, tensor_scale, encode, _once(multiply(scale, tensor_scale))
+    return code, tensor_scale, encode, _once(_e4m3_product(code, tensor_scale))
+
+
+def _normal_product(amax: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """Multiplies float32 bits by a normal number; the result is exact but for 0 in place of what is subnormal."""
+    # A subnormal amax is a whole number of 2^-149.
+    shifted = jnp.maximum(bitcast_convert_type(multiplier, jnp.int32) - (149 << 23), 0)
+    of_subnormal = amax.astype(jnp.int32).astype(jnp.float32) * bitcast_convert_type(shifted, jnp.float32)
+    return jnp.where(amax < LEADING, of_subnormal, bitcast_convert_type(amax, jnp.float32) * multiplier)
+
+
+def _e4m3_codes(x: jax.Array) -> jax.Array:
+    """Rounds positive float32 numbers up to 448 to nearest in e4m3; returns codes, uint32."""
+    bits = bitcast_convert_type(x, jnp.uint32)
+    normal = ((bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20) - np.uint32((127 - _E4M3.bias) << 3)
+    # Adding 2^23 to a number of subnormal quanta rounds it to a whole one.
+    quanta = x * np.float32(1 / _E4M3.smallest_subnormal) + np.float32(2.0**23)
+    small = bitcast_convert_type(quanta, jnp.uint32) - to_bits(2.0**23)
+    return jnp.where(bits < to_bits(_E4M3.smallest_normal), small, normal)
+
+
+def _e4m3_product(code: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns the bits of a positive e4m3 number times a finite float32 number, which is given as bits too."""
+    # The product of two whole numbers has 28 bits: it is exact.
+    stored = (factor >> 23).astype(jnp.int32)
+    whole = (factor & MANTISSA) | jnp.where(stored > 0, jnp.uint32(LEADING), jnp.uint32(0))
+    whole = ((code & 7) | jnp.where(code >= 8, jnp.uint32(8), jnp.uint32(0))) * whole
+    exponent = jnp.maximum(code.astype(jnp.int32) >> 3, 1) + jnp.maximum(stored, 1) - (10 + 150)
+    # float32 rounds it to 24 bits. What is subnormal has fewer: it is rounded once, to a whole number of 2^-149.
+    bits = bitcast_convert_type(whole.astype(jnp.int32).astype(jnp.float32), jnp.uint32)
+    normal = bits + (exponent.astype(jnp.uint32) << 23)
+    quanta = whole << jnp.clip(exponent + 149, 0, 31).astype(jnp.uint32)
+    quanta = drop_bits(quanta, jnp.clip(-149 - exponent, 0, 31).astype(jnp.uint32), None)
+    product = jnp.where((bits >> 23).astype(jnp.int32) + exponent >= 1, normal, quanta)
+    return jnp.where(whole == 0, jnp.uint32(0), product)
 
 
 def _once(bits: jax.Array) -> jax.Array:
@@ -730,77 +782,88 @@ def _once(bits: jax.Array) -> jax.Array:
     return jax.lax.div(bits, (bits >> 31) + 1)
 
 
-def _to_e4m3(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds positive numbers to e4m3; returns float32 bits and codes."""
-    rounded = _once(round_bits(bits, None, _E4M3, True))
-    quanta = bitcast_convert_type(rounded, jnp.float32) * np.float32(1 / _E4M3.smallest_subnormal)
-    normal = (rounded >> 20) - np.uint32((127 - _E4M3.bias) << 3)
-    small = rounded < to_bits(_E4M3.smallest_normal)
-    return rounded, jnp.where(small, quanta.astype(jnp.uint32), normal)
-
-
-def _decoded_scale(stored: jax.Array, tensor_scale: jax.Array | None, format: BlockFormat) -> _Scale:
-    """Returns what elements are multiplied by, given the stored scales."""
+def _decoded_scale(stored: jax.Array, tensor_scale: jax.Array | None, format: BlockFormat) -> tuple[_Factor, jax.Array]:
+    """Returns what elements are multiplied by, given the stored scales, and whether that is NaN."""
     if format.scale == "e8m0":
-        return _Scale(None, stored.astype(jnp.int32) - 127, stored == _NAN_CODES["e8m0"], None)
+        return _Factor(None, stored.astype(jnp.int32) - 127), stored == _NAN_CODES["e8m0"]
     if format.scale == "f32":
         bits = bitcast_convert_type(stored, jnp.uint32)
-    else:
-        code = stored.astype(jnp.uint32)
-        normal = (code << 20) + np.uint32((127 - _E4M3.bias) << 23)
-        quanta = code.astype(jnp.int32).astype(jnp.float32) * np.float32(_E4M3.smallest_subnormal)
-        bits = jnp.where(code < 8, bitcast_convert_type(quanta, jnp.uint32), normal)
-        bad = code == _NAN_CODES["e4m3"]
-        assert tensor_scale is not None
-        product = _once(multiply(bits, bitcast_convert_type(tensor_scale, jnp.uint32)))
-        return _Scale(*significand_and_exponent(product), bad, product == 0)
-    return _Scale(*significand_and_exponent(bits), bits >= INFINITY, bits == 0)
+        return _factor(bits), bits >= INFINITY
+    assert tensor_scale is not None
+    product = _once(_e4m3_product(stored.astype(jnp.uint32), bitcast_convert_type(tensor_scale, jnp.uint32)))
+    return _factor(product), stored == _NAN_CODES["e4m3"]
 
 
-def _encode(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, element: Element) -> jax.Array:
-    """Rounds scaled numbers to elements; returns their codes without the sign, uint32.
+def _elements(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, element: Element) -> jax.Array:
+    """Multiplies numbers by `scaling.encode` and rounds them to elements; returns their magnitudes, float32.
 
-    The codes of a float format are in the order of its numbers: quanta + (binade << mantissa bits), in units that
-    double with each binade above the first. An integer has one binade.
+    What it returns of a block that is bad has no meaning.
     """
-    magnitude = bits & ~_SIGN
+    magnitude = (bits & ~_SIGN).astype(jnp.int32)
+    # The bits of a number as if exponents had no end: a subnormal number is normal, and 0 is 2^-227.
+    subnormal = bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32) - (149 << 23)
+    wide = jnp.where(magnitude < LEADING, jnp.maximum(subnormal, -(100 << 23)), magnitude)
+    if scaling.encode.factor is not None:
+        significand = wide & MANTISSA
+        product = bitcast_convert_type(significand | (127 << 23), jnp.float32) * scaling.encode.factor
+        wide = wide - significand + (bitcast_convert_type(product, jnp.int32) - (127 << 23))
+    if scaling.tensor_scale is not None:  # a scale that e4m3 rounds to 0 leaves its block far beyond the largest number
+        wide = jnp.minimum(wide, (jnp.minimum(200 - scaling.encode.exponent, 255) << 23) | MANTISSA)
+    wide = wide + (scaling.encode.exponent << 23)
+    # A number of the binade 2^e is rounded to a multiple of 2^(e - mantissa_bits), e at least min_exponent.
     mantissa_bits, min_exponent = _binades(element)
-    stored = (magnitude >> 23).astype(jnp.int32)
-    significand = (magnitude & MANTISSA) | jnp.where(stored > 0, jnp.uint32(LEADING), jnp.uint32(0))
-    # A whole number in float32 is normal, even if x is not; the exponent is kept apart, so nothing over- or underflows.
-    scaled = significand.astype(jnp.int32).astype(jnp.float32)
-    if scaling.factor is not None:
-        scaled = scaled * scaling.factor
-    scaled_bits = bitcast_convert_type(scaled, jnp.uint32)
-    exponent = (scaled_bits >> 23).astype(jnp.int32) - 127 + jnp.maximum(stored, 1) - 150 + scaling.exponent
-    quantum = jnp.maximum(exponent, min_exponent) - mantissa_bits
-    drop = quantum - (exponent - 23)
-    significand = (scaled_bits & MANTISSA) | LEADING
-    significand = jnp.where(scaled_bits > 0, significand, jnp.uint32(0))
-    significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)  # 32 random bits can decide about 31 dropped bits
-    quanta = drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
-    binade = jnp.minimum(quantum + mantissa_bits - min_exponent, 512).astype(jnp.uint32)
-    code = quanta + (binade << mantissa_bits)
-    if isinstance(element, Format):
-        code = jnp.minimum(code, _largest_code(element))
+    if noise is None:  # adding 2^(e - mantissa_bits + 23) rounds it, and ties to even
+        wide = jnp.maximum(wide, 0)
+        binade = jnp.maximum(wide & ~MANTISSA, (min_exponent + 127) << 23)
+        shift = bitcast_convert_type(binade + ((23 - mantissa_bits) << 23), jnp.float32)
+        numbers = (bitcast_convert_type(wide, jnp.float32) + shift) - shift
     else:
-        positive, negative = element.largest_codes
-        code = jnp.minimum(code, jnp.where(bits >= _SIGN, jnp.uint32(negative), jnp.uint32(positive)))
-    return jnp.where(scaling.bad, jnp.uint32(0), code)
+        exponent = wide >> 23
+        binade = jnp.maximum(exponent, min_exponent + 127)
+        drop = binade - exponent + (23 - mantissa_bits)
+        significand = ((wide & MANTISSA) | LEADING).astype(jnp.uint32)
+        significand >>= jnp.clip(drop - 31, 0, 31).astype(jnp.uint32)  # 32 random bits can decide about 31 dropped bits
+        quanta = drop_bits(significand, jnp.minimum(drop, 31).astype(jnp.uint32), noise)
+        quantum = bitcast_convert_type((binade - mantissa_bits) << 23, jnp.float32)
+        numbers = quanta.astype(jnp.int32).astype(jnp.float32) * quantum
+    if isinstance(element, Format) or not element.fraction_bits:
+        return jnp.minimum(numbers, np.float32(element.max))
+    positive, negative = (np.float32(code * 2.0**-element.fraction_bits) for code in element.largest_codes)
+    return jnp.minimum(numbers, jnp.where(bits >= _SIGN, negative, positive))
 
 
-def _decode(code: jax.Array, scale: _Scale, element: Element) -> jax.Array:
-    """Returns the magnitude bits of elements (codes without the sign) times the scale."""
-    mantissa_bits, min_exponent = _binades(element)
-    binade = jnp.maximum(code >> mantissa_bits, 1) - 1 if isinstance(element, Format) else jnp.zeros_like(code)
-    quanta = (code - (binade << mantissa_bits)).astype(jnp.int32).astype(jnp.float32)
+def _scaled(numbers: jax.Array, scale: _Factor, bad: jax.Array) -> jax.Array:
+    """Returns the bits of magnitudes of elements times their scales; NaN where those are `bad`."""
     if scale.factor is not None:
-        quanta = quanta * scale.factor
-    exponent = binade.astype(jnp.int32) + (min_exponent - mantissa_bits) + scale.exponent
-    result = times_power_of_two(bitcast_convert_type(quanta, jnp.uint32), exponent)
-    if scale.zero is not None:
-        result = jnp.where(scale.zero, jnp.uint32(0), result)
-    return jnp.where(scale.bad, jnp.uint32(INFINITY | 0x400000), result)
+        numbers = numbers * scale.factor
+    result = times_power_of_two(bitcast_convert_type(numbers, jnp.uint32), scale.exponent)
+    return jnp.where(bad, jnp.uint32(INFINITY | 0x400000), result)
+
+
+def _codes(numbers: jax.Array, element: Element) -> jax.Array:
+    """Returns the codes of magnitudes of elements, uint32.
+
+    The codes of a float format are in the order of its numbers: those below the second binade are multiples of the
+    smallest. All codes of an integer are.
+    """
+    mantissa_bits, min_exponent = _binades(element)
+    quanta = (numbers * np.float32(2.0 ** (mantissa_bits - min_exponent))).astype(jnp.int32).astype(jnp.uint32)
+    if isinstance(element, Integer):
+        return quanta
+    normal = (bitcast_convert_type(numbers, jnp.uint32) >> (23 - mantissa_bits)) - np.uint32(
+        (min_exponent + 126) << mantissa_bits
+    )
+    return jnp.where(numbers < np.float32(2.0**min_exponent), quanta, normal)
+
+
+def _numbers(codes: jax.Array, element: Element) -> jax.Array:
+    """Undoes `_codes`; returns float32."""
+    mantissa_bits, min_exponent = _binades(element)
+    quanta = codes.astype(jnp.int32).astype(jnp.float32) * np.float32(2.0 ** (min_exponent - mantissa_bits))
+    if isinstance(element, Integer):
+        return quanta
+    normal = (codes << (23 - mantissa_bits)) + np.uint32((min_exponent + 126) << 23)
+    return jnp.where(codes < 1 << mantissa_bits, quanta, bitcast_convert_type(normal, jnp.float32))
 
 
 def _binades(element: Element) -> tuple[int, int]:
@@ -808,12 +871,6 @@ def _binades(element: Element) -> tuple[int, int]:
     if isinstance(element, Format):
         return element.mantissa_bits, element.min_exponent
     return element.bits, element.bits - element.fraction_bits
-
-
-def _largest_code(element: Format) -> np.uint32:
-    binade = element.max_exponent - element.min_exponent
-    quanta = round(element.max / 2.0 ** (element.max_exponent - element.mantissa_bits))
-    return np.uint32(quanta + (binade << element.mantissa_bits))
 
 
 def _finish(magnitude: jax.Array, negative: jax.Array, dtype: Any, keep_zero: bool = True) -> jax.Array:

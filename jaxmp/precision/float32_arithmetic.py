@@ -49,16 +49,25 @@ def multiply(a: Bits, b: Bits) -> jax.Array:
 def divide(a: Bits, b: Bits) -> jax.Array:
     """Returns `a / b`; infinity if `b` is 0 or `a` is infinite."""
     (a_significand, a_exponent), (b_significand, b_exponent) = _normalised(a), _normalised(b)
+    a_int, b_int = (x.astype(jnp.int32) for x in (a_significand, b_significand))
+    exponent = a_exponent - b_exponent - (a_int < b_int)  # the quotient is in [2^exponent, 2^(exponent + 1))
+    # The quotient is rounded to a whole number of its last place: 24 bits, or fewer if the result is subnormal.
+    shift = 23 + (a_int < b_int) - jnp.maximum(-126 - exponent, 0)
+    tiny = shift < 0  # less than half of the smallest number, or between that half and the whole of it
+    shift = jnp.maximum(shift, 0)
+    estimate = a_int.astype(jnp.float32) / b_int.astype(jnp.float32)
     # The float quotient is off by a few units; integer arithmetic modulo 2^32 gives the remainder, which corrects it.
-    estimate = a_significand.astype(jnp.int32).astype(jnp.float32) / b_significand.astype(jnp.int32).astype(jnp.float32)
-    quotient = (estimate * np.float32(2.0**25)).astype(jnp.int32).astype(jnp.uint32)
-    remainder = bitcast_convert_type((a_significand << 25) - quotient * b_significand, jnp.int32)
-    off = jnp.floor_divide(remainder, b_significand.astype(jnp.int32))
-    quotient += off.astype(jnp.uint32)
-    remainder -= off * b_significand.astype(jnp.int32)
-    result = _compose((quotient << 1) | (remainder > 0).astype(jnp.uint32), a_exponent - b_exponent - 26)
-    result = jnp.where((a >= INFINITY) | (b == 0), jnp.uint32(INFINITY), result)
-    return jnp.where((a == 0) & (b > 0) | (b >= INFINITY), jnp.uint32(0), result)
+    quotient = (estimate * bitcast_convert_type((shift + 127) << 23, jnp.float32)).astype(jnp.int32)
+    remainder = (a_int << shift) - quotient * b_int
+    off = jnp.round(remainder.astype(jnp.float32) / b_int.astype(jnp.float32)).astype(jnp.int32)
+    quotient, remainder = quotient + off, remainder - off * b_int
+    # That division is approximate too; ties go to the even quotient.
+    twice, odd = 2 * remainder, quotient & 1
+    quotient = quotient + (twice + odd > b_int) - (odd - twice > b_int)
+    quotient = jnp.where(tiny, ((exponent == -150) & (a_int > b_int)).astype(jnp.int32), quotient)
+    bits = (quotient + (jnp.clip(exponent + 126, 0, 254) << 23)).astype(jnp.uint32)  # a carry goes to the exponent
+    bits = jnp.where((a >= INFINITY) | (b == 0), jnp.uint32(INFINITY), jnp.minimum(bits, jnp.uint32(INFINITY)))
+    return jnp.where((a == 0) & (b > 0) | (b >= INFINITY), jnp.uint32(0), bits)
 
 
 def significand_and_exponent(bits: Bits) -> tuple[jax.Array, jax.Array]:
@@ -70,11 +79,12 @@ def significand_and_exponent(bits: Bits) -> tuple[jax.Array, jax.Array]:
 def times_power_of_two(magnitude: jax.Array, exponent: jax.Array) -> jax.Array:
     """Returns `magnitude * 2^exponent`, for a magnitude that is 0 or a normal number; `exponent` is int32."""
     stored = (magnitude >> 23).astype(jnp.int32) + exponent
-    significand = (magnitude & MANTISSA) | LEADING
-    normal = magnitude + (exponent.astype(jnp.uint32) << 23)
-    subnormal = _drop(significand, jnp.clip(1 - stored, 0, 31).astype(jnp.uint32))
-    result = jnp.where(stored >= 1, jnp.where(stored >= 255, jnp.uint32(INFINITY), normal), subnormal)
-    return jnp.where(magnitude == 0, jnp.uint32(0), result)
+    normal = jnp.minimum(magnitude + (exponent.astype(jnp.uint32) << 23), jnp.uint32(INFINITY))
+    # A subnormal number is a whole number of 2^-149, below 2^23: adding 2^23 to it rounds it.
+    quanta = jnp.maximum(magnitude.astype(jnp.int32) + ((exponent + 149) << 23), 0)
+    quanta = bitcast_convert_type(quanta, jnp.float32) + np.float32(2.0**23)
+    subnormal = bitcast_convert_type(quanta, jnp.uint32) - to_bits(2.0**23)
+    return jnp.where(magnitude == 0, jnp.uint32(0), jnp.where(stored >= 1, normal, subnormal))
 
 
 def _normalised(bits: Bits) -> tuple[jax.Array, jax.Array]:

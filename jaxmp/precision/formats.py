@@ -345,8 +345,9 @@ class DelayedScaling:
       InputError: the format is unknown, or a number is out of range.
     """
 
-    format: Format | str = "e4m3"
-    """format to which the scaled tensor is rounded"""
+    format: Any = "e4m3"
+    """float format to which the scaled tensor is rounded, or its name; or `jaxmp.precision.blocks.Integer`, without
+    `power_of_two`"""
     history: int = 1024
     """number of past steps whose largest magnitudes are kept"""
     margin: int = 0

@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxmp.errors import InputError
 from jaxmp.jaxprs import RECIPE
-from jaxmp.precision.blocks import BlockFormat, round_blocks
+from jaxmp.precision.blocks import BlockFormat, Integer, round_blocks
 from jaxmp.precision.formats import Format, float32_bits, from_float32_bits, quantize, round_bits
 from jaxmp.precision.recipe import PRODUCTS, Delayed, Level, Recipe, RecipeOperand
 from jaxmp.trees import FLOAT32
@@ -272,21 +272,19 @@ def round_operand(
     x = x.astype(FLOAT32)
     if format is None:
         return x
-    pair = tuple(a % x.ndim for a in axes)
+    pair = axes[0] % x.ndim, axes[1] % x.ndim
     with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):
         if isinstance(format, BlockFormat):
-            if format.block == "tensor":
-                along = tuple(range(x.ndim))
-            elif isinstance(format.block, tuple) and len(format.block) == 2:
-                along = pair
-            else:
-                along = (pair[_SUMMED[operand.product, operand.role]],)
+            along = block_axes(operand, pair, x.ndim)
             return round_blocks(x, noise, format, along, None if operand.role == "weights" else axis_name)
         if isinstance(format, Delayed):
             if scale is None:
                 raise InputError(f"format {format} of {operand.role}: expected a scale, which is kept in model state")
-            narrow = round_bits(float32_bits(x * scale), noise, format.format, saturate=True)
-            rounded = from_float32_bits(narrow, FLOAT32) / scale
+            if isinstance(format.format, Integer):
+                rounded = round_to_integer(x * scale, noise, format.format) / scale
+            else:
+                narrow = round_bits(float32_bits(x * scale), noise, format.format, saturate=True)
+                rounded = from_float32_bits(narrow, FLOAT32) / scale
         else:
             # Gradients overflow to what a loss scaler sees.
             saturate = operand.role != "gradients"
@@ -294,12 +292,43 @@ def round_operand(
         return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def block_axes(operand: RecipeOperand, axes: tuple[int, int]) -> tuple[int, ...]:
+def round_to_integer(x: jax.Array, noise: jax.Array | None, element: Integer) -> jax.Array:
+    """Rounds float32 to whole numbers within the symmetric range of `element`, ties to even; returns float32.
+
+    Args:
+      x: numbers that are scaled into the range.
+      noise: 32 random bits for each number, uint32, for stochastic rounding; None rounds to nearest.
+      element: an integer without a fraction, such as int8.
+    """
+    whole = jnp.round(x) if noise is None else jnp.floor(x + (noise >> 8).astype(FLOAT32) * 2.0**-24)
+    return jnp.clip(whole, -element.max, element.max)
+
+
+def block_axes(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int, ...]:
     """Returns the axes of an operand along which the blocks of its block format run; for `axes` see `round_operand`."""
     assert isinstance(operand.format, BlockFormat)
+    if operand.format.block == "tensor":
+        return tuple(range(ndim))
     if isinstance(operand.format.block, tuple) and len(operand.format.block) == 2:
         return axes
-    return (axes[_SUMMED[operand.product, operand.role]],)
+    return (summed_axis(operand, axes),)
+
+
+def summed_axis(operand: RecipeOperand, axes: tuple[int, int]) -> int:
+    """Returns that of the two `axes` of an operand over which its product sums; see `round_operand`."""
+    return axes[_SUMMED[operand.product, operand.role]]
+
+
+def split_groups(x: jax.Array, contraction: Contraction, role: str) -> tuple[jax.Array, tuple[int, int]]:
+    """Returns an operand whose features are split into (groups, features of each), and its axes; see `round_operand`.
+
+    Each group of channels has blocks of its own. Without groups, the operand stays as it is.
+    """
+    first, second = contraction.axes[role]
+    if contraction.groups == 1:
+        return x, (first, second)
+    x = x.reshape(*x.shape[:second], contraction.groups, -1, *x.shape[second + 1 :])
+    return x, (first + (first > second), second + 1)
 
 
 def transformed(x: jax.Array, operand: RecipeOperand, axes: tuple[int, int]) -> jax.Array:
@@ -308,8 +337,8 @@ def transformed(x: jax.Array, operand: RecipeOperand, axes: tuple[int, int]) -> 
     if not operand.hadamard:
         return x
     stages, is_left = operand.hadamard.bit_length() - 1, PRODUCTS[operand.product][0] == operand.role
-    axis = axes[_SUMMED[operand.product, operand.role]]
-    return hadamard(x, operand.hadamard, axis, exponent=stages // 2 if is_left else stages - stages // 2)
+    exponent = stages // 2 if is_left else stages - stages // 2
+    return hadamard(x, operand.hadamard, summed_axis(operand, axes), exponent=exponent)
 
 
 def hadamard(x: jax.Array, length: int, axis: int = -1, *, exponent: int | None = None) -> jax.Array:
@@ -384,24 +413,16 @@ class _Plan:
         """Rounds the operands of one product and multiplies them; `shape` is that of a gradient."""
         given = []
         with jax.named_scope(RECIPE + product):
-            for side, (role, x) in enumerate(zip(PRODUCTS[product], (left, right), strict=True)):
+            for role, x in zip(PRODUCTS[product], (left, right), strict=True):
                 with jax.named_scope(f"{RECIPE}{product}-{role}"):
-                    given.append(self._operand(self.recipe.operand(product, role), x, side, key, index, scales))
+                    given.append(self._operand(self.recipe.operand(product, role), x, key, index, scales))
             return self.contraction.products(self.recipe.accumulate)[product](*given, shape)
 
     def _operand(
-        self, operand: RecipeOperand, x: jax.Array, side: int, key: Any, index: Any, scales: Mapping[str, jax.Array]
+        self, operand: RecipeOperand, x: jax.Array, key: Any, index: Any, scales: Mapping[str, jax.Array]
     ) -> jax.Array:
-        x = x.astype(FLOAT32)
-        whole = x.shape
-        first, second = self.contraction.axes[operand.role]
-        if self.contraction.groups > 1:  # each group of channels has blocks of its own
-            x = x.reshape(*whole[:second], self.contraction.groups, -1, *whole[second + 1 :])
-            first, second = first + (first > second), second + 1
-        axis = (first, second)[_SUMMED[operand.product, operand.role]]
-        if operand.hadamard:
-            stages = operand.hadamard.bit_length() - 1
-            x = hadamard(x, operand.hadamard, axis, exponent=stages // 2 if side == 0 else stages - stages // 2)
+        x, (first, second) = split_groups(x, self.contraction, operand.role)
+        x = transformed(x, operand, (first, second))
         noise = None
         if operand.rounding == "stochastic" and operand.format is not None:
             noise = self._noise(operand, x.shape, key, index)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.precision.blocks import BlockFormat, is_block_format, parse_block_format
+from jaxmp.precision.blocks import PRESETS, BlockFormat, Element, Integer, is_block_format, parse_block_format
 from jaxmp.precision.formats import DelayedScaling, Format, parse_format
 
 ROLES = ("activations", "weights", "gradients")
@@ -43,7 +43,7 @@ Each is an input without an effect, whose gradient is the new magnitude: what di
 
 @dataclasses.dataclass(frozen=True)
 class Delayed:
-    """A float format with a scale for the whole tensor, from its largest magnitudes in earlier steps.
+    """A format with a scale for the whole tensor, from its largest magnitudes in earlier steps.
 
     The scale follows from them as in `DelayedScaling`, and is not rounded to a power of two. The magnitudes are arrays
     in the model state.
@@ -52,8 +52,8 @@ class Delayed:
       InputError: the history is shorter than one step.
     """
 
-    format: Format
-    """format of the elements"""
+    format: Element
+    """format of the elements: floats, int8 or int4"""
     history: int = 1024
     """number of steps whose largest magnitudes are kept"""
 
@@ -262,7 +262,8 @@ def parse_recipe(fields: Mapping[str, str], base: Recipe | None = None) -> Recip
     - `recipe`: a preset, one of `RECIPES`, that the other parts change.
     - `fprop`, `dgrad`, `wgrad`: two formats, A/B, or one for both, in the order activations/weights, gradients/weights
       and activations/gradients. A format is a block format (`parse_block_format`), a float format (`parse_format`), a
-      float format with `:delayed` or `:delayedN` for a scale from the last N steps, or `high` for no rounding.
+      float format, int8 or int4 with `:delayed` or `:delayedN` for a scale from the last N steps, or `high` for no
+      rounding.
     - `stochastic`: roles (activations, weights, gradients) or products (fprop, dgrad, wgrad), joined by /, or `none`.
     - `hadamard`: a length for all products, `none`, or products each with a length: `wgrad:16`, `dgrad:16/wgrad:32`.
     - `accumulate`: levels FORMAT:TERMS from the inside out, joined by /, such as `f32:128` or `e8m13:32/f32:128`, or
@@ -314,6 +315,8 @@ def parse_operand(text: str) -> Operand:
         return None
     head, _, last = text.rpartition(":")
     if match := re.fullmatch(r"delayed(\d*)", last):
+        if isinstance(element := getattr(PRESETS.get(head), "element", None), Integer) and head == str(element):
+            return Delayed(element, int(match[1] or Delayed.history))
         if is_block_format(head):
             raise InputError(f"format {text!r}: blocks have scales of their own; expected such as e4m3:delayed")
         return Delayed(parse_format(head), int(match[1] or Delayed.history))

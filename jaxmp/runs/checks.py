@@ -30,16 +30,17 @@ def check(trainer: Trainer) -> None:
     """Refuses what would otherwise fail at the first evaluation, at the end, or never.
 
     Raises:
-      InputError: a rule of the policy that matches no module, a batch that does not divide over the devices, a
-        monitored metric that is not measured, a vocabulary that is too large for the model, columns that differ
-        between the splits, labels out of range, integers that do not fit in 32 bits, patience without a validation
-        split, samples of a task that has none, workers that would run the script again.
+      InputError: a rule of the policy that matches no module, weights that cannot be pruned as `pruning` says, a batch
+        that does not divide over the devices, a monitored metric that is not measured, a vocabulary that is too large
+        for the model, columns that differ between the splits, labels out of range, integers that do not fit in 32 bits,
+        patience without a validation split, samples of a task that has none, workers that would run the script again.
     """
     experiment = trainer.experiment
     teacher = getattr(experiment.task, "teacher", None)
     if isinstance(teacher, Teacher) and getattr(experiment.task, "teacher_weight", True):
         teacher.check(experiment.data)
     trainer.explain()
+    _ = list(trainer.pruned())
     experiment.parallel.make(experiment.data.batch_size, experiment.loop.accumulate_steps)
     _ = trainer.monitor
     if trainer.is_private:

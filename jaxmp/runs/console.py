@@ -132,6 +132,11 @@ class Console:
             "epsilon": lambda spent: f"epsilon {spent:.3g}",
         }
         speed: dict[str, Callable[[Any], str]] = {"examples_per_second": lambda rate: f"{rate:,.0f} examples/s"}
+        if "mfu" in record:  # of a device that nothing is known of, the FLOPs alone say nothing
+            speed |= {
+                "tflops_per_second": lambda rate: f"{rate:,.1f} TFLOP/s",
+                "mfu": lambda share: f"MFU {share:.1%}",
+            }
 
         def shown(fields: Mapping[str, Callable[[Any], str]]) -> list[str]:
             return [show(record[name]) for name, show in fields.items() if name in record]

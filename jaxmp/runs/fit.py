@@ -407,7 +407,7 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
         rounding = experiment.policy.rounding
         consequence = lost if rounding == "nearest" else f"updates are added with rounding={rounding}"
         log(f"precision {experiment.policy}: no float32 master weights; {consequence}")
-    for line in trainer.frozen():
+    for line in (*trainer.frozen(), *trainer.pruned()):
         log(line)
     rows = len(trainer.source())
     if isinstance(experiment.optimizer, Private) and experiment.optimizer.delta * rows >= 1:
@@ -520,7 +520,8 @@ class _Session:
             if because and not failed:
                 self.log(f"stopped after step {step}: {because}")
                 processes.from_first(functools.partial(self.folder.write_stop, step, because))
-            self.checkpoints.save(step, {"state": state, "metrics": since_line}, measured)
+            counted = measured if records.is_counted(step) else None  # by which the best is chosen
+            self.checkpoints.save(step, {"state": state, "metrics": since_line}, counted)
             records.interrupted()
             if failed:
                 self._fail_in_hook(failed, step)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxmp.data.fingerprint import changed_rows
 from jaxmp.distributed import processes
@@ -362,11 +363,13 @@ class Parent:
 
     def best_since(self, trainer: Trainer) -> int:
         """The step up to which evaluations do not count for the best: the parent's, if it measured something else."""
-        task = any(
-            one.path.partition(".")[0] == "task" for one in differences(self.config["experiment"], trainer.experiment)
-        )
+        changed = self._changed(trainer)
         same = (self.config.get("monitor"), self.config.get("mode")) == (trainer.monitor.name, trainer.monitor.best)
-        return self.config.get("best_since", 0) if same and not task else self.step
+        return self.config.get("best_since", 0) if same and not changed & {"task", "pruning"} else self.step
+
+    def _changed(self, trainer: Trainer) -> set[str]:
+        """The parts of the parent's experiment that differ in the run's."""
+        return {one.path.partition(".")[0] for one in differences(self.config["experiment"], trainer.experiment)}
 
     # The whole state.
 
@@ -413,9 +416,16 @@ class Parent:
         )
         takes: dict[str, str] = {}
         began, wrong = [], []
+        here, there = INNER + "sparsity" in expected, INNER + "sparsity" in saved  # whether there are masks
+        same_pruning = here and there and "pruning" not in self._changed(trainer)
         for path in expected:
             source = path
-            if _of_scaler(path):
+            if here and _of_pruning(path):
+                source = path if same_pruning else ""
+            elif here != there and path.startswith(INNER):  # the state inside pruning's, or without it
+                within = path.removeprefix(INNER).removeprefix("inner_state/" if here else "")
+                source = f"{INNER}{'inner_state/' if there else ''}{within}"
+            elif _of_scaler(path):
                 source = path if same_scaler else ""
             elif part_of(path) == "metrics":
                 source = path if same_metrics else ""
@@ -431,7 +441,8 @@ class Parent:
             averaged = part_of(path) == "ema" and source != path
             if not averaged and saved.get(source) != expected[path]:
                 wrong.append(f"  {path}: {saved.get(source, 'nothing')} there, {expected[path]} here")
-        dropped = [path for path in saved if path not in expected]
+        sources = set(takes.values())
+        dropped = [path for path in saved if path not in sources and not (there and _of_pruning(path))]
         wrong += [
             f"  {path}: {saved[path]} there, nothing here"
             for path in dropped
@@ -444,6 +455,8 @@ class Parent:
             )
         if not same_scaler:
             began.append("the loss scale")
+        if here and not same_pruning:
+            began.append("the masks of pruning")
         return takes, list(dict.fromkeys(began))
 
     def _converted(
@@ -454,6 +467,9 @@ class Parent:
         wanted = named_leaves(template)
         takes, began = self._taken(trainer, fresh, checkpoints.leaves(step))
         read = checkpoints.read_leaves(step, {source: wanted[path] for path, source in takes.items()})
+        if (place := INNER + "step") in wanted and place not in takes:  # pruning begins: its schedule counts all steps
+            applied = int(read["state/step"]) - int(read["state/opt_state/skipped"])
+            wanted[place] = as_leaf(jnp.int32(applied), wanted[place])
         leaves = [as_leaf(read[takes[path]], leaf) if path in takes else leaf for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), began
 
@@ -506,6 +522,15 @@ class Parent:
             checkpoints.close()
         log(f"weights of step {self.step} of {self.folder.path}: {len(taken)} of {len(mine)} leaves, the others fresh")
         return with_weights(fresh, {path: read[source[path]] for path in taken})
+
+
+INNER = "state/opt_state/inner_state/"
+"""where the state of the optimizer inside loss scaling lies"""
+
+
+def _of_pruning(path: str) -> bool:
+    """Whether a leaf is of the state of pruning, and not of the optimizer inside it."""
+    return path.startswith(INNER) and path.removeprefix(INNER).partition("/")[0] in ("masks", "sparsity", "step")
 
 
 def _of_scaler(path: str) -> bool:

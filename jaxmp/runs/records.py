@@ -17,6 +17,7 @@ import numpy as np
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
 from jaxmp.experiment.identity import hashed_values
+from jaxmp.instruments.flops import peak_flops
 from jaxmp.instruments.ranges import StepRanges
 from jaxmp.runs.console import Console
 from jaxmp.runs.due import Due
@@ -31,6 +32,7 @@ from jaxmp.tasks.samples import Samples, Sampling
 from jaxmp.training.feed import LONG_SKIP
 from jaxmp.training.metrics import NAN_LOSS, Metrics, MetricSpec, compute, is_watched
 from jaxmp.training.objective import ObjectiveSpec
+from jaxmp.training.pruning import pruning_state
 from jaxmp.training.state import TrainState
 
 
@@ -196,6 +198,7 @@ class Records:
             rate, speed = self._pace.reached(line.step), {}
             if rate is not None:
                 speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.expected_rows}
+                speed |= flops_per_second(self._trainer, rate)
             self._record(line.step, "train", values | speed | device_peak(), readings)
         return Verdict(next(filter(None, problems), None), stop)
 
@@ -250,21 +253,26 @@ class Records:
     def evaluate(self, step: int, state: TrainState, split: Split) -> dict[str, float]:
         """Evaluates a state on a split, writes the record, and returns the metrics."""
         values = self.measure(state, split)
-        of_state = ("loss_scale", "skipped_steps")
+        of_state = ("loss_scale", "skipped_steps", "sparsity")
         readings = {name: value.item() for name, value in jax.device_get(self._readings(step, state)).items()}
         kept = {name: value for name, value in readings.items() if name.partition("/")[0] in of_state}
         spent = {name: value for name, value in self.spent(step).items() if name == "epsilon"}
         self._record(step, split, values, kept | spent)
-        if split == "validation":
+        if split == "validation" and is_pruned(readings, self._trainer):
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         return values
+
+    def is_counted(self, step: int) -> bool:
+        """Whether the evaluation after `step` counts for the best weights and for patience."""
+        return any(at == step for at, _ in self._evaluated)
 
     def counts(self, step: int, state: TrainState) -> dict[str, Any]:
         """Applied and skipped steps and the loss scale after `step`, as in a line."""
         readings = {name: value.item() for name, value in jax.device_get(self._readings(step, state)).items()}
         counted = applied_steps(step, readings, self._objectives)
         skipped = {name: of for name, of in readings.items() if name.startswith("skipped_steps")}
-        return counted | skipped | {name: of for name, of in readings.items() if name.startswith("loss_scale")}
+        pruned = {name: of for name, of in readings.items() if name == "sparsity"}
+        return counted | skipped | pruned | {name: of for name, of in readings.items() if name.startswith("loss_scale")}
 
     def spent(self, step: int) -> dict[str, float]:
         """`epsilon` and `delta` of the weights after `step`, those of runs before included; {} without privacy."""
@@ -305,6 +313,23 @@ class Records:
     def _hand_on(self, record: dict[str, Any]) -> None:
         for writer in self._writers:
             writer.write(record)
+
+
+def flops_per_second(trainer: Trainer, rate: float) -> dict[str, float]:
+    """`tflops_per_second` of a speed in steps a second; and `mfu`, its share of what all devices can reach.
+
+    MFU (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is the FLOPs of the model a second by the
+    devices' peak in the dtype of most of them; it is not there where `PEAK_FLOPS` has no such device. What is computed
+    again in the backward pass does not count.
+    """
+    by_dtype = trainer.step_flops
+    if not by_dtype:
+        return {}
+    flops = rate * sum(by_dtype.values())
+    kind = trainer.devices.mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind, max(by_dtype, key=lambda dtype: by_dtype[dtype]))
+    share = {} if peak is None else {"mfu": flops / (peak * trainer.devices.count)}
+    return {"tflops_per_second": flops / 1e12, **share}
 
 
 PACE_SECONDS = 5.0
@@ -356,6 +381,8 @@ def counted_evaluations(
 ) -> Evaluations:
     """The evaluations among lines that count for the best and for patience: those that this run's loop would make.
 
+    Of a run with pruning, those from the step on in which it is pruned as far as it will be.
+
     Args:
       records: lines of metrics.jsonl.
       trainer: of the run.
@@ -364,8 +391,15 @@ def counted_evaluations(
     """
     due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
     evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
+    evaluations = [line for line in evaluations if is_pruned(line, trainer)]
     steps = [(line["step"], line) for line in evaluations]
     return [(step, _number(line[name])) for step, line in steps if due.evaluation(step) or step == stopped_at]
+
+
+def is_pruned(readings: Mapping[str, Any], trainer: Trainer) -> bool:
+    """Whether weights with these readings are pruned as far as the run prunes them; True without pruning."""
+    share = trainer.experiment.pruning.share
+    return not share or readings.get("sparsity", 0.0) >= float(np.float32(share))
 
 
 def best_evaluation(evaluated: Evaluations, trainer: Trainer) -> tuple[int, float]:
@@ -419,6 +453,8 @@ def _read(
         "consecutive_skips": consecutive_skips(opt_state),
         "exhausted": scaler_exhausted(opt_state),
     }
+    if (pruning := pruning_state(opt_state)) is not None:
+        found["sparsity"] = pruning.sparsity
     if None in rates:  # that of the last step that was applied
         applied = jnp.maximum(step - skipped_steps(opt_state) - 1, 0)
         found["learning_rate"] = jnp.asarray(rates[None](applied, numbers[""]), jnp.float32)

@@ -23,10 +23,18 @@ from jaxmp.distributed import processes
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.block_ranges import BlockRanges, block_operands, make_block_ranges
+from jaxmp.instruments.flops import BACKWARD, product_flops
 from jaxmp.instruments.ranges import StepRanges, make_step_ranges
-from jaxmp.modules.linen import Explanation, UnderPolicy, cast_to_param, explain, init_delayed_scaling, with_policy
+from jaxmp.modules.linen import (
+    Explanation,
+    UnderPolicy,
+    cast_to_param,
+    explain,
+    init_delayed_scaling,
+    module_classes,
+    with_policy,
+)
 from jaxmp.modules.model import as_model
-from jaxmp.precision.policy import parse_policy
 from jaxmp.scaling.transform import loss_scaling
 from jaxmp.tasks.loss import init_model, make_loss
 from jaxmp.tasks.samples import Samples, Sampling, Trained
@@ -48,6 +56,7 @@ from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics, MetricSpec, 
 from jaxmp.training.objective import Objective, ObjectiveSpec, due_at, trained_by_any, trained_view
 from jaxmp.training.optimizers import Numbers, Optimizer, Private, decay_mask, make_optimizer, optimizer_numbers
 from jaxmp.training.parallel import AXIS, Devices
+from jaxmp.training.pruning import magnitude_pruning, pruned_weights, why_dense
 from jaxmp.training.state import TrainState
 from jaxmp.training.step import TrainStep, make_state_seen, make_train_step
 from jaxmp.trees import by_path
@@ -211,11 +220,19 @@ class Trainer:
             for name, spec in self.objectives.items()
         }
 
+    @functools.cached_property
+    def module_classes(self) -> dict[str, frozenset[str]]:
+        """The names of the class of each module and of its bases, by path."""
+        return module_classes(self.experiment.adapted_model, *self.inputs)
+
     def _tx(self, name: str | None, numbers: Numbers | None = None) -> optax.GradientTransformation:
         """The optimizer of an objective inside its loss scaling, with `numbers` in place of its own."""
         experiment = self.experiment
         if name is None:
-            return loss_scaling(make_optimizer(experiment.optimizer, self.steps, numbers), experiment.make_scaler())
+            optimizer, pruning = make_optimizer(experiment.optimizer, self.steps, numbers), experiment.pruning
+            if pruning.share:
+                optimizer = magnitude_pruning(optimizer, pruning, steps=self.steps, classes=self.module_classes)
+            return loss_scaling(optimizer, experiment.make_scaler())
         optimizer = make_optimizer(experiment.optimizer_of(name), self._attempts(name), numbers)
         return loss_scaling(optimizer, experiment.make_scalers()[name])
 
@@ -411,15 +428,11 @@ class Trainer:
         return lambda state, batch: compiled(state, batch, self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
-        """The function of `make_block_ranges` for the recipes of the policy; None if nothing is rounded in blocks.
-
-        Raises: InputError if a rule of the policy matches no module.
-        """
+        """The function of `make_block_ranges`; None if the policy rounds nothing with scales."""
         if not any(block_operands(policy.recipe) for policy in self.experiment.policy.policies):
             return None
-        recipes = {row.module: parse_policy(row.policy).recipe for row in self.explain()}
         of, parts = self.replayed[objective], self.experiment.loop.accumulate_steps
-        return make_block_ranges(of.loss_fn, recipes, accumulate_steps=parts, trains=of.trains)
+        return make_block_ranges(of.loss_fn, accumulate_steps=parts, trains=of.trains)
 
     def _compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Any:
         """What `make` makes, jitted; made at the first call with this name."""
@@ -517,6 +530,25 @@ class Trainer:
                 whose = "" if name is None else f" of {name}"
                 yield f"weight decay{whose}: no trained parameter matches {' or '.join(optimizer.decay)}"
 
+    def pruned(self) -> Iterator[str]:
+        """Says which parameters are pruned, and why each of the others stays dense."""
+        pruning, view = self.experiment.pruning, self.trained_spec
+        if not pruning.share:
+            return
+        chosen = pruned_weights(pruning, view, self.module_classes)
+        size = sum(leaf.size for leaf in chosen.values())
+        schedule = pruning.schedule(self.steps)
+        when = f"in step {schedule[0][0] + 1:,}" + (f" to {schedule[-1][0] + 1:,}" if len(schedule) > 1 else "")
+        yield f"pruned to {pruning.share:.2%} {when}: {size:,} of the parameters, {', '.join(chosen)}"
+        trained = by_path(view)
+        dense = [
+            f"{name} ({why})"
+            for name in by_path(self.state_spec.params)
+            if (why := why_dense(pruning, name, trained.get(name), self.module_classes))
+        ]
+        if dense:
+            yield f"not pruned: {', '.join(dense)}"
+
     @functools.cached_property
     def outputs(self) -> Any:
         """Shapes and dtypes of what the model returns for a whole batch, in evaluation."""
@@ -550,6 +582,19 @@ class Trainer:
             trace = jax.make_jaxpr(self.make_loss(objective=name), return_shape=True)
             jaxpr, (_, (_, metrics, _)) = trace(state.params, state.model_state, self.batch_spec, state.key)
             found[name] = _Traced(jaxpr, metrics)
+        return found
+
+    @functools.cached_property
+    def step_flops(self) -> dict[str, float]:
+        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+
+        Of several objectives, the mean of a step. The update, and all that is no product, does not count.
+        """
+        found: dict[str, float] = {}
+        for name, traced in self._forward.items():
+            every = 1 if name is None else self.objectives[name].every
+            for dtype, flops in product_flops(traced.jaxpr).items():
+                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
         return found
 
     @property

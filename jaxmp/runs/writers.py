@@ -9,9 +9,12 @@ A record is one flat mapping. Its fields:
     loss                 float, the mean over the examples that the record stands for
     loss_scale           float, S of the step; 1 without loss scaling
     skipped_steps        int, total so far
+    sparsity             float, share of the weights that are pruned so far, of a run with pruning
     epsilon              float, of an evaluation of a private run: what the weights tell of a row, at the optimizer's
                          delta; null if nothing bounds it
     examples_per_second  float
+    tflops_per_second    float, of the products and convolutions of the model, see `Trainer.step_flops`
+    mfu                  float, the share of what the devices can reach; not there where that is not known
     wall_seconds         float, of all sessions of the run so far
     ...                  any other metric of the task, a float: accuracy, say
 

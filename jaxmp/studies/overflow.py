@@ -444,7 +444,8 @@ def _coarsest(policies: Sequence[Policy]) -> Format | BlockFormat:
             format = operand.format
             # For arrays of any number of axes: one scale, which is no finer than those of blocks.
             if isinstance(format, Delayed):
-                format = BlockFormat(format.format, "tensor") if format.format.bits <= 8 else format.format
+                element = format.format
+                format = element if isinstance(element, Format) and element.bits > 8 else BlockFormat(element, "tensor")
             elif isinstance(format, BlockFormat) and len(format.block) != 1:
                 format = BlockFormat(format.element, "tensor")
             formats += [] if format is None else [format]

@@ -17,7 +17,8 @@ from jaxmp.errors import InputError
 
 BOOKKEEPING = (
     *("step", "applied_steps", "epoch", "split", "loss_scale", "skipped_steps", "learning_rate", "epsilon"),
-    *("examples_per_second", "steps_per_second", "device_peak_bytes", "wall_seconds", "ranges"),
+    *("sparsity", "examples_per_second", "steps_per_second", "tflops_per_second", "mfu"),
+    *("device_peak_bytes", "wall_seconds", "ranges"),
 )
 """fields of a line of metrics.jsonl that are no metrics; of several objectives, `loss_scale/NAME` and so on"""
 

@@ -25,6 +25,7 @@ from jaxmp.training.objective import (
     trained_by_any,
     trained_view,
 )
+from jaxmp.training.pruning import masked, masks_of
 from jaxmp.trees import by_path, has_gradient, strongly_typed, tree_where, upcast
 
 ROUNDING_KEY = 2**31 - 1
@@ -162,6 +163,7 @@ class TrainState:
             finite,
             updates=updates,
             model_state=model_state,
+            masks=masks_of(opt_state),
             applied=lambda: self.step - skipped_steps(self.opt_state),
             key=lambda: jax.random.fold_in(self.key, self.step),
             ema_decay=ema_decay,
@@ -199,6 +201,7 @@ class TrainState:
             finite,
             updates=updates,
             model_state=model_state,
+            masks=masks_of(opt_state),
             applied=lambda: attempts - skipped_steps(self.opt_state[name]),
             key=lambda: key,
             ema_decay=ema_decay,
@@ -212,6 +215,7 @@ class TrainState:
         *,
         updates: Any,
         model_state: Any,
+        masks: Any,
         applied: Callable[[], jax.Array],
         key: Callable[[], jax.Array],
         ema_decay: float | None,
@@ -219,7 +223,8 @@ class TrainState:
     ) -> TrainState:
         """The state with the updates added; `applied` gives the number of steps applied before, `key` that of the step.
 
-        Both are called only where they are needed.
+        Both are called only where they are needed. Where `masks` prunes a weight, its parameter, average and
+        compensation are zero: the update alone leaves what the compensation adds, and the average what it remembers.
         """
         compensation = self.compensation
         if rounding == "kahan":
@@ -232,20 +237,20 @@ class TrainState:
             params = apply_updates(self.params, updates, "stochastic", key=rounding_key)
         else:
             params = apply_updates(self.params, updates)
-        params = tree_where(finite, params, self.params)
+        params = masked(tree_where(finite, params, self.params), masks)
         ema = self.ema
         if ema is not None and ema_decay is not None:
             count = applied().astype(jnp.float32)
             decay = jnp.minimum(jnp.float32(ema_decay), (1 + count) / (10 + count))
             before = restrict(ema, updates)
             after = jax.tree.map(lambda e, p: _average(e, p, decay), before, restrict(params, before))
-            ema = fill(tree_where(finite, after, before), ema)
+            ema = fill(masked(tree_where(finite, after, before), masks), ema)
         return dataclasses.replace(
             self,
             params=params,
             model_state=tree_where(finite, model_state, self.model_state),
             ema=ema,
-            compensation=tree_where(finite, compensation, self.compensation),
+            compensation=masked(tree_where(finite, compensation, self.compensation), masks),
         )
 
 

@@ -64,7 +64,7 @@ def get_config():
         precision="float32",
     )
 """
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 @pytest.fixture(scope="module")

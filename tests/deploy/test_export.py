@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import errno
 import hashlib
 import importlib.util
@@ -192,6 +193,19 @@ def with_manifest(exported, folder, **changes):
     (folder / "manifest.json").write_bytes(text)
     (folder / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
     return folder
+
+
+@pytest.mark.slow
+def test_a_folder_loads_until_the_last_of_the_days_that_jax_promises(exported, tmp_path):
+    manifest, today = json.loads((exported / "manifest.json").read_text()), datetime.date.today()
+    began, ends = (datetime.date.fromisoformat(manifest[name]) for name in ("exported", "expires"))
+    assert (ends - began).days == 180  # six months
+    last = with_manifest(exported, tmp_path / "last", expires=today.isoformat())
+    if datetime.date.today() == today:
+        assert jaxmp.load(last)(images(2)).shape == (2, 3)
+    over = with_manifest(exported, tmp_path / "over", expires=(today - datetime.timedelta(days=1)).isoformat())
+    with pytest.raises(InputError, match="expired on"):
+        jaxmp.load(over)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with_words
@@ -291,6 +292,25 @@ def test_a_value_is_rounded_as_in_jax_to_the_bit(format):
     assert np.unique(expected).size < np.unique(x).size
     # ONNX Runtime keeps float32's subnormals, which XLA flushes.
     assert np.array_equal(found[np.abs(x) > 2.0**-126], expected[np.abs(x) > 2.0**-126])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [ml_dtypes.bfloat16, np.float16])
+def test_each_operation_on_halves_is_rounded_to_their_grid_to_the_bit(half):
+    rng = np.random.default_rng(1)
+    x, y = ((1 + rng.random((300, 8))).astype(np.float32) for _ in range(2))
+
+    def steps(x, y, array):
+        x, y = x.astype(half), y.astype(half)
+        product = x * y
+        total = product + x
+        return [each.astype(array) for each in (product, total, total / y - x, -product)]
+
+    found = converted(lambda x, y: steps(x, y, jnp.float32), x, y)(x, y)
+    for mine, right in zip(found, steps(x, y, np.float32), strict=True):  # NumPy rounds after each operation
+        assert np.array_equal(mine, right)
+    exact = x.astype(half).astype(np.float64) * y.astype(half).astype(np.float64)
+    assert np.mean(found[0] != exact) > 0.5  # and rounding changed most of them
 
 
 class Sorted(nn.Module):

@@ -46,6 +46,18 @@ def test_a_packed_weight_holds_the_numbers_of_its_format_along_what_is_summed(fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape", "axes"), [("Conv_0/kernel", (2, 4, 3), (0, 1)), ("Embed_0/embedding", (3, 8), (1,))]
+)
+def test_each_output_of_a_kernel_and_each_row_of_an_embedding_has_its_own_scale(name, shape, axes):
+    block, rng = jaxmp.parse_block_format("int8:channel"), np.random.default_rng(0)
+    weight = (rng.standard_normal(shape) * np.exp2(rng.integers(-6, 6, shape[-1]))).astype(np.float32)
+    scale = np.abs(weight.astype(np.float64)).max(axis=axes, keepdims=True) / 127
+    found = jax.jit(lambda x: unpacked_weight(name, packed_weight(name, x, block), x))(weight)
+    np.testing.assert_allclose(found, np.rint(weight / scale) * scale, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_the_folder_computes_with_the_rounded_weights_to_the_bit(run, tmp_path):
     found = quantise(run, output=tmp_path / "out", weights="int4", keep=("Dense_1",))
     stays = {layer.path: layer.why for layer in found.layers if layer.format is None}
@@ -91,9 +103,9 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
         assert all(float(each.split(":")[1].split()[0]) > budget - 0.005 for each in said[:-1])
         sizes.append(found.nbytes)
     assert sizes[0] < sizes[1] < sizes[2] == found.nbytes_before
-    assert found.before and found.after and found.change and found.before.rows == 20
-    change, low, high = found.change
-    assert change == pytest.approx(found.after.share - found.before.share) and low <= change <= high
+    assert found.trade is not None and found.trade.before.rows == 20
+    change, low, high = found.trade.change
+    assert change == pytest.approx(found.trade.after.share - found.trade.before.share) and low <= change <= high
 
 
 @pytest.mark.full_size

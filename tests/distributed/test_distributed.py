@@ -25,7 +25,7 @@ from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 # Batch statistics, dropout, augmentation, a moving average, a ragged last batch. No bias before the normalisation: its
 # gradient is rounding noise, of which Adam makes whole steps.

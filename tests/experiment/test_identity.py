@@ -15,6 +15,7 @@ from jaxmp.experiment.identity import HASHED, differences, field_kinds, identity
 from jaxmp.models.mlp import MLP
 from jaxmp.modules.lora import LoRA
 from jaxmp.training.optimizers import Adam
+from jaxmp.training.pruning import Pruning
 from jaxmp.training.schedules import CosineDecay
 
 
@@ -58,6 +59,14 @@ OTHER: dict[str, Any] = {
     "loop.watch": ("update_norm",),
     "lora": LoRA(rank=2),
     "lora.where": ("Dense_1",),
+    "pruning": Pruning(0.9),
+    "pruning.sparsity": 0.5,
+    "pruning.structure": "2:4",
+    "pruning.scope": "global",
+    "pruning.where": ("Dense_1",),
+    "pruning.keep": ("Dense_1",),
+    "pruning.begin": 0.25,
+    "pruning.end": 0.75,
     "loop.mode": "max",
     "loop.monitor": "loss",
     "loop.accumulate_overflow": "microbatch",

@@ -112,6 +112,7 @@ OTHERS = {
     "loop.monitor": "loss",
     "loop.mode": "min",
     "loop.ema_decay": 0.5,
+    "pruning.end": 1.0,
     "optimizer.state_format": "mu=block128",
     "data.version": "1.0.0",
     "data.overlong": "cut",
@@ -126,6 +127,8 @@ OTHERS = {
 CHOICES = {
     "task.order": ("in_turn", "at_once"),
     "optimizer.sampling": ("poisson", "shuffled"),
+    "pruning.structure": ("unstructured", "2:4"),
+    "pruning.scope": ("layer", "global"),
     "model.block": ("basic", "bottleneck"),
     "model.strided": ("1x1", "3x3"),
     "model.stem": ("7x7", "3x3"),
@@ -283,6 +286,7 @@ def test_every_scalar_leaf_of_every_shipped_config_can_be_overridden(path):
     base = config.experiment()
     assert config.docstring
     left_out = {("loop", "epochs")}  # no effect beside steps
+    left_out |= {("pruning", "sparsity"), ("pruning", "structure")}  # refused beside adapters
     if isinstance(base.optimizer, Private):
         left_out |= {("scaler", "kind"), ("loop", "accumulate_overflow"), ("task", "mixup")}  # refused beside it
     if objectives_of(base.task):

@@ -11,6 +11,7 @@ import pytest
 import jaxmp
 from jaxmp.instruments.block_ranges import block_operands, make_block_ranges
 from jaxmp.instruments.nonfinite import blame
+from jaxmp.modules.linen import init_delayed_scaling
 from jaxmp.precision.policy import parse_policy
 
 ROWS, K, N = 64, 96, 32
@@ -41,7 +42,7 @@ def operands():
 
 def measured(policy, operands, scale=1.0):
     x, w, g = map(jnp.asarray, operands)
-    measure = make_block_ranges(loss_of(policy), {"dense": parse_policy(policy).recipe})
+    measure = make_block_ranges(loss_of(policy))
     arguments = {"dense": {"kernel": w}}, {}, jnp.float32(scale), {"x": x, "cotangent": g}, jax.random.key(0)
     return {(each.product, each.role): each for each in jax.jit(measure)(*arguments).read()}
 
@@ -126,3 +127,67 @@ def test_ranges_and_blame_of_a_run_know_of_blocks(tmp_path):
     assert {each.role for each in found.blocks} <= {"activations", "weights", "gradients"}
     assert found.worst is None, found.worst
     assert ("clipped" in str(found)) == bool(found.blocks)
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer.clone(name="one", parent=self)(x)
+
+
+def measured_of(layer, x, policy):
+    """The kernel, the blocks of the layer's operands, and its model state; the gradient of the result is ones."""
+    model, x = One(layer), jnp.asarray(x)
+    variables = model.init(jax.random.key(0), x)
+    state, apply = init_delayed_scaling(model, policy, x), jaxmp.with_policy(model.apply, policy)
+
+    def loss(params, model_state, batch, key):
+        return jnp.sum(apply({"params": params, **model_state}, batch["x"])), (jnp.float32(1), {}, model_state)
+
+    measure = make_block_ranges(loss)
+    arguments = variables["params"], state, jnp.float32(1), {"x": x}, jax.random.key(0)
+    found = {(each.product, each.role): each for each in jax.jit(measure)(*arguments).read()}
+    return np.asarray(variables["params"]["one"]["kernel"]), found, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "shape", "kernel_as_blocks"),
+    [
+        (nn.Einsum((4, 5, 48), "bik,ijn->bkjn", use_bias=False), (2, 4, 3), None),
+        (nn.ConvTranspose(32, (2, 2), use_bias=False), (2, 3, 3, 64), lambda w: blocks_of(w, 2)),
+        (
+            nn.Conv(6, (3, 3), feature_group_count=2, use_bias=False),
+            (2, 4, 4, 64),
+            lambda w: blocks_of(w, 2),  # 32 channels of a group are one block, for each of the 6 features
+        ),
+    ],
+    ids=["Einsum", "ConvTranspose", "grouped Conv"],
+)
+def test_layers_without_a_place_for_another_product_have_blocks_too(layer, shape, kernel_as_blocks):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    kernel, found, _ = measured_of(layer, x, "fprop=mxfp4")
+    assert len(found) == 2 and all(each.layer == "one" for each in found.values())
+    weights, activations = found["fprop", "weights"], found["fprop", "activations"]
+    assert weights.numbers == kernel.size and activations.numbers == x.size
+    assert weights.amax.largest == np.abs(kernel).max() and activations.amax.largest == np.abs(x).max()
+    if kernel_as_blocks is not None:
+        assert weights.blocks == kernel_as_blocks(kernel)[..., 0].size
+        assert weights.amax.smallest == kernel_as_blocks(kernel).max(-1).min()
+
+
+@pytest.mark.slow
+def test_a_delayed_operand_is_one_block_with_the_scale_that_the_step_uses():
+    x = np.float32(np.random.default_rng(0).normal(size=(8, 16)) * 300)
+    kernel, found, state = measured_of(nn.Dense(4, use_bias=False), x, "fp8_delayed")
+    assert {name for name, each in found.items() if each.blocks == 1} == set(found) and len(found) == 6
+    activations = found["fprop", "activations"]
+    assert state["delayed_scaling"]["one"]["activations_0"]["scale"] == 1
+    assert activations.amax.largest == np.abs(x).max() and activations.scales.largest == 1
+    assert activations.clipped == (np.abs(x) > 464).sum() > 0  # 448 is the largest; from 464 on a number is clipped
+    assert activations.first_clipped.amax == np.abs(x).max()
+    assert found["wgrad", "gradients"].clipped == 0 and found["fprop", "weights"].amax.largest == np.abs(kernel).max()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmp.errors import InputError
-from jaxmp.precision.blocks import BlockFormat, block_scales, quantize
+from jaxmp.precision.blocks import BlockFormat, Integer, block_scales, quantize
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.product import (
     Delay,
@@ -20,6 +20,7 @@ from jaxmp.precision.product import (
     matrix_product,
     random_bits,
     round_operand,
+    round_to_integer,
 )
 
 KEY = jax.random.key(0)
@@ -220,6 +221,21 @@ def test_a_delayed_scale_is_used_and_the_magnitude_of_the_gradient_comes_back():
     e5m2 = to_plain(g * np.float32(1024), E5M2, 57344) / np.float32(1024)
     np.testing.assert_allclose(dx, e5m2 @ e4m3[1].T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, e4m3[0].T @ e5m2, rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_scale_of_integers_rounds_to_even_within_a_symmetric_range():
+    recipe = parse_policy("fprop=int8:delayed1/high").recipe
+    x, scale = (
+        np.concatenate([np.linspace(-3, 3, 97), [0.5, 1.5, 127.5, -1e6]]).astype(np.float32),
+        np.float32(40),
+    )
+    found = matrix_product(x[:, None], np.ones((1, 1), np.float32), recipe, delay=Delay({"activations": scale}, None))
+    right = np.clip(np.rint(np.float64(x) * 40), -127, 127)
+    assert np.array_equal(np.rint(np.asarray(found)[:, 0] * np.float64(40)), right)
+    np.testing.assert_allclose(found[:, 0], right / 40, rtol=1e-6)
+    noise = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 4000), jnp.uint32)
+    drawn = np.asarray(round_to_integer(jnp.full(4000, 2.25, jnp.float32), noise, Integer(8)))
+    assert set(drawn) == {2.0, 3.0} and abs(drawn.mean() - 2.25) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ OPERANDS = [
     "e5m2",
     "bf16",
     "e4m3:delayed",
+    "int8:delayed",
     "int8",
 ]
 

@@ -45,7 +45,7 @@ from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("fit")  # one worker: the fixtures train
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 def blobs(split):

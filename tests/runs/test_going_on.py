@@ -37,12 +37,13 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
 from jaxmp.tasks.classification import Classification
 from jaxmp.training.optimizers import LAMB, SGD, Adam, AdamW, Lion
+from jaxmp.training.pruning import Pruning
 from jaxmp.training.schedules import CosineDecay
 from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("going on")  # one worker: the fixtures train
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 class Small(nn.Module):
@@ -327,7 +328,11 @@ def test_the_value_of_the_session_before_is_what_the_next_is_compared_with(copie
     ]
 
 
-PICTURED = dataclasses.replace(BASE, data=Arrays(pictures, batch_size=10, images=("x",)))
+PICTURED = dataclasses.replace(
+    BASE,
+    data=Arrays(pictures, batch_size=10, images=("x",)),
+    pruning=Pruning(keep=("Dense_0",)),  # which has no groups of four inputs
+)
 GOES_ON, OTHER_ROWS, OTHER_LEAVES = (
     "goes on from its step 4",
     "go over other rows",
@@ -367,6 +372,14 @@ DECIDES_OR_CHOOSES: dict[str, tuple[Any, str]] = {
     "lora.rank": (1, "Dense_0/lora_b/kernel: nothing there, float32[1, 4] here"),
     "lora.alpha": (2.0, GOES_ON),
     "lora.where": (("Dense_0",), GOES_ON),
+    "pruning.sparsity": (0.5, GOES_ON),
+    "pruning.structure": ("2:4", GOES_ON),
+    "pruning.scope": ("global", GOES_ON),
+    "pruning.where": (("**",), GOES_ON),
+    "pruning.keep": (("**/bias",), GOES_ON),
+    "pruning.begin": (0.25, GOES_ON),
+    "pruning.end": (0.75, GOES_ON),
+    "pruning.rounds": (3, GOES_ON),
     "precision": ("mixed_float16", GOES_ON),
     "scaler.kind": ("dynamic", GOES_ON),
     "scaler.init_scale": (2.0, GOES_ON),

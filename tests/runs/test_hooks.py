@@ -24,7 +24,7 @@ from jaxmp.runs.run import Run
 
 pytestmark = pytest.mark.xdist_group("hooks")  # one worker: the fixture trains
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 def blobs(split):

@@ -19,7 +19,7 @@ import pytest
 
 from jaxmp.runs.run import Run
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 # Batch statistics, dropout, augmentation, a moving average, a schedule, overflows on the way, and nearly always a
 # checkpoint that is being written.

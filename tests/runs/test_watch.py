@@ -21,7 +21,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.loss import make_loss
 from jaxmp.training.metrics import WATCHABLE, Mean
 
-TIMING = {"wall_seconds", "examples_per_second", "steps_per_second"}
+TIMING = {"wall_seconds", "examples_per_second", "steps_per_second", "tflops_per_second"}
 
 
 class Net(nn.Module):

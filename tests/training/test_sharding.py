@@ -28,6 +28,7 @@ from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
 from jaxmp.training.metrics import Mean, compute
 from jaxmp.training.optimizers import SGD, AdamW
+from jaxmp.training.pruning import Pruning, masked, masks_of
 
 ROWS, LENGTH, WORDS, WIDTH = 40, 6, 16, 64
 
@@ -305,6 +306,21 @@ def test_what_fsdp_saved_is_restored_to_the_bit_on_one_device_and_on_eight():
             assert [np.asarray(x).tobytes() for x in numbers(other.state)] == before
             assert np.isfinite(other.train(4)[3])
         checkpoints.close()
+
+
+@pytest.mark.eight_devices
+@pytest.mark.full_size
+def test_pruned_weights_are_the_same_and_zero_however_the_state_is_sharded():
+    pruned = dataclasses.replace(LAYERS, pruning=Pruning(0.9, scope="global", end=0.1, rounds=2))
+    ways = (("zero1", "jit"), ("fsdp", "jit"), ("replicated", "pmap"))
+    (first, *others) = [session(pruned, 1), *(session(pruned, shard=shard, mode=mode) for shard, mode in ways)]
+    agree(8, 1e-5, first, *others)
+    for each in (first, *others):
+        masks = masks_of(each.state.opt_state)
+        share = sum(np.sum(~np.asarray(mask)) for mask in jax.tree.leaves(masks))
+        assert share == round(0.9 * sum(mask.size for mask in jax.tree.leaves(masks)))
+        for tree in (each.state.params, each.state.ema):
+            assert jax.tree.all(jax.tree.map(np.array_equal, tree, masked(tree, masks)))
 
 
 @pytest.mark.eight_devices

@@ -1,0 +1,207 @@
+"""Runs benchmarks by name, keeps their results in one file a device and day, and makes the README of these files.
+
+    python experiments/benchmarks/run.py peers start growth
+    python experiments/benchmarks/run.py --quick peers          # short rounds, into results/quick-...: is all well?
+    python experiments/benchmarks/run.py                        # only the tables and plots of README.md
+
+A benchmark that compares jaxmp with other frameworks runs in an environment of its own, which the first run makes with
+uv, in $XDG_CACHE_HOME/jaxmp/benchmarks: jaxmp as it stands here, `requirements.txt`, and torch. What is already in the
+day's file is gone on with where the benchmark can, and else measured again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tables
+import tyro
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+README = FOLDER / "README.md"
+
+OWN, PEERS = "own", "peers"
+BENCHMARKS = {
+    "peers": PEERS,
+    "start": PEERS,
+    "growth": OWN,
+    "checkpoint": OWN,
+    "pipeline": PEERS,
+    "scaling_cost": OWN,
+    "gpu": PEERS,
+    "step_time": OWN,
+    "ranges_cost": OWN,
+    "watch_cost": OWN,
+    "audit_time": OWN,
+    "tune_digits": OWN,
+    "pipelines": OWN,
+    "streamed_memory": OWN,
+    "gate_errors": OWN,
+    "h100_program": OWN,
+}
+"""each benchmark, a script of this folder, and the environment that it runs in"""
+QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost", "gpu"}
+"""the benchmarks that have a --quick"""
+PLOTTED = ("start", "growth")
+"""the benchmarks whose script has a `plot(axes, result)`"""
+
+
+def environment() -> Path:
+    """Returns the Python of the environment with the peers, which is made first if it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache / "jaxmp" / "benchmarks" / f"python{version}"
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
+    uv = [sys.executable, "-m", "uv"] if _has_uv() else ["uv"]
+    partial = folder.with_name(f"{folder.name}.partial")
+    subprocess.run([*uv, "venv", "--clear", "--python", sys.executable, str(partial)], check=True)
+    install = [*uv, "pip", "install", "--python", str(partial / "bin" / "python")]
+    own = [f"{name}=={_version(name)}" for name in ("jax", "jaxlib")]
+    subprocess.run(
+        [*install, "--editable", str(FOLDER.parents[1]), "--requirements", str(FOLDER / "requirements.txt"), *own],
+        check=True,
+    )
+    # The CPU's build where there is no GPU: the other brings several GB of CUDA.
+    subprocess.run([*install, "torch", *([] if has_gpu() else ["--torch-backend", "cpu"])], check=True)
+    partial.rename(folder)
+    return python
+
+
+def _has_uv() -> bool:
+    return subprocess.run([sys.executable, "-m", "uv", "--version"], capture_output=True).returncode == 0
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def has_gpu() -> bool:
+    """Whether JAX finds a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def device() -> str:
+    """Returns the kind of the device as a part of a file name: `cpu`, or `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
+def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) -> None:
+    """Runs one benchmark, and keeps its result in `file` under its name.
+
+    Args:
+      name: one of `BENCHMARKS`.
+      file: the results of this device and day.
+      quick: short rounds, where the benchmark has them.
+      again: leaves out what `file` has of it already.
+      extra: further arguments of the script.
+    """
+    results = json.loads(file.read_text()) if file.exists() else {}
+    python = environment() if BENCHMARKS[name] == PEERS else Path(sys.executable)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        if name in results and not again:
+            output.write_text(json.dumps(results[name]))
+        command = [str(python), str(FOLDER / f"{name}.py"), "--output", str(output), *extra]
+        done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])])
+        if output.exists():  # what was measured before it failed or was stopped
+            made = json.loads(output.read_text())
+            words = ["python", "experiments/benchmarks/run.py", *(["--quick"] if quick else []), name, *extra]
+            results[name] = made | {"command": " ".join(words)}
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    if done.returncode:
+        raise SystemExit(f"{name} ended with exit code {done.returncode}; what it measured is in {file}")
+
+
+def newest(folder: Path = RESULTS) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns the newest result of each benchmark on each device: `{"peers on cpu": (file's name, result)}`."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:]):
+        if path.stem.startswith("quick-"):
+            continue
+        for name, result in json.loads(path.read_text()).items():
+            found[f"{name} on {path.stem[:-11]}"] = path.name, result
+    return found
+
+
+def with_tables(readme: str, results: dict[str, tuple[str, dict[str, Any]]]) -> str:
+    """Returns the text `readme` with what `tables` makes of the results between each pair of marks.
+
+    The marks are `<!-- made by run.py: NAME -->` and `<!-- end -->`; NAME is a benchmark's, for its results on all
+    devices.
+    """
+
+    def between(match: re.Match[str]) -> str:
+        name, parts = match[2], []
+        for key, (file, result) in results.items():
+            if key.partition(" on ")[0] == name:
+                plot = f"\n![{name}](results/{name}-{key.partition(' on ')[2]}.svg)\n" if name in PLOTTED else ""
+                table = getattr(tables, name)(result).rstrip()
+                parts.append(f"{table}\n{plot}\n{tables.origin(key, file, result)}\n")
+        return f"{match[1]}\n{chr(10).join(parts) or 'Not measured yet.' + chr(10)}\n{match[3]}"
+
+    return re.sub(r"(<!-- made by run\.py: (\w+) -->\n).*?(<!-- end -->)", between, readme, flags=re.DOTALL)
+
+
+def draw(results: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> None:
+    """Draws the plot of each newest result whose script has a `plot`, as SVG; not where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed here: the plots stay as they are")
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "jaxmp", "svg.fonttype": "none"}  # the same file of the same result
+    from matplotlib import pyplot
+
+    for key, (_, result) in results.items():
+        name, _, device = key.partition(" on ")
+        if name not in PLOTTED:
+            continue
+        figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+        importlib.import_module(name).plot(axes, result)
+        figure.savefig(folder / f"{name}-{device}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def main(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    quick: bool = False,
+    again: bool = False,
+    extra: tuple[str, ...] = (),
+) -> None:
+    """Runs the named benchmarks one after the other, then makes the tables and plots of README.md.
+
+    Args:
+        names: Names of benchmarks; none only makes the tables.
+        quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows.
+        again: Measure again what today's file has.
+        extra: Further arguments of the scripts, such as --extra=--models --extra=MLP.
+    """
+    for name in names:
+        if name not in BENCHMARKS:
+            raise SystemExit(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
+    for name in names:
+        stem = f"{'quick-' if quick else ''}{device()}-{datetime.date.today().isoformat()}"
+        run(name, RESULTS / f"{stem}.json", quick=quick, again=again, extra=list(extra))
+    found = newest()
+    draw(found, RESULTS)
+    README.write_text(with_tables(README.read_text(), found))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

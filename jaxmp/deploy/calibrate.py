@@ -1,0 +1,168 @@
+"""Static scales of activations: the largest magnitudes that the inputs of a model's products reach on some batches."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmp.data.pipeline import evaluation_batches
+from jaxmp.data.source import Rows, Source
+from jaxmp.errors import InputError, whole_number
+from jaxmp.modules.linen import UnderPolicy, init_delayed_scaling
+from jaxmp.modules.model import as_model
+from jaxmp.modules.products import ObservedProduct, observed_products
+from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.recipe import HISTORIES, Delayed, parse_operand
+from jaxmp.runs.run import Run
+from jaxmp.training.evaluation import evaluation_key
+from jaxmp.training.state import TrainState
+from jaxmp.trees import by_path
+
+FORMATS = {"int8": "int8:delayed1", "e4m3": "e4m3:delayed1"}
+"""formats of activations whose scale is kept, by short name"""
+
+Key = tuple[str, int]
+"""path of a layer, and the number of its product in one call of the model"""
+
+
+class Calibration(NamedTuple):
+    """What was found of the inputs of products, and the model state that holds their scales."""
+
+    tree: PolicyTree
+    """the policy that rounds them with their static scales"""
+    largest: dict[Key, float]
+    """largest magnitude on the batches of calibration, in the compute dtype"""
+    rows: int
+    """rows of the training split that were looked at"""
+    state: TrainState
+    """the state whose model state has the scales"""
+    unrounded: tuple[str, ...]
+    """layers whose inputs stay as they are, since they were not observed"""
+
+
+def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) -> Calibration:
+    """Finds static scales for the inputs of products: their largest magnitude on rows of the training split.
+
+    The rows are spread evenly over the split and prepared as in evaluation; the model computes under the run's policy,
+    with the weights that are evaluated. A scale maps the largest magnitude to the largest number of the format. An
+    input that was 0 on all rows keeps the scale 1.
+
+    Args:
+      run: the run, whose policy has no recipe.
+      state: the state whose weights are taken.
+      activations: int8 or e4m3.
+      batches: the number of training batches to look at.
+
+    Raises: InputError if `batches` is below 1, or a layer stands inside nn.scan or nn.vmap, where it has no scale
+      of its own.
+    """
+    batches = whole_number("--calibrate", batches, 1)
+    policy, default = run.experiment.policy, run.experiment.policy.default
+    inputs = tuple(run.trainer.inputs)
+    tree = PolicyTree.parse(f"{policy},fprop={FORMATS[activations]}/high")
+    made = init_delayed_scaling(run.experiment.adapted_model, tree, *inputs)
+    source = run.source("train")
+    most = min(batches * run.experiment.data.batch_size, len(source))
+    rows = Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
+    largest = _totals(run, state, rows, lambda x: jnp.max(jnp.abs(x.astype(jnp.float32))), np.maximum)
+    layers = list(dict.fromkeys(path.rpartition("/")[0] for path in _products(made)))
+    # Not observed: products of layers that offer no place to look, such as the head that is tied to an embedding.
+    unrounded = tuple(layer for layer in layers if not any(path == layer for path, _ in largest))
+    if unrounded:
+        rules = "; ".join(f"{layer}={default}" for layer in unrounded)
+        tree = PolicyTree.parse(f"{rules}; {tree}")
+        made = init_delayed_scaling(run.experiment.adapted_model, tree, *inputs)
+    histories = jax.tree.map(lambda leaf: leaf, made.get(HISTORIES, {}))  # dicts of its own
+    format = parse_operand(FORMATS[activations])
+    assert isinstance(format, Delayed)
+    for (path, number), amax in largest.items():
+        place: Any = histories
+        for name in path.split("/") if path else ():
+            place = place.get(name, {})
+        kept = place.get(f"activations_{number}")
+        if kept is None:
+            continue  # a rule of the policy keeps this layer as it is
+        if not np.isfinite(amax):
+            raise InputError(f"--calibrate: the input of {path} is not finite on the training split")
+        # By the rule of the format, so that the scale is the one that delayed scaling would make.
+        place[f"activations_{number}"] = format.scaling.update(format.scaling.init(), jnp.float32(amax))._asdict()
+    model_state = {**state.model_state, **made, HISTORIES: histories}
+    return Calibration(tree, largest, most, dataclasses.replace(state, model_state=model_state), unrounded)
+
+
+def clipped(run: Run, state: TrainState, source: Source, found: Calibration) -> dict[Key, tuple[int, int]]:
+    """How many numbers of the inputs of each product exceed the largest of the calibration, and how many there are.
+
+    Args:
+      run: the run.
+      state: the state whose weights are taken.
+      source: rows after the host transforms.
+      found: the calibration.
+    """
+    limits = {key: jnp.float32(amax) for key, amax in found.largest.items()}
+    counts = _totals(
+        run, state, source, lambda x, key: jnp.sum(jnp.abs(x.astype(jnp.float32)) > limits[key]), np.add, keyed=True
+    )
+    sizes = _totals(run, state, source, lambda x: jnp.int32(x.size), np.add)
+    return {key: (int(counts[key]), int(sizes[key])) for key in counts if found.largest[key]}
+
+
+def _products(made: Mapping[str, Any]) -> list[str]:
+    """The paths of the scales of activations: Dense_0/activations_0."""
+    names = [path.rpartition("/")[0] for path in by_path(made.get(HISTORIES, {})) if path.endswith("/scale")]
+    return [name for name in names if name.rpartition("/")[2].startswith("activations_")]
+
+
+def _totals(
+    run: Run,
+    state: TrainState,
+    source: Source,
+    number: Callable[..., jax.Array],
+    join: Callable[[Any, Any], Any],
+    *,
+    keyed: bool = False,
+) -> dict[Key, Any]:
+    """A number of the input of each product, joined over the rows of a source; rows that fill up a batch are left out.
+
+    Args:
+      run: the run.
+      state: the state whose weights are taken.
+      source: rows after the host transforms.
+      number: makes it of the input; with `keyed`, of the input and of the product.
+      join: joins two of them.
+      keyed: see `number`.
+    """
+    experiment = run.experiment
+    model = as_model(experiment.adapted_model).under(UnderPolicy(experiment.policy))
+    prepared = experiment.data.prepare(train=False)
+
+    @jax.jit
+    def measure(params: Any, model_state: Any, batch: dict[str, Any], key: jax.Array) -> dict[Any, jax.Array]:
+        found: dict[Key, jax.Array] = {}
+        calls: collections.Counter[str] = collections.Counter()
+
+        def observe(path: str, product: ObservedProduct) -> jax.Array:
+            call, inputs = (path, calls[path]), product.activations
+            calls[path] += 1
+            found[call] = number(inputs, call) if keyed else number(inputs)
+            return product.result
+
+        batch = prepared(batch, None)
+        with observed_products(observe):
+            model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs), key=key)
+        return found
+
+    total: dict[Key, Any] = {}
+    for batch in evaluation_batches(source, experiment.data.eval_batch_size):
+        there = int(np.sum(batch["weight"]))
+        rows = {name: jnp.asarray(column[:there]) for name, column in batch.items()}
+        for product, value in measure(state.averaged_params, state.model_state, rows, evaluation_key(state)).items():
+            one = np.asarray(value).item()
+            total[product] = join(total[product], one) if product in total else one
+    return total

@@ -1,0 +1,79 @@
+"""The FLOPs of products and convolutions, counted in a jaxpr, and the peak of a device that they are compared with."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmp.jaxprs import bare, jaxprs_in
+
+BACKWARD = 2
+"""FLOPs of the backward pass by those of the forward pass: each product has two gradients as large. Source: J. Kaplan
+et al., https://arxiv.org/abs/2001.08361, section 2.1; A. Chowdhery et al., https://arxiv.org/abs/2204.02311, appendix
+B."""
+
+_HALF = ("bfloat16", "float16")
+PEAK_FLOPS = {
+    "H100 80GB HBM3": {**dict.fromkeys(_HALF, 989.4e12), "float32": 494.7e12},
+    "H200": {**dict.fromkeys(_HALF, 989.4e12), "float32": 494.7e12},
+    "H100 PCIe": {**dict.fromkeys(_HALF, 756e12), "float32": 378e12},
+    "A100": {**dict.fromkeys(_HALF, 312e12), "float32": 156e12},
+}
+"""dense FLOP/s of a GPU's tensor cores, by a part of its name in JAX and the dtype of the operands; float32 is that of
+TF32. Source: NVIDIA's data sheets of the H100, H200 and A100, without sparsity"""
+
+
+def dot_flops(eqn: Any) -> int:
+    """The FLOPs of a `dot_general`: a multiplication and an addition for each term."""
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+
+
+def convolution_flops(eqn: Any) -> int:
+    """The FLOPs of a `conv_general_dilated`, those of its padding included."""
+    kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+    outputs, inputs, *window = (kernel[d] for d in spec)  # the inputs are those of a group
+    if math.prod(eqn.params["lhs_dilation"]) > 1:  # of the zeros in between nothing is computed: each number, spread
+        return 2 * eqn.invars[0].aval.size * (outputs // eqn.params["feature_group_count"]) * math.prod(window)
+    return 2 * eqn.outvars[0].aval.size * inputs * math.prod(window)
+
+
+FLOPS = {"dot_general": dot_flops, "conv_general_dilated": convolution_flops}
+"""the primitives that are counted"""
+
+
+def product_flops(jaxpr: Any) -> dict[str, int]:
+    """The FLOPs of all products and convolutions of a jaxpr, by the wider dtype of their operands.
+
+    The body of a scan counts as often as it is long, that of a while loop once, of a conditional the branch with most.
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for eqn in bare(jaxpr).eqns:
+        name = eqn.primitive.name
+        if name in FLOPS:
+            found[jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name] += FLOPS[name](eqn)
+            continue
+        inner = [product_flops(each) for each in jaxprs_in(eqn)]
+        if not any(inner):
+            continue
+        if name == "cond":
+            inner = [max(inner, key=lambda branch: sum(branch.values()))]
+        for of_one in inner:
+            for dtype, flops in of_one.items():
+                found[dtype] += flops * (eqn.params["length"] if name == "scan" else 1)
+    return dict(found.most_common())
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """The FLOP/s that a device can reach in products of a dtype, from `PEAK_FLOPS`; None if it is not known.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"), peak_flops("cpu", "bfloat16")
+    (989400000000000.0, None)
+    """
+    for name, peaks in PEAK_FLOPS.items():
+        if name in device:
+            return peaks.get(dtype)
+    return None

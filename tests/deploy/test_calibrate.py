@@ -1,0 +1,115 @@
+"""Static scales of activations are what NumPy finds, stand in the artefact, and say what they clip."""
+
+from __future__ import annotations
+
+import json
+
+import flax.linen as nn
+import numpy as np
+import pytest
+from deployed_runs import images, load, trained
+
+import jaxmp
+from jaxmp import Arrays, InputError
+from jaxmp.deploy.calibrate import calibrate, clipped
+from jaxmp.deploy.quantise import packed_weight, quantise, unpacked_weight
+
+pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
+
+pytestmark = pytest.mark.xdist_group("deploy")
+
+
+class Small(nn.Module):
+    """A layer, and a head that cannot be observed."""
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.relu(nn.Dense(8)(image.reshape(image.shape[0], -1)))
+        return nn.Einsum((8, 3), "bi,io->bo")(x)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    model = nn.Sequential([_flat, nn.Dense(8), nn.relu, nn.Dense(3)])
+    # With this mean most inputs are negative, the largest among them.
+    data = Arrays(load, batch_size=10, eval_batch_size=8, mean=(0.7,))
+    return trained(tmp_path_factory.mktemp("small"), "float32", model=model, data=data)
+
+
+def _flat(image):
+    return image.reshape(image.shape[0], -1)
+
+
+def inputs_of_layers(run, image):
+    """The inputs of the two layers and the outputs, in float64; and the parameters."""
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in run.weights("best").items()}
+    first = image.reshape(len(image), -1).astype(np.float64) / 255 - np.float32(0.7)
+    second = np.maximum(first @ params["layers_1/kernel"] + params["layers_1/bias"], 0)
+    return first, second, params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["int8", "e4m3"])
+def test_the_scales_are_those_of_the_largest_inputs_on_the_training_split(small, tmp_path, format):
+    found = quantise(small, output=tmp_path / "out", weights="int8", activations=format, calibrate=1)
+    first, second, params = inputs_of_layers(small, load("train")["image"][::2])  # 10 rows of 20, spread evenly
+    amax = [np.abs(first).max(), np.abs(second).max()]
+    largest = {"int8": 127.0, "e4m3": 448.0}[format]
+    file = (tmp_path / "out" / "weights.safetensors").read_bytes()
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    body = file[8 + int.from_bytes(file[:8], "little") :]
+    scales = []
+    for layer in ("layers_1", "layers_3"):
+        begin, end = header[f"delayed_scaling/{layer}/activations_0/scale"]["data_offsets"]
+        scales.append(np.frombuffer(body[begin:end], np.float32)[0])
+    np.testing.assert_allclose(scales, [largest / each for each in amax], rtol=1e-5)
+    # What lies beyond them on other rows is clipped, and counted.
+    rows = load("test")["image"]
+    both = inputs_of_layers(small, rows)[:2]
+    beyond = [np.sum(np.abs(x) > limit) for x, limit in zip(both, amax, strict=True)]
+    assert found.calibration is not None and found.calibration.rows == 10
+    assert found.calibration.share == pytest.approx(sum(beyond) / sum(x.size for x in both))
+    assert found.calibration.clipped == pytest.approx(
+        {name: n / x.size for name, n, x in zip(("layers_1", "layers_3"), beyond, both, strict=True)}
+    )
+    assert sum(beyond) > 0 and "clipped" in str(found) and found.artefact.manifest["run"]["calibration"]["rows"] == 10
+    if format == "e4m3":
+        return
+    block = jaxmp.parse_block_format("int8:channel")
+    weights = [
+        np.asarray(unpacked_weight(name, packed_weight(name, params[name], block), params[name].astype(np.float32)))
+        for name in ("layers_1/kernel", "layers_3/kernel")
+    ]
+
+    def rounded(x, scale):
+        return np.clip(np.rint(x * scale), -127, 127) / scale
+
+    x = np.maximum(rounded(both[0], scales[0]) @ weights[0] + params["layers_1/bias"], 0)
+    right = rounded(x, scales[1]) @ weights[1] + params["layers_3/bias"]
+    # A number that is close to the middle of two may be rounded to the other one in float32.
+    close = np.abs(found.artefact(rows) - right) < 1e-4 * np.abs(right).max()
+    assert close.mean() > 0.9
+    # The same scales for one row as for many.
+    np.testing.assert_allclose(found.artefact(rows)[:1], found.artefact(rows[:1]), rtol=1e-5)
+
+
+@pytest.mark.full_size
+def test_layers_that_cannot_be_observed_stay_as_they_are_and_are_named(tmp_path):
+    run = trained(tmp_path, "mixed_bfloat16", model=Small())
+    found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=2)
+    assert found.calibration is not None and found.calibration.unrounded == ("Einsum_0",)
+    assert "not rounded      the inputs of Einsum_0" in str(found)
+    assert found.artefact(images(3)).shape == (3, 3)
+    state = run.state("best")
+    counts = clipped(run, state, run.source("train"), calibrate(run, state, "int8", batches=2))
+    assert [above for above, _ in counts.values()] == [0]  # all of it was seen
+
+
+def test_what_cannot_be_calibrated_is_one_message(run, tmp_path):
+    for options, message in (
+        ({"calibrate": 3}, "--calibrate 3: there is nothing to calibrate; expected --activations beside it"),
+        ({"calibrate": 0, "activations": "int8"}, "--calibrate = 0: expected a whole number of at least 1"),
+    ):
+        with pytest.raises(InputError) as error:
+            quantise(run, output=tmp_path / "out", **options)
+        assert message in str(error.value)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp import SGD, Arrays, Classification, Experiment, audit
+from jaxmp.instruments.flops import peak_flops, product_flops
+from jaxmp.models.mlp import MLP
+from jaxmp.runs.records import flops_per_second
+from jaxmp.runs.trainer import Trainer
+
+X, W = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((8, 8), jnp.bfloat16)
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+
+def either(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
+
+
+def convolved(x, w):
+    image, kernel = x.reshape(1, 4, 4, 2), w[:2].reshape(2, 2, 2, 2)
+    return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("function", "flops"),
+    [
+        (lambda x, w: x @ w, 2 * 4 * 8 * 8),
+        (jax.jit(lambda x, w: x @ w), 2 * 4 * 8 * 8),
+        (jax.checkpoint(lambda x, w: x @ w), 2 * 4 * 8 * 8),
+        (scanned, 5 * 2 * 4 * 8 * 8),
+        (either, 2 * 4 * 8 * 8),
+        (convolved, 2 * 16 * 2 * 2 * 2 * 2),
+    ],
+)
+def test_the_flops_are_those_of_the_products(function, flops):
+    assert product_flops(jax.make_jaxpr(function)(X, W)) == {"bfloat16": flops}
+
+
+def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_devices():
+    rows = {"image": np.zeros((32, 16), np.float32), "label": np.zeros(32, np.int32)}
+    data = Arrays(lambda split: rows if split == "train" else None, batch_size=32, images=())
+    trainer = Trainer(
+        Experiment(MLP((8,)), data, task=Classification(), optimizer=SGD(0.1), precision="mixed_bfloat16")
+    )
+    flops = 3 * 2 * 32 * (16 * 8 + 8 * 10)
+    assert trainer.step_flops == {"bfloat16": flops}
+    assert flops_per_second(trainer, 1e6) == {"tflops_per_second": flops / 1e6}, "nothing is known of a CPU's peak"
+    gpus = np.array([types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2)
+    devices = types.SimpleNamespace(mesh=types.SimpleNamespace(devices=gpus), count=2)
+    two = types.SimpleNamespace(step_flops=trainer.step_flops, devices=devices)
+    assert flops_per_second(two, 1e6)["mfu"] == pytest.approx(flops * 1e6 / (2 * 989.4e12))
+    # The step itself computes one product less: nobody asks for the gradient of the images.
+    step, arguments = trainer.program()
+    counted = sum(audit(step, *arguments).dot_flops_by_dtype.values())
+    assert counted == flops - 2 * 32 * 16 * 8
+
+
+def test_the_peak_is_that_of_the_dtype():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == 494.7e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float64") is None
