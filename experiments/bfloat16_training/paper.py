@@ -126,8 +126,8 @@ def get_paper(quick: bool = False) -> Paper:
             metric="accuracy",
             measured=f"{points}nearest minus float32, at a learning rate of 1e-3",
             judge=lower,
-            remark="An update to nearest is lost below half a unit in the last place of its weight: 1/512 to 1/256 of "
-            "it. A larger learning rate loses fewer, so that reports of bfloat16 alone training as well can be true.",
+            remark="An update to nearest is lost below half a unit in the last place of its weight: 1/512 to "
+            "1/256 of it. A larger learning rate loses fewer, so bfloat16 alone can do as well, as others report.",
         ),
     )
     shown = [name for name in arms if not name.startswith("float32")]

@@ -120,7 +120,8 @@ def plot(svg: str, title: str, caption: str, command: str) -> str:
 
 def _figure(claim: Mapping[str, Any]) -> str:
     """`+0.0123 (+0.0100 to +0.0146)`: our figure with its interval, as far as there is one."""
-    mean, low, high = claim["mean"], claim["low"], claim["high"]
+    # 4e-17 is 0 but for the rounding of a mean.
+    mean, low, high = (None if claim[end] is None else round(claim[end], 12) for end in ("mean", "low", "high"))
     if mean is None:
         return "none"
     return f"{mean:.4g}" if low is None else f"{mean:.4g} ({low:.4g} to {high:.4g})"

@@ -111,8 +111,10 @@ class Results(dict[str, dict[int, dict[str, Any]]]):
     def of(self, arm: str, metric: str) -> dict[int, float | None]:
         """Returns the metric of an arm by seed; None where a run failed, or has no finite value.
 
-        Raises: InputError with the nearest name if the arm has no such metric.
+        Raises: InputError with the nearest name if there is no such arm, or it has no such metric.
         """
+        if arm not in self:
+            raise InputError(f"no arm {arm!r} in the results{nearest(arm, self)}; run the study again")
         found = {}
         for seed, metrics in self[arm].items():
             if not metrics.get("failed") and metric not in metrics:

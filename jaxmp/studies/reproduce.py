@@ -113,6 +113,7 @@ def reproduce(
     Raises: InputError as `load` and `jaxmp.fit` do.
     """
     paper, name = load(folder, quick=quick), folder.resolve().name
+    workdir = str(local_path("workdir", workdir))
     arms: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in paper.arms}
     total, done = len(paper.seeds) * len(paper.arms), 0
     for seed in paper.seeds:  # seed by seed, so that runs that are compared are close in time
@@ -193,7 +194,7 @@ def save(folder: Path, results: Mapping[str, Any], workdir: str) -> Path:
     The table of all papers in the README.md above it is made anew, too. Returns the path of the README.md with the
     tables. Raises InputError if a file cannot be written.
     """
-    output = Path(workdir) / str(results["paper"]) / "quick" if results["quick"] else folder
+    output = local_path("workdir", workdir) / str(results["paper"]) / "quick" if results["quick"] else folder
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     for path, content in written(folder, results, output, text).items():

@@ -82,5 +82,7 @@ def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():
     results = Results({"a": {0: {"loss": 2.0}, 1: {"failed": "NaN"}}, "b": {0: {"loss": 1.5}, 1: {"loss": 1.0}}})
     assert results.of("a", "loss") == {0: 2.0, 1: None}
     assert (results.difference("a", "b", "loss").mean, results.mean("b", "loss").pairs) == (0.5, 2)
+    with pytest.raises(InputError, match=r"no arm 'c' in the results"):
+        results.of("c", "loss")
     with pytest.raises(InputError, match=r"arm 'a' has no metric 'los'; did you mean 'loss'\?"):
         results.of("a", "los")
