@@ -1,6 +1,6 @@
 """Times a train step under each recipe beside the same step in float32, on a CPU, where formats are emulated.
 
-    python experiments/benchmarks/recipe_time.py --output experiments/benchmarks/recipe_time_cpu.json
+    python experiments/benchmarks/run.py recipe_time
 
 Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they
 say what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if`

@@ -50,6 +50,7 @@ BENCHMARKS = {
     "streamed_memory": OWN,
     "gate_errors": OWN,
     "h100_program": OWN,
+    "recipe_time": OWN,
 }
 """each benchmark, a script of this folder, and the environment that it runs in"""
 QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost", "gpu"}

@@ -162,6 +162,17 @@ def watch_cost(result: dict[str, Any]) -> str:
     return markdown([f"{result['config']}: a step of {of['step_us'] / 1000:.1f} ms", "adds", "share"], rows)
 
 
+def recipe_time(result: dict[str, Any]) -> str:
+    """The time of steps under recipes, and of what-if, in steps in float32."""
+    names = list(dict.fromkeys(name for of in result["rows"] for name in of["steps in float32"]))
+    rows = []
+    for of in result["rows"]:
+        ratios = of["steps in float32"]
+        shown = [f"{ratios[name]:.2f}" if name in ratios else "" for name in names]
+        rows.append([of["config"], f"{1000 * of['seconds']['float32']:.1f} ms", *shown, f"{of['load']}"])
+    return markdown(["config", "float32", *names, "load"], rows)
+
+
 def audit_time(result: dict[str, Any]) -> str:
     """The seconds of an audit."""
     rows = [[name, f"{seconds:.2f} s"] for name, seconds in result["fastest"].items()]
