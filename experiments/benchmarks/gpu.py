@@ -242,7 +242,12 @@ def main(
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
             print(failed[-1], flush=True)
             continue
-        results[name] = {"result": found, "wall_seconds": time.perf_counter() - began, "load": load()}
+        results[name] = {
+            "result": found,
+            "goal": MUST.get(name),
+            "wall_seconds": time.perf_counter() - began,
+            "load": load(),
+        }
         print(name, json.dumps(results[name], indent=1), flush=True)
         if output is not None:
             made = provenance(patch=False) | how | {"results": results}

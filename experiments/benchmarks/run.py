@@ -58,11 +58,19 @@ PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""
 
 
-def environment() -> Path:
-    """Returns the Python of the environment with the peers, which is made first if it is not there."""
+def environment_folder() -> Path:
+    """Returns where the environment with the peers is, or will be: one for each version of Python."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = cache / "jaxmp" / "benchmarks" / f"python{version}"
+    return cache / "jaxmp" / "benchmarks" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def environment(torch: str) -> Path:
+    """Returns the Python of the environment with the peers, which is made first if it is not there.
+
+    Args:
+      torch: the requirement of torch, "" for none.
+    """
+    folder = environment_folder()
     python = folder / "bin" / "python"
     if python.exists():
         return python
@@ -76,7 +84,9 @@ def environment() -> Path:
         check=True,
     )
     # The CPU's build where there is no GPU: the other brings several GB of CUDA.
-    subprocess.run([*install, "torch", *([] if has_gpu() else ["--torch-backend", "cpu"])], check=True)
+    backend = [] if has_gpu() or "+" in torch else ["--torch-backend", "cpu"]
+    if torch and subprocess.run([*install, torch, *backend]).returncode:
+        print(f"{torch} could not be installed: it is left out. --torch names another build", file=sys.stderr)
     partial.rename(folder)
     return python
 
@@ -99,7 +109,7 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
-def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) -> None:
+def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: list[str]) -> None:
     """Runs one benchmark, and keeps its result in `file` under its name.
 
     Args:
@@ -107,16 +117,18 @@ def run(name: str, file: Path, *, quick: bool, again: bool, extra: list[str]) ->
       file: the results of this device and day.
       quick: short rounds, where the benchmark has them.
       again: leaves out what `file` has of it already.
+      torch: see `environment`.
       extra: further arguments of the script.
     """
     results = json.loads(file.read_text()) if file.exists() else {}
-    python = environment() if BENCHMARKS[name] == PEERS else Path(sys.executable)
+    python = environment(torch) if BENCHMARKS[name] == PEERS else Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         if name in results and not again:
             output.write_text(json.dumps(results[name]))
         command = [str(python), str(FOLDER / f"{name}.py"), "--output", str(output), *extra]
-        done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])])
+        env = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}  # this tree, whichever made the environment
+        done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])], env=env)
         if output.exists():  # what was measured before it failed or was stopped
             made = json.loads(output.read_text())
             words = ["python", "experiments/benchmarks/run.py", *(["--quick"] if quick else []), name, *extra]
@@ -158,9 +170,13 @@ def with_tables(readme: str, results: dict[str, tuple[str, dict[str, Any]]]) -> 
 
 
 def draw(results: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> None:
-    """Draws the plot of each newest result whose script has a `plot`, as SVG; not where matplotlib is missing."""
+    """Draws the plot of each newest result whose script has a `plot`; matplotlib is in the environment of the peers."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed here: the plots stay as they are")
+        python = environment_folder() / "bin" / "python"
+        if not python.exists():
+            print("matplotlib is not installed here: the plots stay as they are")
+            return
+        subprocess.run([str(python), __file__], env=os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}, check=True)
         return
     import matplotlib
 
@@ -182,6 +198,7 @@ def main(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     quick: bool = False,
     again: bool = False,
+    torch: str = "torch",
     extra: tuple[str, ...] = (),
 ) -> None:
     """Runs the named benchmarks one after the other, then makes the tables and plots of README.md.
@@ -190,6 +207,8 @@ def main(
         names: Names of benchmarks; none only makes the tables.
         quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows.
         again: Measure again what today's file has.
+        torch: The torch to install when the environment is made, torch==2.13.0+cpu, say, where UV_FIND_LINKS names the
+            folder of that build; "" for none.
         extra: Further arguments of the scripts, such as --extra=--models --extra=MLP.
     """
     for name in names:
@@ -197,7 +216,7 @@ def main(
             raise SystemExit(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
     for name in names:
         stem = f"{'quick-' if quick else ''}{device()}-{datetime.date.today().isoformat()}"
-        run(name, RESULTS / f"{stem}.json", quick=quick, again=again, extra=list(extra))
+        run(name, RESULTS / f"{stem}.json", quick=quick, again=again, torch=torch, extra=list(extra))
     found = newest()
     draw(found, RESULTS)
     README.write_text(with_tables(README.read_text(), found))

@@ -119,6 +119,8 @@ def gpu(result: dict[str, Any]) -> str:
             shares = ["" if each[key] is None else f"{each[key]:.1%}" for key in ("mfu", "of_ceiling")]
             memory = f"{each['bytes'] / 2**30:.2f} GiB" if "bytes" in each else ""
             speed = f"{each['units_per_second']:,.0f} {each['unit']}/s"
+            if of["goal"] and contender == "bfloat16":
+                speed += " (goal on an H100: {:,}; good: {:,})".format(*of["goal"])
             beside = f"{each['beside_TF32']:.2f}x"
             rows.append([name, contender, speed, f"{each['tflops_per_second']:.1f}", *shares, beside, memory])
     header = ["", "", "speed", "TFLOP/s", "MFU", "of the ceiling", "beside TF32", "memory"]

@@ -23,7 +23,7 @@ from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.text_table import table
-from jaxmp.training.pruning import pruned_weights, why_dense
+from jaxmp.training.pruning import why_dense
 from jaxmp.trees import by_path
 
 INDEX_BITS = 2
@@ -198,7 +198,6 @@ def measure(run: Run, pruned: Run, measured: Measured) -> Pruned:
     if found is None:
         metrics = run.evaluate(measured.split, before), pruned.evaluate(measured.split, after)
     view, classes = by_path(pruned.trainer.trained_spec), pruned.trainer.module_classes
-    _ = pruned_weights(pruning, pruned.trainer.trained_spec, classes)
     weights = tuple(
         _weight(name, np.asarray(leaf), why_dense(pruning, name, view.get(name), classes), pruning.structure)
         for name, leaf in by_path(after.averaged_params).items()

@@ -73,9 +73,10 @@ class Calibrated(NamedTuple):
     def lines(self) -> list[str]:
         """What was calibrated, in words."""
         most = max(self.clipped, key=lambda layer: self.clipped[layer], default=None)
-        worst = "" if most is None or not self.clipped[most] else f", at most {self.clipped[most]:.4%} in {most}"
+        largest = 0.0 if most is None else 100 * self.clipped[most]
+        worst = f", at most {largest:.2g} % in {most}" if largest else ""
         found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
-        found.append(f"clipped          {self.share:.4%} of the inputs of products{worst}")
+        found.append(f"clipped          {100 * self.share:.2g} % of the inputs of products{worst}")
         if self.unrounded:
             found.append(f"not rounded      the inputs of {', '.join(self.unrounded)}")
         return found

@@ -62,7 +62,8 @@ class Pruning:
     begin: float = 0.0
     """When pruning begins, as a share of the run's steps."""
     end: float = 0.5
-    """When the last weights are pruned, as a share of the run's steps; equal to begin: all at once."""
+    """When the last weights are pruned, as a share of the run's steps, which skipped ones delay; equal to begin: all at
+    once."""
     rounds: int = 32
     """How often weights are pruned between begin and end."""
 

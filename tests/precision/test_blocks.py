@@ -22,6 +22,8 @@ from jaxmp.precision.blocks import (
     RULES,
     BlockFormat,
     Integer,
+    _e4m3_codes,
+    _e4m3_product,
     _unpack_codes,
     from_ml_dtypes,
     pack,
@@ -142,6 +144,24 @@ def test_all_axes_and_dtypes_give_the_same_numbers(name):
         got = quantize(x.astype(dtype), name)
         assert got.dtype == dtype
         np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(dtype).astype(np.float32))
+
+
+@pytest.mark.slow
+def test_arithmetic_of_e4m3_scales_is_that_of_numpy_subnormals_too_t10():
+    codes = np.arange(127, dtype=np.uint32)
+    values = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    random = np.random.default_rng(0)
+    factors = np.concatenate([random.integers(0, 0x7A000000, 3000), random.integers(0, 1 << 23, 1000)])
+    factors = factors.astype(np.uint32).view(np.float32)[:, None]
+    got = jax.jit(_e4m3_product)(codes, factors.view(np.uint32))
+    np.testing.assert_array_equal(np.asarray(got), bits(values * factors))
+
+    x = np.concatenate(
+        [random.uniform(0, 448, 4000), np.exp2(random.uniform(-14, 8, 4000)), (values[1:] + values[:-1]) / 2]
+    )
+    x = x.astype(np.float32)
+    want = x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(np.asarray(jax.jit(_e4m3_codes)(x)), want)
 
 
 # What blocks mean

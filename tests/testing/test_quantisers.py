@@ -336,9 +336,15 @@ def test_the_defects_of_published_quantisers_are_found(case):
     if "qwix" in case:
         pytest.importorskip("qwix")
     fn, format, law = PUBLISHED[case]
+    if "jax.nn" in case:
+        try:
+            jax.jit(fn).lower(jnp.ones((4, 64)))
+        except NotImplementedError:
+            pytest.skip(f"JAX {jax.__version__} runs its scaled product on GPUs alone")
     result = quantizer_laws(fn, format, title=case)[law]
     assert result.verdict == "broken"
-    assert ("raised AssertionError" if "B25" in case else "") in result.words and "NameError" not in result.words
+    assert ("raised AssertionError" in result.words) == ("B25" in case) and "NameError" not in result.words
+    assert "NotImplementedError" not in result.words
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def jaxmp(parts: Parts) -> None:
 
 
 def hand_written(parts: Parts) -> None:
-    """The same of a step in plain JAX, with the model of peer_steps/hand_written.py."""
+    """The same of one step in plain JAX, by SGD and without dropout: the least that a first step needs."""
     import jax
     import numpy as np
     from sklearn.datasets import load_digits
