@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import linecache
+import re
 import sys
 import time
 import traceback
@@ -33,6 +34,8 @@ from jaxmp.studies.paired import method
 from jaxmp.text_table import without_nan
 
 RESULTS = "results.json"
+_NUMBERS = re.compile(r'\[\n([^][{}"]*)\n *\]')
+"""a list of numbers in indented JSON, which is written in one line"""
 
 
 def folders() -> list[Path]:
@@ -181,8 +184,9 @@ def written(folder: Path, results: Mapping[str, Any], output: Path, readme: str)
     }
     captions = [(figure.name, figure.title, figure.caption) for figure in paper.figures]
     block = paper_report.block(results, paper.tables, captions)
+    text = json.dumps(results, indent=1, allow_nan=False)
     return {
-        output / RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n",
+        output / RESULTS: _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n",
         **{output / f"{name}.svg": text for name, text in plots.items()},
         output / "README.md": paper_report.between_marks(readme or f"# {paper.title}\n\n", block),
     }
