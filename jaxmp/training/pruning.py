@@ -190,8 +190,8 @@ def masked(tree: Any, masks: Any) -> Any:
       tree: a tree like the parameters: a moving average, gradients; or None.
       masks: `PruningState.masks`; None: nothing is pruned.
 
-    >>> masked({"kernel": np.float32([3, 4]), "bias": 5}, {"kernel": np.array([True, False]), "bias": None})
-    {'kernel': Array([3., 0.], dtype=float32), 'bias': 5}
+    >>> masked({"bias": 5, "kernel": np.float32([3, 4])}, {"bias": None, "kernel": np.array([True, False])})
+    {'bias': 5, 'kernel': Array([3., 0.], dtype=float32)}
     """
     if masks is None or tree is None:
         return tree
