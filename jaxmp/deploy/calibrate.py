@@ -44,8 +44,8 @@ class Calibration(NamedTuple):
     state: TrainState
     """the state whose model state has the scales"""
     unrounded: tuple[str, ...]
-    """layers whose inputs stay as they are: a rule of the policy keeps them, they cannot be observed, or an input was 0 on
-    all rows; "" is the model itself"""
+    """layers whose inputs stay as they are: a rule of the policy keeps them, they cannot be observed, or an input was 0
+    on all rows; "" is the model itself"""
 
 
 def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) -> Calibration:
