@@ -78,7 +78,6 @@ class Pruning:
         require(self, "sparsity", halves, "0.5, since structure 2:4 prunes two weights of four")
         require(self, "begin", 0 <= self.begin <= 1, "a share of the steps, 0 to 1")
         require(self, "end", self.begin <= self.end <= 1, f"a share of the steps, begin ({self.begin:g}) to 1")
-        object.__setattr__(self, "sparsity", self.share)  # so that one pruning has one hash
         object.__setattr__(self, "rounds", whole_number("Pruning.rounds", self.rounds, 1))
         for name in ("where", "keep"):
             _check_patterns(f"Pruning.{name}", getattr(self, name))

@@ -187,10 +187,6 @@ def test_masks_of_several_prunings_side_by_side_are_joined():
 SHARES = {"body": 0.25, "conv": 0.5, "head": 0.75}
 
 
-def test_one_pruning_has_one_value():
-    assert Pruning(structure="2:4") == Pruning(0.5, structure="2:4")
-
-
 def test_what_is_not_pruned_is_said_with_the_reason_and_what_cannot_be_is_refused():
     classes = {"body": {"Dense"}, "conv": {"Conv"}, "head": {"DenseGeneral"}}
     for pruning, message in (
