@@ -654,7 +654,7 @@ class Trainer:
 
 
 def _rate(optimizer: Optimizer, steps: int, applied: Any, numbers: Any) -> Any:
-    return optimizer.rate(steps, numbers)(applied)
+    return optimizer.rate_of(steps, numbers)(applied)
 
 
 class _Traced(NamedTuple):
