@@ -252,7 +252,7 @@ class Trainer:
 
         The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
         round an argument otherwise than a constant, so that all that repeats a step of training passes them as it does.
-        They are float32, also where parameters are float64: a learning rate is then within 2**-24 of the given one.
+        They are float32, also where parameters are float64: they then differ from the given ones by up to 1 in 2**24.
         """
         found = {}
         for name, of in self.by_name.items():

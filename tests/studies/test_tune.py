@@ -296,7 +296,7 @@ def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, mo
         ('{"a": 1}', ": its first line has no end"),
         ('{"op_code":0,"worker_id":"a","study', ": its first line has no end"),
         ("{", ": its first line has no end"),
-        (f'{{"a": "{"x" * JOURNAL_LINE}"}}\n', "; expected another file"),
+        pytest.param(f'{{"a": "{"x" * JOURNAL_LINE}"}}\n', "; expected another file", id="a long line"),
         ("\0binary", ": its first line has no end"),
     ],
 )
