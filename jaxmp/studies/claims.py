@@ -98,8 +98,8 @@ class Compute:
     """An arm that is computed without a run: for each seed a JSON file with the metrics that `function` returns."""
 
     function: Callable[..., Mapping[str, Any]]
-    """called as `function(seed, **arguments)`; returns JSON by name of metric. Code that it reaches is its identity:
-    after an edit it is computed anew"""
+    """called as `function(seed, **arguments)`; returns JSON by name of metric. Code that it reaches and all of
+    jaxmp's are its identity: after an edit it is computed anew"""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """its other arguments, JSON"""
 

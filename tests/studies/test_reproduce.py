@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -88,6 +89,33 @@ def test_a_study_writes_tables_plots_and_verdicts_and_is_resumed_until_its_code_
     assert "± " in (tmp_path / "runs/bits/quick/README.md").read_text()
 
 
+def test_a_computed_arm_is_computed_anew_after_an_edit_of_jaxmp_and_keeps_the_revision_that_measured_it(
+    paper, tmp_path, monkeypatch
+):
+    folder, calls = paper(), tmp_path / "calls"
+
+    def revisions(now):
+        made = {**reproduce.provenance(patch=False), "git": {"revision": now, "dirty": False}}
+        monkeypatch.setattr(reproduce, "provenance", lambda *, patch: made)
+        results = reproduce.reproduce(folder, log=lambda message: None)
+        return {of["git"]["revision"] for arm in results["arms"].values() for of in arm["seeds"].values()}
+
+    assert revisions("first") == {"first"}
+    assert revisions("second") == {"first"} and len(calls.read_text().splitlines()) == 10
+    monkeypatch.setattr(reproduce, "_sources", lambda: "edited")
+    assert revisions("third") == {"third"} and len(calls.read_text().splitlines()) == 20
+
+
+def test_the_digest_of_sources_changes_with_any_file_of_jaxmp(tmp_path, monkeypatch):
+    (tmp_path / "studies").mkdir()
+    monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "studies" / "reproduce.py"))
+    found = set()
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "quantize.py").write_text(text)
+        found.add(reproduce._sources.__wrapped__())
+    assert len(found) == 2
+
+
 def test_papers_are_listed_with_their_claims_and_verdicts(paper, capsys):
     paper()
     assert main(["reproduce"]) == 0
@@ -134,6 +162,16 @@ def test_tables_plots_and_verdicts_are_those_of_the_committed_results(name):
 
 def test_the_table_of_all_papers_is_that_of_the_committed_results():
     assert (EXPERIMENTS / "README.md").read_text() == reproduce.overview(EXPERIMENTS)
+
+
+def test_rules_that_are_judged_once_made_the_same_runs():
+    folder = EXPERIMENTS / "loss_scalers"
+    results = reproduce.results_of(reproduce.committed(folder))
+    torch, *others = sys.modules[reproduce.load(folder, quick=False).arms["torch"].measure.__module__].TORCH_LIKE
+    for other in others:
+        for seed, found in results[torch].items():
+            for metric in ("scales", "loss", "accuracy", "skipped_steps"):
+                assert results[other][seed][metric] == found[metric], (other, seed, metric)
 
 
 @pytest.mark.parametrize("name", PAPERS)
