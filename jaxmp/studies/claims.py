@@ -305,6 +305,6 @@ def _finding(verdict: str, found: Paired, values: Values, confidence: float = CO
     notes = [note, f"{failed} of {sum(map(len, values))} runs failed" if failed else "", found.no_interval]
     needed = _equal_pairs(confidence)
     if found.no_interval and 1 < found.pairs < needed:
-        notes.append(f"{needed} would decide")
+        notes.append(f"fewer than {needed} equal ones decide nothing")
     verdict = NOT_AT_THIS_SIZE if failed else verdict
     return Finding(verdict, found.mean, found.low, found.high, found.pairs, "; ".join(filter(None, notes)), confidence)

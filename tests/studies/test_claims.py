@@ -91,7 +91,10 @@ def test_a_finding_says_how_many_runs_failed_and_which_step_of_an_order_is_least
     found = increasing([seeds(moved(0)), seeds([5.0] * 5), seeds(moved(5.5))])
     assert found.note == "step 2 of 2" and math.isclose(found.mean, 0.5)
     assert math.isclose(found.confidence, 0.975), "two steps hold together with 95 %"
-    assert higher([seeds([1.0] * 5), seeds(ZEROS)]).note == "no interval: all 5 differences are equal; 6 would decide"
+    assert (
+        higher([seeds([1.0] * 5), seeds(ZEROS)]).note
+        == "no interval: all 5 differences are equal; fewer than 6 equal ones decide nothing"
+    )
 
 
 def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():
