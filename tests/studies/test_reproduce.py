@@ -192,3 +192,6 @@ def test_the_quick_version_of_a_paper_runs(name, tmp_path, monkeypatch, capsys):
     assert "tables and plots" in capsys.readouterr().out
     results = json.loads((tmp_path / name / "quick" / "results.json").read_text())
     assert all(claim["verdict"] for claim in results["claims"])
+    for arm in results["arms"].values():
+        for found in arm["seeds"].values():
+            assert found["git"] is None or set(found["git"]) == {"revision", "dirty"}, "says not what measured it"
