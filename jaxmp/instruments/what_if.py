@@ -33,7 +33,10 @@ from jaxmp.training.batch import LossFn
 from jaxmp.training.objective import EVERYTHING
 
 STALL = math.sqrt(3)
-"""Signal to noise of a gradient below which training stalls (Chmiel et al. 2025, FP4 All the Way, 2505.19115)."""
+"""Signal to noise of a gradient below which quantized training becomes less effective.
+
+Source: Chmiel et al. 2025, FP4 All the Way, 2505.19115, abstract.
+"""
 
 GROUPS = 16
 """number of parts of an array over which the interval of a bias is estimated"""
@@ -144,7 +147,8 @@ class WhatIf:
             "underflow, clipped, mse (of the mean square) and scales (the spread of their exponents): of both operands",
             "activations/weights of fprop, gradients/weights of dgrad, activations/gradients of wgrad.",
             "bias (with its 95 % interval) and signal/noise: of the product.",
-            f"A gradient whose signal/noise is below {STALL:.2f} stalls training (2505.19115); marked *: {stalled}.",
+            f"Training is less effective where a gradient's signal/noise is below {STALL:.2f} (2505.19115); marked *: "
+            f"{stalled}.",
         ]
         return "\n".join([table(map(_line, self.rows), header=head, right=[3, 4, 5, 6, 7, 8]), *notes])
 
