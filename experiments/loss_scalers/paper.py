@@ -41,6 +41,9 @@ SCALERS = {
     "jaxmp": DynamicScaler(**HARD),
     "jaxmp headroom": HeadroomScaler(init_scale=2.0**24, half_life=20),
 }
+TORCH_LIKE = ("torch", "jmp", "apex", "fairseq", "jaxmp")
+"""rules that make the same runs in this study: one result, which is judged once"""
+DISTINCT = [name for name in SCALERS if name not in TORCH_LIKE[1:]]
 POINT = 0.01
 """the margin of equality: 1 point of test accuracy, 2.7 of the 269 test images"""
 SOURCE = "1710.03740, section 3.2"
@@ -70,23 +73,36 @@ def get_paper(quick: bool = False) -> Paper:
     def same(name: str) -> Claim:
         return Claim(
             id=f"{name.lower().replace(' ', '-')}-costs-nothing",
-            says=f"The dynamic rule of {name} loses no accuracy, though steps are skipped",
+            says=f"The dynamic rule of {name} is within 1 point of float32, though steps are skipped",
             published="float32's accuracy",
             source=SOURCE,
             checked=False,
             arms=(name, "float32"),
             metric="accuracy",
             measured=f"test accuracy, as a share: {name} minus float32; within 0.01",
-            judge=within(POINT),
+            judge=within(POINT, claims=len(DISTINCT)),
+            remark=f"The interval holds together with those of the {len(DISTINCT)} distinct rules (Bonferroni). "
+            f"{', '.join(TORCH_LIKE[1:])} make the same runs as torch here, scale by scale."
+            if name == TORCH_LIKE[0]
+            else "",
         )
 
-    def skips(id: str, says: str, first: str, judge: Any, published: str, source: str, remark: str = "") -> Claim:
+    def skips(
+        id: str,
+        says: str,
+        first: str,
+        judge: Any,
+        published: str,
+        source: str,
+        remark: str = "",
+        checked: bool = True,
+    ) -> Claim:
         return Claim(
             id=id,
             says=says,
             published=published,
             source=source,
-            checked=True,
+            checked=checked,
             arms=(first, "torch"),
             metric="skipped_steps",
             measured=f"skipped steps: {first} minus torch",
@@ -106,7 +122,7 @@ def get_paper(quick: bool = False) -> Paper:
             measured="failed runs of the constant scale, %",
             judge=only_first_fails,
         ),
-        *map(same, SCALERS),
+        *map(same, DISTINCT),
         skips(
             "hysteresis-skips-more",
             "Megatron's hysteresis skips more steps than torch's rule: after each growth the first overflow is let be",
@@ -117,7 +133,7 @@ def get_paper(quick: bool = False) -> Paper:
         ),
         skips(
             "flax-skips-fewer",
-            "Flax, which grows after one finite step more, skips no more steps than torch",
+            "Flax, which grows after one finite step more, skips fewer steps than torch",
             "flax",
             lower,
             "growths 21 finite steps apart, for an interval of 20",
@@ -130,8 +146,9 @@ def get_paper(quick: bool = False) -> Paper:
             "A scale that follows the largest gradient skips fewer steps than one that waits for an overflow",
             "jaxmp headroom",
             lower,
-            "none: ours",
+            "no figure: the rule is jaxmp's own",
             "`help(jaxmp.HeadroomScaler)`",
+            checked=False,
         ),
     )
     axis = Axis("step")

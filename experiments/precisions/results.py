@@ -5,9 +5,9 @@
         --options="--init-from runs/sst2_bert_tiny_mlm --init-only tokens positions types embedding_norm 'blocks_*'"
 
 The runs are those of `jaxmp train CONFIG --precision PRECISION --seed SEED`, in the same folders; a run that is already
-finished is read and not repeated. What is kept is the monitored metric, of the last weights, on the test split. The
-file is written after each config, whose row takes the place of an older one of the same config and options;
-`jaxmp configs --markdown` makes a table of it.
+finished is read and not repeated. What is kept is the monitored metric, of the last weights, on the test split, and the
+git revision that trained each run. The file is written after each config, whose row takes the place of an older one of
+the same config and options; `jaxmp configs --markdown` makes a table of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import tyro
 
 from jaxmp import fit
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.runs.provenance import provenance
+from jaxmp.runs.provenance import provenance, without_patch
+from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.text_table import without_nan
 
@@ -30,9 +31,9 @@ def row(
     config: str, precisions: tuple[str, ...], seeds: tuple[int, ...], options: str, workdir: Path
 ) -> dict[str, Any]:
     """Returns what a config reached; trains the runs that do not exist yet."""
-    file, reached, skipped, seconds = ConfigFile.find(config), {}, {}, {}
+    file, reached, skipped, seconds, revisions = ConfigFile.find(config), {}, {}, {}, {}
     for precision in precisions:
-        summaries = []
+        summaries, revisions[precision] = [], []
         for seed in seeds:
             overrides = ["--precision", precision, "--seed", str(seed), *shlex.split(options)]
             experiment = file.experiment(overrides)
@@ -42,13 +43,14 @@ def row(
             if fitted.stopped:
                 raise SystemExit(75)
             summaries.append(fitted.summary)
+            revisions[precision].append(without_patch(Run(fitted.path).config.get("git")))
         reached[precision] = [summary["test"][monitor.name] for summary in summaries]
         skipped[precision] = [summary["skipped_steps"] for summary in summaries]
         seconds[precision] = [round(summary["wall_seconds"], 1) for summary in summaries]
     found = {"config": config, "options": options, "metric": monitor.name, "seeds": list(seeds), "test": reached}
     made = provenance(patch=False)
     made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
-    return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made}
+    return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made, "git": revisions}
 
 
 def main(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import textwrap
@@ -19,7 +20,10 @@ CAPTION_LETTERS, CAPTION_LINE = 96, 14
 
 def text(results: Mapping[str, Any]) -> Table:
     """Returns the table of claims that the command prints."""
-    rows = [(claim["id"], _plain(claim["published"]), _figure(claim), claim["verdict"]) for claim in results["claims"]]
+    rows = [
+        (claim["id"], _plain(_published(claim)), _with_note(_figure(claim), claim), claim["verdict"])
+        for claim in results["claims"]
+    ]
     return table(rows, header=("claim", "paper", "ours (95 % interval)", "verdict"))
 
 
@@ -39,7 +43,7 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
         (
             f"`{claim['id']}`: {claim['says']}",
             f"{claim['published']} ({claim['source']}{'' if claim['checked'] else '; not checked against the text'})",
-            "; ".join(filter(None, [f"{_figure(claim)}, {claim['measured']}", claim["note"]])),
+            _with_note(f"{_figure(claim)}, {claim['measured']}", claim),
             f"**{claim['verdict']}**",
         )
         for claim in results["claims"]
@@ -47,7 +51,7 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
     parts = [
         f"    {results['command']}\n",
         f"{seeds} seeds, {results['seconds']:.0f} s of runs on {counted} ({results['platform']}); {versions}.",
-        "Intervals have 95 %.\n" if seeds > 1 else "One seed has no interval.\n",
+        "Intervals have 95 %, if no other level is said.\n" if seeds > 1 else "One seed has no interval.\n",
         _markdown(("claim", "paper", "ours", "verdict"), claims),
     ]
     remarks = [f"- `{claim['id']}`: {claim['remark']}" for claim in results["claims"] if claim["remark"]]
@@ -69,8 +73,8 @@ def overview(papers: Sequence[Mapping[str, Any]]) -> str:
         (
             f"[{of['title']}]({of['paper']}/README.md)" if i == 0 else "",
             f"`{claim['id']}`: {claim['says']}",
-            claim["published"],
-            f"{_figure(claim)}, {claim['measured']}",
+            _published(claim),
+            _with_note(f"{_figure(claim)}, {claim['measured']}", claim),
             claim["verdict"],
         )
         for of in papers
@@ -119,18 +123,29 @@ def plot(svg: str, title: str, caption: str, command: str) -> str:
 
 
 def _figure(claim: Mapping[str, Any]) -> str:
-    """`+0.0123 (+0.0100 to +0.0146)`: our figure with its interval, as far as there is one."""
+    """`0.0123 (0.0100 to 0.0146)`: our figure, its interval if there is one, and a level other than 95 %."""
     # 4e-17 is 0 but for the rounding of a mean.
     mean, low, high = (None if claim[end] is None else round(claim[end], 12) for end in ("mean", "low", "high"))
     if mean is None:
         return "none"
-    return f"{mean:.4g}" if low is None else f"{mean:.4g} ({low:.4g} to {high:.4g})"
+    if low is None:
+        return f"{mean:.4g}"
+    level = 100 * claim["confidence"]
+    return f"{mean:.4g} ({low:.4g} to {high:.4g}{'' if math.isclose(level, 95) else f', {level:.4g} %'})"
+
+
+def _published(claim: Mapping[str, Any]) -> str:
+    return claim["published"] + ("" if claim["checked"] else " (not checked)")
+
+
+def _with_note(figure: str, claim: Mapping[str, Any]) -> str:
+    return "; ".join(filter(None, [figure, claim["note"]]))
 
 
 def _of_seeds(seeds: Mapping[str, Mapping[str, Any]], metric: str) -> str:
-    ended = [of for of in seeds.values() if not of.get("failed")]
-    values = [of[metric] for of in ended if of.get(metric) is not None]
-    failed = len(seeds) - len(ended)
+    """Mean and deviation of a metric. A run with a value that is not finite counts as failed, as judges count it."""
+    values = [of[metric] for of in seeds.values() if not of.get("failed") and of.get(metric) is not None]
+    failed = sum(bool(of.get("failed")) or (metric in of and of[metric] is None) for of in seeds.values())
     shown = "" if not values else f"{statistics.fmean(values):.4g}"
     if len(values) > 1:
         shown += f" ± {statistics.stdev(values):.2g}"

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
       patch: False replaces `patch` and `untracked` by a bool, `dirty`, for results that are stored in the repository.
     """
     git = _git()
-    if git is not None and not patch:
-        git = {"revision": git["revision"], "dirty": bool(git["patch"] or git["untracked"])}
+    if not patch:
+        git = without_patch(git)
     return {
         "command": [without_password(word) for word in sys.argv],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -36,6 +37,13 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "platform": jax.default_backend(),
     }
+
+
+def without_patch(git: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns `git` of a provenance with its `revision`, and `dirty` in place of the patch; None for None."""
+    if git is None:
+        return None
+    return {"revision": git["revision"], "dirty": bool(git["patch"] or git["untracked"])}
 
 
 def _version(package: str) -> str | None:

@@ -48,6 +48,8 @@ class Finding(NamedTuple):
     """number of seeds, or of pairs of runs that both ended, behind it"""
     note: str = ""
     """what the numbers do not say: failed runs, or why there is no interval"""
+    confidence: float = CONFIDENCE
+    """confidence level of the interval, a share"""
 
 
 Judge = Callable[[Values], Finding]
@@ -96,8 +98,8 @@ class Compute:
     """An arm that is computed without a run: for each seed a JSON file with the metrics that `function` returns."""
 
     function: Callable[..., Mapping[str, Any]]
-    """called as `function(seed, **arguments)`; returns JSON by name of metric. Code that it reaches is its identity:
-    after an edit it is computed anew"""
+    """called as `function(seed, **arguments)`; returns JSON by name of metric. Code that it reaches and all of
+    jaxmp's are its identity: after an edit it is computed anew"""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """its other arguments, JSON"""
 
@@ -162,7 +164,8 @@ class Paper:
     figures: tuple[Figure, ...] = ()
 
 
-# --- judges
+# --- judges: a failed run in any arm of a claim leaves its verdict at NOT_AT_THIS_SIZE, as the runs that ended are not
+# a sample of all.
 
 
 def higher(values: Values) -> Finding:
@@ -175,20 +178,22 @@ def lower(values: Values) -> Finding:
     return _by_sign(values, -1)
 
 
-def within(margin: float) -> Judge:
+def within(margin: float, *, claims: int = 1) -> Judge:
     """Returns a judge of equality: the mean paired difference of the first two arms is within +-margin.
 
     Reproduced if the whole interval is inside, contradicted if it is outside. An interval that only holds 0 shows
     nothing: few seeds always give one.
+
+    Args:
+      margin: in the unit of the metric.
+      claims: number of claims that are judged together. The intervals are as wide as all of them need to hold with
+        95 % (Bonferroni).
     """
+    confidence = _together(claims)
 
     def judge(values: Values) -> Finding:
-        first, second, *_ = values
-        found = paired(_differences(first, second))
-        note = _failures(values, found)
-        if _failed_alone(first, second):
-            return _finding(NOT_AT_THIS_SIZE, found, note)
-        return _finding(_inside(found, -margin, margin), found, note)
+        found = paired(_differences(values[0], values[1]), confidence)
+        return _finding(_inside(found, -margin, margin, confidence), found, values, confidence)
 
     return judge
 
@@ -199,7 +204,7 @@ def near(published: float, tolerance: float) -> Judge:
 
     def judge(values: Values) -> Finding:
         found = _of_one(values)
-        return _finding(_inside(found, published - margin, published + margin), found, _failures(values, found))
+        return _finding(_inside(found, published - margin, published + margin), found, values)
 
     return judge
 
@@ -219,15 +224,12 @@ def increasing(values: Values) -> Finding:
 
     The intervals are as wide as k of them need to hold together with 95 % (Bonferroni).
     """
-    confidence = 1 - (1 - CONFIDENCE) / max(len(values) - 1, 1)
+    confidence = _together(len(values) - 1)
     steps = [paired(_differences(after, before), confidence) for before, after in itertools.pairwise(values)]
-    verdicts = [_sided(step, 0.0, 1) for step in steps]
+    verdicts = [_sided(step, 0.0, 1, confidence) for step in steps]
     order = (CONTRADICTED, NOT_AT_THIS_SIZE, REPRODUCED)
     worst = min(range(len(steps)), key=lambda i: (order.index(verdicts[i]), steps[i].mean))
-    verdict = verdicts[worst]
-    if verdict == REPRODUCED and any(None in of.values() for of in values):
-        verdict = NOT_AT_THIS_SIZE
-    return _finding(verdict, steps[worst], _failures(values, steps[worst], f"step {worst + 1} of {len(steps)}"))
+    return _finding(verdicts[worst], steps[worst], values, confidence, f"step {worst + 1} of {len(steps)}")
 
 
 def only_first_fails(values: Values) -> Finding:
@@ -245,17 +247,13 @@ def only_first_fails(values: Values) -> Finding:
 
 
 def _by_sign(values: Values, sign: int) -> Finding:
-    first, second, *_ = values
-    found = paired(_differences(first, second))
-    verdict = _sided(found, 0.0, sign)
-    if verdict == REPRODUCED and _failed_alone(first, second):  # what fails is not better
-        verdict = NOT_AT_THIS_SIZE
-    return _finding(verdict, found, _failures(values, found))
+    found = paired(_differences(values[0], values[1]))
+    return _finding(_sided(found, 0.0, sign), found, values)
 
 
 def _beyond(values: Values, threshold: float, sign: int) -> Finding:
     found = _of_one(values)
-    return _finding(_sided(found, threshold, sign), found, _failures(values, found))
+    return _finding(_sided(found, threshold, sign), found, values)
 
 
 def _of_one(values: Values) -> Paired:
@@ -267,19 +265,25 @@ def _differences(first: Mapping[int, float | None], second: Mapping[int, float |
     return [value - other for value, other in pairs if value is not None and other is not None]
 
 
-def _failed_alone(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> bool:
-    return any(value is None and second.get(seed) is not None for seed, value in first.items())
+def _together(claims: int) -> float:
+    """The confidence that each of so many intervals needs (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(claims, 1)
 
 
-def _ends(found: Paired) -> tuple[float, float]:
-    """The interval; where all of several values are equal, their value: no chance moved them."""
-    if found.no_interval and found.pairs > 1:
+def _equal_pairs(confidence: float) -> int:
+    """The least number of equal values that decide: of n, the p of the two-sided sign test is 2^(1 - n)."""
+    return 1 + math.ceil(-math.log2(1 - confidence))
+
+
+def _ends(found: Paired, confidence: float) -> tuple[float, float]:
+    """The interval; where all values are equal and there are enough of them, their value."""
+    if found.no_interval and found.pairs >= _equal_pairs(confidence):
         return found.mean, found.mean
     return found.low, found.high
 
 
-def _sided(found: Paired, threshold: float, sign: int) -> str:
-    low, high = _ends(found)
+def _sided(found: Paired, threshold: float, sign: int, confidence: float = CONFIDENCE) -> str:
+    low, high = _ends(found, confidence)
     if math.isnan(low):
         return NOT_AT_THIS_SIZE
     if sign < 0:
@@ -287,8 +291,8 @@ def _sided(found: Paired, threshold: float, sign: int) -> str:
     return REPRODUCED if low > threshold else CONTRADICTED if high < threshold else NOT_AT_THIS_SIZE
 
 
-def _inside(found: Paired, least: float, most: float) -> str:
-    low, high = _ends(found)
+def _inside(found: Paired, least: float, most: float, confidence: float = CONFIDENCE) -> str:
+    low, high = _ends(found, confidence)
     if math.isnan(low):
         return NOT_AT_THIS_SIZE
     if least <= low and high <= most:
@@ -296,12 +300,11 @@ def _inside(found: Paired, least: float, most: float) -> str:
     return CONTRADICTED if high < least or low > most else NOT_AT_THIS_SIZE
 
 
-def _failures(values: Values, found: Paired, *notes: str) -> str:
+def _finding(verdict: str, found: Paired, values: Values, confidence: float = CONFIDENCE, note: str = "") -> Finding:
     failed = sum(value is None for of in values for value in of.values())
-    runs = sum(map(len, values))
-    said = [*notes, f"{failed} of {runs} runs failed" if failed else "", found.no_interval]
-    return "; ".join(filter(None, said))
-
-
-def _finding(verdict: str, found: Paired, note: str) -> Finding:
-    return Finding(verdict, found.mean, found.low, found.high, found.pairs, note)
+    notes = [note, f"{failed} of {sum(map(len, values))} runs failed" if failed else "", found.no_interval]
+    needed = _equal_pairs(confidence)
+    if found.no_interval and 1 < found.pairs < needed:
+        notes.append(f"fewer than {needed} equal ones decide nothing")
+    verdict = NOT_AT_THIS_SIZE if failed else verdict
+    return Finding(verdict, found.mean, found.low, found.high, found.pairs, "; ".join(filter(None, notes)), confidence)

@@ -42,11 +42,10 @@ def curves(results: Results, arms: Sequence[str], x: str, y: str, horizontal: Ax
     """Draws a curve of each seed and arm: the metrics `x` and `y` are lists of one length. One style for each arm."""
     series = []
     for i, arm in enumerate(arm for arm in arms if arm in results):
-        for j, found in enumerate(results[arm].values()):
-            if x in found:
-                values = [math.nan if value is None else value for value in found[y]]
-                failed = bool(found.get("failed"))
-                series.append(Series(arm if j == 0 else "", found[x], values, i, steps=True, failed=failed))
+        drawn = [found for found in results[arm].values() if x in found]  # a run that failed has no curve
+        for j, found in enumerate(drawn):
+            values = [math.nan if value is None else value for value in found[y]]
+            series.append(Series(arm if j == 0 else "", found[x], values, i, steps=True))
     return line_figure(horizontal, vertical, series, name=f"{y} over {x}, by arm")
 
 

@@ -8,6 +8,7 @@ is finished. All tables, plots and verdicts are made from results.json alone: se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import linecache
@@ -25,7 +26,7 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.reachable import made_by_function
 from jaxmp.reports import paper_report
 from jaxmp.reports.page import write
-from jaxmp.runs.provenance import provenance
+from jaxmp.runs.provenance import provenance, without_patch
 from jaxmp.runs.run import Run
 from jaxmp.studies.claims import Compute, Paper, Results, Train
 from jaxmp.studies.compare import train_cell
@@ -110,8 +111,9 @@ def reproduce(
       log: takes each message to the user.
 
     Returns:
-      What results.json holds: `provenance`, the settings and metrics of each arm by seed, and the claims with their
-      findings. None if a signal stopped a run, after saving it.
+      What results.json holds: `provenance` of this command, the settings and metrics of each arm by seed, each with
+      the `git` revision at which it was measured, and the claims with their findings. None if a signal stopped a run,
+      after saving it.
 
     Raises: InputError as `load` and `jaxmp.fit` do.
     """
@@ -127,7 +129,7 @@ def reproduce(
                 found = _trained(how, folder, name, seed, workdir, log)
             else:
                 found = _computed(how, arm, seed, Path(workdir) / name / "computed")
-            if found is None:
+            if found is None:  # stopped by a signal
                 return None
             arms[arm][seed] = without_nan(found)
     results = {
@@ -241,6 +243,7 @@ def _trained(
     run = Run(result["run"], experiment)
     lines = result["metrics"]
     found: dict[str, Any] = {"run": Path(result["run"]).relative_to(workdir).as_posix()}
+    found["git"] = without_patch(run.config.get("git"))
     found["seconds"] = max((line["wall_seconds"] for line in lines if "wall_seconds" in line), default=0.0)
     if result["failed"]:
         return {**found, "failed": result["failed"]}
@@ -255,8 +258,8 @@ def _config(name: str, folder: Path) -> ConfigFile:
 
 
 def _computed(how: Compute, arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The metrics of a computed arm, read if the same code and arguments were run before."""
-    identity = json.dumps([made_by_function(how.function), how.arguments], sort_keys=True)
+    """The metrics of a computed arm, read if the same code, of jaxmp too, and arguments were run before."""
+    identity = json.dumps([made_by_function(how.function), how.arguments, _sources()], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = folder / f"{digest}-s{seed}.json"
     if path.is_file():
@@ -264,9 +267,20 @@ def _computed(how: Compute, arm: str, seed: int, folder: Path) -> dict[str, Any]
     start = time.perf_counter()
     found = dict(how.function(seed, **how.arguments))
     found["seconds"] = time.perf_counter() - start
+    found["git"] = provenance(patch=False)["git"]
     content = json.dumps(without_nan({"arm": arm, **found}), indent=1, allow_nan=False)
     write(path, content + "\n")
     return json.loads(content)
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all Python files of jaxmp: `made_by_function` knows a package by its version alone."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _described(how: Train | Compute) -> str:

@@ -40,27 +40,41 @@ def moved(by):
         (higher, [moved(-1), ZEROS], CONTRADICTED),
         (higher, [moved(0.001), ZEROS], NOT_AT_THIS_SIZE),
         (higher, [[1.0], [0.0]], NOT_AT_THIS_SIZE),  # one seed decides nothing
-        (higher, [[1.0] * 5, ZEROS], REPRODUCED),  # no chance moved any of five
+        (higher, [[1 / 269] * 2, ZEROS[:2]], NOT_AT_THIS_SIZE),
+        (higher, [[1.0] * 5, ZEROS], NOT_AT_THIS_SIZE),  # p of the sign test is 2/32
+        (higher, [[1.0] * 6, [0.0] * 6], REPRODUCED),  # p is 2/64
         (higher, [ZEROS, ZEROS], NOT_AT_THIS_SIZE),  # equal, which is not above
         (lower, [moved(-1), ZEROS], REPRODUCED),
         (lower, [moved(1), ZEROS], CONTRADICTED),
         (lower, [[None, *moved(-1)[1:]], ZEROS], NOT_AT_THIS_SIZE),  # what fails alone is not better
-        (lower, [[None, *moved(-1)[1:]], [None, *ZEROS[1:]]], REPRODUCED),  # both failed: no difference there
+        (lower, [[None, *moved(-1)[1:]], [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
+        (lower, [moved(-1), [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
+        (lower, [[None, *moved(1)[1:]], ZEROS], NOT_AT_THIS_SIZE),  # the failed run may have been the lowest
         (within(0.1), [moved(0), ZEROS], REPRODUCED),
         (within(0.01), [moved(0), ZEROS], NOT_AT_THIS_SIZE),  # an interval that holds 0 shows nothing
         (within(0.1), [moved(1), ZEROS], CONTRADICTED),
         (within(0.1), [[None, *moved(0)[1:]], ZEROS], NOT_AT_THIS_SIZE),
-        (within(0.0), [ZEROS, ZEROS], REPRODUCED),
+        (within(0.1), [moved(0), [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
+        (within(0.1), [[None, *moved(1)[1:]], ZEROS], NOT_AT_THIS_SIZE),
+        (within(0.0), [ZEROS, ZEROS], NOT_AT_THIS_SIZE),
+        (within(0.0), [[0.0] * 6, [0.0] * 6], REPRODUCED),
+        (within(0.0, claims=2), [[0.0] * 6, [0.0] * 6], NOT_AT_THIS_SIZE),  # 2/64 is above 2.5 %
+        (within(0.02), [moved(0), ZEROS], REPRODUCED),
+        (within(0.02, claims=5), [moved(0), ZEROS], NOT_AT_THIS_SIZE),
         (near(1.0, 0.05), [moved(1)], REPRODUCED),
         (near(1.0, 0.01), [moved(1)], NOT_AT_THIS_SIZE),
         (near(1.0, 0.05), [moved(2)], CONTRADICTED),
+        (near(1.0, 0.05), [[None, *moved(1)[1:]]], NOT_AT_THIS_SIZE),
         (above(0.5), [moved(1)], REPRODUCED),
+        (above(0.5), [[None, None, None, 1.0, 1.01]], NOT_AT_THIS_SIZE),
+        (below(0.5), [[None, None, None, 1.0, 1.01]], NOT_AT_THIS_SIZE),
         (above(0.5), [moved(0)], CONTRADICTED),
         (below(0.5), [moved(0)], REPRODUCED),
-        (increasing, [moved(0), ZEROS[:0] + [1.0] * 5, moved(2)], REPRODUCED),
+        (increasing, [moved(0), [1.0] * 5, moved(2)], REPRODUCED),
         (increasing, [moved(0), moved(2), [1.0] * 5], CONTRADICTED),
         (increasing, [moved(0), [0.01] * 5, moved(2)], NOT_AT_THIS_SIZE),
         (increasing, [moved(0), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
+        (increasing, [moved(0), moved(2), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None] * 5, ZEROS], REPRODUCED),
         (only_first_fails, [[None] * 5, [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None, *ZEROS[1:]], ZEROS], NOT_AT_THIS_SIZE),
@@ -76,6 +90,11 @@ def test_a_finding_says_how_many_runs_failed_and_which_step_of_an_order_is_least
     assert (found.pairs, found.note) == (3, "1 of 8 runs failed")
     found = increasing([seeds(moved(0)), seeds([5.0] * 5), seeds(moved(5.5))])
     assert found.note == "step 2 of 2" and math.isclose(found.mean, 0.5)
+    assert math.isclose(found.confidence, 0.975), "two steps hold together with 95 %"
+    assert (
+        higher([seeds([1.0] * 5), seeds(ZEROS)]).note
+        == "no interval: all 5 differences are equal; fewer than 6 equal ones decide nothing"
+    )
 
 
 def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():

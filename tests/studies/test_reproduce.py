@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -88,6 +89,33 @@ def test_a_study_writes_tables_plots_and_verdicts_and_is_resumed_until_its_code_
     assert "± " in (tmp_path / "runs/bits/quick/README.md").read_text()
 
 
+def test_a_computed_arm_is_computed_anew_after_an_edit_of_jaxmp_and_keeps_the_revision_that_measured_it(
+    paper, tmp_path, monkeypatch
+):
+    folder, calls = paper(), tmp_path / "calls"
+
+    def revisions(now):
+        made = {**reproduce.provenance(patch=False), "git": {"revision": now, "dirty": False}}
+        monkeypatch.setattr(reproduce, "provenance", lambda *, patch: made)
+        results = reproduce.reproduce(folder, log=lambda message: None)
+        return {of["git"]["revision"] for arm in results["arms"].values() for of in arm["seeds"].values()}
+
+    assert revisions("first") == {"first"}
+    assert revisions("second") == {"first"} and len(calls.read_text().splitlines()) == 10
+    monkeypatch.setattr(reproduce, "_sources", lambda: "edited")
+    assert revisions("third") == {"third"} and len(calls.read_text().splitlines()) == 20
+
+
+def test_the_digest_of_sources_changes_with_any_file_of_jaxmp(tmp_path, monkeypatch):
+    (tmp_path / "studies").mkdir()
+    monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "studies" / "reproduce.py"))
+    found = set()
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "quantize.py").write_text(text)
+        found.add(reproduce._sources.__wrapped__())
+    assert len(found) == 2
+
+
 def test_papers_are_listed_with_their_claims_and_verdicts(paper, capsys):
     paper()
     assert main(["reproduce"]) == 0
@@ -136,6 +164,16 @@ def test_the_table_of_all_papers_is_that_of_the_committed_results():
     assert (EXPERIMENTS / "README.md").read_text() == reproduce.overview(EXPERIMENTS)
 
 
+def test_rules_that_are_judged_once_made_the_same_runs():
+    folder = EXPERIMENTS / "loss_scalers"
+    results = reproduce.results_of(reproduce.committed(folder))
+    torch, *others = sys.modules[reproduce.load(folder, quick=False).arms["torch"].measure.__module__].TORCH_LIKE
+    for other in others:
+        for seed, found in results[torch].items():
+            for metric in ("scales", "loss", "accuracy", "skipped_steps"):
+                assert results[other][seed][metric] == found[metric], (other, seed, metric)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_each_paper_says_its_figures_and_sources_in_both_sizes(name):
     for quick in (False, True):
@@ -154,3 +192,6 @@ def test_the_quick_version_of_a_paper_runs(name, tmp_path, monkeypatch, capsys):
     assert "tables and plots" in capsys.readouterr().out
     results = json.loads((tmp_path / name / "quick" / "results.json").read_text())
     assert all(claim["verdict"] for claim in results["claims"])
+    for arm in results["arms"].values():
+        for found in arm["seeds"].values():
+            assert found["git"] is None or set(found["git"]) == {"revision", "dirty"}, "says not what measured it"
