@@ -17,9 +17,10 @@ from jaxmp import Pruning
 from jaxmp.cli import main
 from jaxmp.commands.prune import _default_pruning, without_pruning
 from jaxmp.data.source import Columns
+from jaxmp.deploy.accuracy import trade
 from jaxmp.deploy.export import Measured
 from jaxmp.deploy.forward import Forward
-from jaxmp.deploy.prune import Weight, _flops, prune
+from jaxmp.deploy.prune import Weight, _flops, _metrics, prune
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.modules.linen import module_classes
 from jaxmp.training.pruning import pruning_state
@@ -151,6 +152,15 @@ def test_products_of_two_activations_save_no_flops():
     with_weights = 2 * (4 * 6 * 8 * 8 + (8 + 4) * 16 + 4 * 3)
     attention = 2 * (2 * 6 * 6 * 8)
     assert found == {"float32": (with_weights + attention, with_weights // 2 + attention)}
+
+
+@pytest.mark.slow
+def test_metrics_are_of_the_rows_that_are_measured(run):
+    measured, state = Measured.of_run(run, "test", 5), run.state("best")
+    found = _metrics(run, measured, state)
+    outputs = lambda batch: run.outputs(dict(batch), state)  # noqa: E731
+    assert found["accuracy"] == pytest.approx(trade(run, measured.source, outputs, outputs).before.share)
+    assert found["loss"] != run.evaluate("test", state)["loss"]
 
 
 @pytest.mark.slow
