@@ -55,6 +55,19 @@ def test_the_exponent_is_that_of_the_larger_sizes(benchmark):
     assert benchmark("growth").exponent(sizes, seconds) == pytest.approx(2)
 
 
+def test_a_share_is_of_the_peak_and_the_ceiling_of_the_same_arithmetic(benchmark):
+    gpu, most = benchmark("gpu"), {"bfloat16": 8e14, "tensorfloat32": 4e14, "float32": 5e13}
+    of = {kind: gpu.shares(1e13, kind, "NVIDIA H200", most) for kind in (*most, "float16")}
+    assert {kind: each["of_ceiling"] for kind, each in of.items()} == {
+        "bfloat16": 1 / 80,
+        "tensorfloat32": 1 / 40,
+        "float32": 1 / 5,
+        "float16": None,
+    }
+    assert of["float32"]["mfu"] == pytest.approx(1e13 / 67e12)
+    assert of["tensorfloat32"]["mfu"] == pytest.approx(1e13 / 494.7e12)
+
+
 SMALLEST = {
     "checkpoint": (("--quick",), {"1"}),
     "gpu": (
