@@ -44,6 +44,92 @@ def test_the_newest_result_of_each_device_is_shown_and_none_of_a_quick_run(bench
     assert found == {"peers on cpu": ("cpu-2026-01-02.json", 1), "peers on gpu-x": ("gpu-x-2026-01-01.json", 3)}
 
 
+def test_a_partial_result_is_shown_only_where_there_is_no_whole_one(benchmark, tmp_path):
+    run, tables = benchmark("run"), benchmark("tables")
+    for stem, results in {
+        "cpu-2026-01-01": {"peers": {"value": 1}, "start, partial": {"value": 2}},
+        "cpu-2026-01-02": {"peers, partial": {"value": 3}},
+    }.items():
+        (tmp_path / f"{stem}.json").write_text(json.dumps(results))
+    found = run.newest(tmp_path)
+    assert found == {
+        "peers on cpu": ("cpu-2026-01-01.json", {"value": 1}),
+        "start on cpu": ("cpu-2026-01-01.json", {"value": 2, "partial": True}),
+    }
+    origin = {"versions": {"jax": "1"}, "command": "python x"}
+    assert "partial" in tables.origin("start on cpu", "x.json", origin | {"partial": True})
+    assert "partial" not in tables.origin("start on cpu", "x.json", origin)
+
+
+FAKE = """
+import json, os, sys
+from pathlib import Path
+
+output = Path(sys.argv[sys.argv.index("--output") + 1])
+kept = json.loads(output.read_text())["results"] if output.exists() else {}
+if "one" not in kept or "--more" in sys.argv:
+    results = kept | {"one": kept.get("one", os.environ["NOW"])} | ({"more": 1} if "--more" in sys.argv else {})
+    output.write_text(json.dumps({"git": {"revision": os.environ["REVISION"]}, "results": results}))
+sys.exit("--fail" in sys.argv)
+"""
+
+
+@pytest.fixture
+def run_fake(benchmark, tmp_path, monkeypatch):
+    """Runs a made-up benchmark that can resume; returns its entries in the file of results."""
+    module, file = benchmark("run"), tmp_path / "results" / "cpu-2026-01-01.json"
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "BENCHMARKS", {"fake": module.OWN})
+    monkeypatch.setattr(module, "QUICK", set())
+
+    def call(now, *extra, revision="a", quick=False, again=False):
+        monkeypatch.setenv("NOW", now)
+        monkeypatch.setenv("REVISION", revision)
+        monkeypatch.setattr(module, "revision", lambda: revision)
+        try:
+            module.run("fake", file, quick=quick, again=again, torch="", extra=list(extra))
+        except SystemExit:
+            assert "--fail" in extra
+        return json.loads(file.read_text())
+
+    return call
+
+
+def test_a_run_resumes_at_the_same_revision_only(run_fake):
+    def measured(*args, **kwargs):
+        return run_fake(*args, **kwargs)["fake"]["results"]["one"]
+
+    assert measured("1") == "1"
+    assert measured("2") == "1", "resumed"
+    assert measured("3", revision="b") == "3", "what another revision measured is not this one's"
+    assert measured("4", revision="b", again=True) == "4"
+    assert measured("5", revision="b", quick=True) == "5", "a quick run sees whether all is well: it measures"
+
+
+def test_a_failed_run_leaves_the_whole_result_and_is_gone_on_with(run_fake):
+    whole = run_fake("1")["fake"]
+    assert run_fake("2", "--fail") == {"fake": whole}, "nothing new was measured"
+    failed = run_fake("3", "--more", "--fail")
+    assert failed["fake"] == whole and failed["fake, partial"]["results"] == {"one": "1", "more": 1}
+    assert run_fake("4", "--fail") == failed
+    ended = run_fake("5")
+    assert set(ended) == {"fake"} and ended["fake"]["results"] == {"one": "1", "more": 1}
+    assert ended["fake"]["command"] == failed["fake, partial"]["command"], "this run measured nothing"
+
+
+def test_each_extra_is_handed_on_and_recorded(benchmark, run_fake, monkeypatch, tmp_path):
+    recorded = run_fake("1", "--more", "--names=a b")["fake"]["command"]
+    assert recorded == "python experiments/benchmarks/run.py fake --extra=--more '--extra=--names=a b'"
+    run, given = benchmark("run"), []
+    monkeypatch.setattr(run, "run", lambda name, file, **how: given.append((name, how["extra"])))
+    monkeypatch.setattr(run, "draw", lambda results, folder: None)
+    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("")
+    tyro.cli(run.main, args=["fake", "--extra=--models", "--extra=MLP"])
+    assert given == [("fake", ["--models", "MLP"])]
+
+
 def test_only_what_is_a_benchmark_is_run(benchmark):
     with pytest.raises(SystemExit, match="startt: there is no such benchmark; there are peers, start"):
         benchmark("run").main(("peers", "startt"))
