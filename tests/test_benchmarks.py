@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import tyro
 
@@ -152,6 +154,35 @@ def test_a_share_is_of_the_peak_and_the_ceiling_of_the_same_arithmetic(benchmark
     }
     assert of["float32"]["mfu"] == pytest.approx(1e13 / 67e12)
     assert of["tensorfloat32"]["mfu"] == pytest.approx(1e13 / 494.7e12)
+
+
+def losing(first, fall):
+    """A step whose loss falls, and its state: 6 parameters, a counter, and a loss scale, which is no parameter."""
+    state = {"w": jnp.ones((2, 3)), "i": jnp.int32(0), "scale": jnp.float32(1)}
+    return lambda of, batch: (of | {"i": of["i"] + 1}, {"loss": first - fall * of["i"]}), state
+
+
+def test_peers_that_train_another_model_are_not_compared(benchmark, monkeypatch):
+    peers, cases = benchmark("peers"), benchmark("peer_steps.cases")
+    case = cases.Case(cases.MLP((4,)), (3,), 2)
+    step, state = losing(2.0, 0.1)
+    same = {"hand-written": (step, state), "jaxmp": (step, state), "Flax": losing(3.0, 0.1)}
+    monkeypatch.setattr(peers, "module_of", lambda file: None)
+    assert peers.check_parameters(case, same) == {"hand-written": 6, "jaxmp": 6, "Flax": 6}
+    with pytest.raises(RuntimeError, match="numbers of parameters are .*'Haiku': 8"):
+        peers.check_parameters(case, same | {"Haiku": (step, state | {"b": jnp.ones(2)})})
+    for file, name in {"torch_amp": "torch", "keras_jax": "Keras"}.items():
+        peer = types.SimpleNamespace(parameters=lambda case: 7)
+        monkeypatch.setattr(peers, "module_of", lambda wanted, file=file, peer=peer: peer if wanted == file else None)
+        with pytest.raises(RuntimeError, match=f"numbers of parameters are .*'{name}': 7"):
+            peers.check_parameters(case, same)
+    losses = peers.check_losses(case, "float32", same)
+    assert losses["jaxmp"] == pytest.approx({"1": 2.0, "5": 1.6})
+    for name, other in {"jaxmp": losing(2.001, 0.1), "jaxmp, NoScaler": losing(2.0, 0.101)}.items():
+        with pytest.raises(RuntimeError, match="not the same model: the losses"):
+            peers.check_losses(case, "float32", same | {name: other})
+    with pytest.raises(RuntimeError, match="Flax does not train"):
+        peers.check_losses(case, "float32", same | {"Flax": losing(3.0, 0.0)})
 
 
 SMALLEST = {
