@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
@@ -213,6 +215,29 @@ def made(benchmark, name, arguments, output):
     result = json.loads(output.read_text())
     assert benchmark("tables").__dict__[name](result).count("|") > 8
     return result["results"]
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_first_step_are_of_the_program_by_hand_itself():
+    script = FOLDER / "start_programs" / "parts.py"
+    command = [sys.executable, "-X", "importtime", str(script), "hand-written"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert list(found) == ["importing", "data", "first state", "tracing", "lowering", "compiling", "the step"]
+    assert "jaxmp" not in done.stderr, "what is compared with jaxmp imports nothing of it"
+
+
+@pytest.mark.slow
+def test_the_resident_batches_of_the_pipeline_are_those_of_the_feed_of_jaxmp(benchmark):
+    pipeline = benchmark("pipeline")
+    rows = pipeline.rows_of(256)
+    batches = pipeline.of_jaxmp_resident(rows)
+    found = [{name: np.asarray(column) for name, column in next(batches).items()} for _ in range(4)]
+    for epoch in range(2):
+        for position, order in enumerate(pipeline.Batches(256, pipeline.BATCH, seed=0).epoch_rows(epoch)):
+            batch = found[2 * epoch + position]
+            np.testing.assert_array_equal(batch["label"], rows["label"][order])
+            np.testing.assert_allclose(batch["image"], rows["image"][order] / 255, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ BASELINE = "hand-written"
 JAX_PEERS = {"Flax": "flax_linen", "Haiku and jmp": "haiku_jmp", "mpx": "mpx_equinox"}
 """peers that have a `make(case, precision) -> (step, state)`, by the file in peer_steps"""
 PRECISIONS = ("float32", "bfloat16", "float16")
-CLOSE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
+CLOSE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
 """how far a loss of jaxmp's may be from that of the hand-written step, which has the same weights, relatively"""
 
 
