@@ -171,12 +171,12 @@ def test_peers_that_train_another_model_are_not_compared(benchmark, monkeypatch)
     same = {"hand-written": (step, state), "jaxmp": (step, state), "Flax": losing(3.0, 0.1)}
     monkeypatch.setattr(peers, "module_of", lambda file: None)
     assert peers.check_parameters(case, same) == {"hand-written": 6, "jaxmp": 6, "Flax": 6}
-    with pytest.raises(RuntimeError, match="numbers of parameters are .*'Haiku': 8"):
+    with pytest.raises(RuntimeError, match=r"numbers of parameters are .*'Haiku': 8"):
         peers.check_parameters(case, same | {"Haiku": (step, state | {"b": jnp.ones(2)})})
     for file, name in {"torch_amp": "torch", "keras_jax": "Keras"}.items():
         peer = types.SimpleNamespace(parameters=lambda case: 7)
         monkeypatch.setattr(peers, "module_of", lambda wanted, file=file, peer=peer: peer if wanted == file else None)
-        with pytest.raises(RuntimeError, match=f"numbers of parameters are .*'{name}': 7"):
+        with pytest.raises(RuntimeError, match=rf"numbers of parameters are .*'{name}': 7"):
             peers.check_parameters(case, same)
     losses = peers.check_losses(case, "float32", same)
     assert losses["jaxmp"] == pytest.approx({"1": 2.0, "5": 1.6})

@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 cores multiply all but float32, which has only the ordinary cores. Source: NVIDIA's data sheets of the H100, H200 and
 A100, without sparsity."""
 
-_ALGORITHMS = {
+_ALGORITHMS: dict[Any, str] = {
     DotAlgorithmPreset.F32_F32_F32: "float32",
     DotAlgorithmPreset.TF32_TF32_F32: "tensorfloat32",
     DotAlgorithmPreset.BF16_BF16_F32: "bfloat16",
@@ -44,7 +44,7 @@ def arithmetic(eqn: Any) -> str:
     """
     precision = eqn.params["precision"]
     if isinstance(precision, (DotAlgorithm, DotAlgorithmPreset)) and precision != DotAlgorithmPreset.DEFAULT:
-        return _ALGORITHMS.get(precision, str(precision))  # type: ignore[call-overload]
+        return _ALGORITHMS.get(precision, str(precision))
     dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
     if dtype == "float32" and not (isinstance(precision, tuple) and Precision.HIGHEST in precision):
         return "tensorfloat32"

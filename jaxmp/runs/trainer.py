@@ -586,7 +586,7 @@ class Trainer:
 
     @functools.cached_property
     def step_flops(self) -> dict[str, float]:
-        """The FLOPs of a step's products and convolutions, by their `arithmetic`: of the loss, and twice as many backward.
+        """The FLOPs of a step's products and convolutions by `arithmetic`: of the loss, and twice as many backward.
 
         Of several objectives, the mean of a step. The update, and all that is no product, does not count.
         """
