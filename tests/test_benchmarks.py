@@ -120,6 +120,9 @@ def test_a_failed_run_leaves_the_whole_result_and_is_gone_on_with(run_fake):
     ended = run_fake("5")
     assert set(ended) == {"fake"} and ended["fake"]["results"] == {"one": "1", "more": 1}
     assert ended["fake"]["command"] == failed["fake, partial"]["command"], "this run measured nothing"
+    run_fake("6", "--fail", revision="b", again=True)
+    assert set(run_fake("7", "--fail")) == {"fake", "fake, partial"}
+    assert run_fake("8")["fake"] == ended["fake"], "gone on with what is of this revision"
 
 
 def test_each_extra_is_handed_on_and_recorded(benchmark, run_fake, monkeypatch, tmp_path):

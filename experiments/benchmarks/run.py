@@ -140,8 +140,10 @@ def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: l
       extra: further arguments of the script.
     """
     results = json.loads(file.read_text()) if file.exists() else {}
-    begun = results.get(name + PARTIAL, results.get(name))
-    resumed = begun is not None and not again and not quick and is_of_revision(begun, revision())
+    now = revision()
+    candidates = [results[key] for key in (name + PARTIAL, name) if key in results]
+    begun = next((of for of in candidates if is_of_revision(of, now)), None)
+    resumed = begun is not None and not again and not quick
     python = environment(torch) if BENCHMARKS[name] == PEERS else Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
@@ -163,7 +165,8 @@ def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: l
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     if done.returncode:
-        raise SystemExit(f"{name} ended with exit code {done.returncode}; what it measured is in {file}")
+        where = "" if made is None else f"; what it measured is in {file}"
+        raise SystemExit(f"{name} ended with exit code {done.returncode}{where}")
 
 
 def newest(folder: Path = RESULTS) -> dict[str, tuple[str, dict[str, Any]]]:
