@@ -229,6 +229,16 @@ def test_configs_lists_names_with_their_first_line(folder, capsys):
     assert re.search(r"^digits_mlp +8x8 handwritten digits", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("text", ["{", '{"accuracy": 0.9}', "[3]", '[{"config": "a", "test": {}}]'])
+def test_a_results_file_of_another_shape_is_named_with_the_keys_that_are_expected(folder, capsys, text):
+    (folder / "configs").mkdir()
+    (folder / "configs" / "mine.py").write_text('"""My record."""\n')
+    (folder / "configs" / "results.json").write_text(text)
+    assert main(["configs", "--markdown"]) == 2
+    err = printed(capsys)[1]
+    assert str(Path("configs", "results.json")) in err and "config, options, metric, seeds, test" in err
+
+
 def test_doctor_knows_the_extras_of_pyproject_and_no_others():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(doctor.EXTRAS) == set(extras) - {"cuda12", "cuda13"}

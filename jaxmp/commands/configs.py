@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxmp.commands.command import Command
@@ -80,9 +81,34 @@ def _results() -> list[dict[str, Any]]:
     """What configs reached: the results.json beside them, if there is one."""
     for folder in config_file.folders():
         if (folder / "results.json").is_file():
-            found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
-            return found
+            return _read_results(folder / "results.json")
     return []
+
+
+ROW = {"config": str, "options": str, "metric": str, "seeds": list, "test": dict}
+"""the keys of a row of results.json, and what each holds"""
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.json. Raises InputError if the file is something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); expected {_ROWS}") from error
+    for number, row in enumerate(found if isinstance(found, list) else [found], start=1):
+        if not isinstance(found, list) or not isinstance(row, dict) or not _is_row(row):
+            raise InputError(f"{path}: row {number} is {json.dumps(row):.80}; expected {_ROWS}")
+    return found
+
+
+_ROWS = f"a list of objects with the keys {', '.join(ROW)}, as experiments/precisions/results.py writes it"
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    return all(isinstance(row.get(name), kind) for name, kind in ROW.items()) and all(
+        isinstance(values, list) and all(value is None or isinstance(value, int | float) for value in values)
+        for values in row["test"].values()
+    )
 
 
 def _measured(results: Sequence[dict[str, Any]]) -> str:

@@ -83,17 +83,16 @@ def _memory(trainer: Trainer) -> Iterator[str]:
     """Lists the memory of each device during a step, in MiB: predicted from shapes, then reported by the compiler."""
     experiment, (step, arguments) = trainer.experiment, trainer.program()
     compiled = step.lower(*arguments).compile().memory_analysis()
-    resident = nbytes(trainer.source()) <= experiment.data.device_limit * MIB
     parts = {
         "state and batch": compiled.argument_size_in_bytes,
         "temporaries": compiled.temp_size_in_bytes,
-        "training set": nbytes(trainer.source(), experiment.data.prepare_once) if resident else 0,
+        "training set": nbytes(trainer.source(), experiment.data.prepare_once) if not trainer.is_streamed else 0,
     }
     yield "memory of a device, in MiB: predicted from shapes"
     yield str(memory(experiment))
     yield "and as compiled for these devices"
     rows = [
-        (name, f"{size / MIB:,.2f}", "streamed" if name == "training set" and not resident else "")
+        (name, f"{size / MIB:,.2f}", "streamed" if name == "training set" and trainer.is_streamed else "")
         for name, size in (*parts.items(), ("together", sum(parts.values())))
     ]
     yield table(rows, right=[1], widths=(36, 12))

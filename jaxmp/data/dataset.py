@@ -36,7 +36,8 @@ class Dataset(abc.ABC):
     """Rows in a training batch, counted over all devices."""
     eval_batch_size: int = field(default=512, metadata={"identity": "rounds"})
     """Rows in an evaluation batch, counted over all devices."""
-    device_limit: int = field(default=1024, metadata={"identity": "operates"})
+    # It rounds: what `prepare_once` makes on the host and `prepare` makes in the step differ in their last digits.
+    device_limit: int = field(default=1024, metadata={"identity": "rounds"})
     """Largest training split, in MiB, that is kept in device memory; a larger one is streamed from the host."""
     workers: int = field(default=0, metadata={"identity": "operates"})
     """Processes that read a streamed training split; 0 reads in threads."""

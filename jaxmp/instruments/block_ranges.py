@@ -202,8 +202,12 @@ def _scales_of(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -
     amax, scale = largest_magnitude(x), 1 / product.scales[operand.role]
     finite = jnp.isfinite(amax)
     scale, amax = jnp.where(finite, scale, jnp.nan), jnp.where(finite, amax, 0)
-    whole = (1,) * x.ndim
-    return x, BlockScales(scale.reshape(whole), jnp.broadcast_to(scale, x.shape), amax.reshape(whole))
+    limit = scale * clips_above(operand.format.format)  # type: ignore[union-attr]
+    of_block, of_numbers = (
+        (lambda value: value.reshape((1,) * x.ndim)),
+        (lambda value: jnp.broadcast_to(value, x.shape)),
+    )
+    return x, BlockScales(of_block(scale), of_numbers(scale), of_block(amax), of_block(limit), of_numbers(limit))
 
 
 def _axis(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int, ...] | None:
@@ -214,11 +218,10 @@ def _axis(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int
 def _measured(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> jax.Array:
     """The sums of one operand, float32 (_SIZE,)."""
     numbers, found = _scales_of(x, operand, product)
-    element = operand.format.element if isinstance(operand.format, BlockFormat) else operand.format.format  # type: ignore[union-attr]
     bad = jnp.isnan(found.of_blocks)
-    over = jnp.abs(numbers) > found.of_numbers * clips_above(element)  # False where a scale is NaN
+    over = jnp.abs(numbers) > found.limit_of_numbers  # False where a scale is NaN
     # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
-    clipped = found.amax > found.of_blocks * clips_above(element)
+    clipped = found.amax > found.limit
     totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
     size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
     parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]

@@ -42,6 +42,8 @@ _LANES = 16
 
 _T = 2.131449545559323  # the 97.5 % point of Student's t with 15 degrees of freedom
 
+_SMALLEST = 2.0**-80  # sum of squares in float32, of a million numbers say, whose errors' squares do not underflow
+
 _SUMS = 2 * GROUPS + 1  # of errors times numbers and of squares, by group; of squared errors
 _OPERAND = _SUMS + 7  # and counts: numbers, not zero, underflow, clipped; of scales: number, logarithms, their squares
 
@@ -70,7 +72,10 @@ wgrad=e4m3:block32/e4m3:block32')
 
 
 class OperandLoss(NamedTuple):
-    """What one operand of a product loses. Shares are of its numbers that are not zero; None where all are zero."""
+    """What one operand of a product loses. Shares are of its numbers that are not zero; None where all are zero.
+
+    Errors and bias are None as well where the norm is below 2^-40: the squares of errors would underflow in float32.
+    """
 
     format: str
     """the format it is rounded to; `high` if it is not rounded"""
@@ -105,8 +110,8 @@ class ProductLoss(NamedTuple):
     low: float | None
     high: float | None
     signal_to_noise: float | None
-    """norm of the exact product by the norm of its error; None where the product is zero or not finite, infinity
-    without an error"""
+    """norm of the exact product by the norm of its error; None where the product is not finite, or its norm is 0 or
+    below 2^-40, where squares of errors would underflow; infinity without an error"""
 
     @property
     def stalls(self) -> bool:
@@ -310,7 +315,7 @@ def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _R
     limit, scales = jnp.float32(jnp.inf), jnp.zeros(3)
     if isinstance(format, BlockFormat):
         rounded, found = round_blocks_with_scales(x, noise, format, block_axes(operand, axes, x.ndim))
-        limit = found.of_numbers * clips_above(format.element)
+        limit = found.limit_of_numbers
         logs = jnp.log2(jnp.where(found.amax > 0, jnp.maximum(found.of_blocks, 2.0**-126), 1))
         scales = jnp.stack([_count(found.amax > 0), *(jnp.sum(_by_group(each)) for each in (logs, logs * logs))])
     elif isinstance(format, Delayed):  # as if the history held the magnitudes of this step
@@ -351,7 +356,7 @@ def _bias_and_ratio(sums: np.ndarray) -> tuple[float | None, float | None, float
     """Returns bias, its interval, and signal to noise."""
     along, squares, error = sums[:GROUPS], sums[GROUPS : 2 * GROUPS], float(sums[-1])
     total = float(squares.sum())
-    if not np.isfinite(sums).all() or total <= 0:
+    if not np.isfinite(sums).all() or total < _SMALLEST:
         return None, None, None, None
     bias, ratio = float(along.sum()) / total, math.sqrt(total / error) if error > 0 else math.inf
     used = squares > 0

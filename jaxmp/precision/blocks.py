@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -507,6 +508,11 @@ class BlockScales(NamedTuple):
     """float32, shape of the array: the scale of each number's block"""
     amax: jax.Array
     """float32, shape of `of_blocks`: the largest finite magnitude of each block whose numbers are all finite, else 0"""
+    limit: jax.Array
+    """float32, shape of `of_blocks`: the magnitude above which numbers of the block are clipped; NaN as `of_blocks`. It
+    is no product of these: where a scale is subnormal, processors take it for 0"""
+    limit_of_numbers: jax.Array
+    """float32, shape of the array: the limit of each number's block"""
 
 
 def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int] | None = None) -> BlockScales:
@@ -523,18 +529,18 @@ def block_scales(x: Any, format: BlockFormat | str, *, axis: int | Sequence[int]
 
 
 def _block_scales(scaling: _Scaling, layout: _Layout, format: BlockFormat) -> BlockScales:
-    if format.scale == "e8m0":
-        # 2^-127, which float32 holds as a subnormal number, is the scale of blocks of zeros alone: it is given as 0.
-        bits = jnp.where(scaling.bad, jnp.uint32(INFINITY | 0x400000), scaling.stored.astype(jnp.uint32) << 23)
-        scale = bitcast_convert_type(bits, jnp.float32)
-    elif format.scale == "f32":
-        scale = scaling.stored
-    else:
-        assert scaling.tensor_scale is not None
-        scale = jnp.where(scaling.bad, jnp.nan, _e4m3_numbers(scaling.stored) * scaling.tensor_scale)
+    def times_scale(number: float) -> jax.Array:
+        return bitcast_convert_type(_scaled(jnp.float32(number), scaling.decode, scaling.bad), jnp.float32)
+
+    scale, limit = times_scale(1.0), times_scale(clips_above(format.element))
+    if format.scale == "e8m0":  # a block of zeros stores 2^-127, the smallest scale
+        scale = jnp.where((scaling.amax == 0) & ~scaling.bad, 0, scale)
     amax = bitcast_convert_type(scaling.amax, jnp.float32)
-    whole = layout.ungrouped(jnp.broadcast_to(scale, layout.split))
-    return BlockScales(jnp.squeeze(scale, layout.inner), whole, jnp.squeeze(amax, layout.inner))
+    whole, whole_limit = (layout.ungrouped(jnp.broadcast_to(each, layout.split)) for each in (scale, limit))
+    inner = layout.inner
+    return BlockScales(
+        jnp.squeeze(scale, inner), whole, jnp.squeeze(amax, inner), jnp.squeeze(limit, inner), whole_limit
+    )
 
 
 def clips_above(element: Element) -> float:
@@ -834,7 +840,10 @@ def _elements(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, eleme
 
 
 def _scaled(numbers: jax.Array, scale: _Factor, bad: jax.Array) -> jax.Array:
-    """Returns the bits of magnitudes of elements times their scales; NaN where those are `bad`."""
+    """Returns the bits of magnitudes of elements times their scales; NaN where those are `bad`.
+
+    A subnormal product with a scale that is no power of two is rounded twice: it can be 2^-149 from the nearest.
+    """
     if scale.factor is not None:
         numbers = numbers * scale.factor
     result = times_power_of_two(bitcast_convert_type(numbers, jnp.uint32), scale.exponent)
@@ -953,7 +962,10 @@ def _axes(shape: tuple[int, ...], format: BlockFormat, axis: int | Sequence[int]
     if format.block == "tensor":
         return tuple(range(len(shape)))
     count = 1 if isinstance(format.block, str) else len(format.block)
-    given = tuple(range(-count, 0)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if axis is None:
+        given = tuple(range(-count, 0))
+    else:
+        given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
     normal = tuple(a + len(shape) if a < 0 else a for a in given)
     if any(not 0 <= a < len(shape) for a in normal) or len(set(normal)) < len(normal):
         raise InputError(f"quantize to {format}: axis={axis!r}, by which blocks run along {given}, of shape {shape}")

@@ -300,7 +300,11 @@ def round_to_integer(x: jax.Array, noise: jax.Array | None, element: Integer) ->
       noise: 32 random bits for each number, uint32, for stochastic rounding; None rounds to nearest.
       element: an integer without a fraction, such as int8.
     """
-    whole = jnp.round(x) if noise is None else jnp.floor(x + (noise >> 8).astype(FLOAT32) * 2.0**-24)
+    if noise is None:
+        whole = jnp.round(x)
+    else:  # x + noise would be rounded, up to the next whole number even where x is one
+        below = jnp.floor(x)
+        whole = below + ((noise >> 8).astype(FLOAT32) * 2.0**-24 < x - below)
     return jnp.clip(whole, -element.max, element.max)
 
 

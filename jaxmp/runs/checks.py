@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import check_splits, check_values, nbytes, sample
+from jaxmp.data.pipeline import check_splits, check_values, sample
 from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
@@ -88,8 +88,8 @@ def check_vocabulary(experiment: Experiment) -> None:
 
 def reading_processes(trainer: Trainer) -> int:
     """How many processes read the training split: `data.workers` if it is streamed, else 0."""
-    data = trainer.experiment.data
-    return data.workers if data.workers and nbytes(trainer.source()) > data.device_limit * 2**20 else 0
+    workers = trainer.experiment.data.workers
+    return workers if workers and trainer.is_streamed else 0
 
 
 def refuse_unguarded_script(workers: int) -> None:

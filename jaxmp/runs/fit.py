@@ -49,7 +49,7 @@ from jaxmp.runs.going_on import (
 from jaxmp.runs.hooks import Evaluated, Hook, HookFailed, Hooks, Pause, StateLost, StepInfo
 from jaxmp.runs.privacy import Spending, may_share_rows, private_seeds, spent_by
 from jaxmp.runs.provenance import provenance
-from jaxmp.runs.records import Line, Records
+from jaxmp.runs.records import Line, Records, is_pruned
 from jaxmp.runs.run import Run
 from jaxmp.runs.trace import StepRange, Trace
 from jaxmp.runs.trainer import SPLITS, Trainer
@@ -520,6 +520,8 @@ class _Session:
             if because and not failed:
                 self.log(f"stopped after step {step}: {because}")
                 processes.from_first(functools.partial(self.folder.write_stop, step, because))
+            if measured is not None and (because or step == trainer.steps):
+                records.count_last(step, measured)
             counted = measured if records.is_counted(step) else None  # by which the best is chosen
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, counted)
             records.interrupted()
@@ -596,11 +598,16 @@ class _Session:
             _, failed = self._call_hooks(Evaluated(step, state, "test", test, self.folder.path))
             if failed:
                 self._fail_in_hook(failed, step)
+        counts = records.counts(step, state)
+        if not is_pruned(counts, self.trainer):
+            skipped = counts["skipped_steps"]
+            why = f"the run was stopped after step {step}" if because else f"{skipped} of the steps were skipped"
+            self.log(f"pruned to {counts['sparsity']:.2%}, not {experiment.pruning.share:.2%}, since {why}")
         best_step, best = records.best()
         best_on_test = self._test_of_best(best_step, step, state, test) if "test" in splits else None
         summary = {
             "steps": step,
-            **records.counts(step, state),
+            **counts,
             **records.spent(step),
             "test": test,
             "best": {"step": best_step, self.trainer.monitor.name: best, "test": best_on_test}

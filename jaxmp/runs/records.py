@@ -262,6 +262,11 @@ class Records:
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         return values
 
+    def count_last(self, step: int, values: Mapping[str, float]) -> None:
+        """Counts the evaluation after the last step, `values`, though skipped steps or a stop delayed the pruning."""
+        if not self.is_counted(step):
+            self._evaluated.append((step, values[self._trainer.monitor.name]))
+
     def is_counted(self, step: int) -> bool:
         """Whether the evaluation after `step` counts for the best weights and for patience."""
         return any(at == step for at, _ in self._evaluated)
@@ -381,7 +386,7 @@ def counted_evaluations(
 ) -> Evaluations:
     """The evaluations among lines that count for the best and for patience: those that this run's loop would make.
 
-    Of a run with pruning, those from the step on in which it is pruned as far as it will be.
+    Of a run with pruning, those from the step on in which it is pruned as far as it will be, and the last one.
 
     Args:
       records: lines of metrics.jsonl.
@@ -391,7 +396,8 @@ def counted_evaluations(
     """
     due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
     evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
-    evaluations = [line for line in evaluations if is_pruned(line, trainer)]
+    last = (trainer.steps, stopped_at)
+    evaluations = [line for line in evaluations if is_pruned(line, trainer) or line["step"] in last]
     steps = [(line["step"], line) for line in evaluations]
     return [(step, _number(line[name])) for step, line in steps if due.evaluation(step) or step == stopped_at]
 

@@ -125,6 +125,12 @@ class Trainer:
         return {split: fingerprint(self.source(split), workers=readers.get(split, 0)) for split in self.splits}
 
     @functools.cached_property
+    def is_streamed(self) -> bool:
+        """Whether the training split, as it would lie on the device, is larger than `data.device_limit`."""
+        data = self.experiment.data
+        return nbytes(self.source(), data.prepare_once) > data.device_limit * 2**20
+
+    @functools.cached_property
     def batches(self) -> Batches:
         """Which rows each step sees."""
         data, loop, optimizer = self.experiment.data, self.experiment.loop, self.experiment.optimizer
@@ -246,6 +252,7 @@ class Trainer:
 
         The single objective's name is "". Runs that differ in these values alone share one compiled program. XLA may
         round an argument otherwise than a constant, so that all that repeats a step of training passes them as it does.
+        They are float32, also where parameters are float64: they then differ from the given ones by up to 1 in 2**24.
         """
         found = {}
         for name, of in self.by_name.items():
@@ -466,7 +473,7 @@ class Trainer:
             "numbers": self.numbers,
             "due_steps": self.due_steps,
         }
-        if nbytes(source) > data.device_limit * 2**20:
+        if self.is_streamed:
             return Streamed(self.train_step, data, source, self.batches, self.devices, self.steps, **how)
         return Resident(self.train_step, data, source, self.batches, self.devices, fuse=fuse, **how)
 
@@ -588,8 +595,16 @@ class Trainer:
     def step_flops(self) -> dict[str, float]:
         """The FLOPs of a step's products and convolutions by `arithmetic`: of the loss, and twice as many backward.
 
-        Of several objectives, the mean of a step. The update, and all that is no product, does not count.
+        Of several objectives, the mean of a step. The update, and all that is no product, does not count. {} where not
+        every product has a backward pass, so that their number is not known without tracing the gradient: a parameter
+        is frozen, an objective trains a part alone, or the task has a teacher.
         """
+        whole = len(jax.tree.leaves(self.state_spec.params))
+        views = [trained_view(self.state_spec.params, of.trains) for of in self.by_name.values()]
+        task = self.experiment.task
+        has_teacher = getattr(task, "teacher", None) is not None and getattr(task, "teacher_weight", True)
+        if has_teacher or any(len(jax.tree.leaves(view)) < whole for view in views):
+            return {}
         found: dict[str, float] = {}
         for name, traced in self._forward.items():
             every = 1 if name is None else self.objectives[name].every
@@ -654,7 +669,7 @@ class Trainer:
 
 
 def _rate(optimizer: Optimizer, steps: int, applied: Any, numbers: Any) -> Any:
-    return optimizer.rate(steps, numbers)(applied)
+    return optimizer.rate_of(steps, numbers)(applied)
 
 
 class _Traced(NamedTuple):

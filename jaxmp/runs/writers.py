@@ -13,7 +13,8 @@ A record is one flat mapping. Its fields:
     epsilon              float, of an evaluation of a private run: what the weights tell of a row, at the optimizer's
                          delta; null if nothing bounds it
     examples_per_second  float
-    tflops_per_second    float, of the products and convolutions of the model, see `Trainer.step_flops`
+    tflops_per_second    float, of the products and convolutions of the model, see `Trainer.step_flops`; not there where
+                         parameters are frozen, an objective trains a part alone, or there is a teacher
     mfu                  float, the share of what the devices can reach; not there where that is not known
     wall_seconds         float, of all sessions of the run so far
     ...                  any other metric of the task, a float: accuracy, say

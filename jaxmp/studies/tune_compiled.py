@@ -3,7 +3,7 @@
 Trials whose programs are equal share them: those that differ in numbers that are arguments of the step in every run
 (learning rate, its schedule's numbers, weight decay, clipping norm, momentum, eps, EMA decay, number of epochs, seed;
 see `Trainer.numbers`), and all trials of one model share evaluation. Where a trial changes what is a constant (a width,
-a batch size, dropout, b1), its step is compiled once for that value.
+a batch size, dropout, b1; with pruning also the number of epochs), its step is compiled once for that value.
 """
 
 from __future__ import annotations

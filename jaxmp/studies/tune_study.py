@@ -352,7 +352,7 @@ def _refuse_no_journal(path: Path) -> None:
         first = file.readline(JOURNAL_LINE)
     if not first:
         return
-    if not first.endswith(b"\n"):
+    if not first.endswith(b"\n") and len(first) < JOURNAL_LINE:  # a longer one is no journal's
         raise InputError(
             f"--storage {path}: is there and no journal of Optuna: its first line has no end; expected another file; "
             "or delete this one, if a study was being made in it when the machine went down"

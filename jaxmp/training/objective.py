@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jaxmp.errors import InputError, nearest
@@ -92,11 +93,11 @@ def check_every(every: Any, where: str) -> None:
 def check_ema_decay(decay: Any, where: str) -> None:
     """Raises InputError unless `decay` is a number between 0 and 1, or None; `where` names it in the message.
 
-    A scalar array, such as an argument of the program that is being traced, is taken unchecked.
+    A JAX scalar, such as an argument of the program that is being traced, is taken unchecked.
     """
-    if isinstance(decay, jax.Array):
+    if decay is None or isinstance(decay, jax.Array):
         return
-    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1):
+    if isinstance(decay, bool) or not isinstance(decay, int | float | np.floating) or not 0 < decay < 1:
         raise InputError(f"{where} = {decay!r}: expected a number between 0 and 1, or None")
 
 

@@ -22,7 +22,7 @@ from jaxmp.errors import InputError, nearest, require
 from jaxmp.scaling.float32_math import clip_by_global_norm
 from jaxmp.scaling.state_format import parse_state_format, state_format
 from jaxmp.training.privacy import Privacy
-from jaxmp.training.schedules import ConstantRate, make_schedule, schedule_numbers
+from jaxmp.training.schedules import ConstantRate, check_arguments, make_schedule, schedule_numbers
 from jaxmp.trees import Pattern, path_name
 
 KERNELS_AND_EMBEDDINGS = ("**/*kernel", "**/*embedding")
@@ -69,8 +69,15 @@ Numbers = Mapping[str, Any]
 
 
 def optimizer_numbers(optimizer: Any, steps: int) -> dict[str, Any]:
-    """The numbers that may be arguments of a compiled step, see `Optimizer.numbers`; {} unless it is one of jaxmp's."""
-    return optimizer.numbers(steps) if isinstance(optimizer, Optimizer) else {}
+    """The numbers that may be arguments of a compiled step, see `Optimizer.numbers`; {} unless it is one of jaxmp's.
+
+    Also {} where a subclass has a `make` or a `rate` of its own, which need not take numbers.
+    """
+    return optimizer.numbers(steps) if isinstance(optimizer, Optimizer) and _takes_numbers(type(optimizer)) else {}
+
+
+def _takes_numbers(kind: type[Optimizer]) -> bool:
+    return kind.make is Optimizer.make and kind.rate is Optimizer.rate
 
 
 def make_optimizer(optimizer: Any, steps: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
@@ -184,6 +191,10 @@ class Optimizer:
         """Returns the optax optimizer, with weight decay but without clipping; `numbers` has those of `numbers()`."""
         raise NotImplementedError
 
+    def rate_of(self, steps: int, numbers: Numbers) -> optax.Schedule:
+        """`rate` with what `optimizer_numbers` gave: an own `rate` of a subclass need not take numbers."""
+        return self.rate(steps, numbers) if _takes_numbers(type(self)) else self.rate(steps)
+
     def rate(self, steps: int, numbers: Numbers | None = None) -> optax.Schedule:
         """The learning rate of a run of `steps` steps, as a function of the number of applied steps."""
         own = numbers or {}
@@ -202,9 +213,13 @@ class Optimizer:
 
         Its `init` raises InputError if a pattern in `decay` matches no parameter, or `state_format` names a field that
         the optimizer's state does not have.
+
+        Raises:
+          InputError: the `_rule` of a subclass has other arguments than (self, learning_rate, numbers).
         """
+        check_arguments(self._rule, "learning_rate", "numbers")
         numbers = self.numbers(steps) if numbers is None else numbers
-        rule = self._rule(self.rate(steps, numbers), numbers)
+        rule = self._rule(self.rate_of(steps, numbers), numbers)
         if self.state_format is not None:
             rule = state_format(rule, **parse_state_format(self.state_format))
         return optax.chain(self._clip(numbers), rule)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,13 @@ class Schedule:
           A function that maps the count of applied steps (int32 scalar) to the learning rate (float32 scalar).
 
         Raises:
-          InputError: the warm-up is longer than the run.
+          InputError: the warm-up is longer than the run; the `_factor` of a subclass has other arguments than
+            (self, t, numbers).
         """
+        check_arguments(self._factor, "t", "numbers")
         require(self, "warmup_steps", self.warmup_steps <= steps, f"at most the {steps} steps of the run")
-        own = self.numbers(steps) if numbers is None else numbers
+        # The `numbers` of a subclass may leave out those of the warm-up.
+        own = {**Schedule.numbers(self, steps), **(self.numbers(steps) if numbers is None else numbers)}
 
         def learning_rate(count: jax.typing.ArrayLike) -> jax.Array:
             t = jnp.asarray(count, jnp.float32)
@@ -76,6 +80,16 @@ class Schedule:
             return peak * warmup * self._factor(t, own)
 
         return learning_rate
+
+
+def check_arguments(method: Callable[..., Any], *names: str) -> None:
+    """Raises InputError unless a subclass's method takes as many arguments as `names`, the last of that name."""
+    given = tuple(inspect.signature(method).parameters)
+    if len(given) != len(names) or given[-1] != names[-1]:
+        raise InputError(
+            f"{method.__qualname__}(self, {', '.join(given)}): expected {method.__name__}(self, {', '.join(names)}), "
+            "where numbers holds what the class's `numbers(steps)` returns"
+        )
 
 
 def _progress(t: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -201,13 +202,26 @@ class TrainState:
             finite,
             updates=updates,
             model_state=model_state,
-            masks=masks_of(opt_state),
+            masks=self._joined_masks({**self.opt_state, name: opt_state}, updates),
             applied=lambda: attempts - skipped_steps(self.opt_state[name]),
             key=lambda: key,
             ema_decay=ema_decay,
             rounding=rounding,
         )
         return dataclasses.replace(state, opt_state={**self.opt_state, name: opt_state})
+
+    def _joined_masks(self, opt_states: Mapping[str, Any], updates: Any) -> Any:
+        """The masks of several objectives, of what one with these `updates` trains; None if there are none.
+
+        What one of them pruned, another that trains it too must not bring back.
+        """
+        masks = [found for found in map(masks_of, opt_states.values()) if found is not None]
+
+        def joined(_: Any, update: Any, *own: Any) -> Any:
+            known = [] if update is None else [mask for mask in own if mask is not None]
+            return functools.reduce(jnp.logical_and, known) if known else None
+
+        return jax.tree.map(joined, self.params, updates, *masks) if masks else None
 
     def _apply(
         self,

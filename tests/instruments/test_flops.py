@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from jaxmp import SGD, Arrays, Classification, Experiment, audit
 from jaxmp.instruments.flops import peak_flops, product_flops
 from jaxmp.models.mlp import MLP
+from jaxmp.modules.lora import LoRA
 from jaxmp.runs.records import flops_per_second
 from jaxmp.runs.trainer import Trainer
+from jaxmp.tasks.distillation import Distillation
 
 X, W = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((8, 8), jnp.bfloat16)
 
@@ -87,6 +90,11 @@ def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_de
     step, arguments = trainer.program()
     counted = sum(audit(step, *arguments).dot_flops_by_dtype.values())
     assert counted == flops - 2 * 32 * 16 * 8
+    # What has no backward pass is not counted as if it had one.
+    teacher = Distillation(teacher=lambda batch: batch["image"][:, :10])
+    for other in ({"trains": ("Dense_1",)}, {"lora": LoRA(2)}, {"task": teacher}):
+        changed = Trainer(dataclasses.replace(trainer.experiment, **other))
+        assert changed.step_flops == {} and flops_per_second(changed, 1e6) == {}
 
 
 @pytest.mark.parametrize(("precision", "peak"), [("float32", 67e12), ("tensorfloat32", 494.7e12)])

@@ -149,6 +149,8 @@ def test_a_bias_has_an_interval_and_what_is_not_finite_has_none():
         assert low < bias < high and ratio == pytest.approx(1 / math.hypot(0.3, 0.02), rel=0.05)
     assert 0.90 < inside / 200 < 0.99  # 95 % of them
     assert _bias_and_ratio(np.zeros(33)) == (None, None, None, None)
+    # Of numbers this small, the squares of errors are 0 in float32: that would be no error at all.
+    assert _bias_and_ratio(np.r_[np.zeros(16), np.full(16, 1e-30), 0]) == (None, None, None, None)
     assert _bias_and_ratio(np.r_[np.full(32, 1.0), np.inf]) == (None, None, None, None)
     assert _bias_and_ratio(np.r_[np.zeros(16), np.ones(16), 0])[3] == math.inf
 

@@ -25,6 +25,7 @@ from jaxmp.precision.blocks import (
     _e4m3_codes,
     _e4m3_product,
     _unpack_codes,
+    block_scales,
     from_ml_dtypes,
     pack,
     parse_block_format,
@@ -350,3 +351,19 @@ def test_the_public_quantize_takes_float_formats_too():
     np.testing.assert_array_equal(jaxmp.quantize(x, "e4m3"), jaxmp.precision.formats.quantize(x, "e4m3"))
     for name in ("mxfp8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", "block128"):
         assert jaxmp.quantize(x, name).shape == (8,)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "mxint8", "nvfp4", "block128", "int8"])
+def test_scales_and_limits_of_tiny_blocks_are_not_0(name):
+    # 2^-127 and the products of nvfp4's scales are subnormal here, which processors take for 0 in products.
+    x = jnp.full(256, 1e-36, jnp.float32)
+    found = block_scales(x, name)
+    assert (np.asarray(found.of_blocks).view(np.uint32) > 0).all()
+    assert (np.asarray(found.limit, np.float64) >= np.float64(found.amax)).all()
+    rounded = np.asarray(quantize(x, name), np.float64)
+    np.testing.assert_allclose(rounded, 1e-36, rtol=0.2)  # and so nothing was clipped
+
+
+def test_an_axis_may_be_any_whole_number():
+    x = gaussian(4, 64)
+    np.testing.assert_array_equal(quantize(x, "mxfp8", axis=np.int64(0)), quantize(x, "mxfp8", axis=0))

@@ -238,6 +238,13 @@ def test_a_static_scale_of_integers_rounds_to_even_within_a_symmetric_range():
     assert set(drawn) == {2.0, 3.0} and abs(drawn.mean() - 2.25) < 0.03
 
 
+def test_a_whole_number_stays_whatever_is_drawn():
+    whole = jnp.float32([0, 1, 3, 100, 126, -1, -100, -127])
+    for noise in (0, 2**32 - 1):
+        drawn = round_to_integer(whole, jnp.full(whole.shape, noise, jnp.uint32), Integer(8))
+        np.testing.assert_array_equal(drawn, whole)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("nvfp4", "without a key"), ("fp8_delayed", "expected a scale, which is kept in model state")],

@@ -31,6 +31,7 @@ from jaxmp.models.mlp import MLP
 from jaxmp.runs import fit as loop
 from jaxmp.runs.fit import fit, steps
 from jaxmp.runs.folder import RunFolder
+from jaxmp.runs.hooks import StepInfo, Stop
 from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
@@ -41,6 +42,7 @@ from jaxmp.studies.overflow import blame_run
 from jaxmp.tasks.classification import Classification
 from jaxmp.training.metrics import compute
 from jaxmp.training.optimizers import SGD, Adam, AdamW
+from jaxmp.training.pruning import Pruning
 from jaxmp.trees import by_path
 
 pytestmark = pytest.mark.xdist_group("fit")  # one worker: the fixtures train
@@ -424,6 +426,23 @@ def test_training_stops_when_patience_is_out_and_a_resumed_run_knows(tmp_path):
     assert ended.summary["stopped_early"] and ended.summary["best"]["step"] == 5 and ended.summary["steps"] == 15
     (ended.path / "summary.json").unlink()  # killed after the last checkpoint
     assert fit(experiment, workdir=tmp_path).summary["steps"] == 15
+
+
+@pytest.mark.parametrize(
+    "stops", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.full_size)]
+)
+def test_the_last_evaluation_counts_though_the_run_is_not_pruned_as_far_as_it_should_be(tmp_path, stops):
+    skipping = {"scaler": Scaling(init_scale=2.0**24)} if not stops else {}  # eight steps overflow
+    experiment = dataclasses.replace(BASE, pruning=Pruning(0.9, end=1.0), **skipping)
+    hooks = [lambda info: Stop("enough") if isinstance(info, StepInfo) and info.step >= 12 else None] if stops else []
+    said: list[str] = []
+    run = fit(experiment, workdir=tmp_path, hooks=hooks, log=said.append)
+    last, sparsity, skipped = run.summary["steps"], run.summary["sparsity"], run.summary["skipped_steps"]
+    assert run.summary["best"]["step"] == last and 0 < sparsity < 0.9
+    why = f"the run was stopped after step {last}" if stops else f"{skipped} of the steps were skipped"
+    assert f"pruned to {sparsity:.2%}, not 90.00%, since {why}" in said
+    (run.path / "summary.json").unlink()
+    assert fit(experiment, workdir=tmp_path, hooks=hooks).summary["best"] == run.summary["best"]
 
 
 def test_averaged_weights_are_what_is_evaluated(finished):

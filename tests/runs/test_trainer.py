@@ -16,6 +16,7 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop, Parallel
 from jaxmp.models.mlp import MLP
+from jaxmp.runs.checks import reading_processes
 from jaxmp.runs.trainer import Trainer
 from jaxmp.training.feed import Resident
 from jaxmp.training.optimizers import DPSGD, SGD, AdamW
@@ -89,6 +90,22 @@ def test_runs_that_differ_in_numbers_alone_run_the_same_program_to_the_letter(fi
     experiment = dataclasses.replace(BASE, **fields)
     text = lowered(experiment, fuse=fuse)
     assert lowered(with_other_numbers(experiment), fuse=fuse) == text
+
+
+class Wide(Arrays):
+    """Rows of which the device keeps 1 MiB each."""
+
+    def prepare_once(self, columns):
+        return columns | {"wide": np.zeros((len(columns["label"]), 2**18), np.float32)}
+
+
+@pytest.mark.parametrize(("limit", "streamed"), [(15, True), (17, False)])
+def test_a_split_is_streamed_if_what_the_device_would_keep_of_it_is_too_large(limit, streamed, monkeypatch):
+    trainer = Trainer(dataclasses.replace(BASE, data=Wide(blobs, batch_size=8, device_limit=limit, workers=1)))
+    assert trainer.is_streamed == streamed and reading_processes(trainer) == streamed
+    for kind in ("Resident", "Streamed"):
+        monkeypatch.setattr(f"jaxmp.runs.trainer.{kind}", lambda *args, kind=kind, **how: kind)
+    assert trainer.feed(fuse=False) == ("Streamed" if streamed else "Resident")
 
 
 @pytest.mark.slow

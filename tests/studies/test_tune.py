@@ -34,6 +34,7 @@ from jaxmp.studies.tune import tune
 from jaxmp.studies.tune_compiled import shared_compiles
 from jaxmp.studies.tune_space import Range, Space, Subject
 from jaxmp.studies.tune_study import (
+    JOURNAL_LINE,
     Definition,
     StudyFolder,
     drop_torn_line,
@@ -295,6 +296,7 @@ def test_a_storage_that_cannot_be_used_is_one_message(how, message, tmp_path, mo
         ('{"a": 1}', ": its first line has no end"),
         ('{"op_code":0,"worker_id":"a","study', ": its first line has no end"),
         ("{", ": its first line has no end"),
+        pytest.param(f'{{"a": "{"x" * JOURNAL_LINE}"}}\n', "; expected another file", id="a long line"),
         ("\0binary", ": its first line has no end"),
     ],
 )

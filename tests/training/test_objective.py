@@ -180,6 +180,9 @@ def test_an_objective_refuses_patterns_that_match_nothing_and_values_out_of_rang
     ):
         with pytest.raises(InputError, match=next(iter(how))):
             one(**how)
+    assert one(ema_decay=np.float32(0.9)).ema_decay == np.float32(0.9)  # of `Trainer.numbers`
+    with pytest.raises(InputError, match="ema_decay"):
+        one(ema_decay=np.float32(1.5))
 
 
 def test_a_single_objective_is_the_step_of_its_loss_and_optimizer():

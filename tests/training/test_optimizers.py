@@ -26,7 +26,7 @@ from jaxmp.training.optimizers import (
     make_optimizer,
     optimizer_numbers,
 )
-from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay, make_schedule
+from jaxmp.training.schedules import ConstantRate, CosineDecay, LinearDecay, StepDecay, make_schedule, schedule_numbers
 
 PEAK, STEPS = 0.3, 1000
 
@@ -313,6 +313,55 @@ def test_a_number_that_is_off_or_decides_something_is_no_argument():
     assert SGD(0.1, momentum=0, schedule=of_optax).numbers(9) == {"learning_rate": 0.1, "schedule": {}}
     assert AdamW(0.1, weight_decay=0, schedule=own).numbers(9) == {"eps": 1e-8}  # it may look at the peak
     assert optimizer_numbers(optax.sgd(0.1), 9) == optimizer_numbers(lambda steps: optax.sgd(0.1), 9) == {}
+
+
+class Halved(SGD):
+    def make(self, steps):
+        return optax.sgd(self.learning_rate / 2)
+
+
+class Risen(SGD):
+    def rate(self, steps):
+        return lambda count: jnp.float32(2 * self.learning_rate)
+
+
+@pytest.mark.parametrize("kind", [Halved, Risen])
+def test_a_subclass_with_a_make_or_a_rate_of_its_own_is_told_the_number_of_steps_alone(kind):
+    optimizer = kind(0.25, momentum=0)
+    numbers = optimizer_numbers(optimizer, 9)
+    assert numbers == {}
+    tx = make_optimizer(optimizer, 9, numbers)
+    update, _ = tx.update({"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)}), {"w": jnp.ones(1)})
+    assert update["w"] == (-0.125 if kind is Halved else -0.5)
+    assert optimizer.rate_of(9, {"ema_decay": 0.9})(0) == (0.25 if kind is Halved else 0.5)
+
+
+class NoNumbers(SGD):
+    def _rule(self, learning_rate):
+        return optax.sgd(learning_rate)
+
+
+class OfSteps(ConstantRate):
+    def _factor(self, t, steps):
+        return t / steps
+
+
+class OwnNumbers(ConstantRate):
+    def numbers(self, steps):
+        return {"power": 2.0}
+
+    def _factor(self, t, numbers):
+        return t ** numbers["power"]
+
+
+def test_a_subclass_is_told_what_arguments_its_methods_have_and_may_leave_out_the_numbers_of_the_base():
+    with pytest.raises(InputError, match=r"NoNumbers\._rule\(self, learning_rate\): expected _rule\(.*, numbers\)"):
+        NoNumbers().make(9)
+    with pytest.raises(InputError, match=r"OfSteps\._factor\(self, t, steps\): expected _factor\(self, t, numbers\)"):
+        SGD(schedule=OfSteps()).make(9)
+    schedule = OwnNumbers(warmup_steps=8)
+    for numbers in (None, schedule_numbers(schedule, 9)):
+        assert make_schedule(schedule, 1.0, 9, numbers)(3) == 9 * 4 / 8
 
 
 @pytest.mark.slow

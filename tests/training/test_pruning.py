@@ -122,6 +122,32 @@ def test_of_weights_that_became_zero_those_that_were_pruned_stay_pruned():
     assert np.array_equal(np.flatnonzero(pruned), [0, 6, 7, 8, 9])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["in_turn", "at_once"])
+def test_what_one_of_several_objectives_pruned_no_other_that_trains_it_brings_back(order):
+    def loss(params, model_state, batch, key):
+        outs = [jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(params)]
+        return sum(outs), (jnp.float32(1), {}, model_state)
+
+    pruning = Pruning(0.7, begin=0.0, end=0.0)
+    sparse = loss_scaling(magnitude_pruning(optax.adam(0.05), pruning, steps=STEPS))
+    objectives = {
+        "sparse": Objective(loss, sparse, trains=("body", "head"), ema_decay=0.9),
+        "dense": Objective(loss, loss_scaling(optax.adam(0.05)), trains=("body", "conv"), ema_decay=0.9),
+    }
+    state = TrainState.create(params(), objectives, key=jax.random.key(0))
+    step = jax.jit(make_train_step(objectives, order=order))
+    for _ in range(3):
+        before = state
+        state, _ = step(state, {"weight": jnp.ones(1)})
+        masks = by_path(masks_of(state.opt_state["sparse"]))
+        for kernel in ("body/kernel", "head/kernel"):
+            for tree in (state.params, state.ema):
+                assert not np.any(np.asarray(by_path(tree)[kernel])[~np.asarray(masks[kernel])])
+        assert np.all(np.asarray(state.params["conv"]["kernel"] != before.params["conv"]["kernel"]))
+    assert not np.all(np.asarray(masks["body/kernel"]))
+
+
 KINDS = {
     "scaled, skipping": (jnp.float32, "nearest", (0, 3, 4, 7)),
     "bf16, Kahan": (jnp.bfloat16, "kahan", (3,)),
