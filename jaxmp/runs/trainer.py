@@ -593,7 +593,7 @@ class Trainer:
 
     @functools.cached_property
     def step_flops(self) -> dict[str, float]:
-        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+        """The FLOPs of a step's products and convolutions by `arithmetic`: of the loss, and twice as many backward.
 
         Of several objectives, the mean of a step. The update, and all that is no product, does not count. {} where not
         every product has a backward pass, so that their number is not known without tracing the gradient: a parameter
@@ -608,8 +608,8 @@ class Trainer:
         found: dict[str, float] = {}
         for name, traced in self._forward.items():
             every = 1 if name is None else self.objectives[name].every
-            for dtype, flops in product_flops(traced.jaxpr).items():
-                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
+            for kind, flops in product_flops(traced.jaxpr).items():
+                found[kind] = found.get(kind, 0.0) + (1 + BACKWARD) * flops / every
         return found
 
     @property
