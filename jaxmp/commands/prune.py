@@ -37,27 +37,38 @@ def prune(config: ConfigFile, options: Options, experiment: Experiment, override
 
     With CONFIG, its run without pruning is trained first, unless it is there. The same command resumes both.
     """
-    import dataclasses
-
+    from jaxmp.deploy.export import check_rows
     from jaxmp.deploy.prune import check_weights
     from jaxmp.runs.fit import fit
     from jaxmp.runs.run import Run
+    from jaxmp.runs.trainer import Trainer
 
     require_path(workdir=options.workdir)
-    check_weights(experiment)
+    trainer = Trainer(experiment)
+    check_weights(trainer)
+    check_rows(trainer, options.split, options.rows)
     workdir = options.workdir or "runs"
     plain = without_pruning(overrides)
     dense = config.experiment(plain)
     if dense.pruning.share:
-        plain = [*plain, "--pruning.sparsity", "0", "--pruning.structure", "unstructured"]
-        dense = dataclasses.replace(dense, pruning=dataclasses.replace(dense.pruning, **_OFF))
+        plain = [*plain, *_default_pruning()]
+        dense = config.experiment(plain)
     fitted = fit(dense, workdir=workdir, name=config.name, origin=config.origin(plain), **_how(options))
     if fitted.stopped:
         return STOPPED
     return _prune(Run(fitted.path), config, options, experiment, overrides, workdir)
 
 
-_OFF: dict[str, Any] = {"sparsity": 0.0, "structure": "unstructured"}
+def _default_pruning() -> list[str]:
+    """The arguments that give every field of pruning its default, with which nothing is pruned."""
+    import dataclasses
+
+    from jaxmp.training.pruning import Pruning
+
+    arguments = []
+    for name, value in dataclasses.asdict(Pruning()).items():
+        arguments += [f"--pruning.{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments
 
 
 def without_pruning(overrides: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,21 +38,22 @@ class Calibration(NamedTuple):
     tree: PolicyTree
     """the policy that rounds them with their static scales"""
     largest: dict[Key, float]
-    """largest magnitude on the batches of calibration, in the compute dtype"""
+    """largest magnitude of each input that is rounded, on the batches of calibration, in the compute dtype"""
     rows: int
     """rows of the training split that were looked at"""
     state: TrainState
     """the state whose model state has the scales"""
     unrounded: tuple[str, ...]
-    """layers whose inputs stay as they are, since they were not observed"""
+    """layers whose inputs stay as they are: a rule of the policy keeps them, they cannot be observed, or an input was 0
+    on all rows; "" is the model itself"""
 
 
 def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) -> Calibration:
     """Finds static scales for the inputs of products: their largest magnitude on rows of the training split.
 
     The rows are spread evenly over the split and prepared as in evaluation; the model computes under the run's policy,
-    with the weights that are evaluated. A scale maps the largest magnitude to the largest number of the format. An
-    input that was 0 on all rows keeps the scale 1.
+    with the weights that are evaluated. A scale maps the largest magnitude to the largest number of the format. A
+    layer with an input that was 0 on all rows is not rounded.
 
     Args:
       run: the run, whose policy has no recipe.
@@ -70,30 +72,36 @@ def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) ->
     source = run.source("train")
     most = min(batches * run.experiment.data.batch_size, len(source))
     rows = Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
-    largest = _totals(run, state, rows, lambda x: jnp.max(jnp.abs(x.astype(jnp.float32))), np.maximum)
+    largest = _totals(run, state, rows, _magnitude, np.maximum)
     layers = list(dict.fromkeys(path.rpartition("/")[0] for path in _products(made)))
     # Not observed: products of layers that offer no place to look, such as the head that is tied to an embedding.
-    unrounded = tuple(layer for layer in layers if not any(path == layer for path, _ in largest))
-    if unrounded:
-        rules = "; ".join(f"{layer}={default}" for layer in unrounded)
-        tree = PolicyTree.parse(f"{rules}; {tree}")
+    # Of an input that was 0 on all rows, no scale is known.
+    seen = {layer: [amax for (path, _), amax in largest.items() if path == layer] for layer in layers}
+    without_scale = [layer for layer, magnitudes in seen.items() if not magnitudes or 0 in magnitudes]
+    if without_scale:
+        rules = "; ".join(f"{layer}={default}" for layer in without_scale)
+        tree = policy if "" in without_scale else PolicyTree.parse(f"{rules}; {tree}")  # "": the model is one layer
         made = init_delayed_scaling(run.experiment.adapted_model, tree, *inputs)
     histories = jax.tree.map(lambda leaf: leaf, made.get(HISTORIES, {}))  # dicts of its own
     format = parse_operand(FORMATS[activations])
     assert isinstance(format, Delayed)
+    rounded: dict[Key, float] = {}
     for (path, number), amax in largest.items():
         place: Any = histories
         for name in path.split("/") if path else ():
             place = place.get(name, {})
         kept = place.get(f"activations_{number}")
         if kept is None:
-            continue  # a rule of the policy keeps this layer as it is
+            continue  # a rule keeps this layer as it is
         if not np.isfinite(amax):
             raise InputError(f"--calibrate: the input of {path} is not finite on the training split")
         # By the rule of the format, so that the scale is the one that delayed scaling would make.
         place[f"activations_{number}"] = format.scaling.update(format.scaling.init(), jnp.float32(amax))._asdict()
+        rounded[path, number] = float(amax)
+    with_scale = {path for path, _ in rounded}
+    unrounded = tuple(dict.fromkeys([*without_scale, *(path for path, _ in largest if path not in with_scale)]))
     model_state = {**state.model_state, **made, HISTORIES: histories}
-    return Calibration(tree, largest, most, dataclasses.replace(state, model_state=model_state), unrounded)
+    return Calibration(tree, rounded, most, dataclasses.replace(state, model_state=model_state), unrounded)
 
 
 def clipped(run: Run, state: TrainState, source: Source, found: Calibration) -> dict[Key, tuple[int, int]]:
@@ -106,11 +114,19 @@ def clipped(run: Run, state: TrainState, source: Source, found: Calibration) -> 
       found: the calibration.
     """
     limits = {key: jnp.float32(amax) for key, amax in found.largest.items()}
-    counts = _totals(
-        run, state, source, lambda x, key: jnp.sum(jnp.abs(x.astype(jnp.float32)) > limits[key]), np.add, keyed=True
-    )
-    sizes = _totals(run, state, source, lambda x: jnp.int32(x.size), np.add)
-    return {key: (int(counts[key]), int(sizes[key])) for key in counts if found.largest[key]}
+
+    def above_and_size(key: Key, x: jax.Array) -> jax.Array:
+        above = jnp.sum(jnp.abs(x.astype(jnp.float32)) > limits.get(key, jnp.inf))
+        return jnp.stack([above, jnp.full_like(above, x.size)])
+
+    counts = _totals(run, state, source, above_and_size, np.add)
+    return {key: (int(counts[key][0]), int(counts[key][1])) for key in found.largest}
+
+
+def _magnitude(_: Key, x: jax.Array) -> jax.Array:
+    """The largest magnitude in an array, float32; NaN if a value is not finite, since XLA:CPU's max ignores NaN."""
+    x = x.astype(jnp.float32)
+    return jnp.where(jnp.all(jnp.isfinite(x)), jnp.max(jnp.abs(x)), jnp.nan)
 
 
 def _products(made: Mapping[str, Any]) -> list[str]:
@@ -123,46 +139,46 @@ def _totals(
     run: Run,
     state: TrainState,
     source: Source,
-    number: Callable[..., jax.Array],
+    number: Callable[[Key, jax.Array], jax.Array],
     join: Callable[[Any, Any], Any],
-    *,
-    keyed: bool = False,
 ) -> dict[Key, Any]:
-    """A number of the input of each product, joined over the rows of a source; rows that fill up a batch are left out.
+    """Numbers of the input of each product, joined over the rows of a source; rows that fill up a batch are left out.
 
     Args:
       run: the run.
       state: the state whose weights are taken.
       source: rows after the host transforms.
-      number: makes it of the input; with `keyed`, of the input and of the product.
-      join: joins two of them.
-      keyed: see `number`.
+      number: makes them of the product and its input; they have to depend on the values of the input.
+      join: joins those of two batches.
     """
     experiment = run.experiment
     model = as_model(experiment.adapted_model).under(UnderPolicy(experiment.policy))
     prepared = experiment.data.prepare(train=False)
 
+    total: dict[Key, Any] = {}
+
+    def add(product: Key, value: Any) -> None:
+        one = np.array(value)
+        total[product] = join(total[product], one) if product in total else one
+
     @jax.jit
-    def measure(params: Any, model_state: Any, batch: dict[str, Any], key: jax.Array) -> dict[Any, jax.Array]:
-        found: dict[Key, jax.Array] = {}
+    def measure(params: Any, model_state: Any, batch: dict[str, Any], key: jax.Array) -> None:
         calls: collections.Counter[str] = collections.Counter()
 
         def observe(path: str, product: ObservedProduct) -> jax.Array:
-            call, inputs = (path, calls[path]), product.activations
+            call = (path, calls[path])
             calls[path] += 1
-            found[call] = number(inputs, call) if keyed else number(inputs)
+            # A callback, since a value from within nn.remat or nn.scan cannot be returned here.
+            jax.debug.callback(functools.partial(add, call), number(call, product.activations))
             return product.result
 
         batch = prepared(batch, None)
         with observed_products(observe):
             model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs), key=key)
-        return found
 
-    total: dict[Key, Any] = {}
     for batch in evaluation_batches(source, experiment.data.eval_batch_size):
         there = int(np.sum(batch["weight"]))
         rows = {name: jnp.asarray(column[:there]) for name, column in batch.items()}
-        for product, value in measure(state.averaged_params, state.model_state, rows, evaluation_key(state)).items():
-            one = np.asarray(value).item()
-            total[product] = join(total[product], one) if product in total else one
+        measure(state.averaged_params, state.model_state, rows, evaluation_key(state))
+        jax.effects_barrier()
     return total

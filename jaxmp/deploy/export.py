@@ -33,6 +33,7 @@ from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
+from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.task import predictions
 from jaxmp.text_table import without_nan
 from jaxmp.training.state import TrainState
@@ -116,15 +117,22 @@ class Measured(NamedTuple):
     @classmethod
     def of_run(cls, run: Run, split: Split | None, most: int) -> Measured:
         """The rows of a split; by default of one that was not trained on, where there is one."""
+        check_rows(run.trainer, split, most)
         splits: tuple[Split, ...] = ("test", "validation", "train")
         chosen = next(each for each in splits if each in run.trainer.splits) if split is None else split
-        if most < 1:
-            raise InputError(f"rows {most}: expected 1 or more")
         source = run.source(chosen)
         count = len(source)
         if most < count:
             source = Rows(source, np.arange(most, dtype=np.int64) * count // most)
         return cls(chosen, source, count)
+
+
+def check_rows(trainer: Trainer, split: Split | None, most: int) -> None:
+    """Raises InputError if the data have no such split, or the most rows are fewer than 1."""
+    if most < 1:
+        raise InputError(f"rows {most}: expected 1 or more")
+    if split is not None:
+        trainer.source(split)
 
 
 def write_folder(

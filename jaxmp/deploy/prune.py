@@ -23,8 +23,10 @@ from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.text_table import table
+from jaxmp.training.metrics import compute
 from jaxmp.training.pruning import why_dense
-from jaxmp.trees import by_path
+from jaxmp.training.state import TrainState
+from jaxmp.trees import Classes, by_path
 
 INDEX_BITS = 2
 """bits that say which of four neighbours a value of a 2:4 weight is, in the layout of sparse tensor cores"""
@@ -62,7 +64,7 @@ class Pruned:
     trade: Trade | None
     """accuracy of the run before and after; None where the task decides nothing that is labelled"""
     metrics: tuple[dict[str, float], dict[str, float]]
-    """metrics of the run before and after, on the split, where there is no `trade`; else empty"""
+    """metrics of the run before and after, on the same rows, where there is no `trade`; else empty"""
     flops: dict[str, tuple[int, int]]
     """FLOPs of products for one row by dtype: all, and those with weights that are not zero"""
 
@@ -148,7 +150,7 @@ def prune(
     measured = Measured.of_run(run, split, rows)
     fitted = fit(
         experiment,
-        workdir=run.path.parent.parent if workdir is None else workdir,
+        workdir=_workdir_of(run) if workdir is None else workdir,
         name=run.config["name"],
         origin=dict(origin or {}),
         init_from=f"{run.path}@best",
@@ -160,23 +162,29 @@ def prune(
     return measure(run, Run(fitted.path, experiment), measured)
 
 
+def _workdir_of(run: Run) -> Path:
+    """The folder of all runs that a run stands in, as its path names it, if that goes so far up."""
+    named, real = run.path.parent.parent, run.path.resolve().parent.parent
+    return named if named.resolve() == real else real
+
+
 def check(run: Run, experiment: Experiment) -> None:
     """Refuses a run that failed, and an experiment that prunes nothing, or what cannot be pruned."""
     if run.failure:
         how = how_to_blame(run.path, run.config)
         why = f"; `{how}` tells why" if how else ""
         raise InputError(f"{run.path} failed ({run.failure}), and a failed run is not pruned{why}")
-    check_weights(experiment)
+    check_weights(Trainer(experiment))
 
 
-def check_weights(experiment: Experiment) -> None:
-    """Raises InputError if an experiment prunes nothing, or what cannot be pruned."""
-    if not experiment.pruning.share:
+def check_weights(trainer: Trainer) -> None:
+    """Raises InputError if the experiment of a trainer prunes nothing, or what cannot be pruned."""
+    if not trainer.experiment.pruning.share:
         raise InputError(
             "prune: pruning.sparsity = 0, and nothing would be pruned; expected --pruning.sparsity 0.9, say, or "
             "--pruning.structure 2:4"
         )
-    _ = list(Trainer(experiment).pruned())
+    _ = list(trainer.pruned())
 
 
 def measure(run: Run, pruned: Run, measured: Measured) -> Pruned:
@@ -196,14 +204,21 @@ def measure(run: Run, pruned: Run, measured: Measured) -> Pruned:
     )
     metrics: tuple[dict[str, float], dict[str, float]] = {}, {}
     if found is None:
-        metrics = run.evaluate(measured.split, before), pruned.evaluate(measured.split, after)
+        metrics = _metrics(run, measured, before), _metrics(pruned, measured, after)
     view, classes = by_path(pruned.trainer.trained_spec), pruned.trainer.module_classes
     weights = tuple(
         _weight(name, np.asarray(leaf), why_dense(pruning, name, view.get(name), classes), pruning.structure)
         for name, leaf in by_path(after.averaged_params).items()
     )
-    flops = _flops(forward(pruned, after, measured.source), weights, measured)
+    flops = _flops(forward(pruned, after, measured.source), weights, measured, classes)
     return Pruned(pruned, weights, pruning.structure, found, metrics, flops)
+
+
+def _metrics(run: Run, measured: Measured, state: TrainState) -> dict[str, float]:
+    """The metrics of a run on the rows that are measured, as `Run.evaluate` has those of a split."""
+    trainer = run.trainer
+    placed = trainer.devices.get(trainer.devices.put_state(state))
+    return compute(trainer.evaluation(placed, measured.source))
 
 
 def _weight(path: str, leaf: np.ndarray, why: str, structure: str) -> Weight:
@@ -218,17 +233,21 @@ def _weight(path: str, leaf: np.ndarray, why: str, structure: str) -> Weight:
     return Weight(path, leaf.shape, values.size, leaf.size, leaf.nbytes, sparse, packed, why)
 
 
-def _flops(of: Forward, weights: tuple[Weight, ...], measured: Measured) -> dict[str, tuple[int, int]]:
+def _flops(
+    of: Forward, weights: tuple[Weight, ...], measured: Measured, classes: Classes
+) -> dict[str, tuple[int, int]]:
     """FLOPs of products for one row by dtype: all of them, and those with weights that are not zero.
 
-    A product is one of the weights of its module; of a cell that joins its gates, of those of the layers in it.
+    A product multiplies the weights of its module; of a recurrent cell, which may join its gates, those of its layers.
+    Other modules multiply the outputs of their layers, as attention does, and save nothing there.
     """
     row = measured.source[np.arange(1)]
     arguments: tuple[Any, ...] = of.arguments()[0], [], [np.asarray(jnp.asarray(row[name])) for name in of.inputs]
     found: dict[str, tuple[int, int]] = {}
     for dot in audit(of.function, *arguments).dots:
         module = dot.path.partition("/")[2]
-        own = [weight for weight in weights if not weight.why and module and _is_of(weight.path, module)]
+        is_cell = "RNNCellBase" in classes.get(module, ())
+        own = [weight for weight in weights if not weight.why and module and _is_of(weight.path, module, is_cell)]
         size, kept = (sum(getattr(weight, name) for weight in own) for name in ("size", "kept"))
         left = round(dot.flops * kept / size) if size else dot.flops
         both = found.get(dot.dtype, (0, 0))
@@ -236,7 +255,7 @@ def _flops(of: Forward, weights: tuple[Weight, ...], measured: Measured) -> dict
     return found
 
 
-def _is_of(path: str, module: str) -> bool:
-    """Whether a weight is one of a module, or of a layer right in it."""
+def _is_of(path: str, module: str, is_cell: bool) -> bool:
+    """Whether a weight is one of a module, or of a layer right in it if that is a recurrent cell."""
     inside = path.removeprefix(f"{module}/")
-    return inside != path and inside.count("/") <= 1
+    return inside != path and inside.count("/") <= is_cell

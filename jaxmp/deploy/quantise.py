@@ -68,7 +68,7 @@ class Calibrated(NamedTuple):
     share: float
     """share of the inputs of all products that is clipped"""
     unrounded: tuple[str, ...]
-    """layers whose inputs stay as they are"""
+    """layers whose inputs stay as they are, see `Calibration.unrounded`"""
 
     def lines(self) -> list[str]:
         """What was calibrated, in words."""
@@ -78,7 +78,7 @@ class Calibrated(NamedTuple):
         found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
         found.append(f"clipped          {100 * self.share:.2g} % of the inputs of products{worst}")
         if self.unrounded:
-            found.append(f"not rounded      the inputs of {', '.join(self.unrounded)}")
+            found.append(f"not rounded      the inputs of {', '.join(each or '(model)' for each in self.unrounded)}")
         return found
 
 

@@ -188,32 +188,42 @@ def masked(tree: Any, masks: Any) -> Any:
 
     Args:
       tree: a tree like the parameters: a moving average, gradients; or None.
-      masks: `PruningState.masks`; None: nothing is pruned.
+      masks: from `masks_of`, or `PruningState.masks`; None: nothing is pruned.
 
     >>> masked({"bias": 5, "kernel": np.float32([3, 4])}, {"bias": None, "kernel": np.array([True, False])})
     {'bias': 5, 'kernel': Array([3., 0.], dtype=float32)}
     """
     if masks is None or tree is None:
         return tree
+    by_name = by_path(masks)
 
-    def of_leaf(x: Any, keep: Any) -> Any:
+    def of_leaf(path: tuple[Any, ...], x: Any) -> Any:
+        keep = by_name.get(path_name(path))
         if keep is None or jnp.shape(x) != jnp.shape(keep):
             return x
         return jnp.where(keep, x, jnp.zeros((), jnp.result_type(x)))
 
-    return jax.tree.map(of_leaf, tree, masks)
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 def pruning_state(opt_state: Any) -> PruningState | None:
-    """Finds the `PruningState` anywhere inside the optimizer state of one objective; None if there is none."""
+    """Finds the first `PruningState` inside the optimizer state of one objective; None if there is none."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PruningState))
     return next((leaf for leaf in leaves if isinstance(leaf, PruningState)), None)
 
 
-def masks_of(opt_state: Any) -> Any:
-    """Returns the masks in the optimizer state of one objective, see `PruningState.masks`; None if there are none."""
-    state = pruning_state(opt_state)
-    return None if state is None else state.masks
+def masks_of(opt_state: Any) -> dict[str, jax.Array] | None:
+    """Returns the masks in the optimizer state of one objective by path of the parameter; None if nothing is pruned.
+
+    Masks of several prunings, as in `optax.multi_transform`, are joined: a weight stays that none of them prunes.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PruningState))
+    states = [leaf for leaf in leaves if isinstance(leaf, PruningState)]
+    found: dict[str, jax.Array] = {}
+    for state in states:
+        for name, keep in by_path(state.masks).items():
+            found[name] = found[name] & keep if name in found else keep
+    return found if states else None
 
 
 def why_dense(pruning: Pruning, name: str, leaf: Any, classes: Classes | None = None) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from deployed_runs import images, load, trained
 
 import jaxmp
 from jaxmp import InputError
-from jaxmp.deploy.calibrate import calibrate, clipped
+from jaxmp.deploy.calibrate import _magnitude, calibrate, clipped
 from jaxmp.deploy.quantise import packed_weight, quantise, unpacked_weight
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
@@ -101,6 +102,32 @@ def test_layers_that_cannot_be_observed_stay_as_they_are_and_are_named(tmp_path)
     state = run.state("best")
     counts = clipped(run, state, run.source("train"), calibrate(run, state, "int8", batches=2))
     assert [above for above, _ in counts.values()] == [0]  # all of it was seen
+
+
+class Kept(nn.Module):
+    """A layer that a rule keeps, in nn.remat; one whose input is 0 in training; and a head."""
+
+    @nn.compact
+    def __call__(self, image):
+        x = image.reshape(image.shape[0], -1)
+        x = nn.relu(nn.remat(nn.Dense)(8, name="wrapped")(x))
+        dead = nn.Dense(3, name="dead")(jnp.where(x > 1e9, x, 0))
+        return nn.Dense(3, name="head")(x) + dead
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_rounded_are_named_and_none_of_their_inputs_counts_as_clipped(tmp_path):
+    run = trained(tmp_path, "head=float32; mixed_bfloat16", model=Kept())
+    found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=1)
+    assert found.calibration is not None
+    assert sorted(found.calibration.unrounded) == ["dead", "head"]
+    assert set(found.calibration.clipped) == {"wrapped"}
+
+
+def test_the_largest_magnitude_is_not_finite_where_a_value_is_not():
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not np.isfinite(_magnitude(("", 0), jnp.asarray([1, bad, -2], jnp.bfloat16)))
+    assert _magnitude(("", 0), jnp.asarray([1, -2], jnp.bfloat16)) == 2
 
 
 def test_what_cannot_be_calibrated_is_one_message(run, tmp_path):

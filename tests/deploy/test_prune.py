@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ from deployed_runs import images
 import jaxmp
 from jaxmp import Pruning
 from jaxmp.cli import main
-from jaxmp.commands.prune import without_pruning
-from jaxmp.deploy.prune import prune
+from jaxmp.commands.prune import _default_pruning, without_pruning
+from jaxmp.data.source import Columns
+from jaxmp.deploy.export import Measured
+from jaxmp.deploy.forward import Forward
+from jaxmp.deploy.prune import Weight, _flops, prune
+from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.modules.linen import module_classes
 from jaxmp.training.pruning import pruning_state
 from jaxmp.trees import by_path, is_key
 
@@ -105,11 +111,46 @@ def test_pruning_begins_in_the_middle_of_a_run_and_goes_on_from_a_pruned_one(run
 
 CONFIG = """
 from deployed_runs import Net, load
-from jaxmp import Adam, Arrays, Experiment, Loop
+from jaxmp import Adam, Arrays, Experiment, Loop, Pruning
 get_config = lambda: Experiment(
     model=Net(), data=Arrays(load, batch_size=10), optimizer=Adam(0.1), loop=Loop(steps=2), precision="mixed_float16"
 )
 """
+
+
+class Attention(nn.Module):
+    """Products with weights, and two of attention, which have none; and a cell that joins its gates."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
+        cell = nn.OptimizedLSTMCell(4, name="cell")
+        x, _ = cell(cell.initialize_carry(jax.random.key(0), x[:, 0].shape), x[:, 0])
+        return nn.Dense(3, name="head")(x[1])
+
+
+@pytest.mark.slow
+def test_products_of_two_activations_save_no_flops():
+    model, x = Attention(), np.ones((1, 6, 8), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    of = Forward(
+        function=lambda given, state, inputs: [
+            model.apply({"params": jax.tree.unflatten(jax.tree.structure(shapes), given)}, *inputs)
+        ],
+        weights=by_path(shapes),
+        state={},
+        inputs={"x": x},
+        treedef=jax.tree.structure(0),
+        outputs={},
+    )
+    weights = [
+        Weight(name, leaf.shape, leaf.size // 2, leaf.size, 0, 0, 0, "" if leaf.ndim > 1 else "1 axis")
+        for name, leaf in by_path(shapes).items()
+    ]
+    found = _flops(of, tuple(weights), Measured("test", Columns({"x": x}), 1), module_classes(model, x))
+    with_weights = 2 * (4 * 6 * 8 * 8 + (8 + 4) * 16 + 4 * 3)
+    attention = 2 * (2 * 6 * 6 * 8)
+    assert found == {"float32": (with_weights + attention, with_weights // 2 + attention)}
 
 
 @pytest.mark.slow
@@ -131,7 +172,12 @@ def test_the_command_prunes_a_config_and_a_run_and_refuses_in_one_message(tmp_pa
     kernel = np.asarray(pruned.state("best").params["Dense_0"]["kernel"])
     assert np.all((kernel.reshape(-1, 4, 8) != 0).sum(axis=1) == 2)
     assert jaxmp_prune(str(dense), *structure, "--quiet") == (0, out, "")  # it is there, and read
+    with monkeypatch.context() as inside:
+        inside.chdir(dense)
+        code, found, _ = jaxmp_prune(".", *structure, "--quiet")
+        assert code == 0 and Path(found.split()[-1]) == tmp_path / pruned.path
     for arguments, message in (
+        (("small.py", "--seed", "1", "--pruning.sparsity", "0.5", "--rows", "0"), "rows 0: expected 1 or more"),
         ((str(dense),), "pruning.sparsity = 0, and nothing would be pruned; expected --pruning.sparsity 0.9"),
         ((str(dense), "--pruning.sparsity", "1.5"), "Pruning.sparsity = 1.5: expected a share"),
         ((str(dense), "--pruning.structure", "2:4"), "Conv_0/kernel of shape (3, 3, 1, 4) sums over 1 inputs"),
@@ -146,6 +192,8 @@ def test_the_command_prunes_a_config_and_a_run_and_refuses_in_one_message(tmp_pa
     (dense / "failed.json").write_text('{"step": 2, "reason": "the loss is NaN"}')
     code, _, err = jaxmp_prune(str(dense), "--pruning.sparsity", "0.5")
     assert code == 2 and "failed (the loss is NaN), and a failed run is not pruned" in err
+    (tmp_path / "whole.py").write_text(CONFIG.replace("Net(),", 'Net(), pruning=Pruning(0.5, scope="global"),', 1))
+    assert ConfigFile.find("whole.py").experiment(_default_pruning()).pruning == Pruning()
     assert without_pruning(["--seed", "1", "--pruning.keep", "a", "b", "--loop.steps", "2"]) == [
         *("--seed", "1", "--loop.steps", "2")
     ]

@@ -196,6 +196,23 @@ def test_pruned_weights_are_zero_after_every_step_and_so_are_their_average_and_c
     assert int(jaxmp.skipped_steps(state.opt_state)) == len(skipped)
 
 
+@pytest.mark.slow
+def test_masks_of_several_prunings_side_by_side_are_joined():
+    def loss(params, model_state, batch, key):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(params)), (jnp.float32(1), {}, model_state)
+
+    parts = {name: magnitude_pruning(optax.sgd(0.1), Pruning(of, end=0.0), steps=2) for name, of in SHARES.items()}
+    tx = loss_scaling(optax.multi_transform(parts, {name: name for name in SHARES}))
+    state = TrainState.create(params(), tx, key=jax.random.key(0), ema=True)
+    state, _ = make_train_step(Objective(loss, tx, ema_decay=0.9))(state, {})
+    for tree in (state.params, state.ema):
+        zeros = {name: np.mean(np.asarray(by_path(tree)[f"{name}/kernel"]) == 0) for name in SHARES}
+        assert zeros == pytest.approx(SHARES)
+
+
+SHARES = {"body": 0.25, "conv": 0.5, "head": 0.75}
+
+
 def test_what_is_not_pruned_is_said_with_the_reason_and_what_cannot_be_is_refused():
     classes = {"body": {"Dense"}, "conv": {"Conv"}, "head": {"DenseGeneral"}}
     for pruning, message in (
