@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
@@ -44,6 +48,95 @@ def test_the_newest_result_of_each_device_is_shown_and_none_of_a_quick_run(bench
     assert found == {"peers on cpu": ("cpu-2026-01-02.json", 1), "peers on gpu-x": ("gpu-x-2026-01-01.json", 3)}
 
 
+def test_a_partial_result_is_shown_only_where_there_is_no_whole_one(benchmark, tmp_path):
+    run, tables = benchmark("run"), benchmark("tables")
+    for stem, results in {
+        "cpu-2026-01-01": {"peers": {"value": 1}, "start, partial": {"value": 2}},
+        "cpu-2026-01-02": {"peers, partial": {"value": 3}},
+    }.items():
+        (tmp_path / f"{stem}.json").write_text(json.dumps(results))
+    found = run.newest(tmp_path)
+    assert found == {
+        "peers on cpu": ("cpu-2026-01-01.json", {"value": 1}),
+        "start on cpu": ("cpu-2026-01-01.json", {"value": 2, "partial": True}),
+    }
+    origin = {"versions": {"jax": "1"}, "command": "python x"}
+    assert "partial" in tables.origin("start on cpu", "x.json", origin | {"partial": True})
+    assert "partial" not in tables.origin("start on cpu", "x.json", origin)
+
+
+FAKE = """
+import json, os, sys
+from pathlib import Path
+
+output = Path(sys.argv[sys.argv.index("--output") + 1])
+kept = json.loads(output.read_text())["results"] if output.exists() else {}
+if "one" not in kept or "--more" in sys.argv:
+    results = kept | {"one": kept.get("one", os.environ["NOW"])} | ({"more": 1} if "--more" in sys.argv else {})
+    output.write_text(json.dumps({"git": {"revision": os.environ["REVISION"]}, "results": results}))
+sys.exit("--fail" in sys.argv)
+"""
+
+
+@pytest.fixture
+def run_fake(benchmark, tmp_path, monkeypatch):
+    """Runs a made-up benchmark that can resume; returns its entries in the file of results."""
+    module, file = benchmark("run"), tmp_path / "results" / "cpu-2026-01-01.json"
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "BENCHMARKS", {"fake": module.OWN})
+    monkeypatch.setattr(module, "QUICK", set())
+
+    def call(now, *extra, revision="a", quick=False, again=False):
+        monkeypatch.setenv("NOW", now)
+        monkeypatch.setenv("REVISION", revision)
+        monkeypatch.setattr(module, "revision", lambda: revision)
+        try:
+            module.run("fake", file, quick=quick, again=again, torch="", extra=list(extra))
+        except SystemExit:
+            assert "--fail" in extra
+        return json.loads(file.read_text())
+
+    return call
+
+
+def test_a_run_resumes_at_the_same_revision_only(run_fake):
+    def measured(*args, **kwargs):
+        return run_fake(*args, **kwargs)["fake"]["results"]["one"]
+
+    assert measured("1") == "1"
+    assert measured("2") == "1", "resumed"
+    assert measured("3", revision="b") == "3", "what another revision measured is not this one's"
+    assert measured("4", revision="b", again=True) == "4"
+    assert measured("5", revision="b", quick=True) == "5", "a quick run sees whether all is well: it measures"
+
+
+def test_a_failed_run_leaves_the_whole_result_and_is_gone_on_with(run_fake):
+    whole = run_fake("1")["fake"]
+    assert run_fake("2", "--fail") == {"fake": whole}, "nothing new was measured"
+    failed = run_fake("3", "--more", "--fail")
+    assert failed["fake"] == whole and failed["fake, partial"]["results"] == {"one": "1", "more": 1}
+    assert run_fake("4", "--fail") == failed
+    ended = run_fake("5")
+    assert set(ended) == {"fake"} and ended["fake"]["results"] == {"one": "1", "more": 1}
+    assert ended["fake"]["command"] == failed["fake, partial"]["command"], "this run measured nothing"
+    run_fake("6", "--fail", revision="b", again=True)
+    assert set(run_fake("7", "--fail")) == {"fake", "fake, partial"}
+    assert run_fake("8")["fake"] == ended["fake"], "gone on with what is of this revision"
+
+
+def test_each_extra_is_handed_on_and_recorded(benchmark, run_fake, monkeypatch, tmp_path):
+    recorded = run_fake("1", "--more", "--names=a b")["fake"]["command"]
+    assert recorded == "python experiments/benchmarks/run.py fake --extra=--more '--extra=--names=a b'"
+    run, given = benchmark("run"), []
+    monkeypatch.setattr(run, "run", lambda name, file, **how: given.append((name, how["extra"])))
+    monkeypatch.setattr(run, "draw", lambda results, folder: None)
+    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("")
+    tyro.cli(run.main, args=["fake", "--extra=--models", "--extra=MLP"])
+    assert given == [("fake", ["--models", "MLP"])]
+
+
 def test_only_what_is_a_benchmark_is_run(benchmark):
     with pytest.raises(SystemExit, match="startt: there is no such benchmark; there are peers, start"):
         benchmark("run").main(("peers", "startt"))
@@ -53,6 +146,48 @@ def test_the_exponent_is_that_of_the_larger_sizes(benchmark):
     sizes = [10, 100, 1000, 10_000]
     seconds = [5.0, 5.0, 1.0, 100.0]
     assert benchmark("growth").exponent(sizes, seconds) == pytest.approx(2)
+
+
+def test_a_share_is_of_the_peak_and_the_ceiling_of_the_same_arithmetic(benchmark):
+    gpu, most = benchmark("gpu"), {"bfloat16": 8e14, "tensorfloat32": 4e14, "float32": 5e13}
+    of = {kind: gpu.shares(1e13, kind, "NVIDIA H200", most) for kind in (*most, "float16")}
+    assert {kind: each["of_ceiling"] for kind, each in of.items()} == {
+        "bfloat16": 1 / 80,
+        "tensorfloat32": 1 / 40,
+        "float32": 1 / 5,
+        "float16": None,
+    }
+    assert of["float32"]["mfu"] == pytest.approx(1e13 / 67e12)
+    assert of["tensorfloat32"]["mfu"] == pytest.approx(1e13 / 494.7e12)
+
+
+def losing(first, fall):
+    """A step whose loss falls, and its state: 6 parameters, a counter, and a loss scale, which is no parameter."""
+    state = {"w": jnp.ones((2, 3)), "i": jnp.int32(0), "scale": jnp.float32(1)}
+    return lambda of, batch: (of | {"i": of["i"] + 1}, {"loss": first - fall * of["i"]}), state
+
+
+def test_peers_that_train_another_model_are_not_compared(benchmark, monkeypatch):
+    peers, cases = benchmark("peers"), benchmark("peer_steps.cases")
+    case = cases.Case(cases.MLP((4,)), (3,), 2)
+    step, state = losing(2.0, 0.1)
+    same = {"hand-written": (step, state), "jaxmp": (step, state), "Flax": losing(3.0, 0.1)}
+    monkeypatch.setattr(peers, "module_of", lambda file: None)
+    assert peers.check_parameters(case, same) == {"hand-written": 6, "jaxmp": 6, "Flax": 6}
+    with pytest.raises(RuntimeError, match=r"numbers of parameters are .*'Haiku': 8"):
+        peers.check_parameters(case, same | {"Haiku": (step, state | {"b": jnp.ones(2)})})
+    for file, name in {"torch_amp": "torch", "keras_jax": "Keras"}.items():
+        peer = types.SimpleNamespace(parameters=lambda case: 7)
+        monkeypatch.setattr(peers, "module_of", lambda wanted, file=file, peer=peer: peer if wanted == file else None)
+        with pytest.raises(RuntimeError, match=rf"numbers of parameters are .*'{name}': 7"):
+            peers.check_parameters(case, same)
+    losses = peers.check_losses(case, "float32", same)
+    assert losses["jaxmp"] == pytest.approx({"1": 2.0, "5": 1.6})
+    for name, other in {"jaxmp": losing(2.001, 0.1), "jaxmp, NoScaler": losing(2.0, 0.101)}.items():
+        with pytest.raises(RuntimeError, match="not the same model: the losses"):
+            peers.check_losses(case, "float32", same | {name: other})
+    with pytest.raises(RuntimeError, match="Flax does not train"):
+        peers.check_losses(case, "float32", same | {"Flax": losing(3.0, 0.0)})
 
 
 SMALLEST = {
@@ -83,6 +218,29 @@ def made(benchmark, name, arguments, output):
     result = json.loads(output.read_text())
     assert benchmark("tables").__dict__[name](result).count("|") > 8
     return result["results"]
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_first_step_are_of_the_program_by_hand_itself():
+    script = FOLDER / "start_programs" / "parts.py"
+    command = [sys.executable, "-X", "importtime", str(script), "hand-written"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert list(found) == ["importing", "data", "first state", "tracing", "lowering", "compiling", "the step"]
+    assert "jaxmp" not in done.stderr, "what is compared with jaxmp imports nothing of it"
+
+
+@pytest.mark.slow
+def test_the_resident_batches_of_the_pipeline_are_those_of_the_feed_of_jaxmp(benchmark):
+    pipeline = benchmark("pipeline")
+    rows = pipeline.rows_of(256)
+    batches = pipeline.of_jaxmp_resident(rows)
+    found = [{name: np.asarray(column) for name, column in next(batches).items()} for _ in range(4)]
+    for epoch in range(2):
+        for position, order in enumerate(pipeline.Batches(256, pipeline.BATCH, seed=0).epoch_rows(epoch)):
+            batch = found[2 * epoch + position]
+            np.testing.assert_array_equal(batch["label"], rows["label"][order])
+            np.testing.assert_allclose(batch["image"], rows["image"][order] / 255, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ Each block is one of the models, all of its contenders interleaved in one proces
 less than 10 minutes; one that was measured on this day is not measured again, so that what was cut off goes on where it
 stopped. Rows are random, and stay on the device. With `--toys` the same runs on a CPU in seconds: a rehearsal.
 
-MFU is the FLOPs of the model a second, three times those of its forward pass's products, by the peak of the dtype:
-989e12 on an H100 for bfloat16. `of the ceiling` is the same by the FLOP/s of a large product measured here. "TF32" is
-JAX's default of float32 on a GPU, "float32" the true one. torch runs with autocast, compiled; its float32 is TF32.
+MFU is the FLOPs of the model a second, three times those of its forward pass's products, by the peak of the arithmetic
+of most of them: 989e12 on an H100 for bfloat16, 495e12 for TF32, 67e12 for float32. `of the ceiling` is the same by the
+FLOP/s of a large product in that arithmetic, measured here. "TF32" is JAX's default of float32 on a GPU, "float32" the
+true one. torch runs with autocast, compiled; its float32 is TF32.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 from interleaved import Run, interleave, load, runs_here, timed
+from jax.lax import Precision
 from large_models import Workload, workloads
 
 from jaxmp import DynamicScaler, TrainState, fit, loss_scaling, make_train_step
@@ -62,20 +64,25 @@ MUST = {
 
 
 def ceiling(size: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """FLOP/s of one large product in each dtype, random operands."""
+    """FLOP/s of one large product in each arithmetic, by the names of `PEAK_FLOPS`; random operands."""
     keys = jax.random.split(jax.random.key(0))
     operands = [jax.random.normal(key, (size, size), jnp.float32) for key in keys]
-    dtypes: dict[str, Any] = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+    kinds: dict[str, tuple[Any, Precision]] = {
+        "bfloat16": (jnp.bfloat16, Precision.DEFAULT),
+        "float16": (jnp.float16, Precision.DEFAULT),
+        "tensorfloat32": (jnp.float32, Precision.HIGH),
+        "float32": (jnp.float32, Precision.HIGHEST),
+    }
     if jax.default_backend() == "gpu":
-        dtypes["float8_e4m3fn"] = jnp.float8_e4m3fn
+        kinds["float8_e4m3fn"] = jnp.float8_e4m3fn, Precision.DEFAULT
     runs = {}
-    for name, dtype in dtypes.items():
+    for name, (dtype, precision) in kinds.items():
         x, w = (operand.astype(dtype) for operand in operands)
 
         @jax.jit
-        def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        def product(x: jax.Array, w: jax.Array, precision: Precision = precision) -> jax.Array:
             wide = jnp.bfloat16 if x.dtype.itemsize == 1 else x.dtype
-            return jax.lax.dot(x, w.T, preferred_element_type=wide)
+            return jax.lax.dot(x, w.T, precision=precision, preferred_element_type=wide)
 
         def steps(count: int, product: Any = product, x: Any = x, w: Any = w) -> None:
             for _ in range(count):
@@ -95,7 +102,7 @@ def contender(workload: Workload, precision: str, *, scaled: bool) -> tuple[Run,
     step = make_train_step(loss, tx)
     batch = jax.device_put(workload.batch())
     params, model_state = jax.jit(workload.init)(jax.random.key(0))
-    forward = jax.make_jaxpr(loss)(params, model_state, batch, jax.random.key(0))
+    flops = product_flops(jax.make_jaxpr(loss)(params, model_state, batch, jax.random.key(0)))
     state: Any = TrainState.create(params, tx, key=jax.random.key(1), model_state=model_state)
     del params, model_state
     began = time.perf_counter()
@@ -103,7 +110,8 @@ def contender(workload: Workload, precision: str, *, scaled: bool) -> tuple[Run,
     facts = {
         "compile_seconds": time.perf_counter() - began,
         "bytes": Program.read(compiled).memory.peak,
-        "step_flops": (1 + BACKWARD) * sum(product_flops(forward).values()),
+        "step_flops": (1 + BACKWARD) * sum(flops.values()),
+        "arithmetic": max(flops, key=lambda kind: flops[kind]),
     }
 
     def steps(count: int) -> None:
@@ -115,8 +123,20 @@ def contender(workload: Workload, precision: str, *, scaled: bool) -> tuple[Run,
     return timed(steps), facts
 
 
+def shares(flops: float, arithmetic: str, device: str, most: dict[str, float]) -> dict[str, float | None]:
+    """Returns `mfu` and `of_ceiling`: FLOP/s by the peak of a device, and by what a large product reached on it.
+
+    Each is None where that of this arithmetic is not known.
+    """
+    peak, reached = peak_flops(device, arithmetic), most.get(arithmetic)
+    return {
+        "mfu": None if peak is None else flops / peak,
+        "of_ceiling": None if reached is None else flops / reached,
+    }
+
+
 def of_model(
-    workload: Workload, contenders: tuple[str, ...], rounds: int, seconds: float, most: float | None
+    workload: Workload, contenders: tuple[str, ...], rounds: int, seconds: float, most: dict[str, float]
 ) -> dict[str, Any]:
     """Times all contenders on one model.
 
@@ -125,7 +145,7 @@ def of_model(
       contenders: of `CONTENDERS`, "TF32" and "bfloat16" among them.
       rounds: number of rounds.
       seconds: seconds of the fastest in a round.
-      most: FLOP/s of a large product in bfloat16, measured before.
+      most: FLOP/s of a large product by its arithmetic, measured before; {} leaves out the share of it.
     """
     found = {}
     for name in contenders:
@@ -140,19 +160,21 @@ def of_model(
         for name, half in (("torch, TF32", None), ("torch, bfloat16", "bfloat16"), ("torch, float16", "float16")):
             steps = torch_large.make_steps(workload, half=half, device=device)
             if steps is not None and runs_here(name, timed(steps)):
-                runs[name], facts[name] = timed(steps), {"step_flops": facts["bfloat16"]["step_flops"]}
+                runs[name] = timed(steps)
+                facts[name] = {
+                    "step_flops": facts["bfloat16"]["step_flops"],
+                    "arithmetic": half or "tensorfloat32",
+                }
     times = interleave(runs, rounds=rounds, seconds=seconds)
-    kind, result = jax.devices()[0].device_kind, {}
+    device_kind, result = jax.devices()[0].device_kind, {}
     for name, each in times.items():
-        flops = facts[name]["step_flops"] / min(each)
-        peak = peak_flops(kind, "float32" if "32" in name else "bfloat16")
+        flops, arithmetic = facts[name]["step_flops"] / min(each), facts[name]["arithmetic"]
         result[name] = facts[name] | {
             "unit": workload.unit,
             "units_per_second": workload.rows * workload.per_row / min(each),
             "median_units_per_second": workload.rows * workload.per_row / statistics.median(each),
             "tflops_per_second": flops / 1e12,
-            "mfu": None if peak is None else flops / peak,
-            "of_ceiling": None if most is None else flops / most,
+            **shares(flops, arithmetic, device_kind, most),
             "beside_TF32": min(times["TF32"]) / min(each),
         }
     return result
@@ -192,8 +214,8 @@ def blocks(
 ) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """Returns what is measured, by name: functions of the results so far."""
 
-    def most(results: dict[str, Any]) -> float | None:
-        return results.get(CEILING, {}).get("result", {}).get("bfloat16")
+    def most(results: dict[str, Any]) -> dict[str, float]:
+        return results.get(CEILING, {}).get("result", {})
 
     found: dict[str, Callable[[dict[str, Any]], Any]] = {
         CEILING: lambda results: ceiling(64 if toys else 8192, rounds, seconds)

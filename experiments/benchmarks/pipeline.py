@@ -1,15 +1,17 @@
-"""Measures examples a second of shuffled batches: jaxmp beside tfds.as_numpy, plain Grain and torch's DataLoader.
+"""Measures examples a second of shuffled batches: jaxmp beside tfds.data_source, plain Grain and torch's DataLoader.
 
     python experiments/benchmarks/run.py pipeline
 
 All read the same made-up images, uint8 (28, 28, 1), in batches of 128 in a new order, to float32 from 0 to 1 on the
-device. "resident": jaxmp keeps them on the device, and takes the rows there. "streamed": all read from memory or from
-files in this process, without workers. `tfds.as_numpy` reads a TFDS dataset prepared in $JAXMP_DATA (MNIST), decoding a
-PNG for each example, by a data source without TensorFlow; jaxmp's TFDS decodes once and keeps arrays.
+device. "resident": jaxmp keeps them on the device, and its feed takes the rows there, dispatching each batch singly to
+a step that only keeps it. "streamed": all read from memory or from files in this process, without workers.
+`tfds.data_source` reads a TFDS dataset prepared in $JAXMP_DATA (MNIST) without TensorFlow, decoding a PNG for each
+example; jaxmp's TFDS decodes once and keeps arrays.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -24,13 +26,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from interleaved import load
 
-from jaxmp import TFDS, InputError
-from jaxmp.data.pipeline import Batches, resident, stream
+from jaxmp import TFDS, Arrays, InputError, Parallel, TrainState
+from jaxmp.data.pipeline import Batches, stream
 from jaxmp.data.table_files import TableFiles
 from jaxmp.runs.provenance import provenance
+from jaxmp.training.feed import HIDDEN_METRICS, Resident
+from jaxmp.training.metrics import Mean, Metrics
 
 BATCH = 128
 IMAGE = (28, 28, 1)
@@ -55,27 +60,22 @@ def rows_of(count: int) -> dict[str, np.ndarray]:
 
 
 def of_jaxmp_resident(rows: dict[str, np.ndarray]) -> Iterator[Any]:
-    """jaxmp: rows on the device, taken there."""
+    """jaxmp's feed of data on the device, with a step that keeps its batch in the state: each lasts until the next."""
+    data = Arrays(lambda split: rows if split == "train" else None, batch_size=BATCH)
+    source: Any = data.read("train")
+    batches, devices = Batches(len(source), BATCH, seed=0), Parallel().make(BATCH, devices=jax.devices()[:1])
 
-    class Source:
-        def __len__(self) -> int:
-            return len(rows["label"])
+    def keep(state: TrainState, batch: Any, numbers: Any = None) -> Any:
+        nothing = {"loss": Mean(jnp.float32(0), jnp.float32(1))}
+        return dataclasses.replace(state, step=state.step + 1, model_state=batch), nothing
 
-        def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-            return {name: column[index] for name, column in rows.items()}
-
-    batches = Batches(len(rows["label"]), BATCH, seed=0)
-    columns = jax.device_put(resident(Source()))
-
-    @jax.jit
-    def take(columns: Any, order: Any, position: Any) -> Any:
-        raw = {name: jnp.take(column, order[position], axis=0) for name, column in columns.items()}
-        return {**raw, "image": raw["image"].astype(jnp.float32) / 255}
-
-    for epoch in itertools.count():
-        order = jnp.asarray(batches.epoch_rows(epoch))
-        for position in range(batches.per_epoch):
-            yield take(columns, order, np.int32(position))
+    feed = Resident(keep, data, source, batches, devices, fuse=False, skip_limit=1)
+    state = TrainState.create({}, optax.identity(), key=jax.random.key(0), model_state=feed.batch(0))
+    metrics: Metrics = {name: Mean(jnp.float32(0), jnp.float32(0)) for name in ("loss", *HIDDEN_METRICS)}
+    state, metrics = devices.put_state(state), devices.put(metrics)
+    for step in itertools.count():
+        state, metrics = feed.run(state, metrics, step, 1)
+        yield state.model_state
 
 
 def of_jaxmp_streamed(source: Any) -> Iterator[Any]:

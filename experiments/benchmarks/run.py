@@ -5,8 +5,9 @@
     python experiments/benchmarks/run.py                        # only the tables and plots of README.md
 
 A benchmark that compares jaxmp with other frameworks runs in an environment of its own, which the first run makes with
-uv, in $XDG_CACHE_HOME/jaxmp/benchmarks: jaxmp as it stands here, `requirements.txt`, and torch. What is already in the
-day's file is gone on with where the benchmark can, and else measured again.
+uv, in $XDG_CACHE_HOME/jaxmp/benchmarks: jaxmp as it stands here, `requirements.txt`, and torch. A benchmark that can
+resume does not measure again what today's file has of the same git revision; the others start anew. What a run measured
+before it failed is kept as `NAME, partial`, and shown only where there is no whole result.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ from typing import Annotated, Any
 import jax
 import tables
 import tyro
+
+from jaxmp.runs.provenance import provenance
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -55,6 +59,8 @@ BENCHMARKS = {
 """each benchmark, a script of this folder, and the environment that it runs in"""
 QUICK = {"peers", "start", "growth", "checkpoint", "pipeline", "scaling_cost", "gpu"}
 """the benchmarks that have a --quick"""
+PARTIAL = ", partial"
+"""ends the name of a benchmark in a file of results, where its run failed before the end"""
 PLOTTED = ("start", "growth")
 """the benchmarks whose script has a `plot(axes, result)`"""
 
@@ -110,45 +116,76 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
+def revision() -> str | None:
+    """Returns the git revision of this tree; None outside a repository."""
+    git = provenance(patch=False)["git"]
+    return None if git is None else git["revision"]
+
+
+def is_of_revision(result: dict[str, Any], revision: str | None) -> bool:
+    """Whether a result was measured at a git revision; False if either is not known."""
+    git = result.get("git") or result.get("provenance", {}).get("git")
+    return revision is not None and git is not None and git["revision"] == revision
+
+
 def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: list[str]) -> None:
-    """Runs one benchmark, and keeps its result in `file` under its name.
+    """Runs one benchmark, and keeps its result in `file` under its name. Raises SystemExit if it fails.
 
     Args:
       name: one of `BENCHMARKS`.
       file: the results of this device and day.
-      quick: short rounds, where the benchmark has them.
-      again: leaves out what `file` has of it already.
+      quick: short rounds, where the benchmark has them; measures all again.
+      again: measures again what `file` has of this revision.
       torch: see `environment`.
       extra: further arguments of the script.
     """
     results = json.loads(file.read_text()) if file.exists() else {}
+    now = revision()
+    candidates = [results[key] for key in (name + PARTIAL, name) if key in results]
+    begun = next((of for of in candidates if is_of_revision(of, now)), None)
+    resumed = begun is not None and not again and not quick
     python = environment(torch) if BENCHMARKS[name] == PEERS else Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        if name in results and not again:
-            output.write_text(json.dumps(results[name]))
+        if resumed:
+            output.write_text(json.dumps(begun))
         command = [str(python), str(FOLDER / f"{name}.py"), "--output", str(output), *extra]
         env = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}  # this tree, whichever made the environment
         done = subprocess.run([*command, *(["--quick"] if quick and name in QUICK else [])], env=env)
-        if output.exists():  # what was measured before it failed or was stopped
-            made = json.loads(output.read_text())
-            words = ["python", "experiments/benchmarks/run.py", *(["--quick"] if quick else []), name, *extra]
-            results[name] = made | {"command": " ".join(words)}
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        made = json.loads(output.read_text()) if output.exists() else None
+    if resumed and made == begun:
+        print(f"{name}: nothing more was measured than {file.name} had; --again measures it again")
+        made = None if done.returncode else begun
+    elif made is not None:
+        options = [*(["--quick"] if quick else []), name, *(f"--extra={word}" for word in extra)]
+        made |= {"command": shlex.join(["python", "experiments/benchmarks/run.py", *options])}
+    if made is not None:
+        kept = {key: of for key, of in results.items() if key != name + PARTIAL}
+        kept |= {name + (PARTIAL if done.returncode else ""): made}
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     if done.returncode:
-        raise SystemExit(f"{name} ended with exit code {done.returncode}; what it measured is in {file}")
+        where = "" if made is None else f"; what it measured is in {file}"
+        raise SystemExit(f"{name} ended with exit code {done.returncode}{where}")
 
 
 def newest(folder: Path = RESULTS) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Returns the newest result of each benchmark on each device: `{"peers on cpu": (file's name, result)}`."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    """Returns the newest result of each benchmark on each device: `{"peers on cpu": (file's name, result)}`.
+
+    A partial one, of a run that failed, only where there is no whole one; it has `"partial": True`.
+    """
+    whole: dict[str, tuple[str, dict[str, Any]]] = {}
+    partial: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:]):
         if path.stem.startswith("quick-"):
             continue
         for name, result in json.loads(path.read_text()).items():
-            found[f"{name} on {path.stem[:-11]}"] = path.name, result
-    return found
+            key = f"{name.removesuffix(PARTIAL)} on {path.stem[:-11]}"
+            if name.endswith(PARTIAL):
+                partial[key] = path.name, result | {"partial": True}
+            else:
+                whole[key] = path.name, result
+    return partial | whole
 
 
 def with_tables(readme: str, results: dict[str, tuple[str, dict[str, Any]]]) -> str:
@@ -200,17 +237,17 @@ def main(
     quick: bool = False,
     again: bool = False,
     torch: str = "torch",
-    extra: tuple[str, ...] = (),
+    extra: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ) -> None:
     """Runs the named benchmarks one after the other, then makes the tables and plots of README.md.
 
     Args:
         names: Names of benchmarks; none only makes the tables.
-        quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows.
-        again: Measure again what today's file has.
+        quick: Short rounds, kept apart in results/quick-DEVICE-DATE.json, which no table shows; measures all again.
+        again: Measure again what today's file has of this git revision.
         torch: The torch to install when the environment is made, torch==2.13.0+cpu, say, where UV_FIND_LINKS names the
             folder of that build; "" for none.
-        extra: Further arguments of the scripts, such as --extra=--models --extra=MLP.
+        extra: A further argument of the scripts; give it once for each, as in --extra=--models --extra=MLP.
     """
     for name in names:
         if name not in BENCHMARKS:

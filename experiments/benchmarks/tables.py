@@ -11,7 +11,8 @@ def origin(key: str, file: str, result: dict[str, Any]) -> str:
     versions = result.get("versions") or result["provenance"]["versions"]
     device, command = key.partition(" on ")[2], result.get("command") or result["provenance"]["command"]
     words = command if isinstance(command, str) else f"python {' '.join(command)}"
-    return f"({device}, JAX {versions['jax']}; [{file}](results/{file}), from `{words}`)"
+    partial = "; partial: the run failed before its end" if result.get("partial") else ""
+    return f"({device}, JAX {versions['jax']}; [{file}](results/{file}), from `{words}`{partial})"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

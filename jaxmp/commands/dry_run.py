@@ -86,7 +86,7 @@ def _memory(trainer: Trainer) -> Iterator[str]:
     parts = {
         "state and batch": compiled.argument_size_in_bytes,
         "temporaries": compiled.temp_size_in_bytes,
-        "training set": nbytes(trainer.source(), experiment.data.prepare_once) if not trainer.is_streamed else 0,
+        "training set": nbytes(trainer.source(), experiment.data.prepare_ahead) if not trainer.is_streamed else 0,
     }
     yield "memory of a device, in MiB: predicted from shapes"
     yield str(memory(experiment))

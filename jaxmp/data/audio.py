@@ -235,8 +235,8 @@ class Recordings(Dataset):
         ]
         return rows
 
-    def prepare_once(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `Dataset.prepare_once`: features in the place of the samples, from which a step would make them anew.
+    def prepare_ahead(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `Dataset.prepare_ahead`: features in the place of the samples, from which a step would make them anew.
 
         A class with a `prepare` of its own gets the samples.
         """
@@ -253,7 +253,7 @@ class Recordings(Dataset):
     def prepare(self, *, train: bool) -> Prepare:
         """As `Dataset.prepare`, with `features` and `frames` in the place of `samples` and `length`, and `augment`.
 
-        A batch that has its features already, by `prepare_once`, keeps them.
+        A batch that has its features already, by `prepare_ahead`, keeps them.
         """
         masks = (self.augment,) if self.augment.bands or self.augment.frames else ()
         transforms = (*self.transforms, *masks) if train else self.transforms

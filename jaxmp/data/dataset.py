@@ -36,8 +36,7 @@ class Dataset(abc.ABC):
     """Rows in a training batch, counted over all devices."""
     eval_batch_size: int = field(default=512, metadata={"identity": "rounds"})
     """Rows in an evaluation batch, counted over all devices."""
-    # It rounds: what `prepare_once` makes on the host and `prepare` makes in the step differ in their last digits.
-    device_limit: int = field(default=1024, metadata={"identity": "rounds"})
+    device_limit: int = field(default=1024, metadata={"identity": "operates"})
     """Largest training split, in MiB, that is kept in device memory; a larger one is streamed from the host."""
     workers: int = field(default=0, metadata={"identity": "operates"})
     """Processes that read a streamed training split; 0 reads in threads."""
@@ -126,8 +125,8 @@ class Dataset(abc.ABC):
             raise InputError(f"{call} has no rows")
         return source
 
-    def prepare_once(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What of `prepare` needs neither a key nor other rows, done once to all rows of a split that stays in memory.
+    def prepare_ahead(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of `prepare` needs neither a key nor other rows, done once to all training rows.
 
         `columns` has arrays of shape (rows, ...), and so has the result, of which `prepare` makes the same batches as
         of `columns`, but for rounding. Here it is `columns`; a class of datasets whose `prepare` is expensive extends

@@ -97,9 +97,19 @@ def resident(source: Source) -> dict[str, np.ndarray]:
     return _numeric(read_rows(source, np.arange(len(source))))
 
 
-def nbytes(source: Source, prepare_once: Callable[[dict[str, np.ndarray]], Any] = dict) -> int:
-    """The size in bytes of `prepare_once(resident(source))`, computed from one row."""
-    row = prepare_once(_numeric(read_rows(source, np.arange(1))))
+def prepared_ahead(data: Dataset, source: Source) -> Source:
+    """The training rows as the steps take them, after `data.prepare_ahead`; `source` itself where that does nothing.
+
+    Whether they are resident or streamed then, the steps see the same bits.
+    """
+    if type(data).prepare_ahead is Dataset.prepare_ahead:
+        return source
+    return Columns(data.prepare_ahead(resident(source)))
+
+
+def nbytes(source: Source, prepare_ahead: Callable[[dict[str, np.ndarray]], Any] = dict) -> int:
+    """The size in bytes of `prepare_ahead(resident(source))`, computed from one row."""
+    row = prepare_ahead(_numeric(read_rows(source, np.arange(1))))
     return sum(column.nbytes for column in row.values()) * len(source)
 
 

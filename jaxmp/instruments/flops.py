@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.lax import DotAlgorithm, DotAlgorithmPreset, Precision
 
 from jaxmp.jaxprs import bare, jaxprs_in
 
@@ -17,13 +18,37 @@ B."""
 
 _HALF = ("bfloat16", "float16")
 PEAK_FLOPS = {
-    "H100 80GB HBM3": {**dict.fromkeys(_HALF, 989.4e12), "float32": 494.7e12},
-    "H200": {**dict.fromkeys(_HALF, 989.4e12), "float32": 494.7e12},
-    "H100 PCIe": {**dict.fromkeys(_HALF, 756e12), "float32": 378e12},
-    "A100": {**dict.fromkeys(_HALF, 312e12), "float32": 156e12},
+    "H100 80GB HBM3": {**dict.fromkeys(_HALF, 989.4e12), "tensorfloat32": 494.7e12, "float32": 67e12},
+    "H200": {**dict.fromkeys(_HALF, 989.4e12), "tensorfloat32": 494.7e12, "float32": 67e12},
+    "H100 PCIe": {**dict.fromkeys(_HALF, 756e12), "tensorfloat32": 378e12, "float32": 51e12},
+    "A100": {**dict.fromkeys(_HALF, 312e12), "tensorfloat32": 156e12, "float32": 19.5e12},
 }
-"""dense FLOP/s of a GPU's tensor cores, by a part of its name in JAX and the dtype of the operands; float32 is that of
-TF32. Source: NVIDIA's data sheets of the H100, H200 and A100, without sparsity"""
+"""The dense FLOP/s of a GPU, by a part of its name in JAX and the arithmetic of the products (see `arithmetic`). Tensor
+cores multiply all but float32, which has only the ordinary cores. Source: NVIDIA's data sheets of the H100, H200 and
+A100, without sparsity."""
+
+_ALGORITHMS: dict[Any, str] = {
+    DotAlgorithmPreset.F32_F32_F32: "float32",
+    DotAlgorithmPreset.TF32_TF32_F32: "tensorfloat32",
+    DotAlgorithmPreset.BF16_BF16_F32: "bfloat16",
+    DotAlgorithmPreset.F16_F16_F32: "float16",
+}
+
+
+def arithmetic(eqn: Any) -> str:
+    """Returns how an NVIDIA GPU multiplies in a `dot_general` or `conv_general_dilated`, as in `PEAK_FLOPS`.
+
+    It is the wider dtype of the operands, except for float32: XLA rounds these operands to `tensorfloat32` unless one
+    of them has `Precision.HIGHEST`. A dot algorithm decides by itself; one that takes several products is returned by
+    its own name.
+    """
+    precision = eqn.params["precision"]
+    if isinstance(precision, (DotAlgorithm, DotAlgorithmPreset)) and precision != DotAlgorithmPreset.DEFAULT:
+        return _ALGORITHMS.get(precision, str(precision))
+    dtype = jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name
+    if dtype == "float32" and not (isinstance(precision, tuple) and Precision.HIGHEST in precision):
+        return "tensorfloat32"
+    return dtype
 
 
 def dot_flops(eqn: Any) -> int:
@@ -46,7 +71,7 @@ FLOPS = {"dot_general": dot_flops, "conv_general_dilated": convolution_flops}
 
 
 def product_flops(jaxpr: Any) -> dict[str, int]:
-    """The FLOPs of all products and convolutions of a jaxpr, by the wider dtype of their operands.
+    """The FLOPs of all products and convolutions of a jaxpr, by their `arithmetic`.
 
     The body of a scan counts as often as it is long, that of a while loop once, of a conditional the branch with most.
     """
@@ -54,7 +79,7 @@ def product_flops(jaxpr: Any) -> dict[str, int]:
     for eqn in bare(jaxpr).eqns:
         name = eqn.primitive.name
         if name in FLOPS:
-            found[jnp.promote_types(eqn.invars[0].aval.dtype, eqn.invars[1].aval.dtype).name] += FLOPS[name](eqn)
+            found[arithmetic(eqn)] += FLOPS[name](eqn)
             continue
         inner = [product_flops(each) for each in jaxprs_in(eqn)]
         if not any(inner):
@@ -62,18 +87,18 @@ def product_flops(jaxpr: Any) -> dict[str, int]:
         if name == "cond":
             inner = [max(inner, key=lambda branch: sum(branch.values()))]
         for of_one in inner:
-            for dtype, flops in of_one.items():
-                found[dtype] += flops * (eqn.params["length"] if name == "scan" else 1)
+            for kind, flops in of_one.items():
+                found[kind] += flops * (eqn.params["length"] if name == "scan" else 1)
     return dict(found.most_common())
 
 
-def peak_flops(device: str, dtype: str) -> float | None:
-    """The FLOP/s that a device can reach in products of a dtype, from `PEAK_FLOPS`; None if it is not known.
+def peak_flops(device: str, kind: str) -> float | None:
+    """The FLOP/s that a device can reach in products of an `arithmetic`, from `PEAK_FLOPS`; None if it is not known.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"), peak_flops("cpu", "bfloat16")
     (989400000000000.0, None)
     """
     for name, peaks in PEAK_FLOPS.items():
         if name in device:
-            return peaks.get(dtype)
+            return peaks.get(kind)
     return None

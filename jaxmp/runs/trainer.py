@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.fingerprint import fingerprint
-from jaxmp.data.pipeline import Batches, batch_shapes, nbytes
+from jaxmp.data.pipeline import Batches, batch_shapes, nbytes, prepared_ahead
 from jaxmp.data.poisson import PoissonBatches
 from jaxmp.data.source import Rows, Source
 from jaxmp.distributed import processes
@@ -128,7 +128,7 @@ class Trainer:
     def is_streamed(self) -> bool:
         """Whether the training split, as it would lie on the device, is larger than `data.device_limit`."""
         data = self.experiment.data
-        return nbytes(self.source(), data.prepare_once) > data.device_limit * 2**20
+        return nbytes(self.source(), data.prepare_ahead) > data.device_limit * 2**20
 
     @functools.cached_property
     def batches(self) -> Batches:
@@ -467,7 +467,7 @@ class Trainer:
         Args:
           fuse: whether one dispatch may run many steps, see `fuse_steps`.
         """
-        data, source = self.experiment.data, self.source()
+        data, source = self.experiment.data, prepared_ahead(self.experiment.data, self.source())
         how: dict[str, Any] = {
             "skip_limit": self.experiment.loop.max_consecutive_skips,
             "numbers": self.numbers,
@@ -593,7 +593,7 @@ class Trainer:
 
     @functools.cached_property
     def step_flops(self) -> dict[str, float]:
-        """The FLOPs of a step's products and convolutions, by dtype: those of the loss, and twice as many backward.
+        """The FLOPs of a step's products and convolutions by `arithmetic`: of the loss, and twice as many backward.
 
         Of several objectives, the mean of a step. The update, and all that is no product, does not count. {} where not
         every product has a backward pass, so that their number is not known without tracing the gradient: a parameter
@@ -608,8 +608,8 @@ class Trainer:
         found: dict[str, float] = {}
         for name, traced in self._forward.items():
             every = 1 if name is None else self.objectives[name].every
-            for dtype, flops in product_flops(traced.jaxpr).items():
-                found[dtype] = found.get(dtype, 0.0) + (1 + BACKWARD) * flops / every
+            for kind, flops in product_flops(traced.jaxpr).items():
+                found[kind] = found.get(kind, 0.0) + (1 + BACKWARD) * flops / every
         return found
 
     @property

@@ -127,7 +127,7 @@ class Resident:
         due_steps: DueSteps | None = None,
     ):
         self._batches, self._devices, self._fuse = batches, devices, fuse
-        self._columns = devices.put(data.prepare_once(resident(source)))
+        self._columns = devices.put(resident(source))
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data)
         self.arguments = _arguments(numbers, batches, devices)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmp.data.audio import JoinedRecordings, LogMel, Recordings, SpecAugment, random_span
-from jaxmp.data.pipeline import nbytes
+from jaxmp.data.pipeline import nbytes, prepared_ahead
 from jaxmp.data.source import Columns
 from jaxmp.errors import InputError
 
@@ -131,16 +131,21 @@ class Louder(Two):
 def test_features_are_made_once_where_the_recordings_stay_in_memory():
     data, key = Two(augment=SpecAugment(bands=20, frames=3)), jax.random.key(0)
     columns, prepare = data.source("train")[np.arange(2)], data.prepare(train=True)
-    once = data.prepare_once(columns)
+    once = data.prepare_ahead(columns)
     assert set(once) == {"features", "frames", "label"} and "samples" in columns
-    assert nbytes(data.source("train"), data.prepare_once) == sum(column.nbytes for column in once.values())
+    assert nbytes(data.source("train"), data.prepare_ahead) == sum(column.nbytes for column in once.values())
+    # Resident or streamed, the steps take these rows, and so the same bits.
+    rows = prepared_ahead(data, data.source("train"))[np.arange(2)]
+    assert set(rows) == set(once)
+    for name, column in once.items():
+        np.testing.assert_array_equal(rows[name], column)
     weight = {"weight": np.ones(2, np.float32)}
     assert "fft" in str(jax.make_jaxpr(prepare)({**columns, **weight}, key))
     assert "fft" not in str(jax.make_jaxpr(prepare)({**once, **weight}, key))
     anew, kept = (jax.jit(prepare)({**rows, **weight}, key) for rows in (columns, once))
     np.testing.assert_allclose(anew["features"], kept["features"], rtol=0, atol=1e-5)  # of a standard deviation
     np.testing.assert_array_equal(anew["frames"], kept["frames"])
-    assert "samples" in Louder().prepare_once(columns)
+    assert "samples" in Louder().prepare_ahead(columns)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ KINDS = {
     "loop.wandb": "operates",
     "data.workers": "operates",
     "data.eval_batch_size": "rounds",
-    "data.device_limit": "rounds",
+    "data.device_limit": "operates",
     "parallel.mode": "rounds",
     "parallel.shard": "rounds",
     "parallel.remat": "rounds",

@@ -47,19 +47,45 @@ def test_the_flops_are_those_of_the_products(function, flops):
     assert product_flops(jax.make_jaxpr(function)(X, W)) == {"bfloat16": flops}
 
 
-def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_devices():
+@pytest.mark.parametrize(
+    ("precision", "operands", "expected"),
+    [
+        (None, jnp.float32, "tensorfloat32"),
+        ("high", jnp.float32, "tensorfloat32"),
+        ("tensorfloat32", jnp.float32, "tensorfloat32"),
+        ("TF32_TF32_F32", jnp.float32, "tensorfloat32"),
+        ("float32", jnp.float32, "float32"),
+        ("F32_F32_F32", jnp.float32, "float32"),
+        ("BF16_BF16_F32", jnp.float32, "bfloat16"),
+        ("BF16_BF16_F32_X3", jnp.float32, "BF16_BF16_F32_X3"),
+        ("highest", jnp.bfloat16, "bfloat16"),
+        (None, jnp.float16, "float16"),
+    ],
+)
+@pytest.mark.parametrize("function", [lambda x, w: x @ w, convolved])
+def test_float32_is_multiplied_in_tf32_unless_the_precision_is_full(precision, operands, expected, function):
+    with jax.default_matmul_precision(precision):
+        assert list(product_flops(jax.make_jaxpr(function)(X.astype(operands), W.astype(operands)))) == [expected]
+
+
+def mlp_trainer(precision):
     rows = {"image": np.zeros((32, 16), np.float32), "label": np.zeros(32, np.int32)}
     data = Arrays(lambda split: rows if split == "train" else None, batch_size=32, images=())
-    trainer = Trainer(
-        Experiment(MLP((8,)), data, task=Classification(), optimizer=SGD(0.1), precision="mixed_bfloat16")
-    )
+    return Trainer(Experiment(MLP((8,)), data, task=Classification(), optimizer=SGD(0.1), precision=precision))
+
+
+def on_h100s(trainer, count=1):
+    gpus = np.array([types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * count)
+    devices = types.SimpleNamespace(mesh=types.SimpleNamespace(devices=gpus), count=count)
+    return types.SimpleNamespace(step_flops=trainer.step_flops, devices=devices)
+
+
+def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_devices():
+    trainer = mlp_trainer("mixed_bfloat16")
     flops = 3 * 2 * 32 * (16 * 8 + 8 * 10)
     assert trainer.step_flops == {"bfloat16": flops}
     assert flops_per_second(trainer, 1e6) == {"tflops_per_second": flops / 1e6}, "nothing is known of a CPU's peak"
-    gpus = np.array([types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2)
-    devices = types.SimpleNamespace(mesh=types.SimpleNamespace(devices=gpus), count=2)
-    two = types.SimpleNamespace(step_flops=trainer.step_flops, devices=devices)
-    assert flops_per_second(two, 1e6)["mfu"] == pytest.approx(flops * 1e6 / (2 * 989.4e12))
+    assert flops_per_second(on_h100s(trainer, 2), 1e6)["mfu"] == pytest.approx(flops * 1e6 / (2 * 989.4e12))
     # The step itself computes one product less: nobody asks for the gradient of the images.
     step, arguments = trainer.program()
     counted = sum(audit(step, *arguments).dot_flops_by_dtype.values())
@@ -71,6 +97,15 @@ def test_a_step_has_three_times_the_flops_of_its_loss_and_the_share_is_of_all_de
         assert changed.step_flops == {} and flops_per_second(changed, 1e6) == {}
 
 
-def test_the_peak_is_that_of_the_dtype():
-    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == 494.7e12
+@pytest.mark.parametrize(("precision", "peak"), [("float32", 67e12), ("tensorfloat32", 494.7e12)])
+def test_the_share_of_true_float32_is_not_of_the_peak_of_tf32(precision, peak):
+    trainer = mlp_trainer(precision)
+    assert list(trainer.step_flops) == [precision]
+    flops = trainer.step_flops[precision] * 1e6
+    assert flops_per_second(on_h100s(trainer), 1e6)["mfu"] == pytest.approx(flops / peak)
+
+
+def test_the_peak_is_that_of_the_arithmetic():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "tensorfloat32") == 494.7e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "float64") is None

@@ -173,6 +173,7 @@ OPERATES = [
     ("loop.watch", ("gradient_norm", "update_norm", "zero_losses")),
     ("loop.wandb", True),
     ("data.workers", 1),
+    ("data.device_limit", 0),
 ]
 ROUNDS = [
     ("parallel.mode", "pmap"),
@@ -180,7 +181,6 @@ ROUNDS = [
     ("parallel.remat", ("@Dense",)),
     ("parallel.remat_policy", "dots_saveable"),
     ("data.eval_batch_size", 7),
-    ("data.device_limit", 0),
 ]
 
 

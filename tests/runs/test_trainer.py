@@ -95,7 +95,7 @@ def test_runs_that_differ_in_numbers_alone_run_the_same_program_to_the_letter(fi
 class Wide(Arrays):
     """Rows of which the device keeps 1 MiB each."""
 
-    def prepare_once(self, columns):
+    def prepare_ahead(self, columns):
         return columns | {"wide": np.zeros((len(columns["label"]), 2**18), np.float32)}
 
 

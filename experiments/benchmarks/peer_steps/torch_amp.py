@@ -101,8 +101,9 @@ def model_of(case: Case) -> nn.Module:
 
 
 def parameters(case: Case) -> int:
-    """Returns the number of parameters."""
-    return sum(each.numel() for each in model_of(case).parameters())
+    """Returns the number of parameters, without the second bias of torch's LSTM, which is only added to the first."""
+    named = model_of(case).named_parameters()
+    return sum(each.numel() for name, each in named if "bias_hh" not in name)
 
 
 def make_steps(case: Case, precision: str, *, compiled: bool = False, device: str = "cpu") -> Any:

@@ -31,15 +31,22 @@ class MLP(nn.Module):
         return nn.Dense(10, dtype=jnp.float16)(x).astype(jnp.float32)
 
 
-def main(count: int, folder: Path) -> None:
-    """Trains for `count` steps."""
+def load() -> tuple[Any, Any, Any]:
+    """Returns the images, float32, and labels of the train, validation and test split."""
     images, labels = load_digits(return_X_y=True)
     images = ((images / 255 - 0.0192) / 0.0236).astype(np.float32)
     x, rest, y, rest_labels = train_test_split(images, labels.astype(np.int32), train_size=1258, random_state=0)
-    validation, test = (rest[:270], rest_labels[:270]), (rest[270:], rest_labels[270:])
+    return (x, y), (rest[:270], rest_labels[:270]), (rest[270:], rest_labels[270:])
+
+
+def programs() -> tuple[Any, Any, Any]:
+    """Returns what makes the first state, many train steps, and an evaluation."""
     model, key, rows = MLP(), jax.random.key(0), 64
-    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64)), False)["params"])(key)
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, 1000))
+
+    def first_state() -> Any:
+        params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64)), False)["params"])(key)
+        return params, tx.init(params), jnp.float32(2.0**15), jnp.int32(0)
 
     def loss_fn(params: Any, x: Any, y: Any, key: Any) -> Any:
         logits = model.apply({"params": params}, x, True, rngs={"dropout": key})
@@ -78,9 +85,16 @@ def main(count: int, folder: Path) -> None:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == y)}
 
+    return first_state, many, evaluate
+
+
+def main(count: int, folder: Path) -> None:
+    """Trains for `count` steps."""
+    train, validation, test = load()
+    first_state, many, evaluate = programs()
     rng, at_once = np.random.default_rng(0), min(100, count)
-    state = params, tx.init(params), jnp.float32(2.0**15), jnp.int32(0)
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    state = first_state()
+    x, y = map(jnp.asarray, train)
     for first in range(0, count, at_once):
         order = jnp.asarray(rng.permutation(len(x)).astype(np.int32))
         *state, sums = many(*state, x, y, order, np.int32(first), np.int32(at_once))

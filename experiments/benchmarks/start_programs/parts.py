@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 BEGAN = time.perf_counter()
@@ -66,25 +65,21 @@ def jaxmp(parts: Parts) -> None:
 
 
 def hand_written(parts: Parts) -> None:
-    """The same of one step in plain JAX, by SGD and without dropout: the least that a first step needs."""
+    """The same of hand_written.py, which trains the same model with Adam, its schedule, dropout and loss scaling."""
+    import hand_written as program
     import jax
+    import jax.numpy as jnp
     import numpy as np
-    from sklearn.datasets import load_digits
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from peer_steps import hand_written as by_hand
-    from peer_steps.cases import Case
-
-    from jaxmp.models.mlp import MLP
 
     parts.end("importing")
-    images, labels = load_digits(return_X_y=True)
-    batch = {"x": images[:64].astype(np.float32), "label": labels[:64].astype(np.int32)}
+    train, _, _ = program.load()
+    x, y = map(jnp.asarray, train)
+    order = jnp.asarray(np.random.default_rng(0).permutation(len(x)).astype(np.int32))
     parts.end("data")
-    step, state = by_hand.make(Case(MLP((512,)), (64,), 64), "float16")
+    first_state, many, _ = program.programs()
+    arguments = *first_state(), x, y, order, np.int32(0), np.int32(1)
     parts.end("first state")
-    program = jax.jit(step, donate_argnums=0)
-    jax.block_until_ready(compiled(parts, program, (state, batch))(state, batch))
+    jax.block_until_ready(compiled(parts, many, arguments)(*arguments))
     parts.end("the step")
 
 
