@@ -332,6 +332,7 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(PUBLISHED))
+@pytest.mark.full_size
 def test_the_defects_of_published_quantisers_are_found(case):
     if "qwix" in case:
         pytest.importorskip("qwix")
