@@ -347,7 +347,7 @@ def stop_after(times):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason='to be adapted: numbers are arguments now', strict=False)
+@pytest.mark.xfail(reason="to be adapted: numbers are arguments now", strict=False)
 def test_the_program_that_looks_is_compiled_once(looked):
     from jaxmp.runs.trainer import Trainer
 

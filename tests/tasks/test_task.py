@@ -179,7 +179,7 @@ def test_a_metric_in_a_file_of_ones_own_is_monitored_shown_and_reported(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason='to be adapted: numbers are arguments now', strict=False)
+@pytest.mark.xfail(reason="to be adapted: numbers are arguments now", strict=False)
 def test_the_fields_of_a_line_that_are_no_metrics_are_all_known(trained):
     fitted, _ = trained
     fields = {name for line in Run(fitted.path).metrics for name in line}
