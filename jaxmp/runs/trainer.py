@@ -418,7 +418,7 @@ class Trainer:
             return seen(state, batch)
 
         compiled = self._compiled(f"state_seen/{objective}", lambda: state_seen)
-        return lambda state, batch: compiled(state, batch, self.numbers)
+        return functools.partial(compiled, numbers=self.numbers)
 
     def step_ranges(self, objective: str | None = None) -> Callable[[TrainState, Any], StepRanges]:
         """`(state, batch) -> StepRanges` of the step from that state on a whole batch, compiled.
@@ -432,7 +432,7 @@ class Trainer:
             return make_step_ranges(own, name=objective, accumulate_steps=parts, blocks=blocks)(state, batch)
 
         compiled = self._compiled(f"ranges/{objective}", lambda: step_ranges)
-        return lambda state, batch: compiled(state, batch, self.numbers)
+        return functools.partial(compiled, numbers=self.numbers)
 
     def block_ranges(self, objective: str | None = None) -> Callable[..., BlockRanges] | None:
         """The function of `make_block_ranges`; None if the policy rounds nothing with scales."""

@@ -347,7 +347,6 @@ def stop_after(times):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="to be adapted: numbers are arguments now", strict=False)
 def test_the_program_that_looks_is_compiled_once(looked):
     from jaxmp.runs.trainer import Trainer
 
@@ -355,7 +354,7 @@ def test_the_program_that_looks_is_compiled_once(looked):
     feed, state = trainer.feed(fuse=False), trainer.init()
     for step in range(3):
         trainer.step_ranges()(state, feed.batch(step))
-    assert trainer.step_ranges()._cache_size() == 1
+    assert trainer.step_ranges().func._cache_size() == 1
 
 
 @pytest.mark.slow

@@ -332,14 +332,13 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(PUBLISHED))
-@pytest.mark.full_size
 def test_the_defects_of_published_quantisers_are_found(case):
     if "qwix" in case:
         pytest.importorskip("qwix")
     fn, format, law = PUBLISHED[case]
     if "jax.nn" in case:
         try:
-            jax.jit(fn).lower(jnp.ones((4, 64)))
+            jax.jit(fn).lower(jnp.ones((64, 64)))  # blocks that B25, which asserts their lengths, has no word about
         except NotImplementedError:
             pytest.skip(f"JAX {jax.__version__} runs its scaled product on GPUs alone")
     result = quantizer_laws(fn, format, title=case)[law]
