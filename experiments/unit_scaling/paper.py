@@ -278,7 +278,7 @@ def get_paper(quick: bool = False) -> Paper:
             metric="farthest_of_weight_gradients",
             measured="largest base 2 logarithm of a standard deviation, in magnitude; below 1",
             judge=below(1.0),
-            remark="The factor, one by the root of the number of rows, holds for rows that are independent with mean 0. "
+            remark="The factor, one by the root of the number of rows, holds for independent rows with mean 0. "
             "Activations after a ReLU have a mean, and so have gradients where labels are not spread evenly: the rows "
             "then add up, most in the last layers.",
         ),
