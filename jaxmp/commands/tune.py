@@ -41,6 +41,8 @@ class Options:
     """How values are chosen; a grid has every combination of lists."""
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
     """How a trial is ended early: by its first seed's curve (median, hyperband), or over 5 seeds or more (wilcoxon)."""
+    seeds_together: bool = False
+    """Train the seeds of a trial at once, by one program; bits differ from those of seeds trained one by one."""
     jobs: int | None = None
     """Number of worker processes on this machine; by default one a GPU, and one on a CPU."""
     study: str = "tune"

@@ -81,6 +81,8 @@ class Definition(NamedTuple):
     """min or max"""
     sampler: str
     pruner: str
+    seeds_together: bool = False
+    """whether one program trains the seeds of a trial, which changes the bits of every run"""
 
     def differences(self, other: Definition) -> list[str]:
         """In what another definition differs, a text each."""
