@@ -57,7 +57,12 @@ NOT_ALLOWED = (ArithmeticError, AssertionError, LookupError, NotImplementedError
 
 
 class Tuning(dict[str, Any]):
-    """A study as JSON. `print` shows its table, a notebook its table and figures, `save` writes its page."""
+    """A study as JSON. `print` shows its table, a notebook its table and figures, `save` writes its page.
+
+    The `importance` of each field is computed when it is first asked for.
+    """
+
+    _storage: str | None = None
 
     def __str__(self) -> str:
         return pages.text(self)
@@ -69,6 +74,19 @@ class Tuning(dict[str, Any]):
         """Shows the first table and figures of the page in a notebook."""
         return pages.cell(self)
 
+    @classmethod
+    def read(cls, folder: StudyFolder, storage: str | None = None) -> Tuning:
+        """The study of a folder; for `storage`, see `study_to_json`."""
+        found = cls(study_to_json(folder, storage, importance=False))
+        found._storage = storage
+        return found
+
+    def __missing__(self, key: str) -> Any:
+        if key != "importance":
+            raise KeyError(key)
+        whole = study_to_json(StudyFolder(Path(self["folder"])), self._storage)
+        return self.setdefault(key, whole[key])
+
     @property
     def best(self) -> dict[str, Any] | None:
         """The best of the trials that have all seeds: its `params`, `value`, `seeds` and `runs`; None if none has."""
@@ -76,7 +94,7 @@ class Tuning(dict[str, Any]):
 
     def save(self, path: str | Path) -> None:
         """Writes the page, and the JSON beside it. Raises InputError if a file cannot be written."""
-        output = Path(path).expanduser()
+        output, _ = Path(path).expanduser(), self["importance"]
         write(output.with_suffix(".json"), json.dumps(self, indent=1, allow_nan=False) + "\n")
         pages.page(self).write(output)
 
@@ -206,7 +224,7 @@ def tune(
         with shared_compiles(folder.id, queue.finished):
             if not _Worker(of, parsed, queue, workdir, log).work():
                 return None
-        return Tuning(study_to_json(folder, storage))
+        return Tuning.read(folder, storage)
     except StorageInternalError as error:
         why = str(error.__cause__ or error).strip().partition("\n")[0]
         raise RunFailed(f"the storage of {folder.path} was lost ({why}); the same command goes on") from error

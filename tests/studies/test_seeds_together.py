@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class Counting(Resident):
     """A feed whose state is (steps done, sum of what it drew), for which a step adds its run's own number."""
 
     devices = SimpleNamespace(compile=lambda program, in_axes: jax.jit(program, donate_argnums=0))
-    columns = {}
+    columns: ClassVar = {}
 
     def __init__(self, own, dispatched):
         self.own = own

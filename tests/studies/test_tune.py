@@ -273,6 +273,7 @@ def test_a_line_that_a_kill_tore_is_dropped_before_the_next_is_written(tmp_path)
     ("how", "message"),
     [
         ({"storage": "nosuch://host/db"}, "expected a journal file, or a URL"),
+        ({"storage": "postgresql+psycopg2cffi://h/db"}, "psycopg2cffi is not installed: pip install psycopg2cffi"),
         ({"storage": "sqlite:////nowhere/at/all.db"}, "tried for 0.1 s and not reached"),
         ({"storage": "journal", "heartbeat": 5.0}, "only with a database"),
         ({"storage": "sqlite://", "heartbeat": float("nan")}, "--heartbeat nan: expected 1 second or more"),
