@@ -6,6 +6,8 @@ import dataclasses
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,7 +139,8 @@ def test_a_run_that_fails_stops_no_other_and_one_that_raises_pauses_them():
     def train(place):
         if place.index == 1:
             return "failed"
-        return counted(group, place, place.index + 1, (4, 8))
+        found = counted(group, place, place.index + 1, (4, 8))
+        return found if place.end(None) is None else "paused"
 
     group = SeedsTogether(SEEDS)
     assert group.run(train) == [alone(1, 0, 8), "failed", alone(3, 0, 8)]
@@ -336,3 +339,46 @@ def test_a_pruned_trial_stops_all_its_seeds_which_are_saved(tmp_path):
     assert len(last["runs"]) == 2
     for run in last["runs"]:
         assert not (Path(run) / "summary.json").exists() and RunFolder(Path(run)).checkpoint_steps()
+
+
+CONFIG = """\"\"\"Blobs of two classes.\"\"\"
+import numpy as np
+from jaxmp import SGD, Arrays, Experiment, Loop
+from jaxmp.models.mlp import MLP
+
+
+def blobs(split):
+    rng = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+    return {"image": rng.integers(0, 100, (48, 4, 4, 1)).astype(np.uint8), "label": rng.integers(0, 2, 48)}
+
+
+def get_config():
+    loop = Loop(steps=3000, log_every=3, eval_every=1500, save_every=300)
+    return Experiment(MLP((4,), 2), Arrays(blobs, batch_size=4), optimizer=SGD(0.1), precision="float32", loop=loop)
+"""
+
+
+@pytest.mark.full_size
+def test_seeds_that_are_killed_together_end_with_the_bits_of_those_that_were_not(tmp_path):
+    config = tmp_path / "blobs.py"
+    config.write_text(CONFIG)
+
+    def start(workdir):
+        space = ["--sampler", "grid", "--space", "optimizer.learning-rate=0.1", "--seeds", "3", "--seeds-together"]
+        command = [sys.executable, "-m", "jaxmp", "tune", str(config), *space, "--workdir", str(tmp_path / workdir)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    assert start("plain").wait() == 0
+    for saved in (300, 1200, 2100):
+        worker = start("killed")
+        while not list((tmp_path / "killed").glob(f"blobs/*-s1/checkpoints/{saved}")):
+            assert worker.poll() is None, "the study had ended before the kills had; expected a longer one"
+            time.sleep(0.02)
+        worker.kill()
+        worker.wait()
+    assert start("killed").wait() == 0
+    for run in sorted((tmp_path / "plain/blobs").glob("*-s*")):
+        killed = tmp_path / "killed/blobs" / run.name
+        states = [jax.tree.leaves(Run(path).state().params) for path in (run, killed)]
+        assert all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
+        assert lines(run) == lines(killed)

@@ -340,6 +340,7 @@ def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_pat
         "failed", "seed 0: out of memory: RESOURCE_EXHAUSTED: Out of memory"
     )  # fmt: skip
     assert (diverged["state"], diverged["reason"]) == ("failed", "seed 0: the loss is NaN")
+    assert "importance" not in found  # for which Optuna imports scikit-learn: only a page and a cell show it
     assert found.best is None and "best             none" in str(found) and "no finite value" in found._repr_html_()
 
     def bug(experiment, **how):  # no fault of the values
