@@ -290,7 +290,7 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are_to_the_bit(trained, 
         assert (run / "summary.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_runs_that_are_stopped_or_lie_at_other_steps_end_with_the_same_bits(trained, tmp_path, monkeypatch):
     whole = trained[2] / "together/experiment"
     step, seen = SeedsTogether._step, []
