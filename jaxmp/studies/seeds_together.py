@@ -6,9 +6,12 @@ runs inside one program, `jax.vmap` of the one that a single run compiles, and e
 
 A run has the same place among the seeds in every session, and the program has always as many places as there are
 seeds: the place of a run that has ended, failed, or waits for its folder, is filled with a copy of another run, and
-what comes out there is dropped. That costs the time of the runs that are gone, and no further compile. So a run's bits depend on its place and on the number of places, and neither on what
-the other runs do nor on kills. They differ from those of a run that is trained alone, since XLA rounds a product of
-stacked matrices in another order.
+what comes out there is dropped. That costs the time of the runs that are gone, and no further compile. So a run's bits
+depend on its place and on the number of places, and neither on what the other runs do nor on kills. They differ from
+those of a run that is trained alone, since XLA rounds a product of stacked matrices in another order.
+
+On a CPU it brings nothing (`experiments/benchmarks/README.md`). It is made for a GPU and a model so small that a step
+is over before the next one is launched, which is not measured.
 """
 
 from __future__ import annotations
