@@ -173,7 +173,7 @@ def get_paper(quick: bool = False) -> Paper:
             metric="loss",
             measured="test loss, e4m3 alone minus e4m3 and e5m2",
             judge=higher,
-            remark="The paper recommends e5m2 for its range. Under a loss scale, gradients of two layers fit into e4m3.",
+            remark="The paper recommends e5m2 for its range. With a loss scale, gradients of two layers fit e4m3.",
         ),
         Claim(
             id="e5m2-alone-loses",
