@@ -232,6 +232,33 @@ def increasing(values: Values) -> Finding:
     return _finding(verdicts[worst], steps[worst], values, confidence, f"step {worst + 1} of {len(steps)}")
 
 
+def slope_near(doses: Sequence[float], published: float, tolerance: float) -> Judge:
+    """Returns a judge of a dose-response: the slope of the arms' values over `doses` is within a relative `tolerance`.
+
+    Args:
+      doses: one for each arm of the claim, in its order.
+      published: the slope, in units of the metric by units of the dose.
+      tolerance: relative, as that of `near`.
+
+    The figure: the mean over the seeds of the least-squares slope of each. A seed with a failed run has none.
+    """
+    centred = [dose - sum(doses) / len(doses) for dose in doses]
+    margin = abs(published) * tolerance
+
+    def judge(values: Values) -> Finding:
+        rows = [[of.get(seed) for of in values] for seed in values[0]]
+        whole = [[value for value in row if value is not None] for row in rows]
+        slopes = [
+            sum(c * value for c, value in zip(centred, row, strict=True)) / sum(c * c for c in centred)
+            for row in whole
+            if len(row) == len(doses)
+        ]
+        found = paired(slopes)
+        return _finding(_inside(found, published - margin, published + margin), found, values)
+
+    return judge
+
+
 def only_first_fails(values: Values) -> Finding:
     """Judges that training fails under the first arm and under no other. The figure: failed runs of the first, %.
 

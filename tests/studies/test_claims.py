@@ -19,6 +19,7 @@ from jaxmp.studies.claims import (
     lower,
     near,
     only_first_fails,
+    slope_near,
     within,
 )
 
@@ -75,6 +76,10 @@ def moved(by):
         (increasing, [moved(0), [0.01] * 5, moved(2)], NOT_AT_THIS_SIZE),
         (increasing, [moved(0), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
         (increasing, [moved(0), moved(2), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
+        (slope_near((1, 2, 3), 0.5, 0.1), [ZEROS, moved(0.5), moved(1)[::-1]], REPRODUCED),
+        (slope_near((1, 2, 3), 0.5, 0.1), [ZEROS, moved(1), moved(2)[::-1]], CONTRADICTED),
+        (slope_near((1, 3), 0.5, 0.1), [ZEROS, moved(0.5)], CONTRADICTED),
+        (slope_near((1, 2), 0.5, 0.1), [ZEROS, [None, *moved(0.5)[1:]]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None] * 5, ZEROS], REPRODUCED),
         (only_first_fails, [[None] * 5, [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None, *ZEROS[1:]], ZEROS], NOT_AT_THIS_SIZE),
