@@ -19,4 +19,4 @@ def test_each_seed_and_each_expected_line_is_drawn_over_the_doses_that_have_resu
     arms = {"4 bits": 4.0, "8 bits": 8.0, "not run": 16.0}
     figure = doses(results, arms, "at", Axis("bits"), Axis("nats"), {"p": lambda p: p, "p / 2": lambda p: p / 2})
     assert figure.count('data-x="') == 4 and ">p / 2</text>" in figure
-    print(figure)
+    assert 'data-y="2 4"' in figure and 'data-y="nan 5"' in figure
