@@ -228,8 +228,8 @@ def get_paper(quick: bool = False) -> Paper:
             metric="checksum",
             measured=f"share of seeds whose last weights differ in a bit; above {LEAST:g}",
             judge=differing(LEAST),
-            remark="The paper's products are those of MKL, which splits a sum over threads. The probable reason is that "
-            "XLA:CPU computes products of this size in one thread. `reversed sums` makes the change that MKL makes.",
+            remark="The paper's products are those of MKL, which splits a sum over threads. Probably XLA:CPU computes "
+            "products of this size in one thread. `reversed sums` makes the change that MKL makes.",
         ),
         flips("threads", "The number of CPU threads", threads, "several threads", checked=True),
         flips("order", "The order of sums over a batch", threads, "reversed sums", checked=True),
