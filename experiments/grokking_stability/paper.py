@@ -8,8 +8,8 @@ differs between the arms named after one: the model and AdamW are float32 everyw
 
 Betas and eps of AdamW are those of the published code. So is the rate, 0.01, but for its figure 2, which has 5e-4 and
 20,000 epochs: 0.01 makes the logits grow as much in fewer steps. A run ends as soon as what it is there for is decided:
-half of its losses are 0, or it generalises. The numbers are added modulo 113, as in the paper, at a training fraction of
-0.4; modulo 59, an eighth of the work, at the fractions 0.6 and 0.7, and for StableMax, which takes the paper 80,000
+half of its losses are 0, or it generalises. The numbers are added modulo 113, as in the paper, at a training fraction
+of 0.4; modulo 59, an eighth of the work, at the fractions 0.6 and 0.7, and for StableMax, which takes the paper 80,000
 epochs modulo 113, with softmax beside it.
 """
 
