@@ -8,8 +8,8 @@ Addition modulo 23 of two one-hot numbers, half of the pairs, an MLP of two hidd
 with a learning rate of 1e-3 and betas of 0.9 and 0.95, no decay. The model and Adam are float32 in every arm; only the
 softmax and the loss differ. Arms named after a dtype compute them in that dtype of JAX. Arms named `p bits` round the
 result of every operation of the loss and of its gradient to p significant bits, in float64 with 11 bits of exponent, so
-that no range is ever exceeded; sums are rounded once. Their Adam has an eps of 1e-16 in place of 1e-8: the larger one
-stops growth of the logits before more than 30 bits are used up.
+that no range is ever exceeded; sums are rounded once, but at 53 bits. Their Adam has an eps of 1e-16 in place of 1e-8:
+the larger one stops the growth of the logits before more than 33 bits are used up.
 
 Arms named `softmax of p bits` and `softmax in DTYPE` measure the threshold: they take the logits of one training for
 each seed, along which margins pass 36.7, and compute the gradient under each format. The others train.
