@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -175,6 +176,33 @@ def test_rules_that_are_judged_once_made_the_same_runs():
         for seed, found in results[torch].items():
             for metric in ("scales", "loss", "accuracy", "skipped_steps"):
                 assert results[other][seed][metric] == found[metric], (other, seed, metric)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_the_label_is_0_from_p_ln_2_on_where_the_softmax_has_p_bits():
+    paper = reproduce.load(EXPERIMENTS / "loss_spikes", quick=True)
+    module = sys.modules[next(iter(paper.arms.values())).function.__module__]
+    with jax.enable_x64(True):
+        labels = jnp.zeros(1, jnp.int32)
+        losses = {bits: module.losses_of(bits) for bits in (5, 11, 24, 53)}
+        losses |= {24.0: module.losses_in(jnp.float32), 53.0: module.losses_in(jnp.float64)}
+        for bits, of_rows in losses.items():
+            for margin, is_zero in ((bits * math.log(2) - 0.02, False), (bits * math.log(2) + 0.02, True)):
+                logits = jnp.array([[margin, 0.0]], jnp.float64)
+                if bits == 5:  # 3.375 and 3.5 are neighbours, on the two sides of 5 ln 2 = 3.466
+                    logits = jnp.array([[3.5 if is_zero else 3.375, 0.0]], jnp.float64)
+                gradient = jax.grad(lambda z, of_rows=of_rows: of_rows(z, labels).sum())(logits)
+                assert (gradient[0, 0] == 0) == is_zero, (bits, margin)
+                assert gradient[0, 1] > 0, "the gradient of the other class is kept"
+
+
+def test_a_spike_is_a_rise_after_calm_and_a_threshold_separates_best():
+    paper = reproduce.load(EXPERIMENTS / "loss_spikes", quick=True)
+    module = sys.modules[next(iter(paper.arms.values())).function.__module__]
+    assert module.spikes(np.array([3.0, 1e-4, 0.2, 0.3, 0.05, 0.2, 1e-5, 0.5])) == [2, 7]
+    values, zero = np.array([5.0, 1.0, 2.0, 4.0, 3.0]), np.array([True, False, False, True, False])
+    assert module.separating(values, zero) == 3.5
+    assert math.isnan(module.separating(values, zero | True))
 
 
 @pytest.mark.parametrize("name", PAPERS)
