@@ -226,3 +226,45 @@ def test_the_quick_version_of_a_paper_runs(name, tmp_path, monkeypatch, capsys):
     for arm in results["arms"].values():
         for found in arm["seeds"].values():
             assert found["git"] is None or set(found["git"]) == {"revision", "dirty"}, "says not what measured it"
+
+
+def module_of(name):
+    """The module that a paper's file was run as."""
+    reproduce.load(EXPERIMENTS / name, quick=True)
+    return sys.modules[f"jaxmp_papers.{name}"]
+
+
+def test_a_unit_scaled_product_has_a_factor_of_its_own_in_each_direction():
+    unit = module_of("unit_scaling")
+    x, w, g = (np.random.default_rng(seed).normal(size=shape) for seed, shape in enumerate([(5, 3), (3, 4), (5, 4)]))
+    y, pull = jax.vjp(lambda x, w: unit.product(x, w, 0.5, 2.0, 8.0), jnp.float32(x), jnp.float32(w))
+    to_x, to_w = pull(jnp.float32(g))
+    for found, exact in ((y, 0.5 * x @ w), (to_x, 2.0 * g @ w.T), (to_w, 8.0 * x.T @ g)):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_just_below_a_power_of_two_are_clipped_by_an_mx_block_and_those_just_above_are_not():
+    mx = module_of("mx_instabilities")
+    for value, share in ((0.97, 1.0), (0.87, 0.0), (1.03, 0.0), (1.97, 1.0)):  # 448 is 1.75 * 2^8: 0.875 is the limit
+        params = {
+            "norm_0": {"scale": jnp.full(64, value), "bias": jnp.zeros(64)},
+            "up_0": {"kernel": jnp.ones((32, 2))},
+        }
+        assert mx.clipped(params, "mxfp8_e4m3") == share, value
+        assert mx.clipped(params, "mxfp8_e4m3", kernels=True) == 0.0
+
+
+def test_a_loss_ten_times_the_median_before_it_is_a_spike_and_a_diverged_one_is():
+    mx = module_of("mx_instabilities")
+    means = [1.0] * 30
+    assert mx.spikes_of(means, [9.0] * 30) == 0
+    assert mx.spikes_of(means, [1.0] * 20 + [11.0] + [1.0] * 9) == 1
+    assert mx.spikes_of(means, [1.0] * 29 + [mx._bounded(float("nan"))]) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "largest", "normal", "smallest"), [("e4m3", 448, -6, -9), ("e5m2", 57344, -14, -16)]
+)
+def test_the_limits_of_fp8_are_found_by_rounding(format, largest, normal, smallest):
+    found = module_of("fp8_formats").limits(0, format=format)
+    assert found == {"largest": largest, "smallest_normal": 2.0**normal, "smallest": 2.0**smallest}
