@@ -21,6 +21,7 @@ from jaxmp.jaxprs import tracing
 from jaxmp.modules.linen import UnderPolicy, cast_to_param, init_delayed_scaling, with_policy
 from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.recipe import GRADIENT_AMAX
 from jaxmp.runs.run import Run
 from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.state import TrainState
@@ -215,7 +216,9 @@ def _used(traced: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[
     variables, specs, _ = arguments
     (*of_arrays, of_key) = used
     names = list(_weight_names(*variables))
-    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used}
+    # An input of each product that has no effect on its result, which a custom derivative hides.
+    dead = f"{GRADIENT_AMAX}/"
+    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used and not name.startswith(dead)}
     columns = [name for name, is_used in zip(specs, of_arrays[len(names) :], strict=True) if is_used]
     return weights, columns, of_key
 

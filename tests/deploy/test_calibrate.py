@@ -13,7 +13,7 @@ from deployed_runs import images, load, trained
 import jaxmp
 from jaxmp import InputError
 from jaxmp.deploy.calibrate import _magnitude, calibrate, clipped
-from jaxmp.deploy.quantise import packed_weight, quantise, unpacked_weight
+from jaxmp.deploy.quantise import packed_weight, quantise
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
 
@@ -76,7 +76,7 @@ def test_the_scales_are_those_of_the_largest_inputs_on_the_training_split(small,
         return
     block = jaxmp.parse_block_format("int8:channel")
     weights = [
-        np.asarray(unpacked_weight(name, packed_weight(name, params[name], block), params[name].astype(np.float32)))
+        np.asarray(packed_weight(name, params[name].astype(np.float32), block, {}).unpack())
         for name in ("layers_1/kernel", "layers_3/kernel")
     ]
 
