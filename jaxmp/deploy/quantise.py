@@ -50,6 +50,9 @@ METHODS = ("nearest", "gptq", "awq")
 SMALLEST = 2
 """least number of axes of a weight that is quantised: biases, scales and statistics stay"""
 
+_ADDED = ("bias", "scale", "mean", "var")
+"""names of weights that stay however many axes they have"""
+
 
 class Layer(NamedTuple):
     """A weight, and what it is stored in."""
@@ -172,7 +175,8 @@ def quantise(
       weights: int8, int4, e4m3, mxfp8, nvfp4, or any block format (`jaxmp.parse_block_format`), such as int4:group32.
       method: how weights are rounded. `nearest`; or `gptq` or `awq`, see `jaxmp.deploy.gptq` and `jaxmp.deploy.awq`,
         which make the error of outputs small on the rows of `calibrate`: of the kernels of Dense and DenseGeneral, also
-        within attention and recurrent cells. Others are rounded to nearest, and listed.
+        within attention and recurrent cells. Others are rounded to nearest, and listed, as are those whose outputs
+        GPTQ makes worse on these rows, which happens at 2 bits.
       activations: int8 or e4m3: the inputs of products are rounded, too, with a scale for each vector that is summed
         over, made anew for each row. This is emulated.
       calibrate: number of training batches that `gptq` and `awq` look at; and from which, with `activations`, one
@@ -231,12 +235,12 @@ def quantise(
     for name, leaf in candidates.items():
         if (of_name := formats[name]) is None:
             continue
+        packed[name] = to_nearest = packed_weight(name, leaf, of_name, summed)
         about = statistics.get(name.rpartition("/")[0]) if _is_kernel(name) else None
-        if about is None:
-            packed[name] = packed_weight(name, leaf, of_name, summed)
-            reasons[name] = "" if method == "nearest" else "not seen as a Dense layer"
-        else:
-            packed[name] = _by_method(method, name, leaf, of_name, summed, about)
+        if about is not None:
+            packed[name], reasons[name] = _by_method(method, leaf, to_nearest, about)
+        elif method != "nearest":
+            reasons[name] = "not seen as a Dense layer"
     exported = pack_weights(of, packed)
     methods = {name: "nearest" if reasons.get(name) or method == "nearest" else method for name in packed}
     layers = tuple(
@@ -284,21 +288,20 @@ def _is_kernel(name: str) -> bool:
 
 
 def _by_method(
-    method: str,
-    name: str,
-    leaf: Any,
-    format: BlockFormat,
-    summed: Mapping[str, tuple[int, ...]],
-    about: static.InputStatistics,
-) -> PackedWeight:
-    """A weight rounded by `gptq` or `awq`."""
-    rows, columns = matrix_axes(name, leaf, summed)
-    like = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-    matrix = np.asarray(as_matrix(leaf, rows, columns))
-    if method == "gptq":
-        return PackedWeight(gptq(matrix, about.gram, format), (*rows, *columns), like)
-    blocks, after = awq(matrix, about.gram, about.magnitudes, format)
-    return PackedWeight(blocks, (*rows, *columns), like, None if after is None else jnp.asarray(after))
+    method: str, leaf: Any, to_nearest: PackedWeight, about: static.InputStatistics
+) -> tuple[PackedWeight, str]:
+    """A weight rounded by `gptq` or `awq`, and why it is rounded to nearest instead: "" if it is not."""
+    format, order = to_nearest.blocks.format, to_nearest.order
+    matrix = np.asarray(jnp.transpose(jnp.asarray(leaf, jnp.float32), order)).reshape(to_nearest.blocks.shape)
+    if method == "awq":
+        blocks, after = awq(matrix, about.gram, about.magnitudes, format)
+        return dataclasses.replace(to_nearest, blocks=blocks, after=None if after is None else jnp.asarray(after)), ""
+    blocks = gptq(matrix, about.gram, format)
+    errors = [np.asarray(each.unpack(), np.float64) - matrix for each in (to_nearest.blocks, blocks)]
+    before, now = (float(np.einsum("ri,ri->", error @ about.gram, error)) for error in errors)
+    if now > before:
+        return to_nearest, f"its outputs' error is {now / max(before, 1e-300):.3g} times as large with gptq"
+    return dataclasses.replace(to_nearest, blocks=blocks), ""
 
 
 def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
@@ -340,6 +343,8 @@ def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:
         return "not of floats"
     if np.ndim(leaf) < SMALLEST:
         return f"{np.ndim(leaf)} axes" if np.ndim(leaf) != 1 else "1 axis"
+    if name.rpartition("/")[2] in _ADDED:  # of layers in nn.scan, with an axis more
+        return "in no product"
     return "--keep" if any(pattern.covers(name) for pattern in patterns) else ""
 
 

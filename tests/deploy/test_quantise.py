@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deployed_runs import images
+from deployed_runs import images, trained
 
 import jaxmp
 from jaxmp import InputError
@@ -110,6 +110,39 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
 
 
 @pytest.mark.full_size
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_method_rounds_kernels_of_dense_layers_such_that_outputs_are_nearer(run, tmp_path, method):
+    found = quantise(run, output=tmp_path / "out", weights="int4", method=method, calibrate=2)
+    stored = {layer.path: layer.stored for layer in found.layers if layer.format}
+    assert stored["Conv_0/kernel"] == "int4:block64, to nearest: not seen as a Dense layer"
+    assert {stored[f"Dense_{i}/kernel"] for i in (0, 1)} == {f"int4:block64, {method}"}
+    assert found.artefact.manifest["run"]["methods"]["Dense_0/kernel"] == method
+    plain = quantise(run, output=tmp_path / "plain", weights="int4")
+    errors = [
+        each.artefact.certificate["against"]["run"]["outputs"]["output"]["median_relative"] for each in (plain, found)
+    ]
+    assert errors[1] < errors[0]
+    onnx = quantise(run, output=tmp_path / "onnx", weights="int4", method=method, calibrate=2, format="onnx")
+    mine, right = onnx.artefact(images(7)), found.artefact(images(7))
+    assert np.abs(mine - right).max() < 2**-7 * np.abs(right).max()  # mixed_bfloat16
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("format", [*FORMATS, "int3:group32", "mxfp6_e2m3"])
+def test_packed_weights_in_an_onnx_file_give_the_outputs_of_stablehlo(tmp_path, format):
+    pytest.importorskip("onnxruntime", reason="ONNX files are run by onnxruntime: pip install 'jaxmp[onnx]'")
+    run = trained(tmp_path, "float32")
+    options = {"weights": format, "activations": {"int8": "int8", "e4m3": "e4m3"}.get(format)}
+    found, right = (
+        quantise(run, output=tmp_path / name, format=name, **options).artefact for name in ("onnx", "stablehlo")
+    )
+    rows = images(300)
+    mine, other = found(rows), right(rows)
+    assert np.abs(mine - other).max() < 1e-5 * np.abs(other).max()
+    assert np.array_equal(mine.argmax(axis=1), other.argmax(axis=1))
+
+
+@pytest.mark.full_size
 def test_activations_are_rounded_row_by_row(run, tmp_path):
     found = quantise(run, output=tmp_path / "out", weights="int8", activations="int8")
     assert "fprop=int8:channel/high" in found.artefact.manifest["precision"]
@@ -135,6 +168,11 @@ def test_bad_input_is_one_message_and_nothing_is_written(run, tmp_path):
         ({"keep": ("**",)}, "has no weight that can be quantised"),
         ({"budget": -1.0}, "--budget -1.0"),
         ({"rows": 0}, "rows 0"),
+        ({"method": "gtpq"}, "--method gtpq: expected nearest, gptq, awq; did you mean 'gptq'?"),
+        ({"method": "awq"}, "--method awq looks at the inputs of layers; expected --calibrate N"),
+        ({"method": "gptq", "calibrate": 1, "weights": "nvfp4"}, "--method gptq with --weights nvfp4: expected int8"),
+        ({"method": "gptq", "calibrate": 1, "budget": 1.0}, "--budget 1 with --method gptq"),
+        ({"method": "gptq", "calibrate": 0}, "--calibrate = 0"),
         ({"checkpoint": "bset"}, "checkpoint 'bset': expected best, last, ema; did you mean 'best'?"),
     ):
         with pytest.raises(InputError) as error:
