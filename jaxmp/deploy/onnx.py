@@ -2,8 +2,9 @@
 
 ONNX Runtime's CPU kernels know few operations on halves, so a float16 or bfloat16 value is kept as float32 here, and
 rounded to its grid (Cast to the half and back) after each operation that leaves it. Products of halves are thus summed
-in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser to an 8-bit float that ONNX has one
-Cast. Symbolic numbers of rows stay symbolic. What ONNX has no operation for is refused, with the module it is in.
+in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser a rounding, bit-equal (see
+`jaxmp.deploy.onnx_rounding`). Symbolic numbers of rows stay symbolic. What ONNX has no operation for is refused, with
+the module it is in.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from jaxmp.deploy.forward import Forward, symbolic
 from jaxmp.deploy.onnx import files
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
+from jaxmp.precision.recipe import RECIPES
 from jaxmp.tasks.language import NextToken
 
 pytest.importorskip("onnx", reason="ONNX files need onnx: pip install 'jaxmp[onnx]'")
@@ -394,6 +395,16 @@ def test_a_decoder_in_onnx_keeps_its_cache(tmp_path):
         artefact = jaxmp.export(run, output=tmp_path / precision / "out", format="onnx", decode=True)
         against = artefact.certificate["against"]["run"]
         assert against["outputs"]["output"]["largest_relative"] < bound
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("precision", [*RECIPES, "Conv_0=c=e3m2; Dense_1=c=e5m2; c=e4m3"])
+def test_a_recipe_and_rules_of_formats_compute_in_onnx_what_they_do_in_jax(tmp_path, precision):
+    run = trained(tmp_path, precision)
+    artefact = jaxmp.export(run, output=tmp_path / "out", format="onnx")
+    found = artefact.certificate["against"]["run"]
+    # What is summed in another order is rounded to the other neighbour for a few numbers.
+    assert found["outputs"]["output"]["median_relative"] < 1e-5 and found["decisions"]["agree"] >= 19
 
 
 CONFIGS = [
