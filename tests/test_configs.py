@@ -110,7 +110,7 @@ def bits(tree):
 
 LONG = (
     *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dcgan", "mnist_dpsgd", "openwebtext_"),
-    *("permuted_mnist", "spoken_digits_ctc", "spoken_digits_rnn", "sst2_bert"),
+    *("permuted_mnist", "spoken_digits_", "sst2_bert"),
 )
 """configs that take long to compile, or have a like one among the others"""
 

@@ -140,8 +140,14 @@ def test_the_gradient_and_the_moments_of_an_objective_hold_its_own_leaves_alone(
     assert moments and all("generator/" in path for path in moments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["fused", "resident", "streamed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("fused", marks=pytest.mark.slow),
+        pytest.param("resident", marks=pytest.mark.slow),
+        pytest.param("streamed", marks=pytest.mark.full_size),
+    ],
+)
 def test_there_is_one_program_for_each_set_of_due_objectives_and_all_of_the_state_is_donated(way):
     experiment = gan()
     if way == "streamed":
@@ -239,7 +245,7 @@ def last_step(workdir):
     return max(found, default=0)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_killed_at_five_moments_it_ends_with_the_bits_and_lines_of_an_undisturbed_run(tmp_path):
     assert start(tmp_path / "whole").wait(timeout=300) == 0
     for step in (1, 60, 120, 180, 240):

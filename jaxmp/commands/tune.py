@@ -41,12 +41,15 @@ class Options:
     """How values are chosen; a grid has every combination of lists."""
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
     """How a trial is ended early: by its first seed's curve (median, hyperband), or over 5 seeds or more (wilcoxon)."""
+    seeds_together: bool = False
+    """Train the seeds of a trial at once, by one program; bits differ from those of seeds trained one by one."""
     jobs: int | None = None
     """Number of worker processes on this machine; by default one a GPU, and one on a CPU."""
     study: str = "tune"
     """Name of the study, and its folder in WORKDIR/CONFIG; the same command goes on with it, on any machine."""
     storage: str | None = None
-    """Where trials are kept: another journal file, or the URL of a database. By default a journal in that folder."""
+    """Where trials are kept: another journal file, or the URL of a database, such as postgresql+psycopg://USER@HOST/NAME
+    (after pip install 'psycopg[binary]'); by default a journal in that folder."""
     heartbeat: float | None = None
     """Seconds between signs of life in the database, for machines that share one and no locks of files."""
     workdir: str = "runs"
@@ -95,7 +98,7 @@ def start_workers(options: Options, argv: Sequence[str]) -> int | None:
         from jaxmp.studies.tune_study import StudyFolder, study_to_json
 
         folder = Path(options.workdir).expanduser() / ConfigFile.find(argv[0]).name / options.study
-        found = study_to_json(StudyFolder(folder), options.storage)
+        found = study_to_json(StudyFolder(folder), options.storage, importance=False)
         print(text(found))
         if code == DONE and best_of(found) is None:
             return FAILED

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.experimental.rnn
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
@@ -44,6 +45,8 @@ class SequenceClassifier(nn.Module):
     """Number of logits."""
     dropout: float = 0.0
     """Dropout rate of embeddings and of the result of each layer, during training."""
+    kernel: Literal["scan", "cudnn"] = "scan"
+    """Implementation of the layers: a scan over time, or cuDNN's, of NVIDIA GPUs: an LSTM in float32."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -97,6 +100,8 @@ class SequenceLabeller(nn.Module):
     """Number of logits of a step."""
     dropout: float = 0.0
     """Dropout rate of embeddings and of the result of each layer, during training."""
+    kernel: Literal["scan", "cudnn"] = "scan"
+    """Implementation of the layers: a scan over time, or cuDNN's, of NVIDIA GPUs: an LSTM in float32."""
     stack: int = 1
     """Number of neighbouring steps that are joined to one before the first layer: the result has fewer steps."""
 
@@ -135,6 +140,9 @@ def check_fields(model: Any) -> None:
     check_sizes(model, "width", "layers", "embedding", "classes")
     check_rates(model, "dropout")
     check_choice(model, "cell", tuple(CELLS))
+    check_choice(model, "kernel", ("scan", "cudnn"))
+    if model.kernel == "cudnn" and model.cell != "lstm":
+        raise InputError(f"{type(model).__name__}: kernel='cudnn' with cell={model.cell!r}; expected 'lstm'")
     if model.vocabulary is not None:
         check_sizes(model, "vocabulary")
 
@@ -170,12 +178,55 @@ def recurrent_layers(model: Any, x: jax.Array, length: jax.Array, *, train: bool
       train: whether dropout drops.
     """
     for index in range(model.layers):
-        outputs: list[Any] = [nn.RNN(CELLS[model.cell](model.width, name=f"forward_{index}"))(x)]
-        if model.bidirectional:
-            backward: Any = nn.RNN(CELLS[model.cell](model.width, name=f"backward_{index}"))
-            outputs.append(reverse(backward(reverse(x, length)), length))
-        x = nn.Dropout(model.dropout, deterministic=not train)(jnp.concatenate(outputs, axis=-1))
+        names = [f"forward_{index}", *([f"backward_{index}"] if model.bidirectional else [])]
+        if model.kernel == "cudnn" and not model.is_initializing():
+            x = cudnn_lstm(x, length, *(model.get_variable("params", name) for name in names))
+        else:
+            layers: list[Any] = [nn.RNN(CELLS[model.cell](model.width, name=name)) for name in names]
+            outputs = [layers[0](x), *(reverse(each(reverse(x, length)), length) for each in layers[1:])]
+            x = jnp.concatenate(outputs, axis=-1)
+        x = nn.Dropout(model.dropout, deterministic=not train)(x)
     return x
+
+
+def cudnn_lstm(x: jax.Array, length: jax.Array, *directions: Any) -> jax.Array:
+    """One LSTM layer by cuDNN, float32 (batch, time, width of all directions); steps that are padding are zeros.
+
+    Its products are sums of float32 products (without TensorFloat-32). It is one operation: no rule, recipe or
+    hook of a policy reaches what is within. Source: `jax.experimental.rnn`, whose kernel has no other dtype.
+
+    Args:
+      x: float32 (batch, time, features).
+      length: number of steps that count of each sequence, int (batch,).
+      *directions: the parameters of `nn.LSTMCell`, of the forward direction, and of the backward one if there is one.
+
+    Raises:
+      InputError: x is not float32, or the first device is no NVIDIA GPU.
+    """
+    if x.dtype != jnp.float32:
+        raise InputError(f"kernel='cudnn': the sequence is {x.dtype}; expected float32 (kernel='scan' has all dtypes)")
+    if not has_cudnn():
+        raise InputError(f"kernel='cudnn': the device is {jax.devices()[0].device_kind}; expected an NVIDIA GPU")
+    width = directions[0]["hi"]["bias"].shape[0]
+    weights: list[jax.Array] = []
+    for cell in directions:
+        weights += [cell[f"{of}{gate}"]["kernel"].T for of in "ih" for gate in "ifgo"]
+    for cell in directions:  # the products of the input have biases of their own, which a cell of Linen does without
+        weights += [jnp.zeros(4 * width), *(cell[f"h{gate}"]["bias"] for gate in "ifgo")]
+    state = jnp.zeros((len(directions), x.shape[0], width))
+    y, _, _ = jax.experimental.rnn.lstm(
+        x, state, state, jnp.concatenate([each.ravel() for each in weights]),
+        # cuDNN takes no sequence of no steps: its first step, of padding, is read, and nobody reads the result.
+        jnp.maximum(length, 1).astype(jnp.int32),
+        x.shape[-1], width, 1, 0.0, len(directions) == 2, jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return y
+
+
+def has_cudnn() -> bool:
+    """Whether the first device is an NVIDIA GPU."""
+    device = jax.devices()[0]
+    return device.platform in ("gpu", "cuda") and "." in str(getattr(device, "compute_capability", ""))  # AMD's: gfx90a
 
 
 def reverse(x: jax.Array, length: jax.Array) -> jax.Array:

@@ -37,6 +37,13 @@ def command_of(study: Mapping[str, Any], trial: Mapping[str, Any]) -> str | None
     return shlex.join(["jaxmp", "train", study["source"], *words])
 
 
+def note_of(study: Mapping[str, Any]) -> str | None:
+    """What the command of a trial does otherwise than the study did; None if it makes the same bits."""
+    if not study["definition"].get("seeds_together"):
+        return None
+    return "it trains one seed alone: last digits differ from the study's, whose seeds ran in one program"
+
+
 def text(study: Mapping[str, Any]) -> str:
     """The best trials as lines of text, and the command of the best."""
     spec, ranked = _spec(study), _ranked(study)
@@ -56,6 +63,8 @@ def text(study: Mapping[str, Any]) -> str:
             lines.append(f"{'run':<16} {run}")
         if command := command_of(study, best):
             lines.append(f"{'command':<16} {command}")
+            if note := note_of(study):
+                lines.append(f"{'':<16} {note}")
     return "\n".join(lines)
 
 
@@ -91,6 +100,8 @@ def page(study: Mapping[str, Any]) -> Page:
         )
         if command := command_of(study, best):
             result.quote(command)
+            if note := note_of(study):
+                result.paragraph(f"{note[0].upper()}{note[1:]}.", "note")
         result.paragraph(
             "The best of many trials looks better on its validation split than it is: chance has chosen it, too. Train "
             "it and the default on fresh seeds before you believe in it.",

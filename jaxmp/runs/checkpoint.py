@@ -46,6 +46,12 @@ from jaxmp.trees import is_key, path_name
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
+_ORBAX = threading.Lock()
+"""Held from the beginning of a save to its end, and while a checkpoint is read.
+
+Orbax numbers its operations for the whole process: of runs in several threads that save at once, one waits for what the
+other writes, and fails with a folder that exists, or with a coroutine that nothing awaits (orbax-checkpoint 0.12).
+"""
 
 
 class _Corrupt(Exception):
@@ -118,7 +124,12 @@ class Checkpoints:
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
             # No copy is necessary. On a GPU, Orbax fetches the arrays before it returns. On a CPU, it holds views of
             # JAX's buffers, and JAX does not reuse the memory of a donated buffer while a view of it exists.
-            self._orbax.save(self._arrays(partial), args=self._ocp.args.PyTreeSave(arrays))
+            _ORBAX.acquire()  # `_finish` releases it
+            try:
+                self._orbax.save(self._arrays(partial), args=self._ocp.args.PyTreeSave(arrays))
+            except BaseException:
+                _ORBAX.release()
+                raise
         except OSError as error:
             raise self._not_written(step, error) from error
         self._saved = step
@@ -230,7 +241,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with _ORBAX:
+                self._orbax.close()
             if self._link is not None:
                 self._link.cleanup()
                 self._link = None
@@ -252,7 +264,10 @@ class Checkpoints:
         step = manifest["step"]
         partial = self._path(step, "partial")
         try:
-            self._orbax.wait_until_finished()  # in the first process, waits for all processes
+            try:
+                self._orbax.wait_until_finished()  # in the first process, waits for all processes
+            finally:
+                _ORBAX.release()
             if processes.is_first():
                 files = sorted(path for path in (partial / _ARRAYS).rglob("*") if path.is_file())
                 manifest["files"] = {str(path.relative_to(partial)): _crc32(path) for path in files}
@@ -379,9 +394,10 @@ class Checkpoints:
         leaves = manifest["leaves"]
         how = {path: self._restore_args(wanted.get(path)) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
         try:
-            arrays = self._orbax.restore(
-                self._arrays(self.folder / str(step)), args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
-            )
+            with _ORBAX:
+                arrays = self._orbax.restore(
+                    self._arrays(self.folder / str(step)), args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
+                )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
             if processes.several():  # others may have read it, and would not use the one before
                 raise InputError(f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}") from error

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
 
@@ -35,6 +35,7 @@ from jaxmp.runs.due import Due, Interruption
 from jaxmp.runs.folder import RunFolder, how_to_blame
 from jaxmp.runs.going_on import (
     DEVICES,
+    PLACE,
     Parent,
     changed_settings,
     log_changes,
@@ -61,6 +62,19 @@ from jaxmp.training.metrics import Metrics, specs_to_json
 from jaxmp.training.objective import objective_key
 from jaxmp.training.optimizers import Private
 from jaxmp.training.state import TrainState
+
+
+class Shared(Protocol):
+    """The protocol of a place in a program that trains several runs; see `jaxmp.studies.seeds_together`."""
+
+    @property
+    def text(self) -> str:
+        """Which of how many places, `1 of 3`: what the last digits of the run depend on."""
+        ...
+
+    def feed(self, own: Feed, trainer: Trainer) -> Feed:
+        """The feed that makes the run's dispatches, in place of its `own`. Raises InputError if there can be none."""
+        ...
 
 
 class Fitted(NamedTuple):
@@ -147,6 +161,7 @@ def fit(
     init_from: str | os.PathLike[str] | None = None,
     init_only: Sequence[str] = (),
     hooks: Sequence[Hook] = (),
+    shared: Shared | None = None,
     profile: tuple[int, int] | None = None,
     progress: Literal["auto", "none"] = "auto",
     log: Callable[[str], None] = print,
@@ -175,6 +190,7 @@ def fit(
         ("none").
       hooks: functions of your own, called between steps and after evaluations; see `jaxmp.runs.hooks`. They are no part
         of the run's identity, and change no bit of it.
+      shared: the run's place in a program that trains several seeds together; by default it has a program of its own.
       log: takes each message to the user.
 
     Raises:
@@ -201,6 +217,7 @@ def fit(
             init_only=init_only,
             traced=None if profile is None else StepRange(*profile),
             hooks=called,
+            shared=shared,
             log=log if processes.is_first() else _silent,
         )
 
@@ -218,6 +235,7 @@ def _fit(
     init_only: Sequence[str],
     traced: StepRange | None,
     hooks: Hooks,
+    shared: Shared | None,
     log: Callable[[str], None],
 ) -> Fitted:
     """`fit`, with what shows its progress; None for nothing."""
@@ -226,6 +244,7 @@ def _fit(
     parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
+    place = None if shared is None else shared.text
     program = made_by(experiment)  # before `load` is called, which may change what it is made by: count, keep
     recorded, summary = processes.from_first(
         lambda: (
@@ -234,8 +253,8 @@ def _fit(
         )
     )
     if summary is not None:
-        trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count())
-        if any(change.kind == "rounds" and change.path != DEVICES for change in changes):
+        trainer, changes = Trainer(experiment), changed_settings(recorded, experiment, jax.device_count(), place)
+        if any(change.kind == "rounds" and change.path not in (DEVICES, PLACE) for change in changes):
             check(trainer)  # the rest was checked before it was trained
         processes.from_first(lambda: refuse_other_rows_if_readable(folder, recorded, trainer, log))
         log_without_effect(changes, log)
@@ -258,6 +277,8 @@ def _fit(
         parent.check(trainer, rows)
         fuse = parent.config.get("fuse_steps", fuse) if isinstance(parent, Parent) and parent.takes_all else fuse
     feed = trainer.feed(fuse=fuse)
+    if shared is not None:
+        feed = shared.feed(feed, trainer)
     fresh = trainer.init()
     if parent is not None and begins and not parent.takes_all:
         fresh = parent.give_weights(trainer, fresh, log)
@@ -281,6 +302,8 @@ def _fit(
                 }
                 if parent is not None:
                     run |= {"begins_with": begins_with}
+                if place is not None:
+                    run |= {PLACE: place}
                 if trainer.is_private:
                     run |= {"privacy": spending.to_json()}
                 if isinstance(parent, Parent):
@@ -299,7 +322,7 @@ def _fit(
         processes.from_first(take_folder)
         if carried is not None:
             carried.write(folder)
-        changes = changed_settings(recorded, experiment, trainer.devices.count) if recorded else []
+        changes = changed_settings(recorded, experiment, trainer.devices.count, place) if recorded else []
         _log_particulars(trainer, log)
         log_sampled(rows, log)
         log_changes(changes, log)

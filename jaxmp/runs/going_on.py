@@ -32,6 +32,8 @@ Log = Callable[[str], None]
 
 DEVICES = "devices"
 """what a session calls the number of devices, which is no field of an experiment"""
+PLACE = "seeds_together"
+"""what config.json and a session call the run's place in a program of several seeds, `1 of 3`; null if it runs alone"""
 
 
 NEIGHBOURS = 3
@@ -120,20 +122,25 @@ def _listed(names: list[str]) -> str:
 # In the same folder.
 
 
-def changed_settings(config: dict[str, Any], experiment: Experiment, devices: int | None = None) -> list[Difference]:
+def changed_settings(
+    config: dict[str, Any], experiment: Experiment, devices: int | None = None, place: str | None = None
+) -> list[Difference]:
     """What a session of a run would do differently from the session before: fields that operate or round.
 
     Args:
       config: the run's config.json.
       experiment: what is to be trained, of the same hash.
       devices: the number of devices now; None if it does not matter.
+      place: its place in a program of several seeds now; None if it runs alone.
     """
     since = {path: pair["is"] for session in config.get("sessions", ()) for path, pair in session["changed"].items()}
-    count = since.pop(DEVICES, len(config["devices"]))
+    count, kept = since.pop(DEVICES, len(config["devices"])), since.pop(PLACE, config.get(PLACE))
     found = differences(config["experiment"], experiment, since)
     found = [difference for difference in found if difference.kind in ("operates", "rounds")]
     if devices is not None and devices != count:
         found.append(Difference(DEVICES, "rounds", count, devices))
+    if place != kept:
+        found.append(Difference(PLACE, "rounds", kept, place))
     return found
 
 
@@ -145,6 +152,9 @@ def log_changes(changes: Iterable[Difference], log: Log) -> None:
                 f"this run goes on on {change.now} devices, after {change.was}: sums are rounded in another order, and "
                 "a module that draws noise by itself, other than by nn.Dropout, draws another"
             )
+        elif change.path == PLACE:
+            was, now = (f"as {of} seeds in one program" if of else "alone" for of in (change.was, change.now))
+            log(f"this run goes on {now}, after {was}: sums are rounded in another order")
         elif change.kind == "rounds":
             log(f"going on with {change}: sums are rounded in another order, so that last digits may differ")
         else:

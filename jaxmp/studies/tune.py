@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,11 @@ from jaxmp.runs.checks import check
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import FolderInUse, RunFolder
 from jaxmp.runs.going_on import refuse_other_code
-from jaxmp.runs.hooks import Evaluated, Pause
+from jaxmp.runs.hooks import Evaluated, Hook, Pause, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
+from jaxmp.runs.writers import escaped_output
+from jaxmp.studies.seeds_together import NotTogether, Place, SeedsTogether, require_together
 from jaxmp.studies.tune_compiled import shared_compiles
 from jaxmp.studies.tune_space import Space, Subject, spelled
 from jaxmp.studies.tune_study import (
@@ -55,7 +57,12 @@ NOT_ALLOWED = (ArithmeticError, AssertionError, LookupError, NotImplementedError
 
 
 class Tuning(dict[str, Any]):
-    """A study as JSON. `print` shows its table, a notebook its table and figures, `save` writes its page."""
+    """A study as JSON. `print` shows its table, a notebook its table and figures, `save` writes its page.
+
+    The `importance` of each field is computed when it is first asked for.
+    """
+
+    _storage: str | None = None
 
     def __str__(self) -> str:
         return pages.text(self)
@@ -67,6 +74,19 @@ class Tuning(dict[str, Any]):
         """Shows the first table and figures of the page in a notebook."""
         return pages.cell(self)
 
+    @classmethod
+    def read(cls, folder: StudyFolder, storage: str | None = None) -> Tuning:
+        """The study of a folder; for `storage`, see `study_to_json`."""
+        found = cls(study_to_json(folder, storage, importance=False))
+        found._storage = storage
+        return found
+
+    def __missing__(self, key: str) -> Any:
+        if key != "importance":
+            raise KeyError(key)
+        whole = study_to_json(StudyFolder(Path(self["folder"])), self._storage)
+        return self.setdefault(key, whole[key])
+
     @property
     def best(self) -> dict[str, Any] | None:
         """The best of the trials that have all seeds: its `params`, `value`, `seeds` and `runs`; None if none has."""
@@ -74,7 +94,7 @@ class Tuning(dict[str, Any]):
 
     def save(self, path: str | Path) -> None:
         """Writes the page, and the JSON beside it. Raises InputError if a file cannot be written."""
-        output = Path(path).expanduser()
+        output, _ = Path(path).expanduser(), self["importance"]
         write(output.with_suffix(".json"), json.dumps(self, indent=1, allow_nan=False) + "\n")
         pages.page(self).write(output)
 
@@ -88,6 +108,7 @@ def tune(
     metric: str | None = None,
     sampler: str = "tpe",
     pruner: str = "none",
+    seeds_together: bool = False,
     study: str = "tune",
     storage: str | None = None,
     heartbeat: float | None = None,
@@ -113,6 +134,8 @@ def tune(
       sampler: `tpe` (Bergstra et al. 2011), `random`, `cmaes` (at least two ranges), or `grid` (lists only).
       pruner: `none`; `median` and `hyperband` (Li et al. 2018) compare the curve of a trial's first seed with that of
         others; `wilcoxon` compares trials over paired seeds, of which it wants 5 or more.
+      seeds_together: train the seeds of a trial at once, by one compiled program with an axis of seeds; see
+        `jaxmp.studies.seeds_together`. The bits of a run differ from those of a run that is trained alone.
       study: its name, and the folder in `workdir/NAME` that it is kept in.
       storage: where the trials are kept, by default in a journal in that folder: another journal file, or the URL of
         a database.
@@ -152,8 +175,17 @@ def tune(
         raise InputError(
             f"--pruner wilcoxon: with --seeds {seeds} it can end no trial early; expected {WILCOXON_SEEDS} or more"
         )
+    if seeds_together and seeds == 1:
+        raise InputError("--seeds-together: with --seeds 1 there is nothing to run together; expected 2 or more")
+    if seeds_together and pruner == "wilcoxon":
+        raise InputError(
+            "--seeds-together: --pruner wilcoxon ends a trial after some of its seeds, and all are trained at once; "
+            "expected median, hyperband or none"
+        )
     trainer = Trainer(of.base)
     check(trainer)
+    if seeds_together:
+        require_together(trainer)
     chosen, direction = _metric(trainer, metric)
     definition = Definition(
         config=of.name,
@@ -167,6 +199,7 @@ def tune(
         direction=direction,
         sampler=sampler,
         pruner=pruner,
+        seeds_together=bool(seeds_together),
     )
     if not study or Path(study).name != study:
         raise InputError(f"--study {study!r}: expected a name for its folder, such as tune")
@@ -191,7 +224,7 @@ def tune(
         with shared_compiles(folder.id, queue.finished):
             if not _Worker(of, parsed, queue, workdir, log).work():
                 return None
-        return Tuning(study_to_json(folder, storage))
+        return Tuning.read(folder, storage)
     except StorageInternalError as error:
         why = str(error.__cause__ or error).strip().partition("\n")[0]
         raise RunFailed(f"the storage of {folder.path} was lost ({why}); the same command goes on") from error
@@ -241,6 +274,17 @@ class _Failure(NamedTuple):
     reason: str
 
 
+class _SeedRun(NamedTuple):
+    """The run of one seed of a trial."""
+
+    place: int
+    """which of the seeds, from 0"""
+    experiment: Experiment
+    arguments: list[str]
+    """of `jaxmp train`"""
+    folder: RunFolder
+
+
 class _Stopped(Exception):
     """A signal stopped the run, which is saved."""
 
@@ -288,10 +332,10 @@ class _Worker:
             self.log(f"{where} {said}: goes on where another worker left it")
         values: dict[int, float] = {}
         state, value, reason = TrialState.COMPLETE, self.worst, None
+        train = self._together if self.definition.seeds_together else self._one_by_one
         try:
-            for i in range(self.definition.seeds):
+            for i, outcome in enumerate(train(trial, drawn, again, stopped)):
                 seed = self.definition.seed + i
-                outcome = self._run(trial, drawn, seed, i, again, stopped)
                 if isinstance(outcome, _Failure):
                     value, reason = self.worst, f"seed {seed}: {outcome.reason}"
                     break
@@ -317,21 +361,32 @@ class _Worker:
         result = f"{self.definition.metric} {value:.6g}" if told is not None and math.isfinite(value) else ""
         self.log(f"{where} {said}: {'; '.join(filter(None, (result, reason)))}")
 
-    def _run(
-        self,
-        trial: Any,
-        drawn: Mapping[str, Any],
-        seed: int,
-        index: int,
-        again: bool,
-        stopped: Callable[[], bool],
-    ) -> float | _Failure:
-        """Trains one run of a trial. Returns its best value of the metric on the validation split.
+    def _one_by_one(
+        self, trial: Any, drawn: Mapping[str, Any], again: bool, stopped: Callable[[], bool]
+    ) -> Iterator[float | _Failure]:
+        """Trains the run of each seed when what came out is asked for."""
+        for index in range(self.definition.seeds):
+            yield self._fit(trial, self._new_run(trial, drawn, index), again, stopped, None)
 
-        Raises: _Stopped if a signal stopped it, or came before it began.
-        """
+    def _together(
+        self, trial: Any, drawn: Mapping[str, Any], again: bool, stopped: Callable[[], bool]
+    ) -> list[float | _Failure]:
+        """Trains the runs of all seeds at once. A run that fails leaves the others alone; any other end ends all."""
+        runs = [self._new_run(trial, drawn, index) for index in range(self.definition.seeds)]
+        group = SeedsTogether(len(runs))
+        with escaped_output():  # once: a thread that ends would take it away from the others
+            found = group.run(lambda place: self._fit(trial, runs[place.index], again, stopped, place))
+        raised = [each for each in found if isinstance(each, BaseException)]
+        # What is no result before what is one, and that before the runs that were stopped because of it.
+        raised.sort(key=lambda error: (isinstance(error, _Stopped), isinstance(error, _Pruned | _Refused)))
+        if raised:
+            raise raised[0]
+        return found
+
+    def _new_run(self, trial: Any, drawn: Mapping[str, Any], index: int) -> _SeedRun:
+        """The run of one seed of a trial, which the study is told of. Raises _Refused if no experiment allows it."""
         try:
-            experiment, arguments = self.space.point(self.subject, drawn, seed)
+            experiment, arguments = self.space.point(self.subject, drawn, self.definition.seed + index)
         except InputError as error:
             raise _Refused(f"no experiment allows this: {error}") from None
         folder = RunFolder.of(experiment, self.workdir, self.subject.name)
@@ -340,6 +395,16 @@ class _Worker:
         runs = trial.user_attrs.get("runs", [])
         if str(folder.path) not in runs:
             trial.set_user_attr("runs", [*runs, str(folder.path)])
+        return _SeedRun(index, experiment, arguments, folder)
+
+    def _fit(
+        self, trial: Any, run: _SeedRun, again: bool, stopped: Callable[[], bool], place: Place | None
+    ) -> float | _Failure:
+        """Trains one run of a trial. Returns its best value of the metric on the validation split.
+
+        Raises: _Stopped if a signal stopped it, or came before it began.
+        """
+        index, experiment, arguments, folder = run
         watches, paused = self.definition.pruner in ("median", "hyperband") and index == 0, False
         trouble: Exception | None = None
         if watches and again and trial.should_prune():  # as a worker found that did not live to say it
@@ -357,8 +422,12 @@ class _Worker:
                 trouble = error
             return Pause("worse than other trials") if paused or trouble else None
 
+        def stop(info: StepInfo) -> Pause | None:  # a thread sees no signal by itself
+            return Pause("the worker stops") if stopped() else None
+
+        hooks: tuple[Hook, ...] = (watch,) if place is None else (watch, stop, place.end)
         while True:
-            if stopped():
+            if stopped() or (place is not None and place.has_ended):
                 raise _Stopped
             try:
                 fitted = fit(
@@ -366,16 +435,21 @@ class _Worker:
                     workdir=self.workdir,
                     name=self.subject.name,
                     origin=self.subject.origin(arguments),
-                    hooks=(watch,),
+                    hooks=hooks,
+                    shared=place,
                     progress="none",
                     log=_silent,
                 )
             except FolderInUse:  # `jaxmp train`, or a worker whose trial has the same values
+                if place is not None:
+                    place.leave()  # that worker may wait for the folder of another seed of this trial
                 if not stopped():
                     time.sleep(1.0)
                 continue
             except RunFailed as error:
                 return _Failure(folder.read_failure() or str(error))
+            except NotTogether as error:
+                raise _Refused(str(error)) from None
             except NOT_ALLOWED as error:
                 if not folder.is_unused():  # it was allowed, and something else is wrong
                     raise
@@ -384,7 +458,8 @@ class _Worker:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                return _Failure(f"out of memory: {str(error).partition(chr(10))[0]}")
+                shared = f", with {self.definition.seeds} seeds in one program" if place is not None else ""
+                return _Failure(f"out of memory{shared}: {str(error).partition(chr(10))[0]}")
             break
         if trouble is not None:
             raise trouble

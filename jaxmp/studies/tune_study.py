@@ -48,6 +48,8 @@ UNSIGNED_SECONDS = 60.0
 """seconds after which a running trial that no worker signed is a dead worker's: signing follows taking at once"""
 MAKER_SECONDS = 2.0
 """seconds without a new trial after which another worker makes them no more"""
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""packages of the drivers of databases that are named otherwise than what they install"""
 JOURNAL_KEYS = {"op_code", "worker_id"}
 """keys that every line of a journal of Optuna has"""
 JOURNAL_LINE = 2**16
@@ -81,6 +83,8 @@ class Definition(NamedTuple):
     """min or max"""
     sampler: str
     pruner: str
+    seeds_together: bool = False
+    """whether one program trains the seeds of a trial, which changes the bits of every run"""
 
     def differences(self, other: Definition) -> list[str]:
         """In what another definition differs, a text each."""
@@ -423,7 +427,10 @@ def _database(url: str, heartbeat: float | None) -> Any:
                 warnings.simplefilter("ignore")  # that heartbeats are experimental
                 return optuna.storages.RDBStorage(url, **how)
         except ImportError as error:
-            raise InputError(f"--storage {shown}: its driver is not installed ({error})") from None
+            module = getattr(error.__cause__ or error, "name", None) or str(error)
+            raise InputError(
+                f"--storage {shown}: its driver {module} is not installed: pip install {DRIVERS.get(module, module)}"
+            ) from None
         except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError) as error:
             raise InputError(
                 f"--storage {shown}: expected a journal file, or a URL such as postgresql+psycopg://user@host/name "
@@ -566,12 +573,13 @@ def make_pruner(definition: Definition) -> Any:
 # Reading a study.
 
 
-def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, Any]:
+def study_to_json(folder: StudyFolder, storage: str | None = None, *, importance: bool = True) -> dict[str, Any]:
     """A study with all its trials, as JSON.
 
     Args:
       folder: of the study.
       storage: where its trials are, if that needs a password; by default what study.json says.
+      importance: whether to add the importance of each field, for which Optuna imports scikit-learn.
 
     Raises: InputError if it is no study, or its storage cannot be reached.
     """
@@ -583,7 +591,7 @@ def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, 
     try:
         study = optuna.load_study(study_name=content["study"], storage=opened)
         trials = [_trial(t) for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
-        importance = _importance(study, definition)
+        more = {"importance": _importance(study, definition)} if importance else {}
     except KeyError:
         raise InputError(f"{folder.path}: its storage holds no study {content['study']}") from None
     finally:
@@ -597,7 +605,7 @@ def study_to_json(folder: StudyFolder, storage: str | None = None) -> dict[str, 
             "folder": str(folder.path),
             "trials": trials,
             "best": best and best["number"],
-            "importance": importance,
+            **more,
         }
     )
 

@@ -126,8 +126,10 @@ class Resident:
         numbers: Any = None,
         due_steps: DueSteps | None = None,
     ):
-        self._batches, self._devices, self._fuse = batches, devices, fuse
-        self._columns = devices.put(resident(source))
+        self.devices = devices
+        self._batches, self._fuse = batches, fuse
+        self.columns = devices.put(resident(source))
+        """the columns of the training set, on the devices"""
         self._rows: tuple[int, Any] = (-1, None)  # an epoch, and the row indices of its batches on the device
         self._prepare = _preparation(data)
         self.arguments = _arguments(numbers, batches, devices)
@@ -162,18 +164,31 @@ class Resident:
             def one_step(state: TrainState, metrics: Metrics, columns: Any, rows: jax.Array, own: Arguments) -> Any:
                 return advance(accumulating, (state, metrics), columns, rows, own)
 
-            placed = 0, 0, 0, 0, 0
-            return devices.compile(many_steps, (*placed, None)) if fuse else devices.compile(one_step, placed)
+            return many_steps if fuse else one_step
 
-        self.program = program(step)
-        self.programs = None if fuse or due_steps is None else DuePrograms(due_steps, program)
+        def compile(step: TrainStep) -> Callable[..., Any]:
+            placed = 0, 0, 0, 0, 0
+            return devices.compile(program(step), (*placed, None) if fuse else placed)
+
+        self.program = compile(step)
+        self.programs = None if fuse or due_steps is None else DuePrograms(due_steps, compile)
+        self.many_steps: Callable[..., Any] | None = program(step) if fuse else None
+        """what `program` compiles: `(state, metrics, columns, rows, arguments, count) -> (state, metrics)`"""
+
+    def data(self, first: int) -> tuple[Any, Any, Arguments]:
+        """What the program takes between `metrics` and `count` in a dispatch from step `first`, on the devices.
+
+        Returns: the columns of the training set, the indices of the rows of each batch of the epoch, int32 (batches of
+        an epoch, batch size), and the arguments of the run.
+        """
+        epoch = first // self._batches.per_epoch
+        if self._rows[0] != epoch:
+            self._rows = epoch, self.devices.put(self._batches.epoch_rows(epoch))
+        return self.columns, self._rows[1], self.arguments
 
     def run(self, state: TrainState, metrics: Metrics, first: int, count: int) -> Any:
         """See `Feed.run`."""
-        epoch = first // self._batches.per_epoch
-        if self._rows[0] != epoch:
-            self._rows = epoch, self._devices.put(self._batches.epoch_rows(epoch))
-        args = (self._columns, self._rows[1], self.arguments)
+        args = self.data(first)
         if self._fuse:
             return self.program(state, metrics, *args, np.int32(count))
         for step in range(first, first + count):
@@ -184,8 +199,8 @@ class Resident:
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See `Feed.batch`."""
         rows, weight = self._batches.rows(step)
-        columns = self._devices.get(self._columns)
-        return self._batch(columns, rows, weight, self._devices.get(self.arguments.key), np.int32(step))
+        columns = self.devices.get(self.columns)
+        return self._batch(columns, rows, weight, self.devices.get(self.arguments.key), np.int32(step))
 
     def close(self) -> None:
         """Does nothing: this feed does not read ahead."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmp.models.rnn
 from jaxmp.errors import InputError
 from jaxmp.models.rnn import SequenceClassifier, SequenceLabeller, reverse
 from jaxmp.testing.sums import terms
@@ -41,6 +42,64 @@ def test_each_step_has_logits_and_padding_changes_nothing_in_those_that_count():
     assert of_alone.tolist() == [2]
     np.testing.assert_allclose(logits[1, :2], alone[0], atol=1e-6)
     assert len({tuple(x) for x in np.asarray(logits[counts]).tolist()}) == 6
+
+
+def lstm_of_jax(x, h, c, weights, length, inputs, width, layers, dropout, bidirectional, precision):
+    """What cuDNN computes, by JAX's own reference of it, which runs on a CPU."""
+    assert precision == jax.lax.Precision.HIGHEST and length.dtype == jnp.int32
+    shape = (inputs, width, layers, bidirectional)
+    own = jax.experimental.rnn.unpack_lstm_weights(weights, *shape)
+    return jax.experimental.rnn.lstm_ref(x, h, c, *own, length, inputs, width, layers, dropout, bidirectional)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_cudnns_lstm_is_given_the_same_weights_and_lengths(bidirectional, monkeypatch):
+    sequence, length = jax.random.normal(jax.random.key(0), (4, 7, 5)), jnp.array([7, 4, 1, 0])
+    model = SequenceClassifier("lstm", 6, 2, bidirectional=bidirectional, classes=3)
+    variables = jax.jit(model.init)(jax.random.key(1), sequence, length)
+    variables = jax.tree.map(lambda x: x + 0.1 * jnp.arange(x.size).reshape(x.shape) / x.size, variables)  # biases too
+
+    def loss(params, model):
+        return jnp.sum(model.apply({"params": params}, sequence, length) ** 2)
+
+    expected = model.apply(variables, sequence, length), jax.grad(loss)(variables["params"], model)
+    monkeypatch.setattr(jaxmp.models.rnn, "has_cudnn", lambda: True)
+    monkeypatch.setattr(jax.experimental.rnn, "lstm", lstm_of_jax)
+    own = model.clone(kernel="cudnn")
+    again = jax.jit(own.init)(jax.random.key(1), sequence, length)
+    assert jax.tree.structure(again) == jax.tree.structure(variables)
+    found = own.apply(variables, sequence, length), jax.grad(loss)(variables["params"], own)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "names"),
+    [
+        ({"cell": "gru"}, "float32", "kernel='cudnn' with cell='gru'; expected 'lstm'"),
+        ({}, "bfloat16", "the sequence is bfloat16; expected float32"),
+        ({}, "float32", "the device is cpu; expected an NVIDIA GPU"),
+    ],
+)
+def test_what_cudnns_lstm_cannot_do_is_refused(fields, dtype, names):
+    variables = jax.eval_shape(SequenceClassifier().init, jax.random.key(0), jnp.ones((2, 3, 4)))
+    with pytest.raises(InputError) as error:
+        model = SequenceClassifier(kernel="cudnn", **fields)
+        jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((2, 3, 4), dtype))
+    assert names in str(error.value)
+
+
+@pytest.mark.slow
+def test_cudnns_lstm_equals_the_scan():
+    if not jaxmp.models.rnn.has_cudnn():
+        pytest.skip("needs an NVIDIA GPU")
+    sequence, length = jax.random.normal(jax.random.key(0), (4, 9, 5)), jnp.array([9, 4, 1, 0])
+    model = SequenceClassifier("lstm", 16, 2, bidirectional=True, classes=3)
+    variables = jax.jit(model.init)(jax.random.key(1), sequence, length)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(model.apply)(variables, sequence, length)
+    found = jax.jit(model.clone(kernel="cudnn").apply)(variables, sequence, length)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_turning_round_adds_up_no_gradients():

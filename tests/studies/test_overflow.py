@@ -587,11 +587,13 @@ def test_what_is_worse_than_rounding_is_named_where_nothing_overflowed(precision
     assert ("nothing is worse than rounding" in str(found)) == (names is None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spread",
-    [["--parallel.mode", "pmap"], ["--parallel.shard", "zero1"], ["--parallel.shard", "fsdp"]],
-    ids=lambda options: options[-1],
+    [
+        pytest.param(["--parallel.mode", "pmap"], id="pmap", marks=pytest.mark.full_size),
+        pytest.param(["--parallel.shard", "zero1"], id="zero1", marks=pytest.mark.slow),
+        pytest.param(["--parallel.shard", "fsdp"], id="fsdp", marks=pytest.mark.full_size),
+    ],
 )
 def test_replicas_are_repeated_on_one_device(spread, config):
     """With their microbatches, too, so that a step of eight devices fails here where it failed there."""

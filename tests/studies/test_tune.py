@@ -273,6 +273,7 @@ def test_a_line_that_a_kill_tore_is_dropped_before_the_next_is_written(tmp_path)
     ("how", "message"),
     [
         ({"storage": "nosuch://host/db"}, "expected a journal file, or a URL"),
+        ({"storage": "postgresql+psycopg2cffi://h/db"}, "psycopg2cffi is not installed: pip install psycopg2cffi"),
         ({"storage": "sqlite:////nowhere/at/all.db"}, "tried for 0.1 s and not reached"),
         ({"storage": "journal", "heartbeat": 5.0}, "only with a database"),
         ({"storage": "sqlite://", "heartbeat": float("nan")}, "--heartbeat nan: expected 1 second or more"),
@@ -339,6 +340,7 @@ def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_pat
         "failed", "seed 0: out of memory: RESOURCE_EXHAUSTED: Out of memory"
     )  # fmt: skip
     assert (diverged["state"], diverged["reason"]) == ("failed", "seed 0: the loss is NaN")
+    assert "importance" not in found  # for which Optuna imports scikit-learn: only a page and a cell show it
     assert found.best is None and "best             none" in str(found) and "no finite value" in found._repr_html_()
 
     def bug(experiment, **how):  # no fault of the values
