@@ -21,7 +21,7 @@ from jaxmp.jaxprs import tracing
 from jaxmp.modules.linen import UnderPolicy, cast_to_param, init_delayed_scaling, with_policy
 from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
-from jaxmp.precision.recipe import GRADIENT_AMAX
+from jaxmp.precision.recipe import GRADIENT_AMAX, HISTORIES
 from jaxmp.runs.run import Run
 from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.state import TrainState
@@ -216,11 +216,15 @@ def _used(traced: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[
     variables, specs, _ = arguments
     (*of_arrays, of_key) = used
     names = list(_weight_names(*variables))
-    # An input of each product that has no effect on its result, which a custom derivative hides.
-    dead = f"{GRADIENT_AMAX}/"
-    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used and not name.startswith(dead)}
+    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used and not _of_gradients(name)}
     columns = [name for name, is_used in zip(specs, of_arrays[len(names) :], strict=True) if is_used]
     return weights, columns, of_key
+
+
+def _of_gradients(name: str) -> bool:
+    """Whether an input of a product has a part in its gradients alone, which its custom derivative hides."""
+    collection = name.partition("/")[0]
+    return collection == GRADIENT_AMAX or (collection == HISTORIES and "/gradients_" in name)
 
 
 def _by_name(outputs: Any) -> Spec:
