@@ -39,8 +39,8 @@ class Size(NamedTuple):
     """rules of the policy tree for the layers that nvfp4 keeps high: the last ones and the head, as in its paper"""
 
 
-# Steps, so that the reference has learnt most of what it will: digits_cnn is at 98.9 % of 98.9 %. The two others are the
-# configs themselves, in the first part of their schedules.
+# Steps, so that the reference has learnt most of what it will: digits_cnn is at 98.9 % of 98.9 %. The others are the
+# configs themselves, trained for a part of their steps.
 SIZES = {
     "digits_cnn": Size(("--loop.steps", "300", "--loop.eval-every", "150"), "Dense_1=float32"),
     "cifar10_cnn": Size(("--loop.steps", "400", "--loop.limit-batches", "40"), "Dense_0=float32"),

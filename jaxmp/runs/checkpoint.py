@@ -124,18 +124,21 @@ class Checkpoints:
             arrays = {path: array for path, array in arrays.items() if array.size}  # Orbax refuses the empty ones
             # No copy is necessary. On a GPU, Orbax fetches the arrays before it returns. On a CPU, it holds views of
             # JAX's buffers, and JAX does not reuse the memory of a donated buffer while a view of it exists.
+            manifest = {"step": step, "metrics": metrics, "leaves": leaves}
+            writing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint", daemon=True)
             _ORBAX.acquire()  # `_finish` releases it
             try:
                 self._orbax.save(self._arrays(partial), args=self._ocp.args.PyTreeSave(arrays))
+                self._saved = step
+                writing.start()
             except BaseException:
-                _ORBAX.release()
+                if writing.ident is None:  # it was not started
+                    self._saved = None
+                    _ORBAX.release()
                 raise
         except OSError as error:
             raise self._not_written(step, error) from error
-        self._saved = step
-        manifest = {"step": step, "metrics": metrics, "leaves": leaves}
-        self._writing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint", daemon=True)
-        self._writing.start()
+        self._writing = writing
 
     def restore(
         self, template: Any, *, step: int | None = None, warn: Callable[[str], None] = warnings.warn

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
-from jaxmp.studies.paired import CONFIDENCE, Paired, paired
+from jaxmp.studies.paired import CONFIDENCE, Paired, mcnemar, paired
 
 if TYPE_CHECKING:
     from jaxmp.runs.run import Run
@@ -230,6 +230,62 @@ def increasing(values: Values) -> Finding:
     order = (CONTRADICTED, NOT_AT_THIS_SIZE, REPRODUCED)
     worst = min(range(len(steps)), key=lambda i: (order.index(verdicts[i]), steps[i].mean))
     return _finding(verdicts[worst], steps[worst], values, confidence, f"step {worst + 1} of {len(steps)}")
+
+
+def differing(least: float) -> Judge:
+    """Returns a judge of flips: the share of seeds whose values under the first two arms differ is above `least`.
+
+    The figure: that share, with its exact interval (Clopper and Pearson 1934, The use of confidence or fiducial limits
+    illustrated in the case of the binomial). Of yes/no values, 0 and 1, the note has how many are 1 under just one of
+    the arms, and the exact p of McNemar that both are equally frequent.
+    """
+
+    def judge(values: Values) -> Finding:
+        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
+
+        both = [(value, values[1].get(seed)) for seed, value in values[0].items()]
+        pairs = [(first, second) for first, second in both if first is not None and second is not None]
+        flipped, failed = sum(first != second for first, second in pairs), len(both) - len(pairs)
+        notes = [f"{flipped} of {len(pairs)}"]
+        if all(value in (0, 1) for pair in pairs for value in pair):
+            found = mcnemar([first == 1 for first, _ in pairs], [second == 1 for _, second in pairs])
+            notes = [f"{notes[0]}: {found.only_first} against {found.only_second}, McNemar p {found.p:.2g}"]
+        notes += [f"{failed} of {len(both)} pairs failed"] if failed else []
+        if not pairs:
+            return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, "; ".join(notes))
+        low, high = stats.binomtest(flipped, len(pairs)).proportion_ci(CONFIDENCE, method="exact")
+        verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
+        verdict = NOT_AT_THIS_SIZE if failed else verdict
+        return Finding(verdict, flipped / len(pairs), float(low), float(high), len(pairs), "; ".join(notes))
+
+    return judge
+
+
+def slope_near(doses: Sequence[float], published: float, tolerance: float) -> Judge:
+    """Returns a judge of a dose-response: the slope of the arms' values over `doses` is within a relative `tolerance`.
+
+    Args:
+      doses: one for each arm of the claim, in its order.
+      published: the slope, in units of the metric by units of the dose.
+      tolerance: relative, as that of `near`.
+
+    The figure: the mean over the seeds of the least-squares slope of each. A seed with a failed run has none.
+    """
+    centred = [dose - sum(doses) / len(doses) for dose in doses]
+    margin = abs(published) * tolerance
+
+    def judge(values: Values) -> Finding:
+        rows = [[of.get(seed) for of in values] for seed in values[0]]
+        whole = [[value for value in row if value is not None] for row in rows]
+        slopes = [
+            sum(c * value for c, value in zip(centred, row, strict=True)) / sum(c * c for c in centred)
+            for row in whole
+            if len(row) == len(doses)
+        ]
+        found = paired(slopes)
+        return _finding(_inside(found, published - margin, published + margin), found, values)
+
+    return judge
 
 
 def only_first_fails(values: Values) -> Finding:

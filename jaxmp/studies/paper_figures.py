@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxmp.html.figure import Axis, Series, interval_figure, line_figure
 from jaxmp.studies.claims import Results
@@ -47,6 +47,37 @@ def curves(results: Results, arms: Sequence[str], x: str, y: str, horizontal: Ax
             values = [math.nan if value is None else value for value in found[y]]
             series.append(Series(arm if j == 0 else "", found[x], values, i, steps=True))
     return line_figure(horizontal, vertical, series, name=f"{y} over {x}, by arm")
+
+
+def doses(
+    results: Results,
+    arms: Mapping[str, float],
+    metric: str,
+    horizontal: Axis,
+    vertical: Axis,
+    expected: Mapping[str, Callable[[float], float]],
+) -> str:
+    """Draws a metric over the dose of each arm: a line for each seed, and lines of what is expected.
+
+    Args:
+      results: what was measured. Arms without results are left out; a run without a finite value leaves a gap.
+      arms: the dose of each arm, by name, in rising order.
+      metric: what is drawn.
+      horizontal: the axis of the dose.
+      vertical: the axis of the metric.
+      expected: the value expected at a dose, by the name of its line.
+    """
+    drawn = {arm: dose for arm, dose in arms.items() if arm in results}
+    x, of = list(drawn.values()), {arm: results.of(arm, metric) for arm in drawn}
+    seeds = list(dict.fromkeys(seed for values in of.values() for seed in values))
+    series = [
+        Series(name, x, [function(dose) for dose in x], i + 1) for i, (name, function) in enumerate(expected.items())
+    ]
+    for i, seed in enumerate(seeds):
+        found = [values.get(seed) for values in of.values()]
+        y = [math.nan if value is None else value for value in found]
+        series.append(Series("each seed" if i == 0 else "", x, y, 0, faint=True))
+    return line_figure(horizontal, vertical, series, name=f"{metric} by dose")
 
 
 def _interval(found: Paired) -> tuple[float, float, float] | None:

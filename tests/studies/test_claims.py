@@ -14,11 +14,13 @@ from jaxmp.studies.claims import (
     Results,
     above,
     below,
+    differing,
     higher,
     increasing,
     lower,
     near,
     only_first_fails,
+    slope_near,
     within,
 )
 
@@ -75,6 +77,15 @@ def moved(by):
         (increasing, [moved(0), [0.01] * 5, moved(2)], NOT_AT_THIS_SIZE),
         (increasing, [moved(0), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
         (increasing, [moved(0), moved(2), [None, *[1.0] * 4]], NOT_AT_THIS_SIZE),
+        (slope_near((1, 2, 3), 0.5, 0.1), [ZEROS, moved(0.5), moved(1)[::-1]], REPRODUCED),
+        (slope_near((1, 2, 3), 0.5, 0.1), [ZEROS, moved(1), moved(2)[::-1]], CONTRADICTED),
+        (slope_near((1, 3), 0.5, 0.1), [ZEROS, moved(0.5)], CONTRADICTED),
+        (slope_near((1, 2), 0.5, 0.1), [ZEROS, [None, *moved(0.5)[1:]]], NOT_AT_THIS_SIZE),
+        (differing(0.05), [[1.0] * 8 + ZEROS, [0.0] * 8 + ZEROS], REPRODUCED),
+        (differing(0.5), [[1.0] + [0.0] * 19, [0.0] * 20], CONTRADICTED),
+        (differing(0.05), [[1.0] + [0.0] * 19, [0.0] * 20], NOT_AT_THIS_SIZE),
+        (differing(0.05), [[None] + [1.0] * 8 + ZEROS, [0.0] * 9 + ZEROS], NOT_AT_THIS_SIZE),
+        (differing(0.05), [[None], [1.0]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None] * 5, ZEROS], REPRODUCED),
         (only_first_fails, [[None] * 5, [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
         (only_first_fails, [[None, *ZEROS[1:]], ZEROS], NOT_AT_THIS_SIZE),
@@ -95,6 +106,13 @@ def test_a_finding_says_how_many_runs_failed_and_which_step_of_an_order_is_least
         higher([seeds([1.0] * 5), seeds(ZEROS)]).note
         == "no interval: all 5 differences are equal; fewer than 6 equal ones decide nothing"
     )
+
+
+def test_flips_are_counted_by_direction_with_the_exact_interval():
+    found = differing(0.05)([seeds([1.0] * 3 + [0.0] * 7), seeds([0.0] * 3 + [1.0] + [0.0] * 6)])
+    assert found.note == "4 of 10: 3 against 1, McNemar p 0.62"
+    # Clopper and Pearson of 4 in 10, by the quantiles of the beta distribution.
+    assert (round(found.mean, 3), round(found.low, 3), round(found.high, 3)) == (0.4, 0.122, 0.738)
 
 
 def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxmp.cli import main
@@ -174,6 +178,33 @@ def test_rules_that_are_judged_once_made_the_same_runs():
                 assert results[other][seed][metric] == found[metric], (other, seed, metric)
 
 
+@pytest.mark.slow
+def test_the_gradient_of_the_label_is_0_from_p_ln_2_on_where_the_softmax_has_p_bits():
+    paper = reproduce.load(EXPERIMENTS / "loss_spikes", quick=True)
+    module = sys.modules[next(iter(paper.arms.values())).function.__module__]
+    with jax.enable_x64(True):
+        labels = jnp.zeros(1, jnp.int32)
+        losses = {bits: module.losses_of(bits) for bits in (5, 11, 24, 53)}
+        losses |= {24.0: module.losses_in(jnp.float32), 53.0: module.losses_in(jnp.float64)}
+        for bits, of_rows in losses.items():
+            for margin, is_zero in ((bits * math.log(2) - 0.02, False), (bits * math.log(2) + 0.02, True)):
+                logits = jnp.array([[margin, 0.0]], jnp.float64)
+                if bits == 5:  # 3.375 and 3.5 are neighbours, on the two sides of 5 ln 2 = 3.466
+                    logits = jnp.array([[3.5 if is_zero else 3.375, 0.0]], jnp.float64)
+                gradient = jax.grad(lambda z, of_rows=of_rows: of_rows(z, labels).sum())(logits)
+                assert (gradient[0, 0] == 0) == is_zero, (bits, margin)
+                assert gradient[0, 1] > 0, "the gradient of the other class is kept"
+
+
+def test_a_spike_is_a_rise_after_calm_and_a_threshold_separates_best():
+    paper = reproduce.load(EXPERIMENTS / "loss_spikes", quick=True)
+    module = sys.modules[next(iter(paper.arms.values())).function.__module__]
+    assert module.spikes(np.array([3.0, 1e-4, 0.2, 0.3, 0.05, 0.2, 1e-5, 0.5])) == [2, 7]
+    values, zero = np.array([5.0, 1.0, 2.0, 4.0, 3.0]), np.array([True, False, False, True, False])
+    assert module.separating(values, zero) == 3.5
+    assert math.isnan(module.separating(values, zero | True))
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_each_paper_says_its_figures_and_sources_in_both_sizes(name):
     for quick in (False, True):
@@ -195,3 +226,45 @@ def test_the_quick_version_of_a_paper_runs(name, tmp_path, monkeypatch, capsys):
     for arm in results["arms"].values():
         for found in arm["seeds"].values():
             assert found["git"] is None or set(found["git"]) == {"revision", "dirty"}, "says not what measured it"
+
+
+def module_of(name):
+    """The module that a paper's file was run as."""
+    reproduce.load(EXPERIMENTS / name, quick=True)
+    return sys.modules[f"jaxmp_papers.{name}"]
+
+
+def test_a_unit_scaled_product_has_a_factor_of_its_own_in_each_direction():
+    unit = module_of("unit_scaling")
+    x, w, g = (np.random.default_rng(seed).normal(size=shape) for seed, shape in enumerate([(5, 3), (3, 4), (5, 4)]))
+    y, pull = jax.vjp(lambda x, w: unit.product(x, w, 0.5, 2.0, 8.0), jnp.float32(x), jnp.float32(w))
+    to_x, to_w = pull(jnp.float32(g))
+    for found, exact in ((y, 0.5 * x @ w), (to_x, 2.0 * g @ w.T), (to_w, 8.0 * x.T @ g)):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_just_below_a_power_of_two_are_clipped_by_an_mx_block_and_those_just_above_are_not():
+    mx = module_of("mx_instabilities")
+    for value, share in ((0.97, 1.0), (0.87, 0.0), (1.03, 0.0), (1.97, 1.0)):  # 448 is 1.75 * 2^8: 0.875 is the limit
+        params = {
+            "norm_0": {"scale": jnp.full(64, value), "bias": jnp.zeros(64)},
+            "up_0": {"kernel": jnp.ones((32, 2))},
+        }
+        assert mx.clipped(params, "mxfp8_e4m3") == share, value
+        assert mx.clipped(params, "mxfp8_e4m3", kernels=True) == 0.0
+
+
+def test_a_loss_ten_times_the_median_before_it_is_a_spike_and_a_diverged_one_is():
+    mx = module_of("mx_instabilities")
+    means = [1.0] * 30
+    assert mx.spikes_of(means, [9.0] * 30) == 0
+    assert mx.spikes_of(means, [1.0] * 20 + [11.0] + [1.0] * 9) == 1
+    assert mx.spikes_of(means, [1.0] * 29 + [mx._bounded(float("nan"))]) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "largest", "normal", "smallest"), [("e4m3", 448, -6, -9), ("e5m2", 57344, -14, -16)]
+)
+def test_the_limits_of_fp8_are_found_by_rounding(format, largest, normal, smallest):
+    found = module_of("fp8_formats").limits(0, format=format)
+    assert found == {"largest": largest, "smallest_normal": 2.0**normal, "smallest": 2.0**smallest}
