@@ -3,7 +3,8 @@
 jaxmp train mnist_cnn --loop.epochs 1
 python experiments/compression/pruned.py runs/mnist_cnn --keep Conv_0 --output experiments/compression/pruned.json
 
-Each model is trained again from the best weights for as long as the run was, with its learning rate from the start.
+Each model is trained again from the best weights for as long as the run was, with its learning rate from the start; so
+is a dense one, with which the epochs more can be told from the pruning.
 """
 
 from __future__ import annotations
@@ -15,20 +16,59 @@ import time
 from pathlib import Path
 
 import jaxmp
+from jaxmp.deploy.accuracy import Trade, trade
+from jaxmp.deploy.export import ROWS, Measured
 from jaxmp.deploy.prune import prune
 from jaxmp.runs.provenance import provenance
+
+
+def dense(run: jaxmp.Run) -> Trade | None:
+    """Trains the run again from its best weights, with nothing pruned, and compares both on the same rows."""
+    workdir, name = run.path.parent.parent, run.config["name"]
+    fitted = jaxmp.fit(
+        run.experiment,
+        workdir=workdir,
+        name=name,
+        init_from=f"{run.path}@best",
+        progress="none",
+        log=lambda text: None,
+    )
+    again = jaxmp.Run(fitted.path, run.experiment)
+    before, after = run.state("best"), again.state("best")
+    return trade(
+        run,
+        Measured.of_run(run, None, ROWS).source,
+        lambda batch: run.outputs(dict(batch), before),
+        lambda batch: again.outputs(dict(batch), after),
+    )
 
 
 def main() -> None:
     """Prunes the run in each way, and writes what was measured on its test split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--ways", nargs="+", default=["2:4", "0.9"], help="2:4, or a sparsity by layer")
+    parser.add_argument("--ways", nargs="+", default=["dense", "2:4", "0.9"], help="dense, 2:4, or a sparsity")
     parser.add_argument("--keep", nargs="*", default=[], help="weights that 2:4 leaves dense")
     parser.add_argument("--output", default="pruned.json")
     options = parser.parse_args()
     run, rows = jaxmp.Run(options.run), []
     for way in options.ways:
+        if way == "dense":
+            control = dense(run)
+            assert control is not None
+            print("\n".join(control.lines("trained again")), flush=True)
+            change, low, high = (100 * each for each in control.change)
+            rows.append(
+                {
+                    "way": way,
+                    "accuracy_before": 100 * control.before.share,
+                    "accuracy": 100 * control.after.share,
+                    "change": change,
+                    "interval": [low, high],
+                    "rows": control.after.rows,
+                }
+            )
+            continue
         structured = way == "2:4"
         how = {"structure": "2:4", "keep": tuple(options.keep)} if structured else {"sparsity": float(way)}
         experiment = dataclasses.replace(run.experiment, pruning=jaxmp.Pruning(**how))

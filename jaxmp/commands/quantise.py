@@ -19,10 +19,13 @@ class Options:
     """Folder to write: a new one, or an empty one."""
     weights: str = "int8"
     """Format of the weights: int8, int4, e4m3, mxfp8, nvfp4, or another block format such as int4:group32."""
+    method: Literal["nearest", "gptq", "awq"] = "nearest"
+    """How weights are rounded: to nearest, or by GPTQ or AWQ, which need --calibrate; kernels of Dense layers alone."""
     activations: Literal["int8", "e4m3"] | None = None
     """Format of the inputs of products, with a scale for each vector, which is emulated; by default they stay."""
     calibrate: int | None = None
-    """Training batches from which the inputs of products get static scales, in the place of those made for each row."""
+    """Training batches that --method gptq and awq look at, and that give the inputs of products static scales, in the
+    place of those made for each row, with --activations."""
     checkpoint: Literal["best", "last", "ema"] = "best"
     """Weights to quantise: of the best checkpoint, or the last one, averaged where the run averages; or ema."""
     keep: tuple[str, ...] = ()
@@ -31,6 +34,8 @@ class Options:
     """Points of accuracy that may be lost on the validation split: each weight gets the fewest bits within it."""
     platforms: tuple[str, ...] = ("cpu",)
     """Platforms to make a program for: cpu, cuda, rocm, tpu."""
+    format: Literal["stablehlo", "onnx"] = "stablehlo"
+    """Program to write: StableHLO, or ONNX, which needs jaxmp[onnx]; both decode the packed weights."""
     split: Literal["train", "validation", "test"] | None = None
     """Split that accuracy and certificate are measured on; by default test, else validation, else train."""
     rows: int = 10_000
@@ -40,7 +45,7 @@ class Options:
 def quantise(options: Options) -> int:
     """Writes a run's model with weights of a few bits each, and prints what that costs.
 
-    Weights are rounded to nearest after training; the folder is that of `jaxmp export`, and its program unpacks them.
+    Weights are rounded after training; the folder is that of `jaxmp export`, and its program unpacks them.
     """
     require_path(run=options.run, output=options.output)
     import dataclasses

@@ -19,6 +19,7 @@ from jaxmp.modules.linen import UnderPolicy, init_delayed_scaling
 from jaxmp.modules.model import as_model
 from jaxmp.modules.products import ObservedProduct, observed_products
 from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.product import Matrices
 from jaxmp.precision.recipe import HISTORIES, Delayed, parse_operand
 from jaxmp.runs.run import Run
 from jaxmp.training.evaluation import evaluation_key
@@ -69,10 +70,8 @@ def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) ->
     inputs = tuple(run.trainer.inputs)
     tree = PolicyTree.parse(f"{policy},fprop={FORMATS[activations]}/high")
     made = init_delayed_scaling(run.experiment.adapted_model, tree, *inputs)
-    source = run.source("train")
-    most = min(batches * run.experiment.data.batch_size, len(source))
-    rows = Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
-    largest = _totals(run, state, rows, _magnitude, np.maximum)
+    rows = training_rows(run, batches)
+    largest = _totals(run, state, rows, lambda key, product: _magnitude(key, product.activations), np.maximum)
     layers = list(dict.fromkeys(path.rpartition("/")[0] for path in _products(made)))
     # Not observed: products of layers that offer no place to look, such as the head that is tied to an embedding.
     # Of an input that was 0 on all rows, no scale is known.
@@ -101,7 +100,65 @@ def calibrate(run: Run, state: TrainState, activations: str, *, batches: int) ->
     with_scale = {path for path, _ in rounded}
     unrounded = tuple(dict.fromkeys([*without_scale, *(path for path, _ in largest if path not in with_scale)]))
     model_state = {**state.model_state, **made, HISTORIES: histories}
-    return Calibration(tree, rounded, most, dataclasses.replace(state, model_state=model_state), unrounded)
+    return Calibration(tree, rounded, len(rows), dataclasses.replace(state, model_state=model_state), unrounded)
+
+
+def training_rows(run: Run, batches: int) -> Source:
+    """Rows of the training split for `batches` batches, or all there are, spread evenly."""
+    source = run.source("train")
+    most = min(batches * run.experiment.data.batch_size, len(source))
+    return Rows(source, np.arange(most, dtype=np.int64) * len(source) // most)
+
+
+class InputStatistics(NamedTuple):
+    """What is known of the inputs x of a layer, over all rows and places at which it was called."""
+
+    gram: np.ndarray
+    """x.T @ x, float64 (inputs, inputs)"""
+    magnitudes: np.ndarray
+    """mean magnitude of each input, float64 (inputs,)"""
+
+
+def input_statistics(
+    run: Run, state: TrainState, batches: int, sizes: Mapping[str, int]
+) -> tuple[dict[str, InputStatistics], int]:
+    """The statistics of the inputs of layers that multiply matrices by their kernel, by path of the layer.
+
+    The model computes under the run's policy, with the weights that are evaluated, on rows of `training_rows`. Left
+    out are convolutions, layers that cannot be observed, and layers in `nn.scan`, whose inputs are told apart no more.
+
+    Args:
+      run: the run.
+      state: the state whose weights are taken.
+      batches: the number of training batches to look at.
+      sizes: number of weights of the kernel of each layer, by path of the layer.
+
+    Returns:
+      The statistics, and the number of rows.
+
+    Raises: InputError if `batches` is below 1, or an input is not finite.
+    """
+    rows = training_rows(run, whole_number("--calibrate", batches, 1))
+
+    def products_of_inputs(key: Key, product: ObservedProduct) -> jax.Array | None:
+        if product.contraction != Matrices(0) or product.weights.size != sizes.get(key[0]):
+            return None
+        x = product.activations.astype(jnp.float32)
+        gram = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+        count = jnp.full((1, x.shape[1]), x.shape[0], jnp.float32)
+        return jnp.concatenate([gram, jnp.sum(jnp.abs(x), axis=0, keepdims=True), count])
+
+    def add(total: Any, one: Any) -> Any:
+        return np.add(total, one, dtype=np.float64)
+
+    total: dict[str, Any] = {}
+    for (path, _), array in _totals(run, state, rows, products_of_inputs, add).items():
+        total[path] = add(total[path], array) if path in total else np.asarray(array, np.float64)
+    for path, array in total.items():
+        if not np.all(np.isfinite(array)):
+            raise InputError(f"--calibrate: the input of {path or 'the model'} is not finite on the training split")
+    found = {path: InputStatistics(array[:-2], array[-2] / np.maximum(array[-1], 1)) for path, array in total.items()}
+    return found, len(rows)
 
 
 def clipped(run: Run, state: TrainState, source: Source, found: Calibration) -> dict[Key, tuple[int, int]]:
@@ -115,7 +172,8 @@ def clipped(run: Run, state: TrainState, source: Source, found: Calibration) -> 
     """
     limits = {key: jnp.float32(amax) for key, amax in found.largest.items()}
 
-    def above_and_size(key: Key, x: jax.Array) -> jax.Array:
+    def above_and_size(key: Key, product: ObservedProduct) -> jax.Array:
+        x = product.activations
         above = jnp.sum(jnp.abs(x.astype(jnp.float32)) > limits.get(key, jnp.inf))
         return jnp.stack([above, jnp.full_like(above, x.size)])
 
@@ -139,7 +197,7 @@ def _totals(
     run: Run,
     state: TrainState,
     source: Source,
-    number: Callable[[Key, jax.Array], jax.Array],
+    number: Callable[[Key, ObservedProduct], jax.Array | None],
     join: Callable[[Any, Any], Any],
 ) -> dict[Key, Any]:
     """Numbers of the input of each product, joined over the rows of a source; rows that fill up a batch are left out.
@@ -148,7 +206,7 @@ def _totals(
       run: the run.
       state: the state whose weights are taken.
       source: rows after the host transforms.
-      number: makes them of the product and its input; they have to depend on the values of the input.
+      number: makes them of the product; they have to depend on the values of the input. None: it is left out.
       join: joins those of two batches.
     """
     experiment = run.experiment
@@ -168,8 +226,11 @@ def _totals(
         def observe(path: str, product: ObservedProduct) -> jax.Array:
             call = (path, calls[path])
             calls[path] += 1
+            numbers = number(call, product)
+            if numbers is None:
+                return product.result
             # A callback, since a value from within nn.remat or nn.scan cannot be returned here.
-            jax.debug.callback(functools.partial(add, call), number(call, product.activations))
+            jax.debug.callback(functools.partial(add, call), numbers)
             return product.result
 
         batch = prepared(batch, None)

@@ -24,6 +24,7 @@ from jaxmp.data.source import Rows, Source
 from jaxmp.deploy import onnx
 from jaxmp.deploy.certificate import Deviation
 from jaxmp.deploy.forward import Forward, class_names, decoder, forward
+from jaxmp.deploy.onnx_graph import interface_dtype
 from jaxmp.deploy.predict import Artefact, ArtefactError
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.jaxprs import tracing
@@ -89,10 +90,6 @@ def export(
     run = run if isinstance(run, Run) else Run(run)
     folder = local_path("output", output)
     check(run, folder, weights, platforms, format)
-    if format == "onnx":
-        onnx.require_packages()
-        if list(platforms) != ["cpu"]:
-            raise InputError(f"platforms {' '.join(platforms)}: an ONNX file has one program for all; expected none")
     measured = Measured.of_run(run, split, rows)
     state = chosen_state(run, weights)
     if decode:
@@ -146,6 +143,7 @@ def write_folder(
     how: Mapping[str, Any],
     platforms: Sequence[str] = ("cpu",),
     format: str = "stablehlo",
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes an artefact, which appears when it is whole, and measures its certificate.
 
@@ -159,9 +157,11 @@ def write_folder(
       how: what the manifest says of its weights.
       platforms: the platforms to make programs for.
       format: "stablehlo" or "onnx".
+      files: the program by the name of its file; by default what `of` is in the format.
     """
     explained = explain(run.experiment.adapted_model, tree, tuple(run.trainer.inputs))
-    files = onnx.files(of) if format == "onnx" else _programs(of, platforms)
+    if files is None:
+        files = onnx.files(of) if format == "onnx" else _programs(of, platforms)
     manifest: dict[str, Any] = {
         "artefact": shipped.VERSION,
         "format": format,
@@ -249,7 +249,11 @@ def check(
             )
     if not platforms:
         raise InputError(f"platforms: expected at least one of {', '.join(PLATFORMS)}")
-    if format != "onnx":
+    if format == "onnx":
+        onnx.require_packages()
+        if list(platforms) != ["cpu"]:
+            raise InputError(f"platforms {' '.join(platforms)}: an ONNX file has one program for all; expected none")
+    else:
         _require_flatbuffers()
         if (here := shipped.platform()) not in platforms:
             raise InputError(
@@ -329,7 +333,7 @@ def _json(value: Any) -> bytes:
 def _layout(spec: Any, format: str) -> dict[str, Any]:
     """Shape and dtype as JSON; a dimension that is not known is its name."""
     shape = [size if isinstance(size, int) else str(size) for size in spec.shape]
-    dtype = onnx.interface_dtype(spec.dtype) if format == "onnx" else np.dtype(spec.dtype)
+    dtype = interface_dtype(spec.dtype) if format == "onnx" else np.dtype(spec.dtype)
     return {"shape": shape, "dtype": dtype.name}
 
 

@@ -21,6 +21,7 @@ from jaxmp.jaxprs import tracing
 from jaxmp.modules.linen import UnderPolicy, cast_to_param, init_delayed_scaling, with_policy
 from jaxmp.modules.model import as_model
 from jaxmp.precision.policy_tree import PolicyTree
+from jaxmp.precision.recipe import GRADIENT_AMAX, HISTORIES
 from jaxmp.runs.run import Run
 from jaxmp.training.evaluation import evaluation_key
 from jaxmp.training.state import TrainState
@@ -215,9 +216,15 @@ def _used(traced: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[
     variables, specs, _ = arguments
     (*of_arrays, of_key) = used
     names = list(_weight_names(*variables))
-    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used}
+    weights = {name for name, is_used in zip(names, of_arrays, strict=False) if is_used and not _of_gradients(name)}
     columns = [name for name, is_used in zip(specs, of_arrays[len(names) :], strict=True) if is_used]
     return weights, columns, of_key
+
+
+def _of_gradients(name: str) -> bool:
+    """Whether an input of a product has a part in its gradients alone, which its custom derivative hides."""
+    collection = name.partition("/")[0]
+    return collection == GRADIENT_AMAX or (collection == HISTORIES and "/gradients_" in name)
 
 
 def _by_name(outputs: Any) -> Spec:

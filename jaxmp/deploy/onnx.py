@@ -2,14 +2,15 @@
 
 ONNX Runtime's CPU kernels know few operations on halves, so a float16 or bfloat16 value is kept as float32 here, and
 rounded to its grid (Cast to the half and back) after each operation that leaves it. Products of halves are thus summed
-in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser to an 8-bit float that ONNX has one
-Cast. Symbolic numbers of rows stay symbolic. What ONNX has no operation for is refused, with the module it is in.
+in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser a rounding, bit-equal (see
+`jaxmp.deploy.onnx_rounding`). Symbolic numbers of rows stay symbolic. What ONNX has no operation for is refused, with
+the module it is in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +20,13 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxmp.deploy.forward import Forward
+from jaxmp.deploy.onnx_graph import Graph, interface_dtype, kept_dtype, onnx_type, refused
+from jaxmp.deploy.onnx_rounding import parse_scope, rounded, unpacked
+from jaxmp.deploy.packed_weight import PackedWeight
 from jaxmp.errors import InputError
-from jaxmp.jaxprs import Place, called, dimension_size, equations, opened, quantized, scan_counts, tracing
-from jaxmp.trees import HALF, is_floating
+from jaxmp.jaxprs import Place, called, equations, opened, quantized, scan_counts, tracing
+from jaxmp.precision.blocks import BlockFormat
+from jaxmp.trees import is_floating
 
 OPSET, IR = 20, 10
 """versions of ONNX's operations and of its file format, which ONNX Runtime 1.20 and later have"""
@@ -69,9 +74,6 @@ _ON_GRID = {
 }
 """primitives whose results are on the grid of a half if their operands are"""
 
-_FORMATS = {"e4m3": "FLOAT8E4M3FN", "e5m2": "FLOAT8E5M2", "e5m10": "FLOAT16", "e8m7": "BFLOAT16"}
-"""formats of quantisers that ONNX has a type for"""
-
 
 def require_packages() -> None:
     """Raises InputError if a package that ONNX files need is missing."""
@@ -82,27 +84,27 @@ def require_packages() -> None:
         raise InputError(f"format onnx needs {error.name}: pip install 'jaxmp[onnx]'") from None
 
 
-def files(of: Forward) -> dict[str, bytes]:
+def files(of: Forward, packed: Mapping[str, PackedWeight] = {}) -> dict[str, bytes]:  # only read
     """The model as `model.onnx`, its weights inside, by the name of the file.
+
+    Args:
+      of: the function of plain weights.
+      packed: weights that the file has packed, by path, with the operations that decode them.
 
     Raises: InputError for an operation that ONNX does not have, with the module it is in; or for more than 2 GiB.
     """
-    size = sum(np.asarray(weight).nbytes for weight in of.weights.values())
+    size = sum(
+        packed[name].nbytes if name in packed else np.asarray(weight).nbytes for name, weight in of.weights.items()
+    )
     if size > MOST_BYTES:
         raise InputError(
             f"format onnx: the weights are {size:,} bytes, and an ONNX file holds at most {MOST_BYTES:,}; expected "
             "--format stablehlo"
         )
-    return {"model.onnx": _model(of).SerializeToString()}
+    return {"model.onnx": _model(of, packed).SerializeToString()}
 
 
-def interface_dtype(dtype: Any) -> np.dtype:
-    """The dtype in which ONNX Runtime takes and gives an array: float32 for bfloat16 and 8-bit floats."""
-    dtype = np.dtype(dtype)
-    return dtype if dtype.kind != "V" else np.dtype(np.float32)
-
-
-def _model(of: Forward) -> Any:
+def _model(of: Forward, packed: Mapping[str, PackedWeight]) -> Any:
     """The `onnx.ModelProto` of a forward function."""
     import onnx
     from onnx import helper
@@ -111,27 +113,33 @@ def _model(of: Forward) -> Any:
     with tracing("export: the model does not trace", "a model for any number of rows"):
         closed = jax.make_jaxpr(of.function)(weights, state, inputs)
     jaxpr: Any = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)[0]
-    graph = _Graph()
+    graph = Graph()
     names = [*of.state, *of.inputs]
     for name, spec in {**of.state, **of.inputs}.items():
         for axis, size in enumerate(spec.shape):
             if not isinstance(size, int) and str(size) not in graph.dimensions:
                 shape = graph.add("Shape", name)
                 graph.dimensions[str(size)] = graph.add("Slice", shape, graph.ints(axis), graph.ints(axis + 1))
-    given = [graph.weight(name, weight) for name, weight in of.weights.items()]
+    given = [
+        _unpacked(graph, name, packed[name]) if name in packed else graph.weight(name, weight)
+        for name, weight in of.weights.items()
+    ]
     for name, spec in {**of.state, **of.inputs}.items():
-        given.append(graph.cast(name, interface_dtype(spec.dtype), _kept(spec.dtype)))
+        given.append(graph.cast(name, interface_dtype(spec.dtype), kept_dtype(spec.dtype)))
     found = _convert(graph, jaxpr, closed.consts, given, Place())
+    for value in found:
+        if isinstance(value, InputError):
+            raise value
     results = [*of.outputs, *(f"{name} after" for name in of.state)]
     avals = [variable.aval for variable in jaxpr.outvars]
     for name, value, aval in zip(results, found, avals, strict=True):
         graph.nodes.append(
-            helper.make_node("Cast", [value], [name], to=_type(interface_dtype(aval.dtype)), name=f"output {name}")
+            helper.make_node("Cast", [value], [name], to=onnx_type(interface_dtype(aval.dtype)), name=f"output {name}")
         )
 
     def described(name: str, aval: Any) -> Any:
         shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
-        return helper.make_tensor_value_info(name, _type(interface_dtype(aval.dtype)), shape)
+        return helper.make_tensor_value_info(name, onnx_type(interface_dtype(aval.dtype)), shape)
 
     model = helper.make_model(
         helper.make_graph(
@@ -149,133 +157,16 @@ def _model(of: Forward) -> Any:
     return model
 
 
-def _kept(dtype: Any) -> np.dtype:
-    """The dtype in which a value of a jaxpr is kept: float32 for halves and 8-bit floats."""
-    dtype = np.dtype(dtype)
-    narrow = dtype in HALF or (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4)
-    return np.dtype(np.float32) if narrow else dtype
+def _unpacked(graph: Graph, name: str, weight: PackedWeight) -> str:
+    """The name of a weight that is stored packed; see `PackedWeight.unpack`."""
+    value = unpacked(graph, name, weight.blocks)
+    if weight.after is not None:
+        value = graph.add("Mul", value, graph.stored(f"{name}.after", np.asarray(weight.after)))
+    value = graph.reshape(value, [weight.like.shape[axis] for axis in weight.order])
+    return _on_grid(graph, graph.transpose(value, np.argsort(weight.order).tolist()), weight.like)
 
 
-def _type(dtype: Any) -> int:
-    """ONNX's number of a dtype."""
-    from onnx import helper
-
-    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-
-
-class _Graph:
-    """The nodes and constants of a graph; `above` is the graph that it is a body in, whose values it can read."""
-
-    def __init__(self, above: _Graph | None = None):
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self.known: dict[Any, str] = {}
-        self.dimensions: dict[str, str] = {} if above is None else above.dimensions
-        self._count: list[int] = [0] if above is None else above._count
-        self.place: Place = Place() if above is None else above.place
-
-    def name(self) -> str:
-        """A name that no other value has."""
-        self._count[0] += 1
-        return f"v{self._count[0]}"
-
-    def add(self, operation: str, *inputs: str, outputs: int | None = None, **attributes: Any) -> Any:
-        """Adds a node, and returns the name of its result, or a list of `outputs` names."""
-        from onnx import helper
-
-        names = [self.name() for _ in range(outputs or 1)]
-        label = "/".join(filter(None, (self.place.module, f"{operation} {names[0]}")))
-        self.nodes.append(helper.make_node(operation, list(inputs), names, name=label, **attributes))
-        return names[0] if outputs is None else names
-
-    def constant(self, value: Any, dtype: Any = None) -> str:
-        """The name of a constant."""
-        from onnx import numpy_helper
-
-        array = np.asarray(value, dtype)
-        key = (array.dtype.name, array.shape, array.tobytes()) if array.size < 64 else None
-        if key is None or key not in self.known:
-            name = self.name()
-            self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
-            if key is None:
-                return name
-            self.known[key] = name
-        return self.known[key]
-
-    def ints(self, *values: int) -> str:
-        """The name of a constant int64 vector."""
-        return self.constant(np.array(values, np.int64))
-
-    def weight(self, name: str, value: Any) -> str:
-        """The name of a weight as it is kept; it is stored in its own dtype."""
-        from onnx import numpy_helper
-
-        array = np.asarray(value)
-        self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
-        return self.cast(name, array.dtype, _kept(array.dtype))
-
-    def cast(self, value: str, source: Any, target: Any) -> str:
-        """The value in another dtype."""
-        return value if np.dtype(source) == np.dtype(target) else self.add("Cast", value, to=_type(target))
-
-    def rounded(self, value: str, dtype: Any) -> str:
-        """A float32 value on the grid of a narrower dtype."""
-        attributes = {"saturate": 0} if np.dtype(dtype).itemsize == 1 else {}
-        return self.add("Cast", self.add("Cast", value, to=_type(dtype), **attributes), to=_type(np.float32))
-
-    def size(self, dimension: Any) -> str:
-        """A dimension as a vector of one int64: a constant, or computed where the program runs."""
-        if isinstance(dimension, int | np.integer):
-            return self.ints(int(dimension))
-        if str(dimension) in self.dimensions:
-            return self.dimensions[str(dimension)]
-        names = list(self.dimensions)
-        ones = dict.fromkeys(names, 1)
-        at_one = dimension_size(dimension, ones)
-        slopes = {name: dimension_size(dimension, {**ones, name: 2}) - at_one for name in names}
-        rest = at_one - sum(slopes.values())
-        check = {name: index + 3 for index, name in enumerate(names)}
-        if dimension_size(dimension, check) != rest + sum(slopes[name] * check[name] for name in names):
-            raise _refused(self.place, f"a dimension of {dimension}", "one that is linear in the number of rows")
-        total = self.ints(rest)
-        for name, slope in slopes.items():
-            if slope:
-                total = self.add("Add", total, self.add("Mul", self.dimensions[name], self.ints(slope)))
-        return total
-
-    def shape(self, shape: Sequence[Any]) -> str:
-        """A shape as an int64 vector."""
-        if all(isinstance(size, int | np.integer) for size in shape):
-            return self.ints(*map(int, shape))
-        return self.add("Concat", *map(self.size, shape), axis=0)
-
-    def reshape(self, value: str, shape: Sequence[Any]) -> str:
-        """The value in another shape; a single dimension that is not known needs no computing."""
-        unknown = [index for index, size in enumerate(shape) if not isinstance(size, int | np.integer)]
-        if len(unknown) == 1 and 0 not in shape:
-            shape = [-1 if index in unknown else size for index, size in enumerate(shape)]
-        return self.add("Reshape", value, self.shape(shape))
-
-    def transpose(self, value: str, order: Sequence[int]) -> str:
-        """The value with its axes in another order."""
-        return value if list(order) == sorted(order) else self.add("Transpose", value, perm=[int(i) for i in order])
-
-    def slice(self, value: str, starts: str, ends: str, axes: Sequence[int], steps: Sequence[int]) -> str:
-        """A slice along some axes."""
-        return self.add("Slice", value, starts, ends, self.ints(*axes), self.ints(*steps))
-
-
-def _refused(place: Place, what: str, expected: str = "") -> InputError:
-    module, line = place.module, place.source
-    where = f" in {module}" if module else ""
-    at = f" ({line})" if line else ""
-    return InputError(
-        f"format onnx: ONNX has no operation for {what}{where}{at}; expected "
-        f"{f'{expected}, or ' if expected else ''}--format stablehlo"
-    )
-
-
-def _convert(graph: _Graph, jaxpr: Any, consts: Sequence[Any], given: Sequence[str], place: Place) -> list[str]:
+def _convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], given: Sequence[str], place: Place) -> list[str]:
     """Adds the equations of an open jaxpr, and returns the names of its results.
 
     Args:
@@ -285,11 +176,11 @@ def _convert(graph: _Graph, jaxpr: Any, consts: Sequence[Any], given: Sequence[s
       given: names of its inputs.
       place: where it stands.
     """
-    names: dict[Any, str] = dict(zip(jaxpr.invars, given, strict=True))
+    names: dict[Any, Any] = dict(zip(jaxpr.invars, given, strict=True))
     for variable, value in zip(jaxpr.constvars, consts, strict=True):
         names[variable] = _constant(graph, value, variable.aval.dtype, place)
 
-    def read(atom: Any) -> str:
+    def read(atom: Any) -> Any:
         aval: Any = atom.aval
         return _constant(graph, atom.val, aval.dtype, place) if isinstance(atom, Literal) else names[atom]
 
@@ -302,36 +193,43 @@ def _convert(graph: _Graph, jaxpr: Any, consts: Sequence[Any], given: Sequence[s
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _constant(graph: _Graph, value: Any, dtype: Any, place: Place) -> str:
+def _constant(graph: Graph, value: Any, dtype: Any, place: Place) -> Any:
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise _refused(place, "random draws", "a model that draws nothing in evaluation")
-    return graph.constant(np.asarray(value).astype(dtype).astype(_kept(dtype)))
+        return _no_draws(place)
+    return graph.constant(np.asarray(value).astype(dtype).astype(kept_dtype(dtype)))
 
 
-def _equation(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
-    """Adds one equation, and returns the names of its results."""
+def _no_draws(place: Place) -> InputError:
+    return refused(place, "random draws", "a model that draws nothing in evaluation")
+
+
+def _equation(graph: Graph, eqn: Any, operands: list[Any], place: Place) -> list[Any]:
+    """Adds one equation, and returns the names of its results.
+
+    A random key is an error in the place of a name, which is raised where anything but a key is made of it: the product
+    of a recipe takes a key, which its rounding to nearest does not read.
+    """
     name = eqn.primitive.name
     if name in _SAME:
         return operands
     inner = called(eqn)
     if inner is not None:
         return _call(graph, eqn, inner, operands, place)
+    if all(jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key) for variable in eqn.outvars):
+        return [_no_draws(place)] * len(eqn.outvars)
+    for operand in operands:
+        if isinstance(operand, InputError):
+            raise operand
     if name in _SEVERAL:
         results = _SEVERAL[name](graph, eqn, operands, place)
     else:
         write = _SINGLE.get(name)
         if write is None:
-            raise _refused(place, _described(name, place))
+            raise refused(place, _described(name, place))
         results = [write(graph, eqn, operands, place)]
     if name in _ON_GRID:
         return results
-    # What is computed in float32 is put on the grid of the half that it is in JAX.
-    return [
-        graph.rounded(value, variable.aval.dtype)
-        if is_floating(variable.aval) and _kept(variable.aval.dtype) != variable.aval.dtype
-        else value
-        for value, variable in zip(results, eqn.outvars, strict=True)
-    ]
+    return [_on_grid(graph, value, variable.aval) for value, variable in zip(results, eqn.outvars, strict=True)]
 
 
 def _described(name: str, place: Place) -> str:
@@ -341,28 +239,45 @@ def _described(name: str, place: Place) -> str:
     return "random draws" if name.startswith(("random_", "threefry")) else f"the primitive {name!r}"
 
 
-def _call(graph: _Graph, eqn: Any, inner: Any, operands: list[str], place: Place) -> list[str]:
-    """A call of a jaxpr: its equations; a quantiser to a type that ONNX has is one Cast."""
+def _call(graph: Graph, eqn: Any, inner: Any, operands: list[Any], place: Place) -> list[Any]:
+    """A call of a jaxpr: its equations; a quantiser is one rounding."""
     jaxpr, consts = opened(inner)
-    formats = {quantized(names) for _, names in equations(jaxpr, place.names)}
-    if len(formats) == 1 and (format := formats.pop()) in _FORMATS and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
-        import onnx
-
-        to = getattr(onnx.TensorProto, _FORMATS[format])
-        saturate = {"saturate": 1} if to in (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2) else {}
-        return [graph.add("Cast", graph.add("Cast", operands[0], to=to, **saturate), to=_type(np.float32))]
+    inside = list(equations(jaxpr, place.names))
+    scopes = {quantized(names) for _, names in inside}
+    # Quantisers look at the bits of a number, unlike what else may be called beside them.
+    looks_at_bits = any(each.primitive.name == "bitcast_convert_type" for each, _ in inside)
+    if len(scopes) == 1 and looks_at_bits and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
+        format, aval = parse_scope(scopes.pop()), eqn.outvars[0].aval
+        axes = _block_axes(jaxpr) if isinstance(format, BlockFormat) else ()
+        if format is not None and axes is not None:
+            return [_on_grid(graph, rounded(graph, operands[0], format, aval.shape, axes), aval)]
     return _convert(graph, jaxpr, consts, operands, place)
+
+
+def _block_axes(jaxpr: Any) -> tuple[int, ...] | None:
+    """The axes along which the blocks of a quantiser run: by its maximum over the inner axes of an array in blocks."""
+    for eqn, _ in equations(jaxpr):
+        if eqn.primitive.name == "reduce_max":
+            return tuple(axis - 1 - place for place, axis in enumerate(sorted(eqn.params["axes"])))
+    return None
+
+
+def _on_grid(graph: Graph, value: Any, aval: Any) -> Any:
+    """A value that was computed in float32, rounded to the half that it is in JAX."""
+    if is_floating(aval) and kept_dtype(aval.dtype) != aval.dtype:
+        return graph.rounded(value, aval.dtype)
+    return value
 
 
 # One function for each primitive, or group of primitives: `(graph, eqn, operands, place) -> name of the result`.
 
 
-def _unary(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _unary(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add(_UNARY[eqn.primitive.name], operands[0])
 
 
-def _binary(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
-    name, dtypes = eqn.primitive.name, [_kept(atom.aval.dtype) for atom in eqn.invars]
+def _binary(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
+    name, dtypes = eqn.primitive.name, [kept_dtype(atom.aval.dtype) for atom in eqn.invars]
     if dtypes[0].kind == "b" and name in ("max", "min"):
         return graph.add({"max": "Or", "min": "And"}[name], *operands)
     if dtypes[0].kind == "b" and name in ("gt", "lt", "ge", "le"):
@@ -372,44 +287,44 @@ def _binary(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add(_BINARY[name], *operands)
 
 
-def _not_equal(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _not_equal(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Not", graph.add("Equal", *operands))
 
 
-def _bits(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _bits(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     logical, bitwise = _BITS[eqn.primitive.name]
     return graph.add(logical if eqn.outvars[0].aval.dtype == bool else bitwise, *operands)
 
 
-def _not(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _not(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Not" if eqn.outvars[0].aval.dtype == bool else "BitwiseNot", operands[0])
 
 
-def _reduce(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _reduce(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     name, axes = eqn.primitive.name, graph.ints(*eqn.params["axes"])
     if not eqn.params["axes"]:
         return operands[0]
     return graph.add(_REDUCE[name], operands[0], axes, keepdims=0)
 
 
-def _reduce_bool(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _reduce_bool(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     operation = {"reduce_or": "ReduceMax", "reduce_and": "ReduceMin"}[eqn.primitive.name]
     whole = graph.cast(operands[0], bool, np.int32)
     return graph.cast(graph.add(operation, whole, graph.ints(*eqn.params["axes"]), keepdims=0), np.int32, bool)
 
 
-def _arg(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _arg(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     (axis,) = eqn.params["axes"]
     found = graph.add({"argmax": "ArgMax", "argmin": "ArgMin"}[eqn.primitive.name], operands[0], axis=axis, keepdims=0)
     return graph.cast(found, np.int64, eqn.outvars[0].aval.dtype)
 
 
-def _cumulative(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _cumulative(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     axis, reverse = graph.constant(eqn.params["axis"], np.int64), int(eqn.params["reverse"])
     return graph.add("CumSum", operands[0], axis, reverse=reverse)
 
 
-def _dot(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _dot(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     (contract, other_contract), (batch, other_batch) = eqn.params["dimension_numbers"]
     left, right = (atom.aval.ndim for atom in eqn.invars)
     # The usual layouts are MatMul's own.
@@ -434,17 +349,17 @@ def _dot(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Einsum", *operands, equation=f"{''.join(mine)},{''.join(its)}->{''.join(out)}")
 
 
-def _convolution(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _convolution(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     params, layout = eqn.params, eqn.params["dimension_numbers"]
     if params["batch_group_count"] != 1:
-        raise _refused(place, "a convolution in groups of rows")
+        raise refused(place, "a convolution in groups of rows")
     x = graph.transpose(operands[0], layout.lhs_spec)
     kernel = graph.transpose(operands[1], layout.rhs_spec)
     low, high = zip(*params["padding"], strict=True) if params["padding"] else ((), ())
     dilations, groups = list(params["rhs_dilation"]), params["feature_group_count"]
     if all(dilation == 1 for dilation in params["lhs_dilation"]):
         if min((*low, *high), default=0) < 0:
-            raise _refused(place, "a convolution that pads by less than nothing")
+            raise refused(place, "a convolution that pads by less than nothing")
         y = graph.add(
             "Conv",
             x,
@@ -465,7 +380,7 @@ def _convolution(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> 
         strides = list(params["lhs_dilation"])
         beyond = any(size >= stride for size, stride in zip(more, strides, strict=True))  # ONNX refuses it
         if groups != 1 or any(stride != 1 for stride in params["window_strides"]) or min(begin) < 0 or beyond:
-            raise _refused(place, "this transposed convolution")
+            raise refused(place, "this transposed convolution")
         axes = list(range(2, 2 + len(spatial)))
         turned = graph.slice(
             graph.transpose(kernel, [1, 0, *axes]),
@@ -486,7 +401,7 @@ def _convolution(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> 
     return graph.transpose(y, np.argsort(layout.out_spec).tolist())
 
 
-def _pool(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _pool(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     params, window = eqn.params, eqn.params["window_dimensions"]
     dilated = {*params["base_dilation"], *params["window_dilation"]} - {1}
     spatial = [
@@ -496,7 +411,7 @@ def _pool(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     ]
     others = [axis for axis in range(len(window)) if axis not in spatial]
     if dilated or len(others) != 2:
-        raise _refused(place, f"pooling over a window of {list(window)}", "one of two axes that are not pooled")
+        raise refused(place, f"pooling over a window of {list(window)}", "one of two axes that are not pooled")
     order = [*others, *spatial]
     pads = [params["padding"][axis][side] for side in (0, 1) for axis in spatial]
     how: dict[str, Any] = {
@@ -513,22 +428,22 @@ def _pool(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.transpose(y, np.argsort(order).tolist())
 
 
-def _convert_type(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _convert_type(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     source, target = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
-    return graph.cast(operands[0], _kept(source), _kept(target))  # `_equation` puts it on the grid
+    return graph.cast(operands[0], kept_dtype(source), kept_dtype(target))  # `_equation` puts it on the grid
 
 
-def _reduce_precision(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _reduce_precision(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
     known = {(8, 7): jnp.bfloat16, (5, 10): np.float16}
     if bits == (8, 23):
         return operands[0]
     if bits not in known:
-        raise _refused(place, f"rounding to {bits[0]} bits of exponent and {bits[1]} of mantissa")
+        raise refused(place, f"rounding to {bits[0]} bits of exponent and {bits[1]} of mantissa")
     return graph.rounded(operands[0], known[bits])
 
 
-def _broadcast(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _broadcast(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     before = eqn.invars[0].aval.shape
     between: list[Any] = [1] * len(shape)
@@ -538,38 +453,38 @@ def _broadcast(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> st
     return value if tuple(between) == tuple(shape) else graph.add("Expand", value, graph.shape(shape))
 
 
-def _reshape(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _reshape(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.reshape(operands[0], eqn.outvars[0].aval.shape)
 
 
-def _transpose(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _transpose(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.transpose(operands[0], eqn.params["permutation"])
 
 
-def _concatenate(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _concatenate(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Concat", *operands, axis=eqn.params["dimension"])
 
 
-def _slice(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _slice(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     start, limit, steps = (eqn.params[name] for name in ("start_indices", "limit_indices", "strides"))
     axes = range(len(start))
     return graph.slice(operands[0], graph.shape(start), graph.shape(limit), axes, steps or [1] * len(start))
 
 
-def _reverse(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _reverse(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     axes = eqn.params["dimensions"]
     ends = graph.ints(*[-(2**31)] * len(axes))
     return graph.slice(operands[0], graph.ints(*[-1] * len(axes)), ends, axes, [-1] * len(axes))
 
 
-def _pad(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _pad(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     low, high, interior = zip(*eqn.params["padding_config"], strict=True)
     if any(interior) or min((*low, *high)) < 0:
-        raise _refused(place, "padding between elements, or by less than nothing")
+        raise refused(place, "padding between elements, or by less than nothing")
     return graph.add("Pad", operands[0], graph.ints(*low, *high), operands[1], mode="constant")
 
 
-def _select(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _select(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     which, *cases = operands
     dtype = eqn.outvars[0].aval.dtype
     shape = eqn.outvars[0].aval.shape
@@ -584,59 +499,59 @@ def _select(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return chosen
 
 
-def _where(graph: _Graph, condition: str, yes: str, no: str, dtype: Any) -> str:
+def _where(graph: Graph, condition: str, yes: str, no: str, dtype: Any) -> str:
     if np.dtype(dtype).kind != "b":
         return graph.add("Where", condition, yes, no)
     return graph.add("Or", graph.add("And", condition, yes), graph.add("And", graph.add("Not", condition), no))
 
 
-def _iota(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _iota(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     shape, axis, dtype = (eqn.params[name] for name in ("shape", "dimension", "dtype"))
-    counted = graph.cast(_counted(graph, shape[axis]), np.int64, _kept(dtype))
+    counted = graph.cast(_counted(graph, shape[axis]), np.int64, kept_dtype(dtype))
     if len(shape) == 1:
         return counted
     between = [shape[axis] if each == axis else 1 for each in range(len(shape))]
     return graph.add("Expand", graph.reshape(counted, between), graph.shape(shape))
 
 
-def _dimension(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _dimension(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     size = graph.reshape(graph.size(eqn.params["dim"]), ())
     return graph.cast(size, np.int64, eqn.outvars[0].aval.dtype)
 
 
-def _clamp(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _clamp(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     low, x, high = operands
     return graph.add("Min", graph.add("Max", x, low), high)
 
 
-def _is_finite(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _is_finite(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Not", graph.add("Or", graph.add("IsNaN", operands[0]), graph.add("IsInf", operands[0])))
 
 
-def _integer_pow(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
-    exponent, dtype = eqn.params["y"], _kept(eqn.invars[0].aval.dtype)
+def _integer_pow(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
+    exponent, dtype = eqn.params["y"], kept_dtype(eqn.invars[0].aval.dtype)
     if exponent == 2:
         return graph.add("Mul", operands[0], operands[0])
     return graph.add("Pow", operands[0], graph.constant(exponent, dtype))
 
 
-def _square(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _square(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Mul", operands[0], operands[0])
 
 
-def _rsqrt(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _rsqrt(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Reciprocal", graph.add("Sqrt", operands[0]))
 
 
-def _erfc(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _erfc(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Sub", graph.constant(np.float32(1)), graph.add("Erf", operands[0]))
 
 
-def _exp2(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _exp2(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Pow", graph.constant(np.float32(2)), operands[0])
 
 
-def _log1p(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _log1p(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     """log(1 + x) = log(u) x / (u - 1) with u the rounded 1 + x, and x where u is 1 (Kahan).
 
     Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2002, problem 1.5.
@@ -649,7 +564,7 @@ def _log1p(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Where", is_one, operands[0], value)
 
 
-def _expm1(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _expm1(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     """exp(x) - 1 = (u - 1) x / log(u) with u the rounded exp(x); x where u is 1, u - 1 where it is far from 1.
 
     Source: N. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.14.1.
@@ -664,24 +579,24 @@ def _expm1(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Where", is_one, x, graph.add("Where", is_far, less, value))
 
 
-def _round(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _round(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     if "EVEN" in str(eqn.params["rounding_method"]):
         return graph.add("Round", operands[0])
     half = graph.add("Add", graph.add("Abs", operands[0]), graph.constant(np.float32(0.5)))
     return graph.add("Mul", graph.add("Sign", operands[0]), graph.add("Floor", half))
 
 
-def _remainder(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _remainder(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     return graph.add("Mod", *operands, fmod=1)
 
 
-def _shift(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _shift(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     if eqn.outvars[0].aval.dtype.kind != "u":
-        raise _refused(place, f"{eqn.primitive.name} of signed numbers")
+        raise refused(place, f"{eqn.primitive.name} of signed numbers")
     return graph.add("BitShift", *operands, direction="LEFT" if "left" in eqn.primitive.name else "RIGHT")
 
 
-def _gather(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _gather(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     """Slices of an array that begin where the data say: Gather where whole rows are taken along one axis."""
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     operand, indices, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
@@ -743,28 +658,28 @@ def _gather(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
         )()
     between = [indices.shape[rows.index(each)] if each in rows else 1 for each in range(out.ndim)]
     spread = graph.add("Expand", graph.reshape(inside, between), graph.shape(out.shape))
-    return _where(graph, spread, found, graph.constant(np.asarray(fill, _kept(out.dtype))), out.dtype)
+    return _where(graph, spread, found, graph.constant(np.asarray(fill, kept_dtype(out.dtype))), out.dtype)
 
 
-def _counted(graph: _Graph, size: Any) -> str:
+def _counted(graph: Graph, size: Any) -> str:
     """0, 1, ... up to a size that may be symbolic, int64 (size,)."""
     zero, one = graph.constant(0, np.int64), graph.constant(1, np.int64)
     return graph.add("Range", zero, graph.reshape(graph.size(size), ()), one)
 
 
-def _stack(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _stack(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     axis = eqn.params["axis"]
     return graph.add("Concat", *(graph.add("Unsqueeze", each, graph.ints(axis)) for each in operands), axis=axis)
 
 
-def _start(graph: _Graph, index: str, dtype: Any, size: Any, whole: Any) -> str:
+def _start(graph: Graph, index: str, dtype: Any, size: Any, whole: Any) -> str:
     """Where a dynamic slice begins along an axis, int64 (1,): inside, as JAX clamps it."""
     room = graph.add("Sub", graph.size(whole), graph.size(size))
     index = graph.reshape(graph.cast(index, dtype, np.int64), (1,))
     return graph.add("Min", graph.add("Max", index, graph.ints(0)), room)
 
 
-def _dynamic_slice(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _dynamic_slice(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     whole, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     moving = [axis for axis in range(len(whole)) if whole[axis] != sizes[axis]]
     value = operands[0]
@@ -774,13 +689,13 @@ def _dynamic_slice(graph: _Graph, eqn: Any, operands: list[str], place: Place) -
     return value
 
 
-def _dynamic_update_slice(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> str:
+def _dynamic_update_slice(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     whole, part = (atom.aval.shape for atom in eqn.invars[:2])
     moving = [axis for axis in range(len(whole)) if whole[axis] != part[axis]]
     if not moving:
         return operands[1]
     if len(moving) > 1:
-        raise _refused(place, "an update at a place that moves along several axes")
+        raise refused(place, "an update at a place that moves along several axes")
     (axis,) = moving
     begin = _start(graph, operands[2 + axis], eqn.invars[2 + axis].aval.dtype, part[axis], whole[axis])
     end = graph.add("Add", begin, graph.size(part[axis]))
@@ -789,23 +704,23 @@ def _dynamic_update_slice(graph: _Graph, eqn: Any, operands: list[str], place: P
     return graph.add("Concat", before, operands[1], after, axis=axis)
 
 
-def _split(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
+def _split(graph: Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
     sizes = graph.shape(eqn.params["sizes"])
     return graph.add("Split", operands[0], sizes, outputs=len(eqn.outvars), axis=eqn.params["axis"])
 
 
-def _top_k(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
+def _top_k(graph: Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
     axis = eqn.params.get("axis", eqn.invars[0].aval.ndim - 1)
     values, indices = graph.add("TopK", operands[0], graph.ints(eqn.params["k"]), outputs=2, axis=axis)
     return [values, graph.cast(indices, np.int64, eqn.outvars[1].aval.dtype)]
 
 
-def _scan(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
+def _scan(graph: Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
     from onnx import helper
 
     params, (jaxpr, consts) = eqn.params, opened(eqn.params["jaxpr"])
     constants, carries = scan_counts(params)
-    body = _Graph(graph)
+    body = Graph(graph)
     scanned = jaxpr.invars[constants + carries :]
     carry = [body.name() for _ in range(carries)]
     rows = [body.name() for _ in scanned]
@@ -814,7 +729,7 @@ def _scan(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[st
     found = [body.add("Identity", value) for value in found]
 
     def described(name: str, dtype: Any) -> Any:
-        return helper.make_tensor_value_info(name, _type(_kept(dtype)), None)
+        return helper.make_tensor_value_info(name, onnx_type(kept_dtype(dtype)), None)
 
     dtypes = [variable.aval.dtype for variable in jaxpr.invars[constants:]]
     described_inputs = [described(*each) for each in zip([*carry, *rows], dtypes, strict=True)]
@@ -842,18 +757,18 @@ def _scan(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[st
     )
 
 
-def _conditional(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
+def _conditional(graph: Graph, eqn: Any, operands: list[str], place: Place) -> list[str]:
     from onnx import helper
 
     branches = eqn.params["branches"]
     if len(branches) != 2:
-        raise _refused(place, f"a choice of {len(branches)} branches", "one of two")
+        raise refused(place, f"a choice of {len(branches)} branches", "one of two")
 
     def branch(closed: Any, name: str) -> Any:
-        body, (jaxpr, consts) = _Graph(graph), opened(closed)
+        body, (jaxpr, consts) = Graph(graph), opened(closed)
         found = [body.add("Identity", value) for value in _convert(body, jaxpr, consts, operands[1:], place)]
         described = [
-            helper.make_tensor_value_info(value, _type(_kept(variable.aval.dtype)), None)
+            helper.make_tensor_value_info(value, onnx_type(kept_dtype(variable.aval.dtype)), None)
             for value, variable in zip(found, jaxpr.outvars, strict=True)
         ]
         return helper.make_graph(body.nodes, name, [], described, body.constants)
@@ -864,7 +779,7 @@ def _conditional(graph: _Graph, eqn: Any, operands: list[str], place: Place) -> 
     return graph.add("If", condition, outputs=len(eqn.outvars), then_branch=yes, else_branch=no)
 
 
-Write = Callable[[_Graph, Any, list[str], Place], str]
+Write = Callable[[Graph, Any, list[str], Place], str]
 
 _SINGLE: dict[str, Write] = {
     **dict.fromkeys(_UNARY, _unary),
@@ -908,7 +823,7 @@ _SINGLE: dict[str, Write] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }
-_SEVERAL: dict[str, Callable[[_Graph, Any, list[str], Place], list[str]]] = {
+_SEVERAL: dict[str, Callable[[Graph, Any, list[str], Place], list[str]]] = {
     "split": _split,
     "top_k": _top_k,
     "scan": _scan,

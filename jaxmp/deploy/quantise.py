@@ -15,13 +15,18 @@ import numpy as np
 from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.deploy import calibrate as static
+from jaxmp.deploy import onnx
 from jaxmp.deploy.accuracy import Trade, labels_of, trade
+from jaxmp.deploy.awq import awq
+from jaxmp.deploy.contraction import matrix_axes, summed_axes
 from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
+from jaxmp.deploy.gptq import check_format, gptq
+from jaxmp.deploy.packed_weight import PackedWeight
 from jaxmp.deploy.predict import Artefact
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.instruments.audit import audit
-from jaxmp.precision.blocks import BlockFormat, PackedBlocks, pack, parse_block_format
+from jaxmp.precision.blocks import BlockFormat, pack, parse_block_format
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.run import Run
 from jaxmp.text_table import table
@@ -39,8 +44,14 @@ FORMATS = {
 ACTIVATIONS = {"int8": "int8:channel", "e4m3": "e4m3:channel"}
 """block formats of the inputs of products: a scale for each vector that a product sums over"""
 
+METHODS = ("nearest", "gptq", "awq")
+"""how weights are rounded"""
+
 SMALLEST = 2
 """least number of axes of a weight that is quantised: biases, scales and statistics stay"""
+
+_ADDED = ("bias", "scale", "mean", "var")
+"""names of weights that stay however many axes they have"""
 
 
 class Layer(NamedTuple):
@@ -55,6 +66,18 @@ class Layer(NamedTuple):
     """bytes before"""
     why: str
     """why it stays; "" if it is quantised"""
+    method: str = ""
+    """how it is rounded: `nearest`, `gptq` or `awq`"""
+    to_nearest: str = ""
+    """why it is rounded to nearest although another method is asked for; "" if it is not"""
+
+    @property
+    def stored(self) -> str:
+        """What it is stored in, in words."""
+        if self.format is None:
+            return f"stays: {self.why}"
+        how = "" if self.method == "nearest" else f", {self.method}"
+        return f"{self.format}{how}" + (f", to nearest: {self.to_nearest}" if self.to_nearest else "")
 
 
 class Calibrated(NamedTuple):
@@ -110,8 +133,7 @@ class Quantised:
 
     def __str__(self) -> str:
         rows = [
-            (layer.path, "x".join(map(str, layer.shape)), layer.format or f"stays: {layer.why}", f"{layer.nbytes:,}")
-            for layer in self.layers
+            (layer.path, "x".join(map(str, layer.shape)), layer.stored, f"{layer.nbytes:,}") for layer in self.layers
         ]
         lines = [table(rows, header=("weight", "shape", "stored in", "bytes"), right=(3,)), ""]
         ratio = self.nbytes_before / self.nbytes
@@ -130,17 +152,19 @@ def quantise(
     *,
     output: str | Path,
     weights: str = "int8",
+    method: Literal["nearest", "gptq", "awq"] = "nearest",
     activations: str | None = None,
     calibrate: int | None = None,
     checkpoint: Literal["best", "last", "ema"] = "best",
     keep: Sequence[str] = (),
     budget: float | None = None,
     platforms: Sequence[str] = ("cpu",),
+    format: Literal["stablehlo", "onnx"] = "stablehlo",
     split: Split | None = None,
     rows: int = ROWS,
     log: Callable[[str], None] = print,
 ) -> Quantised:
-    """Writes a run's model with its weights in a narrow format, rounded to nearest, after training.
+    """Writes a run's model with its weights in a narrow format after training.
 
     Weights of two axes and more are packed: codes in uint8, two in a byte of 4 bits, and scales. The program unpacks
     them, and computes under the run's policy. The folder is that of `jaxmp.export`, with a certificate.
@@ -149,15 +173,21 @@ def quantise(
       run: the run, or its folder.
       output: the folder to write, new or empty.
       weights: int8, int4, e4m3, mxfp8, nvfp4, or any block format (`jaxmp.parse_block_format`), such as int4:group32.
+      method: how weights are rounded. `nearest`; or `gptq` or `awq`, see `jaxmp.deploy.gptq` and `jaxmp.deploy.awq`,
+        which make the error of outputs small on the rows of `calibrate`: of the kernels of Dense and DenseGeneral, also
+        within attention and recurrent cells. Others are rounded to nearest, and listed, as are those whose outputs
+        GPTQ makes worse on these rows, which happens at 2 bits.
       activations: int8 or e4m3: the inputs of products are rounded, too, with a scale for each vector that is summed
         over, made anew for each row. This is emulated.
-      calibrate: number of training batches from which one static scale is made for the input of each product, its
-        largest magnitude there, in the place of scales that are made anew; see `jaxmp.deploy.calibrate`.
+      calibrate: number of training batches that `gptq` and `awq` look at; and from which, with `activations`, one
+        static scale is made for the input of each product, its largest magnitude there, in the place of scales that
+        are made anew; see `jaxmp.deploy.calibrate`.
       checkpoint: whose weights, as `jaxmp.export` takes them.
       keep: patterns of weights that stay as they are, such as Dense_1 or **/embedding.
       budget: points of accuracy that may be lost on the validation split. Each weight then gets the fewest bits that
         were found within it: `weights`, int8:channel, or as it is.
       platforms: as in `jaxmp.export`.
+      format: as in `jaxmp.export`; an ONNX file has the packed weights, and the operations that decode them.
       split: rows of the certificate and of the accuracy, as in `jaxmp.export`.
       rows: the most rows that anything is measured on.
       log: takes each message of the search.
@@ -168,12 +198,15 @@ def quantise(
     """
     run = run if isinstance(run, Run) else Run(run)
     folder = local_path("output", output)
-    format = _format("weights", weights, FORMATS)
+    block = _format("weights", weights, FORMATS)
     patterns = [Pattern(text) for text in keep]
-    check(run, folder, checkpoint, platforms, option="checkpoint")
+    check(run, folder, checkpoint, platforms, format, option="checkpoint")
+    _check_method(method, block, calibrate, budget)
     tree = _with_activations(run.experiment.policy, activations)
-    if calibrate is not None and activations is None:
-        raise InputError(f"--calibrate {calibrate}: there is nothing to calibrate; expected --activations beside it")
+    if calibrate is not None and activations is None and method == "nearest":
+        raise InputError(
+            f"--calibrate {calibrate}: there is nothing to calibrate; expected --activations beside it, or --method"
+        )
     measured = Measured.of_run(run, split, rows)
     state = chosen_state(run, checkpoint, option="checkpoint")
     calibration = None
@@ -189,21 +222,86 @@ def quantise(
     candidates = {name: leaf for name, leaf in of.weights.items() if not why_kept(name, leaf, patterns)}
     if not candidates:
         raise InputError(f"quantise: {run.path} has no weight that can be quantised; expected one of two axes or more")
-    formats: dict[str, BlockFormat | None] = dict.fromkeys(candidates, format)
+    summed = summed_axes(forward(run, state, measured.source, precision="float32"))
+    formats: dict[str, BlockFormat | None] = dict.fromkeys(candidates, block)
     if budget is not None:
-        formats = _search(run, of, format, candidates, budget, rows, log)
-    packed = pack_weights(of, formats)
-    layers = tuple(_layer(name, leaf, formats.get(name), patterns) for name, leaf in of.weights.items())
+        formats = _search(run, of, block, candidates, budget, rows, log, summed)
+    packed: dict[str, PackedWeight] = {}
+    reasons: dict[str, str] = {}
+    statistics: dict[str, static.InputStatistics] = {}
+    if method != "nearest" and calibrate is not None:
+        sizes = {name.rpartition("/")[0]: np.size(leaf) for name, leaf in candidates.items() if _is_kernel(name)}
+        statistics, _ = static.input_statistics(run, state, calibrate, sizes)
+    for name, leaf in candidates.items():
+        if (of_name := formats[name]) is None:
+            continue
+        packed[name] = to_nearest = packed_weight(name, leaf, of_name, summed)
+        about = statistics.get(name.rpartition("/")[0]) if _is_kernel(name) else None
+        if about is not None:
+            packed[name], reasons[name] = _by_method(method, leaf, to_nearest, about)
+        elif method != "nearest":
+            reasons[name] = "not seen as a Dense layer"
+    exported = pack_weights(of, packed)
+    methods = {name: "nearest" if reasons.get(name) or method == "nearest" else method for name in packed}
+    layers = tuple(
+        _layer(name, leaf, packed.get(name), patterns)._replace(
+            method=methods.get(name, ""), to_nearest=reasons.get(name, "")
+        )
+        for name, leaf in of.weights.items()
+    )
     how = {
         "weights": checkpoint,
         "step": int(state.step),
         "formats": {layer.path: layer.format for layer in layers},
+        "methods": methods,
         "activations": activations,
     } | ({} if calibration is None else {"calibration": calibration._asdict()})
-    write_folder(run, state, packed, folder, measured, tree=tree, how=how, platforms=platforms)
+    content = onnx.files(of, packed) if format == "onnx" else None
+    write_folder(
+        run, state, exported, folder, measured, tree=tree, how=how, platforms=platforms, format=format, files=content
+    )
     artefact = load(folder)
-    trade_ = _trade(artefact, packed, run, state, measured)
-    return Quantised(artefact, layers, trade_, calibration, _flops(packed, measured))
+    trade_ = _trade(artefact, exported, run, state, measured)
+    return Quantised(artefact, layers, trade_, calibration, _flops(exported, measured))
+
+
+def _check_method(method: str, block: BlockFormat, calibrate: int | None, budget: float | None) -> None:
+    """Refuses a method that is unknown, or that the other options do not go with."""
+    if method not in METHODS:
+        raise InputError(f"--method {method}: expected {', '.join(METHODS)}{nearest(method, METHODS)}")
+    if method == "nearest":
+        return
+    if calibrate is None:
+        raise InputError(
+            f"--method {method} looks at the inputs of layers; expected --calibrate N beside it, such as 8"
+        )
+    if budget is not None:
+        raise InputError(
+            f"--budget {budget:g} with --method {method}: the search rounds to nearest; expected one of both"
+        )
+    if method == "gptq":
+        check_format(block)
+
+
+def _is_kernel(name: str) -> bool:
+    return name.rpartition("/")[2] == "kernel"
+
+
+def _by_method(
+    method: str, leaf: Any, to_nearest: PackedWeight, about: static.InputStatistics
+) -> tuple[PackedWeight, str]:
+    """A weight rounded by `gptq` or `awq`, and why it is rounded to nearest instead: "" if it is not."""
+    format, order = to_nearest.blocks.format, to_nearest.order
+    matrix = np.asarray(jnp.transpose(jnp.asarray(leaf, jnp.float32), order)).reshape(to_nearest.blocks.shape)
+    if method == "awq":
+        blocks, after = awq(matrix, about.gram, about.magnitudes, format)
+        return dataclasses.replace(to_nearest, blocks=blocks, after=None if after is None else jnp.asarray(after)), ""
+    blocks = gptq(matrix, about.gram, format)
+    errors = [np.asarray(each.unpack(), np.float64) - matrix for each in (to_nearest.blocks, blocks)]
+    before, now = (float(np.einsum("ri,ri->", error @ about.gram, error)) for error in errors)
+    if now > before:
+        return to_nearest, f"its outputs' error is {now / max(before, 1e-300):.3g} times as large with gptq"
+    return dataclasses.replace(to_nearest, blocks=blocks), ""
 
 
 def _format(option: str, text: str, known: Mapping[str, str]) -> BlockFormat:
@@ -245,65 +343,55 @@ def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:
         return "not of floats"
     if np.ndim(leaf) < SMALLEST:
         return f"{np.ndim(leaf)} axes" if np.ndim(leaf) != 1 else "1 axis"
+    if name.rpartition("/")[2] in _ADDED:  # of layers in nn.scan, with an axis more
+        return "in no product"
     return "--keep" if any(pattern.covers(name) for pattern in patterns) else ""
 
 
-def _matrix(name: str, leaf: Any) -> tuple[tuple[int, int], int]:
-    """The shape of a weight as a matrix, and the axis that products sum over: of an embedding, a row is its own."""
-    last = np.shape(leaf)[-1]
-    shape = (math.prod(np.shape(leaf)[:-1]), last)
-    return shape, 1 if name.rpartition("/")[2] == "embedding" else 0
+def as_matrix(leaf: Any, rows: Sequence[int], columns: Sequence[int]) -> jax.Array:
+    """A weight as a float32 matrix; for its axes see `matrix_axes`."""
+    weight = jnp.asarray(leaf, jnp.float32)
+    return jnp.transpose(weight, [*rows, *columns]).reshape(math.prod(weight.shape[axis] for axis in rows), -1)
 
 
-def packed_weight(name: str, leaf: Any, format: BlockFormat) -> PackedBlocks:
-    """A weight as a matrix in a block format, its blocks along the axis that products sum over."""
-    shape, axis = _matrix(name, leaf)
-    # Codes are packed along the last axis: the one of the blocks goes there.
-    matrix = jnp.asarray(leaf, jnp.float32).reshape(shape)
-    return pack(matrix if axis == 1 else matrix.T, format, axis=1)
+def packed_weight(name: str, leaf: Any, format: BlockFormat, summed: Mapping[str, tuple[int, ...]]) -> PackedWeight:
+    """Rounds a weight to a block format; `summed` is that of `summed_axes`."""
+    rows, columns = matrix_axes(name, leaf, summed)
+    like = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    return PackedWeight(pack(as_matrix(leaf, rows, columns), format, axis=1), (*rows, *columns), like)
 
 
-def unpacked_weight(name: str, packed: PackedBlocks, like: Any) -> jax.Array:
-    """The weight that is packed, in the shape and dtype of `like`."""
-    _, axis = _matrix(name, like)
-    matrix = packed.unpack()
-    return (matrix if axis == 1 else matrix.T).reshape(np.shape(like)).astype(like.dtype)
-
-
-def pack_weights(of: Forward, formats: Mapping[str, BlockFormat | None]) -> Forward:
+def pack_weights(of: Forward, packed: Mapping[str, PackedWeight]) -> Forward:
     """A forward function whose arguments are packed weights, which it unpacks.
 
     Args:
       of: the function of plain weights.
-      formats: the format of each weight that is packed, by path.
+      packed: weights that are packed, by path.
     """
     arguments: dict[str, Any] = {}
-    structures = []
     for name, leaf in of.weights.items():
-        format = formats.get(name)
-        value = leaf if format is None else packed_weight(name, leaf, format)
-        leaves, treedef = jax.tree.flatten(value)
-        parts = ("elements", "scales", "tensor_scale") if format is not None else ("",)
-        arguments |= {f"{name}.{part}".rstrip("."): x for part, x in zip(parts, leaves, strict=False)}
-        structures.append((name, treedef, len(leaves), jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))))
+        parts = {"": leaf} if name not in packed else packed[name].arrays()
+        arguments |= {f"{name}.{part}".rstrip("."): array for part, array in parts.items()}
 
     def function(given: Sequence[Any], state: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         rest, plain = list(given), []
-        for name, treedef, count, like in structures:
-            value = jax.tree.unflatten(treedef, rest[:count])
-            del rest[:count]
-            plain.append(unpacked_weight(name, value, like) if isinstance(value, PackedBlocks) else value)
+        for name in of.weights:
+            if name not in packed:
+                plain.append(rest.pop(0))
+                continue
+            parts = {part: rest.pop(0) for part in packed[name].arrays()}
+            plain.append(packed[name].with_arrays(parts).unpack())
         return of.function(plain, state, inputs)
 
     return dataclasses.replace(of, function=function, weights=arguments)
 
 
-def _layer(name: str, leaf: Any, format: BlockFormat | None, patterns: Sequence[Pattern]) -> Layer:
+def _layer(name: str, leaf: Any, packed: PackedWeight | None, patterns: Sequence[Pattern]) -> Layer:
     before = int(np.asarray(leaf).nbytes)
-    if format is None:
+    if packed is None:
         why = why_kept(name, leaf, patterns) or "the budget"
         return Layer(name, np.shape(leaf), None, before, before, why)
-    return Layer(name, np.shape(leaf), str(format), packed_weight(name, leaf, format).nbytes, before, "")
+    return Layer(name, np.shape(leaf), str(packed.blocks.format), before=before, nbytes=packed.nbytes, why="")
 
 
 def _trade(artefact: Artefact, of: Forward, run: Run, state: Any, measured: Measured) -> Trade | None:
@@ -331,6 +419,7 @@ def _search(
     budget: float,
     rows: int,
     log: Callable[[str], None],
+    summed: Mapping[str, tuple[int, ...]],
 ) -> dict[str, BlockFormat | None]:
     """The formats with the fewest bits whose accuracy on the validation split is within the budget.
 
@@ -345,11 +434,14 @@ def _search(
     eight = parse_block_format(FORMATS["int8"])
     ladder: list[BlockFormat | None] = [format, *([eight] if format.bits < eight.bits else []), None]
     rounded = {
-        name: [leaf if each is None else _rounded(name, leaf, each) for each in ladder]
+        name: [leaf if each is None else packed_weight(name, leaf, each, summed).unpack() for each in ladder]
         for name, leaf in candidates.items()
     }
     sizes = {
-        name: [np.asarray(leaf).nbytes if each is None else packed_weight(name, leaf, each).nbytes for each in ladder]
+        name: [
+            np.asarray(leaf).nbytes if each is None else packed_weight(name, leaf, each, summed).nbytes
+            for each in ladder
+        ]
         for name, leaf in candidates.items()
     }
     whole, _ = judge({})
@@ -372,11 +464,6 @@ def _search(
             if rung + 1 < len(ladder)
         }
         rungs[max(gains, key=lambda name: gains[name])] += 1
-
-
-def _rounded(name: str, leaf: Any, format: BlockFormat) -> jax.Array:
-    like = jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-    return unpacked_weight(name, packed_weight(name, leaf, format), like)
 
 
 class _Judge:

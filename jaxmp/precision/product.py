@@ -283,13 +283,17 @@ def round_operand(
             if isinstance(format.format, Integer):
                 rounded = round_to_integer(x * scale, noise, format.format) / scale
             else:
-                narrow = round_bits(float32_bits(x * scale), noise, format.format, saturate=True)
-                rounded = from_float32_bits(narrow, FLOAT32) / scale
+                rounded = _round_numbers(x * scale, noise, format.format, True) / scale
         else:
             # Gradients overflow to what a loss scaler sees.
-            saturate = operand.role != "gradients"
-            rounded = from_float32_bits(round_bits(float32_bits(x), noise, format, saturate), FLOAT32)
+            rounded = _round_numbers(x, noise, format, operand.role != "gradients")
         return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # a call, which an exported program shows as one operation
+def _round_numbers(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
+    """Rounds float32 to the numbers of a float format; `saturate` is that of `quantize`."""
+    return from_float32_bits(round_bits(float32_bits(x), noise, format, saturate), FLOAT32)
 
 
 def round_to_integer(x: jax.Array, noise: jax.Array | None, element: Integer) -> jax.Array:

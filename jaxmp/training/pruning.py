@@ -48,7 +48,8 @@ class Pruning:
     """
 
     sparsity: float = 0.0
-    """Share of the weights that are pruned in the end, below 1; 0: none. With structure 2:4 it is 0.5."""
+    """Share of the weights that are pruned in the end, below 1; 0: none. Structure 2:4 prunes half of them: with it 0.5
+    means what 0 does, and becomes 0."""
     _: dataclasses.KW_ONLY
     structure: Literal["unstructured", "2:4"] = "unstructured"
     """unstructured: any weight may be pruned. 2:4: two of every four neighbours along the contraction axis, the pattern
@@ -76,6 +77,8 @@ class Pruning:
         require(self, "sparsity", 0 <= self.sparsity < 1, "a share, 0 or more and below 1")
         halves = self.structure != "2:4" or self.sparsity in (0, 0.5)
         require(self, "sparsity", halves, "0.5, since structure 2:4 prunes two weights of four")
+        if self.structure == "2:4":  # one experiment, one hash
+            object.__setattr__(self, "sparsity", 0.0)
         require(self, "begin", 0 <= self.begin <= 1, "a share of the steps, 0 to 1")
         require(self, "end", self.begin <= self.end <= 1, f"a share of the steps, begin ({self.begin:g}) to 1")
         object.__setattr__(self, "rounds", whole_number("Pruning.rounds", self.rounds, 1))

@@ -88,17 +88,42 @@ class Blocked(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocked())
 sys.path[:] = [FOLDER, *(path for path in sys.path if path != ROOT)]
 import predict
+"""
+
+MAIN = """
 sys.argv = ["predict.py", ROWS, OUTPUT]
 sys.exit(predict.main())
 """
 
+BATCHES = """
+import numpy as np
+rows, model, found = np.load(ROWS), predict.load(FOLDER), {}
+for count in COUNTS:
+    outputs = model.leaves(model(**{name: rows[name][:count] for name in model.inputs}))
+    found |= {f"{count} {name}": output.view(f"u{output.dtype.itemsize}") for name, output in outputs.items()}
+np.savez(OUTPUT, **found)
+"""
 
-def predict_bare(folder, rows, output, *blocked):
-    """Runs predict.py of a folder in a process in which nothing but what it may need can be imported."""
-    blocked = blocked or ("jaxmp", "flax", "optax", "orbax", "jmp", "tyro", "sklearn", "onnx", "safetensors")
-    values = {"FOLDER": str(folder), "ROOT": str(ROOT), "ROWS": str(rows), "OUTPUT": str(output)}
-    code = BARE.replace("{BLOCKED}", repr(set(blocked)))
+BLOCKED = ("jaxmp", "flax", "optax", "orbax", "jmp", "tyro", "sklearn", "onnx", "safetensors")
+
+
+def _bare(folder, code, *blocked, **values):
+    """Runs code after the import of a folder's predict.py, in a process in which nothing else can be imported."""
+    values = {"FOLDER": str(folder), "ROOT": str(ROOT), **values}
+    code = BARE.replace("{BLOCKED}", repr(set(blocked or BLOCKED))) + code
     for name, value in values.items():
         code = code.replace(name, repr(value))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder)
     return done.returncode, done.stdout + done.stderr
+
+
+def predict_bare(folder, rows, output, *blocked):
+    """Runs predict.py of a folder in a process in which nothing but what it may need can be imported."""
+    return _bare(folder, MAIN, *blocked, ROWS=str(rows), OUTPUT=str(output))
+
+
+def batches_bare(folder, rows, output, counts, *blocked):
+    """The outputs for the first `counts` rows, as whole numbers of their bits, by number of rows and name."""
+    code, text = _bare(folder, BATCHES, *blocked, ROWS=str(rows), OUTPUT=str(output), COUNTS=tuple(counts))
+    assert code == 0, text
+    return np.load(output)

@@ -13,7 +13,7 @@ from deployed_runs import images, load, trained
 import jaxmp
 from jaxmp import InputError
 from jaxmp.deploy.calibrate import _magnitude, calibrate, clipped
-from jaxmp.deploy.quantise import packed_weight, quantise, unpacked_weight
+from jaxmp.deploy.quantise import packed_weight, quantise
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
 
@@ -57,6 +57,7 @@ def test_the_scales_are_those_of_the_largest_inputs_on_the_training_split(small,
     file = (tmp_path / "out" / "weights.safetensors").read_bytes()
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
     body = file[8 + int.from_bytes(file[:8], "little") :]
+    assert not any(name.startswith("gradient_amax/") for name in header)  # which no prediction depends on
     scales = []
     for layer in ("layers_1", "layers_3"):
         begin, end = header[f"delayed_scaling/{layer}/activations_0/scale"]["data_offsets"]
@@ -76,7 +77,7 @@ def test_the_scales_are_those_of_the_largest_inputs_on_the_training_split(small,
         return
     block = jaxmp.parse_block_format("int8:channel")
     weights = [
-        np.asarray(unpacked_weight(name, packed_weight(name, params[name], block), params[name].astype(np.float32)))
+        np.asarray(packed_weight(name, params[name].astype(np.float32), block, {}).unpack())
         for name in ("layers_1/kernel", "layers_3/kernel")
     ]
 
@@ -122,6 +123,40 @@ def test_layers_that_are_not_rounded_are_named_and_none_of_their_inputs_counts_a
     assert found.calibration is not None
     assert sorted(found.calibration.unrounded) == ["dead", "head"]
     assert set(found.calibration.clipped) == {"wrapped"}
+
+
+class Layers(nn.Module):
+    """Layers in nn.scan, and a head."""
+
+    @nn.compact
+    def __call__(self, image):
+        layers = nn.scan(Residual, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = layers(name="layers")(image.reshape(image.shape[0], -1), None)
+        return nn.Dense(3, name="head")(x)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + 0.1 * nn.Dense(16, name="dense")(x), None
+
+
+@pytest.mark.full_size
+def test_layers_in_a_scan_have_no_scale_and_stay_where_a_rule_says_so(tmp_path):
+    plain = trained(tmp_path / "plain", "float32", model=Layers())
+    with pytest.raises(InputError, match=r"layers/dense has no state of delayed scaling.*inside nn.scan.*=fp8_current"):
+        quantise(plain, output=tmp_path / "no", activations="int8", calibrate=1)
+    run = trained(tmp_path / "rules", "layers=float32; mixed_bfloat16", model=Layers())
+    found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=1)
+    assert found.calibration is not None and found.calibration.unrounded == ("layers/dense",)
+    assert set(found.calibration.clipped) == {"head"}
+    (kernel,) = (layer for layer in found.layers if layer.path == "layers/dense/kernel")
+    assert kernel.nbytes == 3 * 16 * 16 + 4 * 3 * 16  # a scale for each output of each layer
+    assert found.artefact(images(7)).shape == (7, 3)
+    # GPTQ: the inputs of all layers would be one, so that they are rounded to nearest.
+    by_gptq = quantise(run, output=tmp_path / "gptq", weights="int4", method="gptq", calibrate=1)
+    methods = {layer.path: layer.method for layer in by_gptq.layers if layer.format}
+    assert methods == {"layers/dense/kernel": "nearest", "head/kernel": "gptq"}
 
 
 def test_the_largest_magnitude_is_not_finite_where_a_value_is_not():

@@ -9,15 +9,15 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with_words
+from deployed_runs import ROOT, Both, Sizes, batches_bare, images, predict_bare, trained, with_words
 
 import jaxmp
-from jaxmp import Arrays, InputError
+from jaxmp import Arrays, InputError, Loop
 from jaxmp.cli import main
 from jaxmp.deploy.export import lines
 from jaxmp.deploy.predict import Artefact
@@ -299,27 +299,53 @@ def test_the_average_is_exported_only_of_a_run_that_keeps_one(run, tmp_path, mon
         jaxmp.export(run, output=tmp_path / "out", weights="ema")
 
 
-@pytest.mark.full_size
-@pytest.mark.parametrize(
-    "name",
-    ["digits_mlp", "mnist_cnn", "cifar10_cnn", "mnist_vae", "spoken_digits_lstm", "shakespeare_gpt", "sst2_bert_tiny"],
+CONFIGS = (
+    *("digits_mlp", "mnist_cnn", "cifar10_cnn", "mnist_vae"),
+    *("spoken_digits_lstm", "sst2_lstm", "shakespeare_gpt", "sst2_bert_tiny"),
 )
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
-def test_shipped_configs_are_exported_with_their_bits(tmp_path, made_up, name, precision):
+POLICIES = tuple(name for name in PRESETS if not name.endswith("-mixed"))  # those are second names
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", POLICIES)
+def test_shipped_configs_predict_their_bits_without_jaxmp(tmp_path, made_up, name, precision):
     experiment = made_up(ConfigFile.find(str(ROOT / "configs" / f"{name}.py")).experiment(), 16)
-    loop = dataclasses.replace(experiment.loop, steps=1)
-    experiment = dataclasses.replace(experiment, loop=loop, precision=precision)
+    experiment = dataclasses.replace(experiment, loop=Loop(steps=2), precision=precision)
+    if precision == "fp8_delayed" and name.endswith("_lstm"):
+        pytest.skip("layers in nn.RNN have no state of delayed scaling: training refuses it")
     jaxmp.fit(experiment, workdir=tmp_path / "runs", log=lambda text: None)
     run = jaxmp.Run(tmp_path / "runs", experiment)
+    began = time.perf_counter()
     artefact = jaxmp.export(run, output=tmp_path / "out", weights="last")
-    source = run.source("test")
-    state = run.state("last")
-    for count in (1, 7, 512):
-        batch = source[np.arange(count) % len(source)] | {"weight": np.ones(count, np.float32)}
-        batch = {key: column for key, column in batch.items() if column.dtype.kind in "biuf"}
-        found = list(artefact.leaves(artefact(**{key: batch[key] for key in artefact.inputs})).values())
-        for mine, own in zip(found, jax.tree.leaves(run.outputs(batch, state)), strict=True):
-            assert mine.tobytes() == np.asarray(own).tobytes(), count
+    exported = time.perf_counter()
+    # With static scales the program that is read back is an ulp off that of the same function under jit, on a CPU; what
+    # XLA does otherwise there is not known. The certificate says so.
+    is_exact = precision != "fp8_delayed"
+    against = artefact.certificate["against"]["run"]
+    assert against["bit_equal"] or not is_exact
+    assert all(output["largest_ulp"] <= 2 for output in against["outputs"].values())
+    assert not any("gradient" in key for key in artefact.manifest["weights"])  # which no prediction depends on
+    source, state, counts = run.source("test"), run.state("last"), (1, 7, 512)
+    rows = source[np.arange(512) % len(source)]
+    np.savez(tmp_path / "rows.npz", **{key: rows[key] for key in artefact.inputs})
+    found = batches_bare(tmp_path / "out", tmp_path / "rows.npz", tmp_path / "found.npz", counts)
+    print(
+        f"{name} {precision}: exported in {exported - began:.1f} s, loaded and predicted in a new process in", end=" "
+    )
+    print(f"{time.perf_counter() - exported:.1f} s")
+    for count in counts:
+        batch = {key: column[:count] for key, column in rows.items() if column.dtype.kind in "biuf"}
+        outputs = run.outputs(batch | {"weight": np.ones(count, np.float32)}, state)
+        names = {key or "output": np.asarray(leaf) for key, leaf in by_path(outputs).items()}
+        assert {f"{count} {key}" for key in names} == {key for key in found if key.startswith(f"{count} ")}
+        for key, own in names.items():
+            bits = found[f"{count} {key}"]
+            assert bits.shape == own.shape, (count, key)
+            if is_exact:
+                assert bits.tobytes() == own.tobytes(), (count, key)
+            else:
+                assert np.abs(bits.view(own.dtype) - own).max() <= 1e-6 * np.abs(own).max(), (count, key)
 
 
 def test_a_divergence_that_is_infinite_is_said_to_be(tmp_path):

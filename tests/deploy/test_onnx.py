@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -21,6 +20,7 @@ from jaxmp.deploy.forward import Forward, symbolic
 from jaxmp.deploy.onnx import files
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
+from jaxmp.precision.recipe import RECIPES
 from jaxmp.tasks.language import NextToken
 
 pytest.importorskip("onnx", reason="ONNX files need onnx: pip install 'jaxmp[onnx]'")
@@ -276,22 +276,30 @@ def test_an_operation_computes_in_onnx_runtime_what_it_does_in_jax(name):
                 assert np.array_equal(mine, right), index
 
 
+FORMATS = {
+    "casts": ("e4m3", "e5m2", "bf16", "float16"),
+    "elements": ("e2m1", "e3m2", "e4m3ieee", "e5m2fnuz", "tf32", "e6m9"),
+    "scales": ("int8:channel", "int4:block64", "e4m3:channel", "block128x128"),
+    "blocks": ("mxfp8", "mxfp4:rceil", "mxfp6_e2m3:ceil", "mxfp4:even", "mxint8", "nvfp4", "nvfp4:torchao"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["e4m3", "e5m2", "bfloat16", "float16"])
-def test_a_value_is_rounded_as_in_jax_to_the_bit(format):
-    if format.startswith("e"):
-        function = functools.partial(jaxmp.fake_quantize, forward=format)
-        largest = jaxmp.parse_format(format).max
-    else:
-        function, largest = (lambda x: x.astype(format).astype(jnp.float32)), 1e30
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_value_is_rounded_as_in_jax_to_the_bit(kind):
     rng = np.random.default_rng(0)
-    x = (rng.standard_normal((4000, 5)) * np.exp2(rng.integers(-20, 20, (4000, 5)))).astype(np.float32)
-    x[0] = [0, -0.0, largest, min(largest * 1.03, 3e38), 1e-30]
-    (found,) = converted(function, x)(x)
-    expected = np.asarray(jax.jit(function)(x))
-    assert np.unique(expected).size < np.unique(x).size
-    # ONNX Runtime keeps float32's subnormals, which XLA flushes.
-    assert np.array_equal(found[np.abs(x) > 2.0**-126], expected[np.abs(x) > 2.0**-126])
+    x = (rng.standard_normal((40, 7, 70)) * np.exp2(rng.integers(-3, 4, (40, 7, 70)))).astype(np.float32)
+    x *= np.exp2(rng.integers(-20, 20, (40, 7, 1))).astype(np.float32)
+    x[3], x[4, 2, 3], x[5, 1, 1] = 0, np.inf, np.nan
+    x[0, 0, :8] = [0, -0.0, -np.inf, 1e30, 3e38, 448 * 1.03, 448 * 1.05, 1e-30]
+
+    def function(x):
+        return [jaxmp.quantize(x, format) for format in FORMATS[kind]]
+
+    found, expected = converted(function, x)(x), jax.jit(function)(x)
+    for format, mine, right in zip(FORMATS[kind], found, map(np.asarray, expected), strict=True):
+        assert np.array_equal(mine, right, equal_nan=True), format
+        assert np.mean(right != x) > 0.5, format
 
 
 @pytest.mark.slow
@@ -331,7 +339,7 @@ def test_an_operation_that_onnx_has_not_is_named_with_its_module(tmp_path):
     run = trained(tmp_path, model=Sorted())
     for precision, expected in (
         ("float32", r"no operation for the primitive 'sort' in Sorted/inner .*test_onnx.py:\d+.*--format stablehlo"),
-        ("c=e3m2", "no operation for rounding to the emulated format e3m2 in Sorted/Dense_0"),
+        ("nvfp4,stochastic=fprop", "no operation for random draws in Sorted/Dense_0"),
     ):
         with pytest.raises(InputError, match=expected):
             jaxmp.export(run, output=tmp_path / "out", format="onnx", precision=precision)
@@ -387,6 +395,16 @@ def test_a_decoder_in_onnx_keeps_its_cache(tmp_path):
         artefact = jaxmp.export(run, output=tmp_path / precision / "out", format="onnx", decode=True)
         against = artefact.certificate["against"]["run"]
         assert against["outputs"]["output"]["largest_relative"] < bound
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("precision", [*RECIPES, "Conv_0=c=e3m2; Dense_1=c=e5m2; c=e4m3"])
+def test_a_recipe_and_rules_of_formats_compute_in_onnx_what_they_do_in_jax(tmp_path, precision):
+    run = trained(tmp_path, precision)
+    artefact = jaxmp.export(run, output=tmp_path / "out", format="onnx")
+    found = artefact.certificate["against"]["run"]
+    # What is summed in another order is rounded to the other neighbour for a few numbers.
+    assert found["outputs"]["output"]["median_relative"] < 1e-5 and found["decisions"]["agree"] >= 19
 
 
 CONFIGS = [

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deployed_runs import images
+from deployed_runs import images, trained
 
 import jaxmp
 from jaxmp import InputError
-from jaxmp.deploy.forward import forward
-from jaxmp.deploy.quantise import FORMATS, _Judge, packed_weight, quantise, unpacked_weight
+from jaxmp.deploy.contraction import summed_axes
+from jaxmp.deploy.forward import Forward, forward
+from jaxmp.deploy.quantise import FORMATS, _Judge, packed_weight, quantise
+from jaxmp.trees import by_path
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
 
@@ -31,15 +34,15 @@ def test_a_packed_weight_holds_the_numbers_of_its_format_along_what_is_summed(fo
         ("Embed_0/embedding", (7, 70), 1),
     ):
         weight = rng.standard_normal(shape).astype(np.float32)
-        packed = packed_weight(name, weight, block)
+        packed = packed_weight(name, weight, block, {})
         right = jaxmp.quantize(weight.reshape(-1, shape[-1]), block, axis=axis).reshape(shape)
-        assert np.array_equal(unpacked_weight(name, packed, weight), right)
-        assert packed.elements.dtype == jnp.uint8
-        assert packed.elements.size <= -(-weight.size * block.element.bits // 8) + 2 * weight.size // 70 + 70
+        assert np.array_equal(packed.unpack(), right)
+        assert packed.blocks.elements.dtype == jnp.uint8
+        assert packed.blocks.elements.size <= -(-weight.size * block.element.bits // 8) + 2 * weight.size // 70 + 70
         # Each output has its own scale, which no other changes.
         others = weight.copy()
         others[(slice(None),) * (len(shape) - 1) + (0,) if axis == 0 else (0,)] *= 64
-        same = unpacked_weight(name, packed_weight(name, others, block), weight)
+        same = packed_weight(name, others, block, {}).unpack()
         if block.scale != "e4m3":  # whose scale of the tensor all share
             rest = (..., slice(1, None)) if axis == 0 else (slice(1, None),)
             assert np.array_equal(same[rest], right[rest])
@@ -53,7 +56,7 @@ def test_each_output_of_a_kernel_and_each_row_of_an_embedding_has_its_own_scale(
     block, rng = jaxmp.parse_block_format("int8:channel"), np.random.default_rng(0)
     weight = (rng.standard_normal(shape) * np.exp2(rng.integers(-6, 6, shape[-1]))).astype(np.float32)
     scale = np.abs(weight.astype(np.float64)).max(axis=axes, keepdims=True) / 127
-    found = jax.jit(lambda x: unpacked_weight(name, packed_weight(name, x, block), x))(weight)
+    found = jax.jit(lambda x: packed_weight(name, x, block, {}).unpack())(weight)
     np.testing.assert_allclose(found, np.rint(weight / scale) * scale, rtol=1e-5, atol=1e-7)
 
 
@@ -67,9 +70,7 @@ def test_the_folder_computes_with_the_rounded_weights_to_the_bit(run, tmp_path):
     of = forward(run, state, run.source("test"))
     block = jaxmp.parse_block_format(FORMATS["int4"])
     weights = [
-        unpacked_weight(name, packed_weight(name, leaf, block), leaf)
-        if name in ("Conv_0/kernel", "Dense_0/kernel")
-        else leaf
+        packed_weight(name, leaf, block, {}).unpack() if name in ("Conv_0/kernel", "Dense_0/kernel") else leaf
         for name, leaf in of.weights.items()
     ]
     artefact = jaxmp.load(tmp_path / "out")
@@ -109,6 +110,39 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
 
 
 @pytest.mark.full_size
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_method_rounds_kernels_of_dense_layers_such_that_outputs_are_nearer(run, tmp_path, method):
+    found = quantise(run, output=tmp_path / "out", weights="int4", method=method, calibrate=2)
+    stored = {layer.path: layer.stored for layer in found.layers if layer.format}
+    assert stored["Conv_0/kernel"] == "int4:block64, to nearest: not seen as a Dense layer"
+    assert {stored[f"Dense_{i}/kernel"] for i in (0, 1)} == {f"int4:block64, {method}"}
+    assert found.artefact.manifest["run"]["methods"]["Dense_0/kernel"] == method
+    plain = quantise(run, output=tmp_path / "plain", weights="int4")
+    errors = [
+        each.artefact.certificate["against"]["run"]["outputs"]["output"]["median_relative"] for each in (plain, found)
+    ]
+    assert errors[1] < errors[0]
+    onnx = quantise(run, output=tmp_path / "onnx", weights="int4", method=method, calibrate=2, format="onnx")
+    mine, right = onnx.artefact(images(7)), found.artefact(images(7))
+    assert np.abs(mine - right).max() < 2**-7 * np.abs(right).max()  # mixed_bfloat16
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("format", [*FORMATS, "int3:group32", "mxfp6_e2m3"])
+def test_packed_weights_in_an_onnx_file_give_the_outputs_of_stablehlo(tmp_path, format):
+    pytest.importorskip("onnxruntime", reason="ONNX files are run by onnxruntime: pip install 'jaxmp[onnx]'")
+    run = trained(tmp_path, "float32")
+    options = {"weights": format, "activations": {"int8": "int8", "e4m3": "e4m3"}.get(format)}
+    found, right = (
+        quantise(run, output=tmp_path / name, format=name, **options).artefact for name in ("onnx", "stablehlo")
+    )
+    rows = images(300)
+    mine, other = found(rows), right(rows)
+    assert np.abs(mine - other).max() < 1e-5 * np.abs(other).max()
+    assert np.array_equal(mine.argmax(axis=1), other.argmax(axis=1))
+
+
+@pytest.mark.full_size
 def test_activations_are_rounded_row_by_row(run, tmp_path):
     found = quantise(run, output=tmp_path / "out", weights="int8", activations="int8")
     assert "fprop=int8:channel/high" in found.artefact.manifest["precision"]
@@ -134,9 +168,67 @@ def test_bad_input_is_one_message_and_nothing_is_written(run, tmp_path):
         ({"keep": ("**",)}, "has no weight that can be quantised"),
         ({"budget": -1.0}, "--budget -1.0"),
         ({"rows": 0}, "rows 0"),
+        ({"method": "gtpq"}, "--method gtpq: expected nearest, gptq, awq; did you mean 'gptq'?"),
+        ({"method": "awq"}, "--method awq looks at the inputs of layers; expected --calibrate N"),
+        ({"method": "gptq", "calibrate": 1, "weights": "nvfp4"}, "--method gptq with --weights nvfp4: expected int8"),
+        ({"method": "gptq", "calibrate": 1, "budget": 1.0}, "--budget 1 with --method gptq"),
+        ({"method": "gptq", "calibrate": 0}, "--calibrate = 0"),
         ({"checkpoint": "bset"}, "checkpoint 'bset': expected best, last, ema; did you mean 'best'?"),
     ):
         with pytest.raises(InputError) as error:
             quantise(run, output=out, **options)
         assert expected in str(error.value), options
     assert not any(tmp_path.iterdir())
+
+
+class Heads(nn.Module):
+    """Attention, a cell, layers in nn.scan, and an embedding that is tied to the head."""
+
+    @nn.compact
+    def __call__(self, words):
+        embed = nn.Embed(11, 6, name="embed")
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="attention")(embed(words))
+        x = nn.RNN(nn.OptimizedLSTMCell(6))(x)
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = layers(name="layers")(x, None)
+        return embed.attend(nn.Conv(6, (3,), name="conv")(x))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(6, name="dense")(x), None
+
+
+def forward_of(model, *inputs):
+    """The forward function of a Linen module with its initial weights."""
+    params = model.init(jax.random.key(0), *inputs)["params"]
+
+    def function(given, state, inputs):
+        return [model.apply({"params": jax.tree.unflatten(jax.tree.structure(params), given)}, *inputs)]
+
+    specs = {f"x{index}": jax.ShapeDtypeStruct(x.shape, x.dtype) for index, x in enumerate(inputs)}
+    return Forward(function, by_path(params), {}, specs, jax.tree.structure(0), {})
+
+
+@pytest.mark.slow
+def test_a_scale_for_a_channel_is_the_largest_magnitude_over_exactly_the_axes_that_a_product_sums_over():
+    of = forward_of(Heads(), np.zeros((2, 5), np.int32))
+    summed = summed_axes(of)
+    expected = {
+        **{f"attention/{name}/kernel": (0,) for name in ("query", "key", "value")},  # (features, heads, size)
+        "attention/out/kernel": (0, 1),  # (heads, size, features)
+        **{f"OptimizedLSTMCell_0/{kind}{gate}/kernel": (0,) for kind in "ih" for gate in "ifgo"},
+        "layers/dense/kernel": (1,),  # (layers, inputs, outputs)
+        "conv/kernel": (0, 1),
+        "embed/embedding": (1,),
+    }
+    assert {name: axes for name, axes in summed.items() if np.ndim(of.weights[name]) > 1} == expected
+    block = jaxmp.parse_block_format("int8:channel")
+    for name, axes in expected.items():
+        weight = np.random.default_rng(0).standard_normal(np.shape(of.weights[name])).astype(np.float32)
+        packed = packed_weight(name, weight, block, summed)
+        amax = np.abs(weight.astype(np.float64)).max(axis=axes)
+        np.testing.assert_allclose(np.asarray(packed.blocks.scales).ravel(), amax.ravel() / 127, rtol=1e-6)
+        scale = np.expand_dims(amax / 127, axes)
+        np.testing.assert_allclose(packed.unpack(), np.rint(weight / scale) * scale, rtol=1e-5, atol=1e-7)

@@ -249,3 +249,9 @@ def test_what_is_not_pruned_is_said_with_the_reason_and_what_cannot_be_is_refuse
     ):
         with pytest.raises(InputError, match=message):
             Pruning(**values)
+
+
+def test_half_of_the_weights_in_2_4_are_one_experiment_however_they_are_written():
+    short, long = (Pruning(structure="2:4"), Pruning(0.5, structure="2:4"))
+    assert short == long and short.share == long.share == 0.5
+    assert Pruning(0.5).sparsity == 0.5 and Pruning(0.5) != long
