@@ -408,7 +408,9 @@ _CARRIERS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16")
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _quantize(x: jax.Array, noise: jax.Array | None, format: Format, saturate: bool) -> jax.Array:
     """Implements `quantize`. `noise` holds 32 random bits per number; None rounds to nearest."""
-    with jax.named_scope(f"quantize_{format}"):  # profiles and `blame` show it as one operation
+    # Profiles and `blame` show it as one operation. The converter to ONNX knows the format by this name, too.
+    other = "" if saturate == _saturates(format, None) else "-saturated" if saturate else "-unsaturated"
+    with jax.named_scope(f"quantize_{format}{other}"):
         return from_float32_bits(round_bits(float32_bits(x), noise, format, saturate), x.dtype)
 
 

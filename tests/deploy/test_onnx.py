@@ -346,6 +346,12 @@ def test_an_operation_that_onnx_has_not_is_named_with_its_module(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("format", "saturate", "how"), [("e4m3", False, "unsaturated"), ("e5m9", True, "saturated")])
+def test_a_quantiser_that_overflows_otherwise_than_by_default_is_refused(format, saturate, how):
+    with pytest.raises(InputError, match=f"no operation for rounding to the emulated format {format}-{how}"):
+        converted(lambda x: jaxmp.quantize(x, format, saturate=saturate), np.ones((2, 3), np.float32))
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_one_message(monkeypatch, package):
     from jaxmp.deploy.onnx import require_packages
