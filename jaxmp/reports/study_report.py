@@ -41,7 +41,7 @@ def note_of(study: Mapping[str, Any]) -> str | None:
     """What the command of a trial does otherwise than the study did; None if it makes the same bits."""
     if not study["definition"].get("seeds_together"):
         return None
-    return "it trains one seed alone: last digits differ from the study's, whose seeds ran in one program"
+    return "it trains one seed alone: last digits differ from those of seeds that were trained together"
 
 
 def text(study: Mapping[str, Any]) -> str:

@@ -16,7 +16,10 @@ is over before the next one is launched, which is not measured.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +41,15 @@ from jaxmp.training.state import TrainState
 NOT_BATCHED = (LookupError, NotImplementedError, TypeError, ValueError)
 """what JAX raises where a primitive has no rule for a further axis, or where shapes differ; InputError is among them"""
 
+CONTEXTS: dict[str, Callable[[Any], Any]] = {
+    "jax_enable_x64": jax.enable_x64,
+    "jax_default_matmul_precision": jax.default_matmul_precision,
+    "jax_default_device": jax.default_device,
+    "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
+    "jax_debug_nans": jax.debug_nans,
+}
+"""settings of JAX that a `with` statement changes for its own thread alone, and that statement"""
+
 
 class NotTogether(InputError):
     """The runs cannot be trained by one program. The message says why."""
@@ -56,6 +68,11 @@ def require_together(trainer: Trainer) -> None:
         raise NotTogether(
             "--seeds-together: the training set is larger than data.device_limit and is streamed, so that each step is "
             "a dispatch of its own, for which all seeds would wait; expected data on the device, or no --seeds-together"
+        )
+    if (impl := str(jax.random.key_impl(jax.random.key(0)))) != "threefry2x32":
+        raise NotTogether(
+            f"--seeds-together: random keys are {impl!r}, which draw the numbers of the first key for all of an axis; "
+            "expected threefry2x32"
         )
     if not trainer.fuse_steps:
         raise NotTogether(
@@ -90,6 +107,7 @@ class SeedsTogether:
     _requests: dict[int, _Request] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
     _program: Callable[..., Any] | None = None
+    _has_run: bool = False
     _columns: Any = None
     _experiment: Experiment | None = None
     """of the first run"""
@@ -103,11 +121,16 @@ class SeedsTogether:
         """
         outcomes: list[Any] = [None] * self.count
         self._expected.update(range(self.count))
+        settings = {name: getattr(jax.config, name) for name in CONTEXTS}  # of this thread
 
         def call(index: int) -> None:
             place = Place(self, index)
             try:
-                outcomes[index] = train(place)
+                with contextlib.ExitStack() as stack:
+                    for name, value in settings.items():
+                        if value != getattr(jax.config, name):
+                            stack.enter_context(CONTEXTS[name](value))
+                    outcomes[index] = train(place)
             except BaseException as error:  # the caller decides which of them counts
                 outcomes[index] = error
                 self._ended.set()
@@ -118,7 +141,8 @@ class SeedsTogether:
         try:
             for index in range(self.count):
                 # A daemon: a second Ctrl-C ends the process, as it does where a run is trained alone.
-                thread = threading.Thread(target=call, args=(index,), name=f"seed-{index}", daemon=True)
+                run = functools.partial(contextvars.copy_context().run, call, index)
+                thread = threading.Thread(target=run, name=f"seed-{index}", daemon=True)
                 thread.start()
                 threads.append(thread)
                 with self._changed:
@@ -177,8 +201,10 @@ class SeedsTogether:
             found = program(states, metrics, self._columns, tuple(rows), tuple(own), np.int32(steps))
         except Exception as error:
             for index, request in asking.items():
-                self._requests[index] = request._replace(error=_as_reason(error, self.count))
+                reason = error if self._has_run else _as_reason(error, self.count)
+                self._requests[index] = request._replace(error=reason)
             return
+        self._has_run = True
         for index, request in asking.items():
             self._requests[index] = request._replace(carry=found[index], left=request.left - steps)
 
@@ -289,7 +315,7 @@ def _copy(tree: Any) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     same = a.keys() == b.keys() and all((x.shape, x.dtype) == (b[name].shape, b[name].dtype) for name, x in a.items())
-    return bool(same and all(bool(jnp.array_equal(x, b[name])) for name, x in a.items()))
+    return bool(same and all(np.asarray(x).tobytes() == np.asarray(b[name]).tobytes() for name, x in a.items()))
 
 
 def _as_reason(error: Exception, count: int) -> Exception:

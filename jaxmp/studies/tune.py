@@ -27,7 +27,7 @@ from jaxmp.reports.page import command, write
 from jaxmp.runs.checks import check
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import FolderInUse, RunFolder
-from jaxmp.runs.going_on import refuse_other_code
+from jaxmp.runs.going_on import PLACE, refuse_other_code
 from jaxmp.runs.hooks import Evaluated, Hook, Pause, StepInfo
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
@@ -463,6 +463,10 @@ class _Worker:
             break
         if trouble is not None:
             raise trouble
+        before = folder.read_config().get(PLACE)
+        if before != (None if place is None else place.text):  # it was trained by another study, or by `jaxmp train`
+            how = f"as {before} seeds in one program" if before else "alone"
+            self.log(f"{folder.path}: this run was begun {how}; its last digits are those of that")
         lines = [line for line in folder.read_lines() if line["split"] == "validation"]
         if watches:  # of a run that had ended before, which calls no hook
             steps = folder.read_config()["steps"]

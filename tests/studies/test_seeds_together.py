@@ -157,6 +157,24 @@ def test_a_run_that_fails_stops_no_other_and_one_that_raises_pauses_them():
     assert (first, last) == ("paused", "paused") and isinstance(error, OSError)
 
 
+def test_a_run_sees_the_settings_of_the_thread_that_asked_for_it():
+    with jax.default_matmul_precision("highest"), jax.enable_x64(True), jax.debug_nans(True):
+        seen = SeedsTogether(2).run(lambda place: (jax.config.jax_default_matmul_precision, jnp.float64(1).dtype.name))
+    assert seen == [("highest", "float64")] * 2
+
+
+def test_an_error_after_the_first_dispatch_is_raised_as_it_is():
+    def train(place):
+        feed = Counting(1, [])
+        shared = seeds_together._SharedFeed(place, feed)
+        state = shared.run((jnp.int32(0), jnp.float32(0)), {}, 0, 3)[0]
+        feed.data = lambda first: ({}, jnp.arange(5.0), jnp.float32(place.index))  # of another shape
+        return shared.run((*state[:1], jnp.ones(place.index + 1)), {}, 3, 3)
+
+    for error in SeedsTogether(2).run(train):
+        assert isinstance(error, ValueError | TypeError) and not isinstance(error, NotTogether)
+
+
 def test_a_program_that_cannot_be_made_is_a_reason_for_every_run():
     def train(place):
         feed = Counting(1, [])
@@ -183,13 +201,15 @@ def test_a_study_that_trained_seeds_one_by_one_is_another_question():
         ({"fuse_steps": False}, {}, "the model has convolutions"),
         ({"devices": SimpleNamespace(count=4, mode="jit")}, {}, "there are 4; expected a worker for each"),
         ({"devices": SimpleNamespace(count=1, mode="pmap")}, {}, "parallel.mode is pmap"),
+        ({"keys": "rbg"}, {}, "random keys are 'rbg'"),
     ],
 )
 def test_what_brings_nothing_or_cannot_be_together_is_refused_with_the_reason(tmp_path, base, how, message):
     with pytest.raises(InputError, match=f"--seeds-together: .*{message}"):
         if isinstance(base, dict):
             fits = {"devices": SimpleNamespace(count=1, mode="jit"), "is_streamed": False, "fuse_steps": True}
-            require_together(SimpleNamespace(**{**fits, **base}))
+            with jax.default_prng_impl(base.pop("keys", "threefry2x32")):
+                require_together(SimpleNamespace(**{**fits, **base}))
         else:
             study(tmp_path, base, **how)
 
