@@ -223,8 +223,9 @@ def _used(traced: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[
 
 def _of_gradients(name: str) -> bool:
     """Whether an input of a product has a part in its gradients alone, which its custom derivative hides."""
-    collection = name.partition("/")[0]
-    return collection == GRADIENT_AMAX or (collection == HISTORIES and "/gradients_" in name)
+    collection, *path = name.split("/")
+    # The operand is the last but one: a module may have such a name, too.
+    return collection == GRADIENT_AMAX or (collection == HISTORIES and path[-2].startswith("gradients_"))
 
 
 def _by_name(outputs: Any) -> Spec:

@@ -34,7 +34,8 @@ def check_format(format: BlockFormat) -> None:
 def gptq(weight: np.ndarray, gram: np.ndarray, format: BlockFormat) -> PackedBlocks:
     """Rounds a weight to a format of whole numbers, so that the squared error of its outputs is small.
 
-    The scale of a block is that of its largest magnitude when its turn comes. A column whose input was always 0 is
+    The scale of a block is that of its largest magnitude when its turn comes. A weight that is 0 stays 0, so that a
+    pruned matrix stays pruned. A column whose input was always 0 is
     rounded to nearest (the authors' program sets it to 0, which other inputs would feel).
 
     Args:
@@ -47,6 +48,7 @@ def gptq(weight: np.ndarray, gram: np.ndarray, format: BlockFormat) -> PackedBlo
     """
     check_format(format)
     current = np.array(weight, np.float64)
+    is_zero = current == 0
     rows, inputs = current.shape
     hessian = np.array(gram, np.float64)
     diagonal = np.diagonal(hessian).copy()
@@ -68,7 +70,8 @@ def gptq(weight: np.ndarray, gram: np.ndarray, format: BlockFormat) -> PackedBlo
         scale = scales[-1].astype(np.float64)
         errors = np.zeros((rows, end - begin))
         for column in range(begin, end):
-            codes[:, column] = np.clip(np.rint(current[:, column] / scale), -largest, largest)
+            code = np.clip(np.rint(current[:, column] / scale), -largest, largest)
+            codes[:, column] = np.where(is_zero[:, column], 0, code)
             error = (current[:, column] - codes[:, column] * scale) / factor[column, column]
             current[:, column:end] -= np.outer(error, factor[column, column:end])
             errors[:, column - begin] = error

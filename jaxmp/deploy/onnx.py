@@ -215,7 +215,7 @@ def _equation(graph: Graph, eqn: Any, operands: list[Any], place: Place) -> list
     inner = called(eqn)
     if inner is not None:
         return _call(graph, eqn, inner, operands, place)
-    if all(jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key) for variable in eqn.outvars):
+    if eqn.outvars and all(jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key) for variable in eqn.outvars):
         return [_no_draws(place)] * len(eqn.outvars)
     for operand in operands:
         if isinstance(operand, InputError):
@@ -248,17 +248,21 @@ def _call(graph: Graph, eqn: Any, inner: Any, operands: list[Any], place: Place)
     looks_at_bits = any(each.primitive.name == "bitcast_convert_type" for each, _ in inside)
     if len(scopes) == 1 and looks_at_bits and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
         format, aval = parse_scope(scopes.pop()), eqn.outvars[0].aval
-        axes = _block_axes(jaxpr) if isinstance(format, BlockFormat) else ()
+        axes = _block_axes(jaxpr) if isinstance(format, BlockFormat) else {}
         if format is not None and axes is not None:
             return [_on_grid(graph, rounded(graph, operands[0], format, aval.shape, axes), aval)]
     return _convert(graph, jaxpr, consts, operands, place)
 
 
-def _block_axes(jaxpr: Any) -> tuple[int, ...] | None:
-    """The axes along which the blocks of a quantiser run: by its maximum over the inner axes of an array in blocks."""
+def _block_axes(jaxpr: Any) -> dict[int, Any] | None:
+    """The axes along which the blocks of a quantiser run, with their lengths.
+
+    They are those of its maximum over the inner axes of an array in blocks.
+    """
     for eqn, _ in equations(jaxpr):
         if eqn.primitive.name == "reduce_max":
-            return tuple(axis - 1 - place for place, axis in enumerate(sorted(eqn.params["axes"])))
+            shape = eqn.invars[0].aval.shape
+            return {axis - 1 - place: shape[axis] for place, axis in enumerate(sorted(eqn.params["axes"]))}
     return None
 
 

@@ -1,11 +1,13 @@
-"""Rounding to emulated formats in ONNX, bit-equal to `jaxmp.quantize`, and weights that are stored in few bits.
+"""Rounding to emulated formats in ONNX, to the numbers of `jaxmp.quantize`, and weights that are stored in few bits.
 
-A format of ONNX is a Cast. Others are rounded by float32 operations that IEEE 754 rounds once each. Not the same: what
-is below float32's smallest normal number, and a block whose largest magnitude is below 2^-117.
+A format of ONNX is a Cast. Others are rounded by float32 operations that IEEE 754 rounds once each. Not the same: the
+sign of zeros; what is below float32's smallest normal number; and blocks whose largest magnitude is below 2^-117, or,
+with float32 scales and elements of 2 bits, above 2^125.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,8 +38,8 @@ def parse_scope(scope: str) -> Format | BlockFormat | None:
         return None
 
 
-def rounded(graph: Graph, value: str, format: Format | BlockFormat, shape: Any, axes: tuple[int, ...]) -> str:
-    """A float32 value of some shape on the grid of a format; `axes` are those along which blocks run."""
+def rounded(graph: Graph, value: str, format: Format | BlockFormat, shape: Any, axes: Mapping[int, Any]) -> str:
+    """A float32 value of some shape on the grid of a format; `axes` are those along which blocks run, with lengths."""
     if isinstance(format, Format):
         return _element(graph, value, format)
     return _blocks(graph, value, format, shape, axes)
@@ -91,11 +93,8 @@ def _power_of_two(graph: Graph, magnitude: str) -> str:
     return graph.add("Where", enough, graph.add("Mul", power, two), power)
 
 
-def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, axes: tuple[int, ...]) -> str:
+def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, lengths: Mapping[int, Any]) -> str:
     """See `BlockFormat`, whose order of operations this is."""
-    lengths = (
-        {a: shape[a] for a in axes} if isinstance(format.block, str) else dict(zip(axes, format.block, strict=True))
-    )
     split: list[Any] = []
     inner, more = [], [0] * len(shape)
     for axis, size in enumerate(shape):
@@ -141,11 +140,12 @@ def _scales(graph: Graph, amax: str, format: BlockFormat) -> tuple[str, str]:
         if format.rule == "even":
             more = graph.add("Mul", power, _float(graph, 2.0 ** -(format.element.mantissa_bits + 1)))
             power = _power_of_two(graph, graph.add("Add", amax, more))
-        elif format.rule != "floor":
+        scale = graph.add("Mul", power, _float(graph, 1 / top))
+        if format.rule in ("rceil", "ceil"):
             above = graph.add("Mul", power, _float(graph, largest / top if format.rule == "rceil" else 1))
-            twice = graph.add("Mul", power, _float(graph, 2))
-            power = graph.add("Where", graph.add("Greater", amax, above), twice, power)
-        scale = graph.add("Max", graph.add("Mul", power, _float(graph, 1 / top)), _float(graph, _SMALLEST))
+            twice = graph.add("Mul", scale, _float(graph, 2))
+            scale = graph.add("Where", graph.add("Greater", amax, above), twice, scale)
+        scale = graph.add("Max", scale, _float(graph, _SMALLEST))
         return _inverse(graph, scale), scale
     tensor_amax = graph.add("ReduceMax", amax, keepdims=0)
     product = _float(graph, 448 * largest)

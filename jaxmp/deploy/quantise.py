@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,7 +51,7 @@ SMALLEST = 2
 """least number of axes of a weight that is quantised: biases, scales and statistics stay"""
 
 _ADDED = ("bias", "scale", "mean", "var")
-"""names of weights that stay however many axes they have"""
+"""names of weights that stay however many axes they have, unless a product sums over one"""
 
 
 class Layer(NamedTuple):
@@ -166,8 +166,9 @@ def quantise(
 ) -> Quantised:
     """Writes a run's model with its weights in a narrow format after training.
 
-    Weights of two axes and more are packed: codes in uint8, two in a byte of 4 bits, and scales. The program unpacks
-    them, and computes under the run's policy. The folder is that of `jaxmp.export`, with a certificate.
+    Weights of two axes and more are packed, but for biases and scales that are stacked by `nn.scan`: codes in uint8,
+    two in a byte of 4 bits, and scales. The program unpacks them, and computes under the run's policy. The folder is
+    that of `jaxmp.export`, with a certificate.
 
     Args:
       run: the run, or its folder.
@@ -194,7 +195,7 @@ def quantise(
 
     Raises:
       InputError: as `jaxmp.export` does; a format or pattern is unknown; the run has rules whose default has a recipe;
-        or a budget is given where no accuracy can be measured.
+        a budget is given where no accuracy can be measured; or `method` can round no weight.
     """
     run = run if isinstance(run, Run) else Run(run)
     folder = local_path("output", output)
@@ -219,10 +220,10 @@ def quantise(
     for pattern in patterns:
         if not any(pattern.covers(name) for name in of.weights):
             raise InputError(f"keep {pattern}: no such weight; {pattern.what_there_is(of.weights)}")
-    candidates = {name: leaf for name, leaf in of.weights.items() if not why_kept(name, leaf, patterns)}
+    summed = summed_axes(forward(run, state, measured.source, precision="float32"))
+    candidates = {name: leaf for name, leaf in of.weights.items() if not why_kept(name, leaf, patterns, summed)}
     if not candidates:
         raise InputError(f"quantise: {run.path} has no weight that can be quantised; expected one of two axes or more")
-    summed = summed_axes(forward(run, state, measured.source, precision="float32"))
     formats: dict[str, BlockFormat | None] = dict.fromkeys(candidates, block)
     if budget is not None:
         formats = _search(run, of, block, candidates, budget, rows, log, summed)
@@ -232,6 +233,11 @@ def quantise(
     if method != "nearest" and calibrate is not None:
         sizes = {name.rpartition("/")[0]: np.size(leaf) for name, leaf in candidates.items() if _is_kernel(name)}
         statistics, _ = static.input_statistics(run, state, calibrate, sizes)
+        if not any(name.rpartition("/")[0] in statistics for name in candidates if _is_kernel(name)):
+            raise InputError(
+                f"--method {method}: no weight to be quantised is the kernel of a Dense layer whose inputs can be "
+                "observed (convolutions and layers in nn.scan cannot); expected --method nearest"
+            )
     for name, leaf in candidates.items():
         if (of_name := formats[name]) is None:
             continue
@@ -240,11 +246,11 @@ def quantise(
         if about is not None:
             packed[name], reasons[name] = _by_method(method, leaf, to_nearest, about)
         elif method != "nearest":
-            reasons[name] = "not seen as a Dense layer"
+            reasons[name] = "no inputs of a Dense layer were observed"
     exported = pack_weights(of, packed)
     methods = {name: "nearest" if reasons.get(name) or method == "nearest" else method for name in packed}
     layers = tuple(
-        _layer(name, leaf, packed.get(name), patterns)._replace(
+        _layer(name, leaf, packed.get(name), why_kept(name, leaf, patterns, summed))._replace(
             method=methods.get(name, ""), to_nearest=reasons.get(name, "")
         )
         for name, leaf in of.weights.items()
@@ -337,13 +343,13 @@ def _calibrated(run: Run, state: Any, measured: Measured, format: str, found: st
     return Calibrated(format, found.rows, by_layer, above / max(size, 1), found.unrounded)
 
 
-def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern] = ()) -> str:
-    """Why a weight stays as it is: "" for one that is quantised."""
+def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern], summed: Collection[str]) -> str:
+    """Why a weight stays as it is: "" for one that is quantised; `summed` are the weights in products."""
     if not is_floating(leaf):
         return "not of floats"
     if np.ndim(leaf) < SMALLEST:
         return f"{np.ndim(leaf)} axes" if np.ndim(leaf) != 1 else "1 axis"
-    if name.rpartition("/")[2] in _ADDED:  # of layers in nn.scan, with an axis more
+    if name.rpartition("/")[2] in _ADDED and name not in summed:  # of layers in nn.scan, with an axis more
         return "in no product"
     return "--keep" if any(pattern.covers(name) for pattern in patterns) else ""
 
@@ -386,11 +392,10 @@ def pack_weights(of: Forward, packed: Mapping[str, PackedWeight]) -> Forward:
     return dataclasses.replace(of, function=function, weights=arguments)
 
 
-def _layer(name: str, leaf: Any, packed: PackedWeight | None, patterns: Sequence[Pattern]) -> Layer:
+def _layer(name: str, leaf: Any, packed: PackedWeight | None, why: str) -> Layer:
     before = int(np.asarray(leaf).nbytes)
     if packed is None:
-        why = why_kept(name, leaf, patterns) or "the budget"
-        return Layer(name, np.shape(leaf), None, before, before, why)
+        return Layer(name, np.shape(leaf), None, before, before, why or "the budget")
     return Layer(name, np.shape(leaf), str(packed.blocks.format), before=before, nbytes=packed.nbytes, why="")
 
 

@@ -53,6 +53,14 @@ def test_gptq_is_optimal_brain_quantisation_of_columns_in_their_order(format, bl
     assert squared_error(found.unpack(), weight, x) < 0.8 * squared_error(nearest, weight, x)
 
 
+@pytest.mark.slow
+def test_gptq_leaves_a_pruned_matrix_pruned():
+    weight, x = problem()
+    weight[:, 1::2] = 0
+    found = np.asarray(gptq(weight, x.T @ x, parse_block_format("int4:group4")).unpack())
+    assert np.all(found[:, 1::2] == 0) and np.any(found[:, ::2] != 0)
+
+
 @pytest.mark.parametrize(
     "format",
     [pytest.param("int4:group8", marks=pytest.mark.slow), pytest.param("nvfp4", marks=pytest.mark.full_size)],

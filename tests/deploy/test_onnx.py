@@ -346,6 +346,26 @@ def test_an_operation_that_onnx_has_not_is_named_with_its_module(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_blocks_along_axes_in_any_order_and_of_the_largest_numbers_are_those_of_jax():
+    x = np.random.default_rng(0).standard_normal((6, 5, 40)).astype(np.float32)
+    x[0, 0, :4] = [3.3e38, 2e38, 1e38, 3.3e38]
+
+    def function(x):
+        two = [jaxmp.quantize(x, "e4m3:block4x8", axis=axes) for axes in ((2, 1), (1, 2))]
+        return [*two, jaxmp.quantize(x, "mxfp4:rceil"), jaxmp.quantize(x, "mxfp4:ceil")]
+
+    found, expected = converted(function, x)(x), jax.jit(function)(x)
+    for mine, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, right)
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_a_print_in_a_model_is_refused_as_what_onnx_has_not():
+    with pytest.raises(InputError, match="no operation for the primitive 'debug_"):
+        converted(lambda x: (jax.debug.print("{}", x), x + 1)[1], np.ones((2, 3), np.float32))
+
+
 @pytest.mark.parametrize(("format", "saturate", "how"), [("e4m3", False, "unsaturated"), ("e5m9", True, "saturated")])
 def test_a_quantiser_that_overflows_otherwise_than_by_default_is_refused(format, saturate, how):
     with pytest.raises(InputError, match=f"no operation for rounding to the emulated format {format}-{how}"):

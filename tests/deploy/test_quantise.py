@@ -15,7 +15,7 @@ import jaxmp
 from jaxmp import InputError
 from jaxmp.deploy.contraction import summed_axes
 from jaxmp.deploy.forward import Forward, forward
-from jaxmp.deploy.quantise import FORMATS, _Judge, packed_weight, quantise
+from jaxmp.deploy.quantise import FORMATS, _Judge, packed_weight, quantise, why_kept
 from jaxmp.trees import by_path
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
@@ -109,12 +109,18 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
     assert change == pytest.approx(found.trade.after.share - found.trade.before.share) and low <= change <= high
 
 
+def test_a_matrix_called_scale_is_quantised_where_a_product_sums_over_it():
+    matrix = np.ones((8, 8), np.float32)
+    assert why_kept("scale", matrix, (), {"scale": (0,)}) == ""
+    assert why_kept("layers/norm/scale", matrix, (), {"scale": (0,)}) == "in no product"
+
+
 @pytest.mark.full_size
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_method_rounds_kernels_of_dense_layers_such_that_outputs_are_nearer(run, tmp_path, method):
     found = quantise(run, output=tmp_path / "out", weights="int4", method=method, calibrate=2)
     stored = {layer.path: layer.stored for layer in found.layers if layer.format}
-    assert stored["Conv_0/kernel"] == "int4:block64, to nearest: not seen as a Dense layer"
+    assert stored["Conv_0/kernel"] == "int4:block64, to nearest: no inputs of a Dense layer were observed"
     assert {stored[f"Dense_{i}/kernel"] for i in (0, 1)} == {f"int4:block64, {method}"}
     assert found.artefact.manifest["run"]["methods"]["Dense_0/kernel"] == method
     plain = quantise(run, output=tmp_path / "plain", weights="int4")
