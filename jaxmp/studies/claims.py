@@ -274,6 +274,28 @@ def differing(least: float) -> Judge:
     return judge
 
 
+def share_above(least: float) -> Judge:
+    """Returns a judge of yes/no values: the share of seeds whose value is above 0 is above `least`.
+
+    The figure: that share, with its exact interval (Clopper and Pearson 1934).
+    """
+
+    def judge(values: Values) -> Finding:
+        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
+
+        found = [value > 0 for value in values[0].values() if value is not None]
+        failed = len(values[0]) - len(found)
+        note = f"{sum(found)} of {len(found)} seeds" + (f"; {failed} of {len(values[0])} runs failed" if failed else "")
+        if not found:
+            return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, note)
+        low, high = stats.binomtest(sum(found), len(found)).proportion_ci(CONFIDENCE, method="exact")
+        verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
+        verdict = NOT_AT_THIS_SIZE if failed else verdict
+        return Finding(verdict, sum(found) / len(found), float(low), float(high), len(found), note)
+
+    return judge
+
+
 def prevents(most: float, least: float) -> Judge:
     """Returns a judge of a cure: no seed of the first arm has an event, while seeds of the second arm have them.
 

@@ -226,6 +226,23 @@ def test_a_cure_is_no_event_in_any_seed_where_there_was_one_and_fewer_are_not_no
     assert judge([of(None), of(None)]).verdict == claims.NOT_AT_THIS_SIZE
 
 
+def test_a_share_of_seeds_is_judged_by_its_exact_interval():
+    ones, zeros = dict.fromkeys(range(6), 1), dict.fromkeys(range(6), 0)
+    assert claims.share_above(0.5)([ones]).verdict == claims.REPRODUCED
+    assert claims.share_above(0.5)([zeros]).verdict == claims.CONTRADICTED
+    assert claims.share_above(0.5)([{**ones, 0: 0}]).verdict == claims.NOT_AT_THIS_SIZE
+    assert claims.share_above(0.5)([{**ones, 0: None}]).verdict == claims.NOT_AT_THIS_SIZE, "a failed run"
+    assert claims.share_above(0.5)([{0: None}]).verdict == claims.NOT_AT_THIS_SIZE
+
+
+def test_threads_on_one_cpu_are_no_test_of_them():
+    fragile = module_of("fragile_grokking")
+    found = fragile.run(0, threads=fragile.THREADS, seeds=1, on_cpus=1)
+    assert "on 1 CPU" in found["failed"]
+    values = [{0: None}, {0: 1.0}]
+    assert claims.differing(0.05)(values).verdict == claims.NOT_AT_THIS_SIZE
+
+
 def test_equal_differences_below_the_least_effect_contradict_it():
     zeros = dict.fromkeys(range(6), 0.0)
     assert claims.higher_by(1.0)([zeros, zeros]).verdict == claims.CONTRADICTED
