@@ -45,7 +45,7 @@ CHOSEN = (
     "The unit of the loss was chosen so that plain float16 fails. The unit-scaled loss takes it out again by a "
     "constant factor, which is a static loss scale: see `static-scale-float16`."
 )
-BROKEN = "Its baseline is broken by the unit of the loss as well: see `plain-float32-breaks`."
+BROKEN = "In some seeds its baseline loses accuracy by the unit of the loss as well: see `plain-float32-breaks`."
 STATIC = "static scale 2^24"
 RANGE = "FP16 and FP8 can lack sufficient range for out-of-the-box training"
 
@@ -389,7 +389,7 @@ def get_paper(quick: bool = False) -> Paper:
             metric="accuracy",
             measured=f"{points}plain, float32 minus the same with the unit divided out of the gradient before Adam",
             judge=lower,
-            remark="Added after the results. Adam squares the gradient, and its epsilon of 1e-30 is no help where a "
+            remark="Added after the results. Adam squares the gradient, and an epsilon of 1e-30 is probably no help where a "
             "square underflows.",
         ),
         Claim(
