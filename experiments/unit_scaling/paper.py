@@ -389,8 +389,8 @@ def get_paper(quick: bool = False) -> Paper:
             metric="accuracy",
             measured=f"{points}plain, float32 minus the same with the unit divided out of the gradient before Adam",
             judge=lower,
-            remark="Added after the results. Adam squares the gradient, and an epsilon of 1e-30 is probably no help where a "
-            "square underflows.",
+            remark="Added after the results. Adam squares the gradient, and an epsilon of 1e-30 is probably no help "
+            "where a square underflows.",
         ),
         Claim(
             id="unit-beats-plain",
