@@ -198,7 +198,6 @@ def test_the_gradient_of_the_label_is_0_from_p_ln_2_on_where_the_softmax_has_p_b
 
 @pytest.mark.slow
 def test_with_23_classes_the_gradient_of_the_label_is_0_from_log_odds_of_p_ln_2_on_if_sums_are_rounded_once():
-    """In float32 each of 22 equal terms is lost beside 1 on its own: there the gap decides, not the log-odds."""
     module = module_of("loss_spikes")
     with jax.enable_x64(True):
         labels = jnp.zeros(1, jnp.int32)
@@ -209,6 +208,21 @@ def test_with_23_classes_the_gradient_of_the_label_is_0_from_log_odds_of_p_ln_2_
                 gradient = jax.grad(lambda z, of_rows=of_rows: of_rows(z, labels).sum())(logits)
                 assert (gradient[0, 0] == 0) == is_zero, (bits, by)
                 assert (gradient[0, 1:] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order of a sum is that of XLA:CPU")
+def test_in_float32_and_float64_small_terms_are_lost_one_by_one_beside_a_label_that_is_summed_first():
+    """Where the label is the first class the gap decides, where it is the last the log-odds: ln 22 = 3.09 apart."""
+    module = module_of("loss_spikes")
+    with jax.enable_x64(True):
+        for bits, of_rows in [(24, module.losses_in(jnp.float32)), (53, module.losses_in(jnp.float64))]:
+            for label, gap in ((0, bits * math.log(2)), (22, bits * math.log(2) + math.log(22))):
+                for by, is_zero in ((-0.02, False), (0.02, True)):
+                    logits = jnp.zeros((1, 23), jnp.float64).at[0, label].set(gap + by)
+                    labels = jnp.full(1, label, jnp.int32)
+                    gradient = jax.grad(lambda z, of=of_rows, labels=labels: of(z, labels).sum())(logits)
+                    assert (gradient[0, label] == 0) == is_zero, (bits, label, by)
 
 
 def test_a_cure_is_no_event_in_any_seed_where_there_was_one_and_fewer_are_not_none():
