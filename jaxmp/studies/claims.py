@@ -178,6 +178,19 @@ def lower(values: Values) -> Finding:
     return _by_sign(values, -1)
 
 
+def higher_by(least: float) -> Judge:
+    """Returns a judge that the first arm is above the second by more than `least`, in the unit of the metric.
+
+    Differences that are all 0 contradict it, where there are enough of them; `higher` could not decide.
+    """
+
+    def judge(values: Values) -> Finding:
+        found = paired(_differences(values[0], values[1]))
+        return _finding(_sided(found, least, 1), found, values)
+
+    return judge
+
+
 def within(margin: float, *, claims: int = 1) -> Judge:
     """Returns a judge of equality: the mean paired difference of the first two arms is within +-margin.
 
@@ -257,6 +270,59 @@ def differing(least: float) -> Judge:
         verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
         verdict = NOT_AT_THIS_SIZE if failed else verdict
         return Finding(verdict, flipped / len(pairs), float(low), float(high), len(pairs), "; ".join(notes))
+
+    return judge
+
+
+def share_above(least: float) -> Judge:
+    """Returns a judge of yes/no values: the share of seeds whose value is above 0 is above `least`.
+
+    The figure: that share, with its exact interval (Clopper and Pearson 1934).
+    """
+
+    def judge(values: Values) -> Finding:
+        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
+
+        found = [value > 0 for value in values[0].values() if value is not None]
+        failed = len(values[0]) - len(found)
+        note = f"{sum(found)} of {len(found)} seeds" + (f"; {failed} of {len(values[0])} runs failed" if failed else "")
+        if not found:
+            return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, note)
+        low, high = stats.binomtest(sum(found), len(found)).proportion_ci(CONFIDENCE, method="exact")
+        verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
+        verdict = NOT_AT_THIS_SIZE if failed else verdict
+        return Finding(verdict, sum(found) / len(found), float(low), float(high), len(found), note)
+
+    return judge
+
+
+def prevents(most: float, least: float) -> Judge:
+    """Returns a judge of a cure: no seed of the first arm has an event, while seeds of the second arm have them.
+
+    Args:
+      most: the exact 95 % interval of the share of seeds with an event (Clopper and Pearson 1934) must end below it.
+      least: and that of the second arm, without the cure, must begin above it: else there was nothing to prevent.
+
+    The metric counts events. The figure: the share of seeds of the first arm with one, and its interval. One such seed
+    contradicts that there are none; fewer events are not none.
+    """
+
+    def judge(values: Values) -> Finding:
+        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
+
+        notes, shares, intervals = [], [], []
+        for of in values[:2]:
+            counts = [value for value in of.values() if value is not None]
+            with_one = sum(count > 0 for count in counts)
+            notes.append(f"{with_one} of {len(counts)} seeds")
+            shares.append(with_one / len(counts) if counts else math.nan)
+            exact = stats.binomtest(with_one, len(counts)).proportion_ci(CONFIDENCE, method="exact") if counts else None
+            intervals.append((float(exact.low), float(exact.high)) if exact else (math.nan, math.nan))
+        failed = sum(value is None for of in values[:2] for value in of.values())
+        (low, high), (uncured, _) = intervals
+        verdict = CONTRADICTED if shares[0] > 0 else REPRODUCED if high < most and uncured > least else NOT_AT_THIS_SIZE
+        note = f"{notes[0]}, without the cure {notes[1]}" + (f"; {failed} runs failed" if failed else "")
+        return Finding(NOT_AT_THIS_SIZE if failed else verdict, shares[0], low, high, len(values[0]), note)
 
     return judge
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxmp.cli import main
-from jaxmp.studies import reproduce
+from jaxmp.studies import claims, reproduce
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PAPERS = sorted(path.parent.name for path in EXPERIMENTS.glob("*/paper.py"))
@@ -184,9 +184,9 @@ def test_the_gradient_of_the_label_is_0_from_p_ln_2_on_where_the_softmax_has_p_b
     module = sys.modules[next(iter(paper.arms.values())).function.__module__]
     with jax.enable_x64(True):
         labels = jnp.zeros(1, jnp.int32)
-        losses = {bits: module.losses_of(bits) for bits in (5, 11, 24, 53)}
-        losses |= {24.0: module.losses_in(jnp.float32), 53.0: module.losses_in(jnp.float64)}
-        for bits, of_rows in losses.items():
+        losses = [(bits, module.losses_of(bits)) for bits in (5, 11, 24, 53)]
+        losses += [(24, module.losses_in(jnp.float32)), (53, module.losses_in(jnp.float64))]
+        for bits, of_rows in losses:
             for margin, is_zero in ((bits * math.log(2) - 0.02, False), (bits * math.log(2) + 0.02, True)):
                 logits = jnp.array([[margin, 0.0]], jnp.float64)
                 if bits == 5:  # 3.375 and 3.5 are neighbours, on the two sides of 5 ln 2 = 3.466
@@ -194,6 +194,74 @@ def test_the_gradient_of_the_label_is_0_from_p_ln_2_on_where_the_softmax_has_p_b
                 gradient = jax.grad(lambda z, of_rows=of_rows: of_rows(z, labels).sum())(logits)
                 assert (gradient[0, 0] == 0) == is_zero, (bits, margin)
                 assert gradient[0, 1] > 0, "the gradient of the other class is kept"
+
+
+@pytest.mark.slow
+def test_with_23_classes_the_gradient_of_the_label_is_0_from_log_odds_of_p_ln_2_on_if_sums_are_rounded_once():
+    module = module_of("loss_spikes")
+    with jax.enable_x64(True):
+        labels = jnp.zeros(1, jnp.int32)
+        for bits, of_rows in [(24, module.losses_of(24)), (32, module.losses_of(32))]:
+            for by, is_zero in ((-0.02, False), (0.02, True)):
+                gap = bits * math.log(2) + math.log(22) + by
+                logits = jnp.zeros((1, 23), jnp.float64).at[0, 0].set(gap)
+                gradient = jax.grad(lambda z, of_rows=of_rows: of_rows(z, labels).sum())(logits)
+                assert (gradient[0, 0] == 0) == is_zero, (bits, by)
+                assert (gradient[0, 1:] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order of a sum is that of XLA:CPU")
+def test_in_float32_and_float64_small_terms_are_lost_one_by_one_beside_a_label_that_is_summed_first():
+    """Where the label is the first class the gap decides, where it is the last the log-odds: ln 22 = 3.09 apart."""
+    module = module_of("loss_spikes")
+    with jax.enable_x64(True):
+        for bits, of_rows in [(24, module.losses_in(jnp.float32)), (53, module.losses_in(jnp.float64))]:
+            for label, gap in ((0, bits * math.log(2)), (22, bits * math.log(2) + math.log(22))):
+                for by, is_zero in ((-0.02, False), (0.02, True)):
+                    logits = jnp.zeros((1, 23), jnp.float64).at[0, label].set(gap + by)
+                    labels = jnp.full(1, label, jnp.int32)
+                    gradient = jax.grad(lambda z, of=of_rows, labels=labels: of(z, labels).sum())(logits)
+                    assert (gradient[0, label] == 0) == is_zero, (bits, label, by)
+
+
+def test_a_cure_is_no_event_in_any_seed_where_there_was_one_and_fewer_are_not_none():
+    judge = claims.prevents(0.5, 0.05)
+
+    def of(*counts):
+        return dict(enumerate(counts))
+
+    many = of(3, 4, 5, 3, 4, 5)
+    assert judge([of(0, 0, 0, 0, 0, 0), many]).verdict == claims.REPRODUCED
+    assert judge([of(0, 0, 0, 0, 0, 1), many]).verdict == claims.CONTRADICTED, "fewer"
+    assert judge([of(*[0] * 6), of(*[0] * 6)]).verdict == claims.NOT_AT_THIS_SIZE, "nothing to cure"
+    assert judge([of(0, 0, 0), of(3, 4, 5)]).verdict == claims.NOT_AT_THIS_SIZE, "too few seeds"
+    assert judge([of(0, 0, 0, 0, 0, None), many]).verdict == claims.NOT_AT_THIS_SIZE, "a failed run"
+    assert judge([of(None), of(None)]).verdict == claims.NOT_AT_THIS_SIZE
+
+
+def test_a_share_of_seeds_is_judged_by_its_exact_interval():
+    ones, zeros = dict.fromkeys(range(6), 1), dict.fromkeys(range(6), 0)
+    assert claims.share_above(0.5)([ones]).verdict == claims.REPRODUCED
+    assert claims.share_above(0.5)([zeros]).verdict == claims.CONTRADICTED
+    assert claims.share_above(0.5)([{**ones, 0: 0}]).verdict == claims.NOT_AT_THIS_SIZE
+    assert claims.share_above(0.5)([{**ones, 0: None}]).verdict == claims.NOT_AT_THIS_SIZE, "a failed run"
+    assert claims.share_above(0.5)([{0: None}]).verdict == claims.NOT_AT_THIS_SIZE
+
+
+def test_threads_on_one_cpu_are_no_test_of_them():
+    fragile = module_of("fragile_grokking")
+    found = fragile.run(0, threads=fragile.THREADS, seeds=1, on_cpus=1)
+    assert "on 1 CPU" in found["failed"]
+    values = [{0: None}, {0: 1.0}]
+    assert claims.differing(0.05)(values).verdict == claims.NOT_AT_THIS_SIZE
+
+
+def test_equal_differences_below_the_least_effect_contradict_it():
+    zeros = dict.fromkeys(range(6), 0.0)
+    assert claims.higher_by(1.0)([zeros, zeros]).verdict == claims.CONTRADICTED
+    assert claims.higher([zeros, zeros]).verdict == claims.NOT_AT_THIS_SIZE
+    assert claims.higher_by(1.0)([dict.fromkeys(range(6), 2.0), zeros]).verdict == claims.REPRODUCED
 
 
 def test_a_spike_is_a_rise_after_calm_and_a_threshold_separates_best():
@@ -260,6 +328,9 @@ def test_a_loss_ten_times_the_median_before_it_is_a_spike_and_a_diverged_one_is(
     assert mx.spikes_of(means, [9.0] * 30) == 0
     assert mx.spikes_of(means, [1.0] * 20 + [11.0] + [1.0] * 9) == 1
     assert mx.spikes_of(means, [1.0] * 29 + [mx._bounded(float("nan"))]) == 1
+    lost = mx._bounded(float("nan"))
+    assert mx.spikes_of([1.0] * 5 + [lost] * 25, [1.0] * 5 + [lost] * 25, first=15) == 15, "a lost run is no calm one"
+    assert mx.spikes_of(means, [1.0] * 5 + [11.0] + [1.0] * 24, first=15) == 0
 
 
 @pytest.mark.parametrize(
