@@ -105,6 +105,11 @@ def module_path(names: str) -> str:
 
 def quantized(names: str) -> str:
     """Returns the name of the emulated format to which an equation with this name stack rounds, or ""."""
+    return re.sub("-(un)?saturated$", "", quantiser(names))
+
+
+def quantiser(names: str) -> str:
+    """The same, with `-saturated` or `-unsaturated` after a format that overflows otherwise than it does by default."""
     found = re.findall(rf"{QUANTIZE}([\w-]+)", names)
     return found[-1] if found else ""
 

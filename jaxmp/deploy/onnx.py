@@ -24,7 +24,7 @@ from jaxmp.deploy.onnx_graph import Graph, interface_dtype, kept_dtype, onnx_typ
 from jaxmp.deploy.onnx_rounding import parse_scope, rounded, unpacked
 from jaxmp.deploy.packed_weight import PackedWeight
 from jaxmp.errors import InputError
-from jaxmp.jaxprs import Place, called, equations, opened, quantized, scan_counts, tracing
+from jaxmp.jaxprs import Place, called, equations, opened, quantiser, scan_counts, tracing
 from jaxmp.precision.blocks import BlockFormat
 from jaxmp.trees import is_floating
 
@@ -233,7 +233,7 @@ def _equation(graph: Graph, eqn: Any, operands: list[Any], place: Place) -> list
 
 
 def _described(name: str, place: Place) -> str:
-    format = quantized(place.names)
+    format = quantiser(place.names)
     if format:
         return f"rounding to the emulated format {format}"
     return "random draws" if name.startswith(("random_", "threefry")) else f"the primitive {name!r}"
@@ -243,7 +243,7 @@ def _call(graph: Graph, eqn: Any, inner: Any, operands: list[Any], place: Place)
     """A call of a jaxpr: its equations; a quantiser is one rounding."""
     jaxpr, consts = opened(inner)
     inside = list(equations(jaxpr, place.names))
-    scopes = {quantized(names) for _, names in inside}
+    scopes = {quantiser(names) for _, names in inside}
     # Quantisers look at the bits of a number, unlike what else may be called beside them.
     looks_at_bits = any(each.primitive.name == "bitcast_convert_type" for each, _ in inside)
     if len(scopes) == 1 and looks_at_bits and len(eqn.invars) == 1 and len(eqn.outvars) == 1:

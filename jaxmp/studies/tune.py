@@ -425,6 +425,7 @@ class _Worker:
         def stop(info: StepInfo) -> Pause | None:  # a thread sees no signal by itself
             return Pause("the worker stops") if stopped() else None
 
+        self._say_otherwise_begun(folder, place)
         hooks: tuple[Hook, ...] = (watch,) if place is None else (watch, stop, place.end)
         while True:
             if stopped() or (place is not None and place.has_ended):
@@ -463,10 +464,6 @@ class _Worker:
             break
         if trouble is not None:
             raise trouble
-        before = folder.read_config().get(PLACE)
-        if before != (None if place is None else place.text):  # it was trained by another study, or by `jaxmp train`
-            how = f"as {before} seeds in one program" if before else "alone"
-            self.log(f"{folder.path}: this run was begun {how}; its last digits are those of that")
         lines = [line for line in folder.read_lines() if line["split"] == "validation"]
         if watches:  # of a run that had ended before, which calls no hook
             steps = folder.read_config()["steps"]
@@ -481,6 +478,15 @@ class _Worker:
         if not values:
             return _Failure(f"no evaluation has a finite {self.definition.metric}")
         return float(min(values) if self.definition.direction == "min" else max(values))
+
+    def _say_otherwise_begun(self, folder: RunFolder, place: Place | None) -> None:
+        """Says that a run, of another study or of `jaxmp train`, has other bits than this study would give it."""
+        if folder.is_unused():
+            return
+        before = folder.read_config().get(PLACE)
+        if before != (None if place is None else place.text):
+            how = f"as {before} seeds in one program" if before else "alone"
+            self.log(f"{folder.path}: this run was begun {how}; its last digits are those of that")
 
 
 class _Refused(Exception):

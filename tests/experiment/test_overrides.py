@@ -287,6 +287,8 @@ def test_every_scalar_leaf_of_every_shipped_config_can_be_overridden(path):
     assert config.docstring
     left_out = {("loop", "epochs")}  # no effect beside steps
     left_out |= {("pruning", "sparsity"), ("pruning", "structure")}  # refused beside adapters
+    if hasattr(base.model, "cell"):
+        left_out |= {("model", "kernel")}  # cuDNN's is refused beside other cells
     if isinstance(base.optimizer, Private):
         left_out |= {("scaler", "kind"), ("loop", "accumulate_overflow"), ("task", "mixup")}  # refused beside it
     if objectives_of(base.task):

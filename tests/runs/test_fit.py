@@ -459,7 +459,7 @@ def test_one_compile_a_run_and_all_of_the_state_is_donated():
     state, metrics = trainer.devices.put(trainer.init()), trainer.devices.put(trainer.no_metrics)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     rows = trainer.devices.put(trainer.batches.epoch_rows(0))
-    args = (state, metrics, feed._columns, rows, feed.arguments, np.int32(1))
+    args = (state, metrics, feed.columns, rows, feed.arguments, np.int32(1))
     compiled = feed.program.lower(*args).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == size
     if jax.default_backend() == "cpu":  # where XLA, left to itself, copies the moments in each turn

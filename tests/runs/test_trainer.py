@@ -62,7 +62,7 @@ def lowered(experiment, *, fuse):
     if isinstance(feed, Resident):
         rows = devices.put(trainer.batches.epoch_rows(0))
         count = (np.int32(1),) if fuse else ()
-        return feed.program.lower(*given, feed._columns, rows, feed.arguments, *count).as_text()
+        return feed.program.lower(*given, feed.columns, rows, feed.arguments, *count).as_text()
     raw = next(stream(trainer.source(), trainer.batches, 0, 1))
     return feed.program.lower(*given, devices.put_local(raw), feed.arguments).as_text()
 
