@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU kernels know few operations on halves, so a float16 or bfloat16 value is kept as float32 here, and
 rounded to its grid (Cast to the half and back) after each operation that leaves it. Products of halves are thus summed
-in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser a rounding, bit-equal (see
+in float32, as on a tensor core. A scan becomes Scan, a conditional If, a quantiser a rounding, to the same numbers (see
 `jaxmp.deploy.onnx_rounding`). Symbolic numbers of rows stay symbolic. What ONNX has no operation for is refused, with
 the module it is in.
 """
