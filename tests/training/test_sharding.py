@@ -159,7 +159,7 @@ class Session:
         trainer.__dict__["devices"] = self.devices
         self.feed, self.fresh = trainer.feed(fuse=False), trainer.init()
         self.restart()
-        args = self.state_on_devices, self.devices.put(trainer.no_metrics), self.feed._columns
+        args = self.state_on_devices, self.devices.put(trainer.no_metrics), self.feed.columns
         rows = self.devices.put(trainer.batches.epoch_rows(0))
         self.feed.program = self.feed.program.lower(*args, rows, self.feed.arguments).compile()
 
@@ -261,7 +261,7 @@ def test_memory_shrinks_with_the_number_of_devices():
         memory = sharded.feed.program.memory_analysis()
         params, optimizer = size(sharded.state.params), size((sharded.state.opt_state, sharded.state.ema))
         ideal = (params + optimizer) / 8 if sharded.devices.shard == "fsdp" else params + optimizer / 8
-        data = size(sharded.feed._columns) + sharded.trainer.batches.epoch_rows(0).nbytes
+        data = size(sharded.feed.columns) + sharded.trainer.batches.epoch_rows(0).nbytes
         assert memory.argument_size_in_bytes - data <= 1.1 * ideal
         shares = [x.addressable_shards[0].data.nbytes for x in numbers(sharded.state)]
         assert memory.alias_size_in_bytes == sum(shares)  # all of it is donated
@@ -275,15 +275,15 @@ def shards_of(tree):
 @pytest.mark.eight_devices
 def test_an_inf_on_one_replica_is_skipped_by_all_in_every_sharding():
     for each in all_ways():
-        columns = each.feed._columns
+        columns = each.feed.columns
         rows, _ = each.trainer.batches.rows(0)
         image = np.array(each.devices.get(columns)["image"])
         image[rows[-1]] = TRIP  # one row of the first batch, and so on one device; the loss stays finite
-        each.feed._columns = columns | {"image": each.devices.put(image)}
+        each.feed.columns = columns | {"image": each.devices.put(image)}
         start = shards_of((each.state_on_devices.params, each.state_on_devices.ema))
         each.train(1)
         end = each.state_on_devices
-        each.feed._columns = columns
+        each.feed.columns = columns
         assert jaxmp.skipped_steps(each.state.opt_state) == 1
         scales = [np.asarray(shard.data).item() for shard in jaxmp.loss_scale(end.opt_state).addressable_shards]
         assert scales == [2.0**14] * 8

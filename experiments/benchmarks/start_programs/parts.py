@@ -58,7 +58,7 @@ def jaxmp(parts: Parts) -> None:
     state, metrics = trainer.devices.put_state(trainer.init()), trainer.devices.put(trainer.no_metrics)
     parts.end("first state")
     rows = trainer.devices.put(trainer.batches.epoch_rows(0))
-    arguments = state, metrics, feed._columns, rows, feed.arguments, np.int32(1)
+    arguments = state, metrics, feed.columns, rows, feed.arguments, np.int32(1)
     result = compiled(parts, feed.program, arguments)(*arguments)
     jax.block_until_ready(result)
     parts.end("the step")
