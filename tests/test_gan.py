@@ -334,7 +334,7 @@ def test_a_failed_run_names_what_was_not_finite_of_each_objective_that_was_skipp
         assert (re.search(found, str(error.value)) is not None) == (name in failing), str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_blame_and_find_policy_are_of_the_objective_that_is_named(trained, capsys):
     run, _ = trained
     found = jaxmp.blame(run, 1, objective="discriminator", log=lambda message: None)
@@ -356,7 +356,7 @@ def test_blame_and_find_policy_are_of_the_objective_that_is_named(trained, capsy
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_compare_measures_the_gradients_of_each_objective_where_it_is_due(tmp_path):
     options = ["--precision", "float32", "mixed_float16", "--seeds", "0", "--workdir", str(tmp_path)]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -479,7 +479,7 @@ def test_a_tree_adds_at_most_two_casts_a_parameter_and_two_a_changed_edge(case, 
     assert (found == 0) == (text == "float32")
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_tracing_under_a_tree_takes_at_most_half_as_long_again():
     model, x = transformer(8)
     params = jax.jit(model.init)(KEY, x)["params"]
