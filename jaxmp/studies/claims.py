@@ -254,7 +254,6 @@ def differing(least: float) -> Judge:
     """
 
     def judge(values: Values) -> Finding:
-        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
 
         both = [(value, values[1].get(seed)) for seed, value in values[0].items()]
         pairs = [(first, second) for first, second in both if first is not None and second is not None]
@@ -266,10 +265,10 @@ def differing(least: float) -> Judge:
         notes += [f"{failed} of {len(both)} pairs failed"] if failed else []
         if not pairs:
             return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, "; ".join(notes))
-        low, high = stats.binomtest(flipped, len(pairs)).proportion_ci(CONFIDENCE, method="exact")
+        low, high = _exact_interval(flipped, len(pairs))
         verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
         verdict = NOT_AT_THIS_SIZE if failed else verdict
-        return Finding(verdict, flipped / len(pairs), float(low), float(high), len(pairs), "; ".join(notes))
+        return Finding(verdict, flipped / len(pairs), low, high, len(pairs), "; ".join(notes))
 
     return judge
 
@@ -281,17 +280,16 @@ def share_above(least: float) -> Judge:
     """
 
     def judge(values: Values) -> Finding:
-        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
 
         found = [value > 0 for value in values[0].values() if value is not None]
         failed = len(values[0]) - len(found)
         note = f"{sum(found)} of {len(found)} seeds" + (f"; {failed} of {len(values[0])} runs failed" if failed else "")
         if not found:
             return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, note)
-        low, high = stats.binomtest(sum(found), len(found)).proportion_ci(CONFIDENCE, method="exact")
+        low, high = _exact_interval(sum(found), len(found))
         verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
         verdict = NOT_AT_THIS_SIZE if failed else verdict
-        return Finding(verdict, sum(found) / len(found), float(low), float(high), len(found), note)
+        return Finding(verdict, sum(found) / len(found), low, high, len(found), note)
 
     return judge
 
@@ -308,7 +306,6 @@ def prevents(most: float, least: float) -> Judge:
     """
 
     def judge(values: Values) -> Finding:
-        from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
 
         notes, shares, intervals = [], [], []
         for of in values[:2]:
@@ -316,8 +313,7 @@ def prevents(most: float, least: float) -> Judge:
             with_one = sum(count > 0 for count in counts)
             notes.append(f"{with_one} of {len(counts)} seeds")
             shares.append(with_one / len(counts) if counts else math.nan)
-            exact = stats.binomtest(with_one, len(counts)).proportion_ci(CONFIDENCE, method="exact") if counts else None
-            intervals.append((float(exact.low), float(exact.high)) if exact else (math.nan, math.nan))
+            intervals.append(_exact_interval(with_one, len(counts)) if counts else (math.nan, math.nan))
         failed = sum(value is None for of in values[:2] for value in of.values())
         (low, high), (uncured, _) = intervals
         verdict = CONTRADICTED if shares[0] > 0 else REPRODUCED if high < most and uncured > least else NOT_AT_THIS_SIZE
@@ -337,14 +333,14 @@ def slope_near(doses: Sequence[float], published: float, tolerance: float) -> Ju
 
     The figure: the mean over the seeds of the least-squares slope of each. A seed with a failed run has none.
     """
-    centred = [dose - sum(doses) / len(doses) for dose in doses]
+    centred = [dose - math.fsum(doses) / len(doses) for dose in doses]  # the same in Python 3.12
     margin = abs(published) * tolerance
 
     def judge(values: Values) -> Finding:
         rows = [[of.get(seed) for of in values] for seed in values[0]]
         whole = [[value for value in row if value is not None] for row in rows]
         slopes = [
-            sum(c * value for c, value in zip(centred, row, strict=True)) / sum(c * c for c in centred)
+            math.fsum(c * value for c, value in zip(centred, row, strict=True)) / math.fsum(c * c for c in centred)
             for row in whole
             if len(row) == len(doses)
         ]
@@ -430,3 +426,11 @@ def _finding(verdict: str, found: Paired, values: Values, confidence: float = CO
         notes.append(f"fewer than {needed} equal ones decide nothing")
     verdict = NOT_AT_THIS_SIZE if failed else verdict
     return Finding(verdict, found.mean, found.low, found.high, found.pairs, "; ".join(filter(None, notes)), confidence)
+
+
+def _exact_interval(count: int, of: int) -> tuple[float, float]:
+    """The interval of a share by Clopper and Pearson, to the digits in which versions of SciPy agree."""
+    from scipy import stats  # a slow import
+
+    found = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="exact")
+    return float(f"{found.low:.9g}"), float(f"{found.high:.9g}")
