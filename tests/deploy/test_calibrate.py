@@ -13,6 +13,7 @@ from deployed_runs import images, load, trained
 import jaxmp
 from jaxmp import InputError
 from jaxmp.deploy.calibrate import _magnitude, calibrate, clipped
+from jaxmp.deploy.forward import _of_gradients
 from jaxmp.deploy.quantise import packed_weight, quantise
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
@@ -175,3 +176,8 @@ def test_what_cannot_be_calibrated_is_one_message(run, tmp_path):
         with pytest.raises(InputError) as error:
             quantise(run, output=tmp_path / "out", **options)
         assert message in str(error.value)
+
+
+def test_scales_of_gradients_are_told_by_the_operand_and_not_by_a_module():
+    assert _of_gradients("delayed_scaling/head/gradients_0/scale")
+    assert not _of_gradients("delayed_scaling/gradients_head/activations_0/scale")

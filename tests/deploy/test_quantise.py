@@ -179,6 +179,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(run, tmp_path):
         ({"method": "gptq", "calibrate": 1, "weights": "nvfp4"}, "--method gptq with --weights nvfp4: expected int8"),
         ({"method": "gptq", "calibrate": 1, "budget": 1.0}, "--budget 1 with --method gptq"),
         ({"method": "gptq", "calibrate": 0}, "--calibrate = 0"),
+        ({"method": "gptq", "calibrate": 1, "keep": ("Dense_*/kernel",)}, "--method gptq: no weight to be quantised"),
         ({"checkpoint": "bset"}, "checkpoint 'bset': expected best, last, ema; did you mean 'best'?"),
     ):
         with pytest.raises(InputError) as error:
