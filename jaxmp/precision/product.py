@@ -281,9 +281,11 @@ def round_operand(
             if scale is None:
                 raise InputError(f"format {format} of {operand.role}: expected a scale, which is kept in model state")
             if isinstance(format.format, Integer):
-                rounded = round_to_integer(x * scale, noise, format.format) / scale
+                rounded = round_to_integer(x * scale, noise, format.format)
             else:
-                rounded = _round_numbers(x * scale, noise, format.format, True) / scale
+                rounded = _round_numbers(x * scale, noise, format.format, True)
+            # A product, as in Transformer Engine: XLA makes one of a quotient in some programs, others keep it.
+            rounded = rounded * (1 / scale)
         else:
             # Gradients overflow to what a loss scaler sees.
             rounded = _round_numbers(x, noise, format, operand.role != "gradients")

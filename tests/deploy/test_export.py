@@ -319,13 +319,8 @@ def test_shipped_configs_predict_their_bits_without_jaxmp(tmp_path, made_up, nam
     began = time.perf_counter()
     artefact = jaxmp.export(run, output=tmp_path / "out", weights="last")
     exported = time.perf_counter()
-    # With static scales the program that is read back is an ulp off that of the same function under jit, on a CPU: in a
-    # program whose number of rows was symbolic, XLA makes of a division by the scale a product with its inverse, which
-    # is rounded otherwise. The certificate says so.
-    is_exact = precision != "fp8_delayed"
     against = artefact.certificate["against"]["run"]
-    assert against["bit_equal"] or not is_exact
-    assert all(output["largest_ulp"] <= 2 for output in against["outputs"].values())
+    assert against["bit_equal"] and all(output["largest_ulp"] == 0 for output in against["outputs"].values())
     assert not any("gradient" in key for key in artefact.manifest["weights"])  # which no prediction depends on
     source, state, counts = run.source("test"), run.state("last"), (1, 7, 512)
     rows = source[np.arange(512) % len(source)]
@@ -343,10 +338,7 @@ def test_shipped_configs_predict_their_bits_without_jaxmp(tmp_path, made_up, nam
         for key, own in names.items():
             bits = found[f"{count} {key}"]
             assert bits.shape == own.shape, (count, key)
-            if is_exact:
-                assert bits.tobytes() == own.tobytes(), (count, key)
-            else:
-                assert np.abs(bits.view(own.dtype) - own).max() <= 1e-6 * np.abs(own).max(), (count, key)
+            assert bits.tobytes() == own.tobytes(), (count, key)
 
 
 def test_a_divergence_that_is_infinite_is_said_to_be(tmp_path):

@@ -238,6 +238,25 @@ def test_a_static_scale_of_integers_rounds_to_even_within_a_symmetric_range():
     assert set(drawn) == {2.0, 3.0} and abs(drawn.mean() - 2.25) < 0.03
 
 
+@pytest.mark.parametrize("format", ["e4m3", "int8"])
+def test_a_delayed_format_is_undone_by_a_product_with_the_inverse_of_its_scale(format):
+    """XLA makes a product of a quotient in some programs, and not in others, such as an exported one of any rows."""
+    operand = parse_policy(f"fprop={format}:delayed/high").recipe.operand("fprop", "activations")
+    x, scale = normal(0, 64, 33), np.float32(40.3)
+    if format == "int8":
+        elements = np.clip(np.rint(x * scale), -127, 127).astype(np.float32)
+    else:
+        elements = to_plain(x * scale, ml_dtypes.float8_e4m3fn, 448)
+    expected = elements * (np.float32(1) / scale)
+    assert not np.array_equal(expected, elements / scale)
+    function = jax.jit(lambda x, scale: round_operand(x, operand, scale=scale))
+    (rows,) = jax.export.symbolic_shape("rows")
+    of_any_rows = jax.ShapeDtypeStruct((rows, 33), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    exported = jax.export.export(function)(*of_any_rows).call
+    for each in (function, exported, jax.jit(exported)):
+        np.testing.assert_array_equal(each(x, scale), expected)
+
+
 def test_a_whole_number_stays_whatever_is_drawn():
     whole = jnp.float32([0, 1, 3, 100, 126, -1, -100, -127])
     for noise in (0, 2**32 - 1):
