@@ -542,7 +542,7 @@ def odd(subject: _Subject) -> None:
 
 
 def between_neighbours(subject: _Subject) -> None:
-    """Stochastic rounding returns one of the two neighbours."""
+    """Stochastic rounding returns one of the two neighbours; a number that its block has stays as it is."""
     subject.need_stochastic()
     reference = subject.reference
 
@@ -553,16 +553,18 @@ def between_neighbours(subject: _Subject) -> None:
             scaled, got = _divided(x, scale), _divided(y, scale)
             slack = 0 if reference.exact else TOLERANCE * np.maximum(np.abs(scaled), 1)
             below, above = reference.neighbours(scaled)
+            near = reference.round(scaled)
+            exact = np.abs(scaled - near) <= (0 if reference.exact else TOLERANCE * np.abs(scaled))
+            below, above = np.where(exact, near, below), np.where(exact, near, above)
             far &= ~((np.abs(got - below) <= slack) | (np.abs(got - above) <= slack))
             first = (below * scale, above * scale)
         far &= reference.in_range(x)
         if not far.any():
             return None
         index = _first(far)
-        return (
-            f"{_number(subject, x, index)}: returned {float(y[index])!r}; the neighbours are "
-            f"{float(first[0][index])!r} and {float(first[1][index])!r}"
-        )
+        lower, upper = (float(each[index]) for each in first)
+        want = f"expected {lower!r}" if lower == upper else f"the neighbours are {lower!r} and {upper!r}"
+        return f"{_number(subject, x, index)}: returned {float(y[index])!r}; {want}"
 
     _search(subject, wrong)
 

@@ -13,7 +13,7 @@ import pytest
 from flax.linen import fp8_ops
 
 from jaxmp.errors import InputError
-from jaxmp.precision.blocks import PRESETS, quantize
+from jaxmp.precision.blocks import PRESETS, block_scales, quantize
 from jaxmp.testing import quantizer_laws
 
 OURS = ["mxfp8", "mxfp6_e2m3", "mxfp4:rceil", "mxint8", "nvfp4", "block128", "int4:channel", "e2m1:block16x16:e8m0"]
@@ -222,6 +222,21 @@ def repeated_noise(share, key, x):
     return jnp.tile(noise, (1, -(-x.shape[1] // 4)))[:, : x.shape[1]] < share
 
 
+def exact_numbers_move(format, dtype, count):
+    """Rounds stochastically, but moves a number that is an element times its scale to the next larger magnitude."""
+    numbers = jnp.asarray(np.arange(count, dtype=np.uint8).view(dtype).astype(np.float32))
+
+    def quantiser(x, key):
+        scale = block_scales(x, format).of_numbers if ":" in format else jnp.ones_like(x)
+        scaled = jnp.abs(x) / jnp.where(scale > 0, scale, 1)
+        at = jnp.searchsorted(numbers, scaled)
+        exact = (numbers[at % count] == scaled) & (at > 0) & (at < count - 1) & (scale > 0)
+        drawn = quantize(x, format, rounding="stochastic", key=key)
+        return jnp.where(exact, jnp.sign(x) * numbers[(at + 1) % count] * scale, drawn)
+
+    return quantiser
+
+
 NEAREST = {
     "B27: all numbers are 0": (lambda x: x * 0, "nvfp4", "nearest"),
     "B28: rounded twice, first to bfloat16": (
@@ -281,6 +296,16 @@ STOCHASTIC = {
     "noise reaches beyond the neighbours": (
         stochastic(lambda share, key, x: jnp.floor(share + 2 * jax.random.uniform(key, x.shape) - 0.5)),
         "mxfp4:ceil",
+        "between_neighbours",
+    ),
+    "a number of the format moves": (
+        exact_numbers_move("e4m3", ml_dtypes.float8_e4m3fn, 127),
+        "e4m3",
+        "between_neighbours",
+    ),
+    "a number of its block moves": (
+        exact_numbers_move("mxfp4:rceil", ml_dtypes.float4_e2m1fn, 8),
+        "mxfp4:rceil",
         "between_neighbours",
     ),
     "noise is drawn from a state": (noise_from_a_state, "mxfp4", "keys"),
