@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxmp.instruments.product_sums import make_product_sums
 from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size
 from jaxmp.modules.products import ObservedProduct
 from jaxmp.precision.blocks import BlockFormat, BlockScales, block_scales, clips_above
+from jaxmp.precision.formats import Format
 from jaxmp.precision.product import block_axes, largest_magnitude, split_groups, transformed
 from jaxmp.precision.recipe import ROLES, Delayed, Recipe, RecipeOperand
 from jaxmp.training.batch import LossFn
@@ -62,7 +64,8 @@ class OperandBlocks:
     """scales of the blocks; those of blocks with an infinity or NaN are NaN"""
     numbers: int
     clipped: int
-    """how many numbers are beyond the largest of the format in their block"""
+    """how many numbers are clipped to the largest of the format in their block: under stochastic rounding all that are
+    above it, under rounding to nearest those at least half a step above it"""
     clipped_blocks: int
     """how many blocks have such a number"""
     first_clipped: Block | None
@@ -98,6 +101,29 @@ def block_operands(recipe: Recipe | None) -> tuple[RecipeOperand, ...]:
     """
     operands = () if recipe is None else tuple(recipe.operands())
     return tuple(operand for operand in operands if isinstance(operand.format, BlockFormat | Delayed))
+
+
+def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
+    """Returns the magnitudes above which the rounding of an operand clips.
+
+    Args:
+      nearest: the magnitudes above which rounding to nearest clips, as of `BlockScales.limit`: half a step above the
+        largest number. Stochastic rounding clips all that is above the largest number.
+      operand: which operand, its format and rounding.
+    """
+    format = operand.format
+    if operand.rounding != "stochastic" or format is None:
+        return nearest
+    element = format if isinstance(format, Format) else format.format if isinstance(format, Delayed) else format.element
+    highest = clips_above(element)
+    if isinstance(format, Format) or (isinstance(format, BlockFormat) and format.scale == "e8m0"):
+        # Times a power of two, both have the exponent of the same power, and their bits differ as without it: a factor
+        # would be rounded, and so clip the largest number itself.
+        difference = np.float32(highest).view(np.uint32) - np.float32(element.max).view(np.uint32)
+        bits = lax.bitcast_convert_type(nearest, jnp.uint32) - difference
+        return jnp.where(jnp.isfinite(nearest), lax.bitcast_convert_type(bits, jnp.float32), nearest)
+    # Other scales are rounded, and may leave the largest magnitude of a block a little above the largest number.
+    return nearest * np.float32(element.max / highest * (1 + 2.0**-20))
 
 
 def make_block_ranges(
@@ -219,9 +245,9 @@ def _measured(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) ->
     """The sums of one operand, float32 (_SIZE,)."""
     numbers, found = _scales_of(x, operand, product)
     bad = jnp.isnan(found.of_blocks)
-    over = jnp.abs(numbers) > found.limit_of_numbers  # False where a scale is NaN
+    over = jnp.abs(numbers) > clipping_limit(found.limit_of_numbers, operand)  # False where a scale is NaN
     # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
-    clipped = found.amax > found.limit
+    clipped = found.amax > clipping_limit(found.limit, operand)
     totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
     size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
     parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]

@@ -19,14 +19,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxmp.errors import InputError
+from jaxmp.instruments.block_ranges import clipping_limit
 from jaxmp.instruments.product_sums import make_product_sums
 from jaxmp.modules.products import ObservedProduct
 from jaxmp.precision.blocks import BlockFormat, clips_above, round_blocks_with_scales
 from jaxmp.precision.formats import Format
 from jaxmp.precision.policy import parse_policy
-from jaxmp.precision.product import Contraction, block_axes, largest_magnitude, round_operand, summed_axis, transformed
+from jaxmp.precision.product import (
+    Contraction,
+    block_axes,
+    largest_magnitude,
+    random_bits,
+    round_operand,
+    summed_axis,
+    transformed,
+)
 from jaxmp.precision.recipe import PRODUCTS, RECIPES, Delayed, Recipe, RecipeOperand, parse_recipe
 from jaxmp.text_table import table
 from jaxmp.training.batch import LossFn
@@ -39,15 +49,17 @@ Source: Chmiel et al. 2025, FP4 All the Way, 2505.19115, abstract.
 """
 
 GROUPS = 16
-"""number of parts of an array over which the interval of a bias is estimated"""
+"""number of parts over which the interval of a bias is estimated: of an array, or of each of two axes of a product"""
 
 _LANES = 16
 
-_T = 2.131449545559323  # the 97.5 % point of Student's t with 15 degrees of freedom
+_RESULTS = {"fprop": "gradients", "dgrad": "activations", "wgrad": "weights"}
+"""the role of the operand that has the axes of a product"""
 
 _SMALLEST = 2.0**-80  # sum of squares in float32, of a million numbers say, whose errors' squares do not underflow
 
 _SUMS = 2 * GROUPS + 1  # of errors times numbers and of squares, by group; of squared errors
+_PRODUCT = 2 * GROUPS**2 + 1  # the same by cell
 _OPERAND = _SUMS + 7  # and counts: numbers, not zero, underflow, clipped; of scales: number, logarithms, their squares
 
 
@@ -85,13 +97,15 @@ class OperandLoss(NamedTuple):
     underflow: float | None
     """share that is rounded to 0"""
     clipped: float | None
-    """share beyond the largest number of the format, in its block"""
+    """share that is clipped to the largest number of the format in its block: under stochastic rounding all that is
+    above it, under rounding to nearest what is at least half a step above it"""
     mse: float | None
     """mean squared error, as a share of the mean square"""
     bias: float | None
     """projection of the error on the operand: -0.01 where numbers are 1 % too small on average"""
     low: float | None
-    """lower end of the 95 % interval of `bias`: jackknife over 16 parts of the array"""
+    """lower end of the 95 % interval of `bias`: jackknife over 16 parts of the array, without those that are 0;
+    None if fewer than two are left"""
     high: float | None
     spread: float | None
     """standard deviation of the base 2 logarithm of the scales of blocks, those of blocks of zeros left out; None
@@ -111,6 +125,13 @@ class ProductLoss(NamedTuple):
     bias: float | None
     """projection of the product's error on the exact product"""
     low: float | None
+    """lower end of the 95 % interval of `bias`; None if the product has one row or column
+
+    A number of an operand enters a whole row or column of the product, so the errors of both are clusters: the variance
+    is that between 16 parts of the rows, plus that between 16 parts of the columns, less that between their cells,
+    each by the jackknife. Source: Cameron, Gelbach and Miller 2011, Robust Inference with Multiway Clustering, J. Bus.
+    Econ. Stat. 29(2), section 2. Axes of a convolution are the batch or the input channels, and the channels.
+    """
     high: float | None
     signal_to_noise: float | None
     """norm of the exact product by the norm of its error; None where the product is not finite, or its norm is 0 or
@@ -231,7 +252,7 @@ class _Measure:
     @property
     def shape(self) -> tuple[int, ...]:
         """(recipes, products, sums)."""
-        return len(self.recipes), len(PRODUCTS), 2 * _OPERAND + _SUMS
+        return len(self.recipes), len(PRODUCTS), 2 * _OPERAND + _PRODUCT
 
     def __call__(self, product: ObservedProduct, gradient: jax.Array) -> jax.Array:
         """Returns float32 (recipes, products, sums)."""
@@ -243,7 +264,8 @@ class _Measure:
         exact: dict[str, _Exact] = {}
         found = []
         for name, roles in PRODUCTS.items():
-            exact[name] = _Exact.of(contraction.products(())[name](*(arrays[role] for role in roles), shapes[name]))
+            result = contraction.products(())[name](*(arrays[role] for role in roles), shapes[name])
+            exact[name] = _Exact.of(result, contraction.axes[_RESULTS[name]])
         plain_operands: dict[Any, _Exact] = {}
         for recipe in self.recipes:
             products = contraction.products(recipe.accumulate)
@@ -268,7 +290,13 @@ def _sameness(operand: RecipeOperand, axes: tuple[int, int]) -> tuple[Any, Any]:
     left = PRODUCTS[operand.product][0] == operand.role
     before = (operand.role, (operand.hadamard, along, left) if operand.hadamard else None)
     by_axis = isinstance(operand.format, BlockFormat) and len(block_axes(operand, axes, 3)) == 1
-    return before, (before, operand.format, operand.rounding, along if by_axis else None)
+    place = _place(operand) if operand.rounding == "stochastic" else None  # each place draws its own noise
+    return before, (before, operand.format, place, along if by_axis else None)
+
+
+def _place(operand: RecipeOperand) -> int:
+    """Which of the six operands of the three products it is, from 0."""
+    return [(name, role) for name, roles in PRODUCTS.items() for role in roles].index((operand.product, operand.role))
 
 
 class _Rounded(NamedTuple):
@@ -284,18 +312,40 @@ class _Exact(NamedTuple):
 
     numbers: jax.Array
     squares: jax.Array
-    """sums of their squares by group"""
+    """sums of their squares by part"""
     there: jax.Array
     """how many are not zero"""
+    axes: tuple[int, int] | None = None
+    """rows and columns of a product, whose parts are cells of both; None: parts are groups in C order"""
 
     @classmethod
-    def of(cls, x: jax.Array) -> _Exact:
-        return cls(x, _by_group(x * x), _count(x != 0))
+    def of(cls, x: jax.Array, axes: tuple[int, int] | None = None) -> _Exact:
+        return cls(x, _by_part(x * x, axes), _count(x != 0), axes)
 
     def sums(self, rounded: jax.Array) -> jax.Array:
-        """Sums of error times number and of squares by group, and of squared errors; float32 (_SUMS,)."""
+        """Sums of error times number and of squares by part, and of squared errors; float32 (_SUMS or _PRODUCT,)."""
         error = rounded - self.numbers
-        return jnp.concatenate([_by_group(error * self.numbers), self.squares, jnp.sum(_by_group(error * error))[None]])
+        along = _by_part(error * self.numbers, self.axes)
+        return jnp.concatenate([along, self.squares, jnp.sum(_by_group(error * error))[None]])
+
+
+def _by_part(x: jax.Array, axes: tuple[int, int] | None) -> jax.Array:
+    """Sums by group, (GROUPS,), or by cell of the two axes, (GROUPS^2,); other axes are summed."""
+    if axes is None:
+        return _by_group(x)
+    table = jnp.sum(jnp.moveaxis(x, axes, (-2, -1)), range(x.ndim - 2))
+    rows, columns = (_membership(n) for n in table.shape)
+    # As products of matrices, which are fast on every device, where sums of parts of unequal lengths are not.
+    sums = jnp.matmul(
+        jnp.matmul(rows.T, table, precision=lax.Precision.HIGHEST), columns, precision=lax.Precision.HIGHEST
+    )
+    return jnp.ravel(sums)
+
+
+def _membership(count: int) -> jax.Array:
+    """Returns ones where a place is in a part of its axis, else zeros, (count, GROUPS). The last may be empty."""
+    place = jnp.arange(count)[:, None] * min(count, GROUPS) // count
+    return (place == jnp.arange(GROUPS)).astype(jnp.float32)
 
 
 def _by_group(x: jax.Array) -> jax.Array:
@@ -315,23 +365,24 @@ def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _R
     """Rounds an operand, already transformed, and sums up what it loses."""
     x, format, noise = exact.numbers, operand.format, None
     if operand.rounding == "stochastic" and format is not None:
-        noise = jax.random.bits(jax.random.key(0), x.shape, jnp.uint32)
-    limit, scales = jnp.float32(jnp.inf), jnp.zeros(3)
+        noise = random_bits(jax.random.fold_in(jax.random.key(0), _place(operand))[None], x.shape)
+    nearest, scales = jnp.float32(jnp.inf), jnp.zeros(3)
     if isinstance(format, BlockFormat):
         rounded, found = round_blocks_with_scales(x, noise, format, block_axes(operand, axes, x.ndim))
-        limit = found.limit_of_numbers
+        nearest = found.limit_of_numbers
         logs = jnp.log2(jnp.where(found.amax > 0, jnp.maximum(found.of_blocks, 2.0**-126), 1))
         scales = jnp.stack([_count(found.amax > 0), *(jnp.sum(_by_group(each)) for each in (logs, logs * logs))])
     elif isinstance(format, Delayed):  # as if the history held the magnitudes of this step
         amax = largest_magnitude(x)
         factor = jnp.where(amax > 0, format.format.max / amax, 1.0)
         rounded = round_operand(x, operand, axes=axes, noise=noise, scale=factor)
-        limit = clips_above(format.format) / factor
+        nearest = clips_above(format.format) / factor
     else:
         rounded = round_operand(x, operand, axes=axes, noise=noise)
         if isinstance(format, Format):
-            limit = jnp.float32(clips_above(format))
-    underflow, clipped = _count((x != 0) & (rounded == 0)), _count(jnp.abs(x) > limit)
+            nearest = jnp.float32(clips_above(format))
+    clipped = _count(jnp.abs(x) > clipping_limit(nearest, operand))
+    underflow = _count((x != 0) & (rounded == 0))
     counts = jnp.stack([jnp.float32(x.size), exact.there, underflow, clipped])
     return _Rounded(rounded, jnp.concatenate([exact.sums(rounded), counts, scales]))
 
@@ -352,23 +403,55 @@ def _read(name: str, recipe: Recipe, path: str, product: str, sums: np.ndarray) 
             high=high,
             spread=math.sqrt(max(squares / scales - (logs / scales) ** 2, 0)) if scales else None,
         )
-    bias, low, high, ratio = _bias_and_ratio(sums[2 * _OPERAND :].astype(np.float64))
+    bias, low, high, ratio = _bias_and_ratio(sums[2 * _OPERAND :].astype(np.float64), parts=(GROUPS, GROUPS))
     return ProductLoss(name, path, product, operands, bias, low, high, ratio)
 
 
-def _bias_and_ratio(sums: np.ndarray) -> tuple[float | None, float | None, float | None, float | None]:
-    """Returns bias, its interval, and signal to noise."""
-    along, squares, error = sums[:GROUPS], sums[GROUPS : 2 * GROUPS], float(sums[-1])
-    total = float(squares.sum())
+def _bias_and_ratio(
+    sums: np.ndarray, *, parts: tuple[int, ...] = (GROUPS,)
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Returns bias, its interval, and signal to noise, of sums by part: groups, or cells of two axes."""
+    along, squares = sums[:-1].reshape(2, *parts)
+    total, error = float(squares.sum()), float(sums[-1])
     if not np.isfinite(sums).all() or total < _SMALLEST:
         return None, None, None, None
     bias, ratio = float(along.sum()) / total, math.sqrt(total / error) if error > 0 else math.inf
-    used = squares > 0
-    if used.sum() < GROUPS or not (squares.sum() - squares > 0).all():
+    found = _jackknife(along, squares) if len(parts) == 1 else _two_way(along, squares)
+    if found is None:
         return bias, None, None, ratio
-    without = (along.sum() - along) / (squares.sum() - squares)
-    error_of_bias = math.sqrt((GROUPS - 1) / GROUPS * float(((without - without.mean()) ** 2).sum()))
-    return bias, bias - _T * error_of_bias, bias + _T * error_of_bias, ratio
+    from scipy import special  # here: importing it takes longer than `jaxmp --help` may
+
+    half = float(special.stdtrit(found.parts - 1, 0.975)) * math.sqrt(found.variance)
+    return bias, bias - half, bias + half, ratio
+
+
+class _Variance(NamedTuple):
+    """The variance of a ratio, and the number of parts that it is estimated from."""
+
+    variance: float
+    parts: int
+
+
+def _two_way(along: np.ndarray, squares: np.ndarray) -> _Variance | None:
+    """Returns the variance of the sum of `along` by that of `squares`, (rows, columns), of clusters along both axes."""
+    rows, columns = (_jackknife(along.sum(axis), squares.sum(axis)) for axis in (1, 0))
+    cells = _jackknife(np.ravel(along), np.ravel(squares))
+    if rows is None or columns is None or cells is None:
+        return None
+    # What a cell adds of its own is in both. The difference is an estimate, and may be below the larger of them.
+    larger = max(rows, columns)
+    variance = max(larger.variance, rows.variance + columns.variance - cells.variance)
+    return larger._replace(variance=variance)
+
+
+def _jackknife(along: np.ndarray, squares: np.ndarray) -> _Variance | None:
+    """Returns the variance of the sum of `along` by that of `squares`; None if fewer than two parts are not zero."""
+    along, squares = along[squares > 0], squares[squares > 0]
+    count, rest = len(along), squares.sum() - squares
+    if count < 2 or not (rest > 0).all():
+        return None
+    off = (along.sum() - along) / rest - along.sum() / squares.sum()
+    return _Variance((count - 1) / count * float((off**2).sum()), count)
 
 
 def _line(row: ProductLoss) -> tuple[str, ...]:

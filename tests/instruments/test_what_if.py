@@ -12,8 +12,20 @@ import pytest
 
 import jaxmp
 from jaxmp.errors import InputError
-from jaxmp.instruments.what_if import STALL, Measurements, WhatIf, _bias_and_ratio, make_what_if, recipe_of
+from jaxmp.instruments.what_if import (
+    STALL,
+    Measurements,
+    WhatIf,
+    _bias_and_ratio,
+    _Measure,
+    _read,
+    make_what_if,
+    recipe_of,
+)
+from jaxmp.modules.products import ObservedProduct
 from jaxmp.precision.blocks import quantize
+from jaxmp.precision.product import Matrices, random_bits
+from jaxmp.precision.recipe import PRODUCTS
 
 ROWS, K, N = 32, 64, 48
 
@@ -155,10 +167,47 @@ def test_a_bias_has_an_interval_and_what_is_not_finite_has_none():
     assert _bias_and_ratio(np.r_[np.zeros(16), np.ones(16), 0])[3] == math.inf
 
 
+COVERED = [  # recipe, product, (rows, K, N), whether both operands are the same array; all but the first in full size
+    ("wgrad=int4:channel,stochastic=wgrad", "wgrad", (64, 16, 16), True),
+    ("mxfp4", "dgrad", (256, 64, 10), False),
+    ("mxfp4", "dgrad", (256, 64, 64), False),
+    ("fprop=high/mxfp4:rceil,stochastic=weights", "fprop", (1024, 64, 10), False),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "product", "shape", "same"),
+    [pytest.param(*case, marks=[pytest.mark.full_size] if i else []) for i, case in enumerate(COVERED)],
+)
+def test_the_interval_of_a_products_bias_covers_that_of_unbiased_rounding_95_times_of_100(
+    text, product, shape, same, monkeypatch
+):
+    recipe, draws = recipe_of(text), 300
+    measure = _Measure((recipe,))
+
+    def sums(seed):
+        def noise(keys, shape):  # the measure's own is the same in each draw
+            return random_bits(jax.vmap(lambda key: jax.random.fold_in(key, seed))(keys), shape)
+
+        monkeypatch.setattr("jaxmp.instruments.what_if.random_bits", noise)
+        rows, k, n = shape
+        shapes = (rows, k), (k, n), (rows, n)
+        x, w, g = (
+            jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), each) for i, each in enumerate(shapes)
+        )
+        return measure(ObservedProduct(Matrices(), x, w, x @ w), x if same else g)
+
+    found = jax.device_get(jax.jit(lambda seeds: jax.lax.map(sums, seeds))(jnp.arange(draws)))
+    place = list(PRODUCTS).index(product)
+    rows = [_read(text, recipe, "dense", product, each[0, place]) for each in found]
+    covered = sum(row.low < 0 < row.high for row in rows) / draws
+    assert 0.91 < covered < 0.985, covered  # 3 standard deviations of 300 draws
+
+
 def test_a_gradient_below_the_square_root_of_3_is_marked():
     recipe = recipe_of("mxfp4")
-    sums = np.ones((1, 3, 2 * 40 + 33), np.float32)
-    sums[:, :, -1] = 16 / 1.7**2  # signal to noise 1.7, of a square of 16
+    sums = np.ones((1, 3, 2 * 40 + 513), np.float32)
+    sums[:, :, -1] = 256 / 1.7**2  # signal to noise 1.7, of a square of 256
     found = Measurements({"dense": jnp.asarray(sums)}, (("mxfp4", recipe),)).read()
     assert STALL == pytest.approx(1.7321, abs=1e-4)
     assert [row.stalls for row in found.rows] == [False, True, True]
