@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp.instruments.block_ranges import block_operands, make_block_ranges
+from jaxmp.instruments.block_ranges import block_operands, clipping_limit, make_block_ranges
 from jaxmp.instruments.nonfinite import blame
 from jaxmp.modules.linen import init_delayed_scaling
 from jaxmp.precision.policy import parse_policy
+from jaxmp.precision.recipe import RecipeOperand, parse_operand
 
 ROWS, K, N = 64, 96, 32
 
@@ -56,7 +57,7 @@ def blocks_of(x, axis, length=32):
 @pytest.mark.slow
 def test_blocks_are_those_along_the_axis_that_each_product_sums_over(operands):
     x, w, g = operands
-    found = measured("fprop=mxfp4,dgrad=mxfp4,wgrad=mxfp4", operands, scale=4.0)
+    found = measured("fprop=mxfp4,dgrad=mxfp4,wgrad=mxfp4,stochastic=wgrad", operands, scale=4.0)
     arrays = {"activations": x, "weights": w, "gradients": 4 * g}
     axis = {"fprop": (1, 0), "dgrad": (1, 1), "wgrad": (0, 0)}
     for product, roles in {
@@ -72,7 +73,8 @@ def test_blocks_are_those_along_the_axis_that_each_product_sums_over(operands):
             assert own.scales.exponents == dict(zip(exponents.tolist(), counts.tolist(), strict=True))
             assert own.blocks == amax.size and own.numbers == arrays[role].size
             assert own.amax.largest == amax.max() and own.amax.smallest == amax.min()
-            over = blocks > 7 * scale[..., None]  # 6 is the largest; from 7 on a number is clipped, not rounded
+            # 6 is the largest: from 7 on a number is clipped to it, and above it where rounding is stochastic.
+            over = blocks > (6 if product == "wgrad" else 7) * scale[..., None]
             assert (own.clipped, own.clipped_blocks) == (over.sum(), over.any(-1).sum())
             first = own.first_clipped
             place = np.moveaxis(over.any(-1), -1, along)
@@ -80,6 +82,26 @@ def test_blocks_are_those_along_the_axis_that_each_product_sums_over(operands):
             there = np.moveaxis(amax, -1, along)[first.place], np.moveaxis(scale, -1, along)[first.place]
             assert (first.amax, first.scale) == there
             assert own.first_nonfinite is None
+
+
+@pytest.mark.parametrize(
+    ("format", "limits"),
+    {
+        "mxfp4": (7 * 2.0**-20, 6 * 2.0**-20),  # a power of two times the largest number, exactly
+        "mxfp8": (464 * 2.0**-126, 448 * 2.0**-126),
+        "int4:tensor:e8m0": (7.5, 7),
+        "e5m2": (61440, 57344),
+        "block128": (464 * 1.3, 448 * 1.3 * (1 + 2.0**-20)),  # a rounded scale: not by its rounding error
+        "e4m3:delayed": (464 * 1.3, 448 * 1.3 * (1 + 2.0**-20)),
+        "mxfp6_e3m2": (np.nan, np.nan),
+        "nvfp4": (np.inf, np.inf),
+    }.items(),
+)
+def test_stochastic_rounding_clips_all_that_is_above_the_largest_number(format, limits):
+    for rounding, limit in zip(("nearest", "stochastic"), limits, strict=True):
+        operand = RecipeOperand("dgrad", "gradients", parse_operand(format), rounding, 0)
+        found = float(clipping_limit(jnp.float32(limits[0]), operand))
+        assert found == pytest.approx(limit, rel=0 if format[:2] in ("mx", "in", "e5") else 1e-7, abs=0, nan_ok=True)
 
 
 @pytest.mark.full_size

@@ -23,7 +23,7 @@ from jaxmp.instruments.what_if import (
     recipe_of,
 )
 from jaxmp.modules.products import ObservedProduct
-from jaxmp.precision.blocks import quantize
+from jaxmp.precision.blocks import parse_block_format, quantize, round_blocks
 from jaxmp.precision.product import Matrices, random_bits
 from jaxmp.precision.recipe import PRODUCTS
 
@@ -76,16 +76,19 @@ def measured(operands, *recipes):
 def test_losses_are_those_of_the_operands_that_each_product_multiplies(operands):
     x, w, g = operands
     g = 2 * g  # times the loss scale
-    found = measured(operands, "mxfp4", "fprop=mxfp4/mxfp4,dgrad=e5m2/high,wgrad=mxfp4:rceil/int4:channel")
+    recipe = "fprop=mxfp4/mxfp4,dgrad=e5m2/high,wgrad=mxfp4:rceil/int4:channel,stochastic=weights"
+    found = measured(operands, "mxfp4", recipe)
     assert [(row.recipe[:5], row.product) for row in found.rows] == [
         *(("mxfp4", product) for product in ("fprop", "dgrad", "wgrad")),
         *(("fprop", product) for product in ("fprop", "dgrad", "wgrad")),
     ]
     fprop, dgrad, wgrad = found.rows[3:]
     q = lambda a, format, axis=None: np.asarray(quantize(jnp.asarray(a), format, axis=axis), np.float64)  # noqa: E731
+    noise = random_bits(jax.random.fold_in(jax.random.key(0), 1)[None], w.shape)  # of the second operand of fprop
+    drawn = np.asarray(round_blocks(jnp.asarray(w), noise, parse_block_format("mxfp4"), (0,)), np.float64)
     cases = [
         (fprop, "activations", x, q(x, "mxfp4", 1)),
-        (fprop, "weights", w, q(w, "mxfp4", 0)),
+        (fprop, "weights", w, drawn),
         (dgrad, "gradients", g, q(g, "e5m2")),
         (dgrad, "weights", w, w),
         (wgrad, "activations", x, q(x, "mxfp4:rceil", 0)),
@@ -115,6 +118,9 @@ def test_losses_are_those_of_the_operands_that_each_product_multiplies(operands)
     assert fprop.operands["activations"].clipped == pytest.approx(np.mean(blocks > 7 * scale))
     assert fprop.operands["activations"].clipped > 0
     assert wgrad.operands["activations"].clipped == 0
+    blocks = np.abs(w.T).reshape(N, -1, 32)  # rounded stochastically, all that is above 6 times the scale is clipped
+    of_weights = 2.0 ** (np.floor(np.log2(blocks.max(-1, keepdims=True))) - 2)
+    assert fprop.operands["weights"].clipped == pytest.approx(np.mean(blocks > 6 * of_weights))
     assert fprop.operands["activations"].spread == pytest.approx(np.log2(scale).std(), abs=1e-3)
     assert dgrad.operands["weights"]._replace(bias=None, low=None, high=None).format == "high"
     assert fprop.operands["weights"].spread > 0 and dgrad.operands["gradients"].spread is None
