@@ -167,7 +167,7 @@ class WhatIf:
             "",
             "underflow, clipped, mse (of the mean square) and scales (the spread of their exponents): of both operands",
             "activations/weights of fprop, gradients/weights of dgrad, activations/gradients of wgrad.",
-            "bias (with its 95 % interval) and signal/noise: of the product.",
+            "bias (with its 95 % interval, over rows and columns) and signal/noise: of the product.",
             f"Training is less effective where a gradient's signal/noise is below {STALL:.2f} (2505.19115); marked *: "
             f"{stalled}.",
         ]
