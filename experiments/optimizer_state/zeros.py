@@ -7,10 +7,10 @@ without its learning rate, m / (sqrt(v) + eps), is computed from them. It is abo
 it is m / eps, up to 1e8 times as large. The last column replaces these zeros by the smallest positive number that is
 stored in their block: if nothing else were wrong with the format, the updates would then be as large as in float32.
 
-Result (zeros.json): it is the zeros alone. The largest update is 1,400 or more with them; with them replaced, it is 3.6 in
-e4m3, 3.4 in int8, and 3.6 in float32. The numbers of a block of second moments span more than the 5.3 decades of
-e4m3 (from 448 to 2^-9), and a format that ends above 0 has no number for the rest. That is so by design: COAT
-(2410.19313, section 4.1) expands the range for this reason, and the code of 2110.02861 (section 1.3, bitsandbytes)
+Result (zeros.json): it is the zeros alone. With them, the largest update is 1,400 or more; with them replaced, it is
+3.6 in e4m3 and 3.4 in int8, and it is 3.6 in float32. The numbers of a block of second moments span more than the 5.3
+decades of e4m3 (from 448 to 2^-9), and a format that ends above 0 has no number for the rest. That is so by design:
+COAT (2410.19313, section 4.1) expands the range for this reason, and the code of 2110.02861 (section 1.3, bitsandbytes)
 gives the second moment a data type of 7 decades. Rounding stochastically, rather than to nearest, leaves fewer zeros in
 the mean and as large updates in the worst case.
 """
