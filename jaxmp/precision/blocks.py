@@ -667,7 +667,7 @@ def round_blocks(
       format: the block format.
       axes: the axes along which blocks run, none negative: all of them for a `tensor` format.
       spread: mapped axis over which `x` is spread, and the axis of `x` that is: a scale of the whole tensor, or of all
-        of that axis (`channel`), follows from the largest magnitude on all replicas. Blocks of a length lie on one each.
+        of that axis (`channel`), follows from the largest magnitude on all replicas; other blocks lie on one each.
     """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
     return _rounded(bits, noise, _scaling(bits & ~_SIGN, layout, format, axes, spread), layout, format, x.dtype)
