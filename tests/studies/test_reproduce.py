@@ -375,3 +375,20 @@ def test_a_slope_is_taken_in_each_seed_over_all_arms_and_a_failed_run_leaves_it_
     values[1][3] = None
     assert judge(values).verdict == claims.NOT_AT_THIS_SIZE and "1 of 5" in judge(values).note
     assert scaling.least_slope([0, 1, 0, 1], [0, 3, 0, 2], [7, 7, 8, 8]) == 2.0
+
+
+def test_the_slopes_of_the_scaling_laws_find_the_exponents_of_the_law_that_made_the_damages():
+    paper = reproduce.load(EXPERIMENTS / "scaling_laws", quick=False)
+    scaling = sys.modules["jaxmp_papers.scaling_laws"]
+    sizes = {arm: how.subject for arm, how in paper.arms.items()}
+
+    def log_damage(arm, seed):
+        width, steps = sizes[arm].model.width, sizes[arm].loop.steps
+        size = scaling.Size(width, sizes[arm].model.layers, steps)
+        return 0.5068 * math.log(size.tokens) - 0.3439 * math.log(size.parameters) + seed / 100
+
+    slopes = {"grows-with-data": 0.5068, "larger-lose-less": -0.3439, "at-every-size": 0.5068}
+    for claim in paper.claims:
+        if claim.id in slopes:
+            found = claim.judge([{seed: log_damage(arm, seed) for seed in paper.seeds} for arm in claim.arms])
+            assert found.mean == pytest.approx(slopes[claim.id]) and found.pairs == 5
