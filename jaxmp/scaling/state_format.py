@@ -101,7 +101,8 @@ def state_format(
       expand_range: expand the dynamic range of each block. It needs blocks of one length with float32 scales, and adds
         2 bytes a block.
       seed: seed of stochastic rounding. The random bits depend only on it, the step and the place in the state, so that
-        replicas agree and a resumed run continues to the bit. Two `state_format` with the same seed draw the same bits.
+        replicas agree and a resumed run continues to the bit. Two `state_format` with the same seed draw the same bits:
+        give each its own.
       formats: the format of each field of the state by its name, such as `mu`, `nu`, or `trace`: a `BlockFormat` or its
         name. Attributes of the parameters, such as those of an Equinox module, are not fields of the state. To round
         fields differently, nest two `state_format`: the outer one leaves what the inner one stores as it is.
