@@ -98,7 +98,7 @@ class OperandLoss(NamedTuple):
     """share that is rounded to 0"""
     clipped: float | None
     """share that is clipped to the largest number of the format in its block: under stochastic rounding all that is
-    above it, under rounding to nearest what is at least half a step above it"""
+    above it, under rounding to nearest what is more than half a step above it"""
     mse: float | None
     """mean squared error, as a share of the mean square"""
     bias: float | None
