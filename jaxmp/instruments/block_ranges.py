@@ -117,8 +117,8 @@ def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
     element = format if isinstance(format, Format) else format.format if isinstance(format, Delayed) else format.element
     highest = clips_above(element)
     if isinstance(format, Format) or (isinstance(format, BlockFormat) and format.scale == "e8m0"):
-        # Both limits have one exponent, so their bits differ by a constant, whatever the power of two. A factor would be
-        # rounded, and the largest number itself counted as clipped.
+        # Both limits have one exponent, so their bits differ by a constant, whatever the power of two. A factor would
+        # be rounded, and the largest number itself counted as clipped.
         difference = np.float32(highest).view(np.uint32) - np.float32(element.max).view(np.uint32)
         bits = lax.bitcast_convert_type(nearest, jnp.uint32) - difference
         return jnp.where(jnp.isfinite(nearest), lax.bitcast_convert_type(bits, jnp.float32), nearest)

@@ -188,22 +188,20 @@ COVERED = [  # recipe, product, (rows, K, N), whether both operands are the same
 def test_the_interval_of_a_products_bias_covers_that_of_unbiased_rounding_95_times_of_100(
     text, product, shape, same, monkeypatch
 ):
-    recipe, draws = recipe_of(text), 300
-    measure = _Measure((recipe,))
+    recipe, draws, rng = recipe_of(text), 300, np.random.default_rng(0)
+    measure, (rows, k, n) = _Measure((recipe,)), shape
+    x, w, g = (np.float32(rng.normal(size=(draws, *each))) for each in ((rows, k), (k, n), (rows, n)))
 
-    def sums(seed):
+    def sums(given):
+        seed, x, w, g = given
+
         def noise(keys, shape):  # the measure's own is the same in each draw
             return random_bits(jax.vmap(lambda key: jax.random.fold_in(key, seed))(keys), shape)
 
         monkeypatch.setattr("jaxmp.instruments.what_if.random_bits", noise)
-        rows, k, n = shape
-        shapes = (rows, k), (k, n), (rows, n)
-        x, w, g = (
-            jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), each) for i, each in enumerate(shapes)
-        )
-        return measure(ObservedProduct(Matrices(), x, w, x @ w), x if same else g)
+        return measure(ObservedProduct(Matrices(), x, w, x @ w), g)
 
-    found = jax.device_get(jax.jit(lambda seeds: jax.lax.map(sums, seeds))(jnp.arange(draws)))
+    found = jax.device_get(jax.jit(lambda given: jax.lax.map(sums, given))((np.arange(draws), x, w, x if same else g)))
     place = list(PRODUCTS).index(product)
     rows = [_read(text, recipe, "dense", product, each[0, place]) for each in found]
     covered = sum(row.low < 0 < row.high for row in rows) / draws

@@ -13,7 +13,7 @@ import pytest
 from flax.linen import fp8_ops
 
 from jaxmp.errors import InputError
-from jaxmp.precision.blocks import PRESETS, block_scales, quantize
+from jaxmp.precision.blocks import PRESETS, quantize
 from jaxmp.testing import quantizer_laws
 
 OURS = ["mxfp8", "mxfp6_e2m3", "mxfp4:rceil", "mxint8", "nvfp4", "block128", "int4:channel", "e2m1:block16x16:e8m0"]
@@ -222,17 +222,22 @@ def repeated_noise(share, key, x):
     return jnp.tile(noise, (1, -(-x.shape[1] // 4)))[:, : x.shape[1]] < share
 
 
-def exact_numbers_move(format, dtype, count):
-    """Rounds stochastically, but moves a number that is an element times its scale to the next larger magnitude."""
-    numbers = jnp.asarray(np.arange(count, dtype=np.uint8).view(dtype).astype(np.float32))
+def exact_numbers_move(dtype, count, block=None):
+    """Rounds stochastically, in NumPy, but moves a number that its block has to the next larger magnitude."""
+    numbers = np.arange(count, dtype=np.uint8).view(dtype).astype(np.float64)
 
     def quantiser(x, key):
-        scale = block_scales(x, format).of_numbers if ":" in format else jnp.ones_like(x)
-        scaled = jnp.abs(x) / jnp.where(scale > 0, scale, 1)
-        at = jnp.searchsorted(numbers, scaled)
-        exact = (numbers[at % count] == scaled) & (at > 0) & (at < count - 1) & (scale > 0)
-        drawn = quantize(x, format, rounding="stochastic", key=key)
-        return jnp.where(exact, jnp.sign(x) * numbers[(at + 1) % count] * scale, drawn)
+        x, scale = np.asarray(x, np.float64), 1.0
+        if block:
+            amax = np.abs(x).reshape(x.shape[0], -1, block).max(-1)
+            scale = np.exp2(np.ceil(np.log2(amax / numbers[-1]))).repeat(block, 1)
+        scaled = np.abs(x) / scale
+        below = np.searchsorted(numbers, scaled, "right") - 1
+        above = np.minimum(below + 1, count - 1)
+        share = (scaled - numbers[below]) / np.maximum(numbers[above] - numbers[below], numbers[1])
+        noise = np.random.default_rng(np.asarray(jax.random.key_data(key))).random(x.shape)
+        up = (noise < share) | ((share == 0) & (scaled > 0))
+        return np.float32(np.copysign(numbers[np.where(up, above, below)] * scale, x))
 
     return quantiser
 
@@ -298,13 +303,9 @@ STOCHASTIC = {
         "mxfp4:ceil",
         "between_neighbours",
     ),
-    "a number of the format moves": (
-        exact_numbers_move("e4m3", ml_dtypes.float8_e4m3fn, 127),
-        "e4m3",
-        "between_neighbours",
-    ),
+    "a number of the format moves": (exact_numbers_move(ml_dtypes.float8_e4m3fn, 127), "e4m3", "between_neighbours"),
     "a number of its block moves": (
-        exact_numbers_move("mxfp4:rceil", ml_dtypes.float4_e2m1fn, 8),
+        exact_numbers_move(ml_dtypes.float4_e2m1fn, 8, 32),
         "mxfp4:rceil",
         "between_neighbours",
     ),
