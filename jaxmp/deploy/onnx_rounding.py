@@ -107,9 +107,10 @@ def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, lengths: 
         else:
             more[axis] = -size % lengths[axis]
             split += [(size + more[axis]) // lengths[axis], lengths[axis]]
+    is_padded = any(not isinstance(extra, int) or extra for extra in more)
     x = value
-    if any(more):
-        x = graph.add("Pad", x, graph.ints(*[0] * len(shape), *more), _float(graph, 0), mode="constant")
+    if is_padded:
+        x = graph.add("Pad", x, graph.shape([*[0] * len(shape), *more]), _float(graph, 0), mode="constant")
     x = graph.add("Reshape", x, graph.shape(split))
     is_bad = graph.add("Or", graph.add("IsNaN", x), graph.add("IsInf", x))
     bad = graph.add("ReduceMax", graph.cast(is_bad, bool, np.int32), graph.ints(*inner), keepdims=1)
@@ -120,11 +121,11 @@ def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, lengths: 
     encode, decode = _scales(graph, amax, format)
     found = graph.add("Mul", _element(graph, graph.add("Mul", clean, encode), format.element), decode)
     found = graph.add("Where", bad, _float(graph, np.nan), found)
-    if not any(more):
+    if not is_padded:
         return graph.reshape(found, shape)
     found = graph.reshape(found, [size + extra for size, extra in zip(shape, more, strict=True)])
-    cut = [axis for axis, extra in enumerate(more) if extra]
-    ends = graph.ints(*(shape[axis] for axis in cut))
+    cut = [axis for axis, extra in enumerate(more) if not isinstance(extra, int) or extra]
+    ends = graph.shape([shape[axis] for axis in cut])
     return graph.slice(found, graph.ints(*[0] * len(cut)), ends, cut, [1] * len(cut))
 
 
