@@ -941,6 +941,8 @@ def _scatter(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     params, numbers, name = eqn.params, eqn.params["dimension_numbers"], eqn.primitive.name
     whole, indices, updates = (atom.aval for atom in eqn.invars)
     dtype = kept_dtype(whole.dtype)
+    if name == "scatter" and params["update_jaxpr"] is not None:
+        raise refused(place, "an update by a function, `.at[...].apply`", "`.at[...].set` of its result")
     batching = tuple(numbers.operand_batching_dims)
     rows = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
     windows = [axis for axis in range(whole.ndim) if axis not in (*numbers.inserted_window_dims, *batching)]
