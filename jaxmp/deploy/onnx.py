@@ -663,10 +663,15 @@ def _reverse(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
 
 def _pad(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     config, dtype = eqn.params["padding_config"], kept_dtype(eqn.invars[0].aval.dtype)
-    if any(interior != 0 for _, _, interior in config):
-        raise refused(place, "padding between elements")
     whole = whole_dtype(dtype)
     value, fill = (graph.cast(operand, dtype, whole) for operand in operands)
+    shape = list(eqn.invars[0].aval.shape)
+    for axis, (_, _, interior) in enumerate(config):
+        if interior:  # each element is followed by some, which are cut off after the last one
+            value = _padded(graph, graph.add("Unsqueeze", value, graph.ints(axis + 1)), [(axis + 1, 0, interior)], fill)
+            shape[axis] = shape[axis] * (1 + interior)
+            value = _padded(graph, graph.reshape(value, shape), [(axis, 0, -interior)], fill)
+            shape[axis] = shape[axis] - interior
     padding = [(axis, low, high) for axis, (low, high, _) in enumerate(config)]
     return graph.cast(_padded(graph, value, padding, fill), whole, dtype)
 

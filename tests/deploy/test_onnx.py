@@ -414,6 +414,13 @@ AS_IN_JAX = {
     "updates": (updated, np.where(IMAGE > 1.5, np.nan, IMAGE)[..., 0], TOKENS[:, :3]),
     "tiles": (lambda x: (jnp.tile(x, (2, 1)), jnp.tile(x, (3, 1, 2))), NANS),
     "pads below zero": (lambda x: lax.pad(x, 9.0, ((0, 0, 0), (-1, 2, 0))), NANS),
+    "pads between": (
+        lambda x: (
+            lax.pad(x, 9.0, ((0, 0, 1), (2, -1, 2))),
+            lax.associative_scan(lambda a, b: a * 0.5 + b, jnp.nan_to_num(x), axis=1),
+        ),
+        NANS,
+    ),
 }
 
 
