@@ -92,7 +92,7 @@ def files(of: Forward, packed: Mapping[str, PackedWeight] = {}) -> dict[str, byt
       of: the function of plain weights.
       packed: weights that the file has packed, by path, with the operations that decode them.
 
-    Raises: InputError for an operation that ONNX does not have, with the module it is in; or for more than 2 GiB.
+    Raises: InputError for an operation that is not written here, with the module it is in; or for more than 2 GiB.
     """
     size = sum(
         packed[name].nbytes if name in packed else np.asarray(weight).nbytes for name, weight in of.weights.items()
@@ -323,10 +323,11 @@ def _quotient(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     whole = whole_dtype(dtype)
     x, y = (graph.cast(operand, dtype, whole) for operand in operands)
 
-    def computed(divisor: str) -> str:
-        return graph.add("Div", x, divisor) if divides else graph.add("Mod", x, divisor, fmod=1)
+    def computed(y: str) -> str:
+        return graph.add("Div", x, y) if divides else graph.add("Mod", x, y, fmod=1)
 
-    if isinstance(eqn.invars[1], Literal) and int(eqn.invars[1].val) not in (0, -1):
+    divisor = eqn.invars[1]
+    if isinstance(divisor, Literal) and np.ndim(divisor.val) == 0 and int(divisor.val) not in (0, -1):
         return graph.cast(computed(y), whole, dtype)
     zero, one, minus = (graph.constant(value, whole) for value in (0, 1, -1))
     is_zero, is_minus = graph.add("Equal", y, zero), graph.add("Equal", y, minus)
@@ -493,10 +494,10 @@ def _pool(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
     if not spatial:
         return operands[0]
     others = [axis for axis in range(len(window)) if axis not in spatial]
-    within = all(
-        0 <= pad <= dilations[axis] * (window[axis] - 1) // 2 for axis in spatial for pad in map(int, padding[axis])
-    )
     dilated = any(dilations[axis] != 1 for axis in spatial)
+    # ONNX Runtime refuses more; with gaps, a window might hold nothing but padding.
+    most = {axis: 0 if dilated else window[axis] - 1 for axis in spatial}
+    within = all(0 <= int(pad) <= most[axis] for axis in spatial for pad in padding[axis])
     # ONNX's pooling is over one to three axes, which follow two others; those in excess are pooled by windows of one.
     excess, others = others[1:-1], [*others[:1], *others[1:][-1:]]
     pooled = sorted([*excess, *spatial])
@@ -514,11 +515,12 @@ def _pool(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
         y = graph.add("Mul", mean, graph.constant(math.prod(window), dtype))
     else:
         how |= {"dilations": [dilations[axis] for axis in pooled]} if dilated else {}
-        y = graph.add("Neg", graph.add("MaxPool", graph.add("Neg", x), **how)) if name == "min" else None
-        y = graph.add("MaxPool", x, **how) if y is None else y
-        bad = graph.cast(
-            graph.add("MaxPool", _nans(graph, x), **how), np.uint8, bool
-        )  # MaxPool takes no notice of them
+        if name == "max":
+            y = graph.add("MaxPool", x, **how)
+        else:
+            y = graph.add("Neg", graph.add("MaxPool", graph.add("Neg", x), **how))
+        # MaxPool takes no notice of a NaN.
+        bad = graph.cast(graph.add("MaxPool", _nans(graph, x), **how), np.uint8, bool)
         y = graph.add("Where", bad, graph.constant(np.nan, dtype), y)
     return graph.transpose(y, np.argsort(order).tolist())
 

@@ -354,7 +354,9 @@ def windows(x):
     found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), **dilated)]
     found += [lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), **dilated)]
     far = ((0, 0), (4, -1), (0, 3), (0, 0))
-    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 3, 2), (1, 1, 1, 1), far)]
+    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 3, 2), (1, 1, 1, 1), far), nn.max_pool(x, (2, 2))]
+    gaps = {"window_strides": (1, 1, 1, 1), "padding": "SAME", "window_dilation": (1, 5, 6, 1)}
+    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), **gaps)]
     return found
 
 
