@@ -371,10 +371,10 @@ def test_what_cannot_be_done_is_said_in_one_message(call, message):
 
 
 @pytest.mark.slow
-def test_blame_names_the_block_format_that_rounded_a_number_up_to_infinity():
-    x = np.full(32, np.finfo(np.float32).max)
-    found = jaxmp.blame(lambda x: quantize(x, "e4m3:block32:e8m0:rceil").sum(), x)
-    assert found.primitive == "quantize_mxfp8_e4m3-rceil"
+def test_blame_names_the_block_format_whose_scale_float32_cannot_hold():
+    x = np.full(32, np.finfo(np.float32).max)  # elements are below 1
+    found = jaxmp.blame(lambda x: quantize(x, "int8f7:block32").sum(), x)
+    assert found.primitive == "quantize_int8f7-block32"
 
 
 @pytest.mark.slow
