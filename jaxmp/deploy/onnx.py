@@ -265,7 +265,7 @@ def _call(graph: Graph, eqn: Any, inner: Any, operands: list[Any], place: Place)
         format, aval = parse_scope(scopes.pop()), eqn.outvars[0].aval
         axes = _block_axes(jaxpr) if isinstance(format, BlockFormat) else {}
         if format is not None and axes is not None:
-            return [_on_grid(graph, rounded(graph, operands[0], format, aval.shape, axes), aval)]
+            return [_on_grid(graph, rounded(graph, operands[0], format, aval, axes), aval)]
     return _convert(graph, jaxpr, consts, operands, place)
 
 

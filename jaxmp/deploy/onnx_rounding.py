@@ -38,11 +38,24 @@ def parse_scope(scope: str) -> Format | BlockFormat | None:
         return None
 
 
-def rounded(graph: Graph, value: str, format: Format | BlockFormat, shape: Any, axes: Mapping[int, Any]) -> str:
-    """A float32 value of some shape on the grid of a format; `axes` are those along which blocks run, with lengths."""
+def rounded(graph: Graph, value: str, format: Format | BlockFormat, like: Any, axes: Mapping[int, Any]) -> str:
+    """A value that is kept as float32 on the grid of a format.
+
+    Args:
+      graph: the graph.
+      value: the value.
+      format: the format.
+      like: shape and dtype that the value has in JAX.
+      axes: lengths of blocks by the axis along which they run.
+    """
     if isinstance(format, Format):
         return _element(graph, value, format)
-    return _blocks(graph, value, format, shape, axes)
+    return _at_most(graph, _blocks(graph, value, format, like.shape, axes), float(jnp.finfo(like.dtype).max))
+
+
+def _at_most(graph: Graph, value: str, largest: float) -> str:
+    """The value, at most the largest number of a dtype: a scale that is rounded up can make it larger."""
+    return graph.add("Max", graph.add("Min", value, _float(graph, largest)), _float(graph, -largest))
 
 
 def _float(graph: Graph, value: float) -> str:
@@ -216,7 +229,7 @@ def unpacked(graph: Graph, name: str, packed: PackedBlocks) -> str:
         scale = graph.add("Expand", graph.add("Unsqueeze", scale, graph.ints(2)), graph.ints(rows, blocks, size))
         scale = graph.reshape(scale, (rows, blocks * size))
         scale = graph.slice(scale, graph.ints(0), graph.ints(length), [1], [1])
-    return graph.add("Mul", numbers, scale)
+    return _at_most(graph, graph.add("Mul", numbers, scale), _LARGEST)
 
 
 def _single_codes(elements: jax.Array, length: int) -> jax.Array:

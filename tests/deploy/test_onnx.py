@@ -562,7 +562,8 @@ def test_blocks_along_axes_in_any_order_and_of_the_largest_numbers_are_those_of_
 
     def function(x):
         two = [jaxmp.quantize(x, "e4m3:block4x8", axis=axes) for axes in ((2, 1), (1, 2))]
-        return [*two, jaxmp.quantize(x, "mxfp4:rceil"), jaxmp.quantize(x, "mxfp4:ceil")]
+        halves = [jaxmp.quantize((x * 2.0**-112).astype(jnp.float16), "mxfp4:rceil").astype(jnp.float32)]
+        return [*two, jaxmp.quantize(x, "mxfp4:rceil"), jaxmp.quantize(x, "mxfp4:ceil"), *halves]
 
     found, expected = converted(function, x)(x), jax.jit(function)(x)
     for mine, right in zip(found, expected, strict=True):
