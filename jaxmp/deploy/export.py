@@ -284,9 +284,12 @@ def check(
 def _target(folder: Path) -> Path:
     """Where a folder is, behind symbolic links. Raises InputError if they make a loop."""
     try:
-        return folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"output {str(folder)!r}: {error}; expected a new or empty folder") from None
+        target = folder.resolve()
+    except (OSError, RuntimeError):  # Python 3.13 returns the link
+        target = folder
+    if target.is_symlink():
+        raise InputError(f"output {str(folder)!r}: a loop of symbolic links; expected a new or empty folder")
+    return target
 
 
 def _require_flatbuffers() -> None:

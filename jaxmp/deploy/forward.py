@@ -251,7 +251,7 @@ def _check_rows(run: Run, outputs: Spec, rows: Any) -> None:
             found = f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
             raise InputError(
                 f"export: the output {name} of the model of {run.path} is {found} for {rows} rows; expected the rows "
-                f"first, [{rows}, ...], in each output: return it apart from the outputs, or once for each row"
+                f"first in each output, [{rows}, ...]"
             )
 
 
