@@ -18,7 +18,17 @@ from jaxmp.data.source import Columns
 from jaxmp.deploy.contraction import summed_axes
 from jaxmp.deploy.export import Measured
 from jaxmp.deploy.forward import Forward, forward
-from jaxmp.deploy.quantise import FORMATS, _Judge, _unrounded, packed_weight, quantise, why_kept
+from jaxmp.deploy.quantise import (
+    FORMATS,
+    Calibrated,
+    Layer,
+    Quantised,
+    _Judge,
+    _unrounded,
+    packed_weight,
+    quantise,
+    why_kept,
+)
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
 from jaxmp.trees import by_path
@@ -251,6 +261,18 @@ def test_a_scale_for_a_channel_is_the_largest_magnitude_over_exactly_the_axes_th
         np.testing.assert_allclose(np.asarray(packed.blocks.scales).ravel(), amax.ravel() / 127, rtol=1e-6)
         scale = np.expand_dims(amax / 127, axes)
         np.testing.assert_allclose(packed.unpack(), np.rint(weight / scale) * scale, rtol=1e-5, atol=1e-7)
+
+
+def test_activations_and_what_is_not_rounded_are_said_with_and_without_static_scales():
+    layers = (Layer("kernel", (2, 2), "int8:channel", 4, 16, ""),)
+    static = Calibrated("int8", 10, {"head": 0.5}, 0.25)
+    for calibration, expected in (
+        (None, "activations      int8, a scale for each vector of each row; emulated"),
+        (static, "activations      int8, static scales from 10 training rows"),
+    ):
+        lines = str(Quantised(None, layers, None, calibration, "int8", ("", "head"), {})).splitlines()
+        assert expected in lines and "not rounded      the inputs of (model), head" in lines
+    assert "activations" not in str(Quantised(None, layers, None, None, None, (), {}))
 
 
 @pytest.mark.slow
