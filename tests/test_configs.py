@@ -109,7 +109,7 @@ def bits(tree):
 
 
 LONG = (
-    *("bert_base_mlm", "cifar10_resnet", "cifar10_vit", "imagenet_", "mnist_dcgan", "mnist_dpsgd", "openwebtext_"),
+    *("bert_base_mlm", "cifar10_", "imagenet_", "mnist_cnn", "mnist_dcgan", "mnist_dpsgd", "mnist_mlp", "openwebtext_"),
     *("permuted_mnist", "spoken_digits_", "sst2_bert"),
 )
 """configs that take long to compile, or have a like one among the others"""

@@ -116,7 +116,8 @@ class BlockFormat:
       float32: g = (448 m) / amax of the tensor, scale = e4m3(amax * (g * (1 / m))), and elements are rounded from
       x * (1 / (scale * (1 / g))). `torchao`: p = amax of the tensor / (448 m), scale = e4m3((amax / m) / p), at least
       2^-6, and elements are rounded from x * ((1 / p) / scale). With both, up to 1/17 of a block's largest values may
-      be clipped, since the scale is rounded to nearest.
+      be clipped, since the scale is rounded to nearest; with `te` more where the scale is below 2^-6, and all of a
+      block whose scale becomes 0.
     - Scale format `f32`. `amax`: elements are rounded from x * e with e = m / amax, at most 2^126, and the scale is
       1 / e (DeepSeek-V3, 2412.19437, section 3.3.2; torchao's and Transformer Engine's order).
 
@@ -313,7 +314,8 @@ def quantize(
 
     For float formats such as `e4m3`, see `jaxmp.precision.formats.quantize`. For block formats, see `BlockFormat` for
     how a block is scaled and what becomes of infinities, NaN and zeros. The rounding is exact on every device; the
-    result is the same with and without jit. In a bfloat16 or float16 `x`, the result is rounded to that dtype.
+    result is the same with and without jit. In a bfloat16 or float16 `x`, the result is rounded to that dtype. What is
+    beyond the largest number of the dtype, as a scale that is rounded up can make it, becomes that number.
 
     The derivative is 1 in forward and reverse mode (the straight-through estimator, Bengio et al. 2013).
 
@@ -390,8 +392,9 @@ class PackedBlocks:
         magnitudes, negative = _split_sign(codes, self.format.element)
         layout = _Layout(self.shape, self.format.block, self.axis)
         scale = _decoded_scale(layout.expand(self.scales), self.tensor_scale, self.format)
-        bits = _scaled(_numbers(layout.grouped(magnitudes), self.format.element), *scale)
-        return _finish(layout.ungrouped(bits), negative, jnp.dtype(dtype))
+        codes = layout.grouped(magnitudes)
+        bits = _scaled(_numbers(codes, self.format.element), *scale)
+        return _finish(layout.ungrouped(_with_specials(bits, codes, self.format.element)), negative, jnp.dtype(dtype))
 
     def to_ml_dtypes(self) -> tuple[np.ndarray, np.ndarray, float | None]:
         """Returns elements (shape of the array), scales and scale of the tensor as NumPy arrays of ml_dtypes.
@@ -464,8 +467,11 @@ def from_ml_dtypes(
       axis: the axis along which blocks run; as for `quantize`.
       tensor_scale: the scale of the tensor by which e4m3 scales are multiplied; 1 by default.
 
+    Infinite and NaN elements stay what they are, and blocks with a NaN scale are NaN.
+
     Raises:
-      InputError: a dtype is another one, or the block length does not fit the shapes of elements and scales.
+      InputError: a dtype is another one, the block length does not fit the shapes of elements and scales, or a scale is
+        negative.
     """
     format = parse_block_format(format) if isinstance(format, str) else format
     elements, scales = np.asarray(elements), np.asarray(scales)
@@ -486,6 +492,14 @@ def from_ml_dtypes(
         raise InputError(
             f"from_ml_dtypes to {format}: tensor_scale={tensor_scale}; expected none, since only e4m3 scales have one"
         )
+    if tensor_scale is not None and not 0 <= tensor_scale < np.inf:
+        raise InputError(f"from_ml_dtypes to {format}: tensor_scale={tensor_scale}; expected a number of 0 or more")
+    if format.scale != "e8m0":  # which has no sign
+        numbers = scales.astype(np.float32)
+        if (numbers < 0).any():
+            place = tuple(int(i) for i in np.argwhere(numbers < 0)[0])
+            raise InputError(f"from_ml_dtypes to {format}: scale {place} is {numbers[place]:g}; expected 0 or more")
+        scales = np.abs(scales)  # a NaN or a zero may have a sign, which means nothing
     codes = (elements.astype(np.int8) if isinstance(format.element, Integer) else elements).view(np.uint8)
     codes = jnp.asarray(codes & (2**format.element.bits - 1), jnp.uint32)
     return PackedBlocks(
@@ -561,6 +575,7 @@ def _e4m3_numbers(codes: jax.Array) -> jax.Array:
 
 _SIGN = np.uint32(0x80000000)
 _LARGEST = np.uint32(INFINITY - 1)
+_NAN = np.uint32(INFINITY | 0x400000)
 _FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 _NAN_CODES = {"e8m0": 255, "e4m3": 127}
 _SCALE_DTYPES: dict[str, Any] = {"e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn, "f32": np.float32}
@@ -638,7 +653,11 @@ def _quantize_blocks(x: jax.Array, noise: jax.Array | None, format: BlockFormat,
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit, one call instead of a hundred
 def round_blocks(
-    x: jax.Array, noise: jax.Array | None, format: BlockFormat, axes: tuple[int, ...], axis_name: str | None = None
+    x: jax.Array,
+    noise: jax.Array | None,
+    format: BlockFormat,
+    axes: tuple[int, ...],
+    spread: tuple[str, int] | None = None,
 ) -> jax.Array:
     """Rounds as `quantize` does, without its checks and without a derivative.
 
@@ -647,11 +666,11 @@ def round_blocks(
       noise: uint32 random bits for each number of `x`; None rounds to nearest.
       format: the block format.
       axes: the axes along which blocks run, none negative: all of them for a `tensor` format.
-      axis_name: mapped axis over which `x` is spread: a scale of the whole tensor follows from the largest magnitude on
-        all replicas.
+      spread: mapped axis over which `x` is spread, and the axis of `x` that is: a scale of the whole tensor, or of all
+        of that axis (`channel`), follows from the largest magnitude on all replicas; other blocks lie on one each.
     """
     layout, bits = _Layout(x.shape, format.block, axes), float32_bits(x)
-    return _rounded(bits, noise, _scaling(bits & ~_SIGN, layout, format, axis_name), layout, format, x.dtype)
+    return _rounded(bits, noise, _scaling(bits & ~_SIGN, layout, format, axes, spread), layout, format, x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -681,12 +700,18 @@ def _operands(bits: jax.Array, noise: jax.Array | None, layout: _Layout) -> tupl
     return layout.grouped(bits), None if noise is None else layout.grouped(noise)
 
 
-def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_name: str | None = None) -> _Scaling:
-    """Computes the scales of all blocks from the magnitudes of the array."""
+def _scaling(
+    magnitude: jax.Array,
+    layout: _Layout,
+    format: BlockFormat,
+    axes: tuple[int, ...] = (),
+    spread: tuple[str, int] | None = None,
+) -> _Scaling:
+    """Computes the scales of all blocks from the magnitudes of the array; `axes` and `spread` as in `round_blocks`."""
     # As integers, a NaN is larger than infinity, and that than any number: a maximum cannot miss one (trap T18).
     amax = jnp.max(layout.grouped(magnitude), axis=layout.inner, keepdims=True, initial=0)
-    if axis_name is not None and format.block == "tensor":
-        amax = jax.lax.pmax(amax, axis_name)
+    if spread is not None and (format.block == "tensor" or (format.block == "channel" and spread[1] in axes)):
+        amax = jax.lax.pmax(amax, spread[0])
     bad = amax >= INFINITY
     amax = jnp.where(bad, jnp.uint32(0), amax)
     if format.scale == "e8m0":
@@ -701,8 +726,8 @@ def _scaling(magnitude: jax.Array, layout: _Layout, format: BlockFormat, axis_na
         stored = jnp.where(bad, jnp.float32(jnp.nan), bitcast_convert_type(decode, jnp.float32))
         return _Scaling(stored, None, _factor(encode), _factor(decode), bad, amax)
     tensor_amax = jnp.max(amax, initial=0)
-    if axis_name is not None:
-        tensor_amax = jax.lax.pmax(tensor_amax, axis_name)
+    if spread is not None:
+        tensor_amax = jax.lax.pmax(tensor_amax, spread[0])
     code, tensor_scale, encode, decode = _e4m3_scaling(amax, tensor_amax, format)
     stored = jnp.where(bad, np.uint8(_NAN_CODES["e4m3"]), code.astype(jnp.uint8))
     tensor_scale = bitcast_convert_type(tensor_scale, jnp.float32)
@@ -840,14 +865,14 @@ def _elements(bits: jax.Array, noise: jax.Array | None, scaling: _Scaling, eleme
 
 
 def _scaled(numbers: jax.Array, scale: _Factor, bad: jax.Array) -> jax.Array:
-    """Returns the bits of magnitudes of elements times their scales; NaN where those are `bad`.
+    """Returns the bits of magnitudes of elements times their scales, at most float32's largest; NaN where `bad`.
 
     A subnormal product with a scale that is no power of two is rounded twice: it can be 2^-149 from the nearest.
     """
     if scale.factor is not None:
         numbers = numbers * scale.factor
     result = times_power_of_two(bitcast_convert_type(numbers, jnp.uint32), scale.exponent)
-    return jnp.where(bad, jnp.uint32(INFINITY | 0x400000), result)
+    return jnp.where(bad, _NAN, jnp.minimum(result, _LARGEST))
 
 
 def _codes(numbers: jax.Array, element: Element) -> jax.Array:
@@ -876,6 +901,15 @@ def _numbers(codes: jax.Array, element: Element) -> jax.Array:
     return jnp.where(codes < 1 << mantissa_bits, quanta, bitcast_convert_type(normal, jnp.float32))
 
 
+def _with_specials(bits: jax.Array, codes: jax.Array, element: Element) -> jax.Array:
+    """Puts infinity and NaN where codes of a float format say so, as those of another library may."""
+    if isinstance(element, Integer) or not element.has_nan:
+        return bits
+    code = element.largest_code
+    special = jnp.where(codes == code + 1, jnp.uint32(INFINITY), _NAN) if element.has_infinity else _NAN
+    return jnp.where(codes > code, jnp.maximum(bits, special), bits)  # NaN, too, where the scale is
+
+
 def _binades(element: Element) -> tuple[int, int]:
     """Returns mantissa bits and the smallest exponent; an integer is a float with subnormal numbers alone."""
     if isinstance(element, Format):
@@ -884,13 +918,13 @@ def _binades(element: Element) -> tuple[int, int]:
 
 
 def _finish(magnitude: jax.Array, negative: jax.Array, dtype: Any, keep_zero: bool = True) -> jax.Array:
-    """Puts the sign on magnitude bits, and rounds to `dtype`."""
+    """Puts the sign on magnitude bits, and rounds to `dtype`: a number to one, if only to the largest."""
     if not keep_zero:
         negative = negative & (magnitude > 0)
-    bits = magnitude | jnp.where(negative, _SIGN, jnp.uint32(0))
     if dtype != jnp.float32:
-        bits = round_bits(bits, None, parse_format(dtype.name), False)
-    return from_float32_bits(bits, dtype)
+        rounded = round_bits(magnitude, None, parse_format(dtype.name), True)
+        magnitude = jnp.where(magnitude == INFINITY, magnitude, rounded)
+    return from_float32_bits(magnitude | jnp.where(negative, _SIGN, jnp.uint32(0)), dtype)
 
 
 def _join_sign(magnitude: jax.Array, negative: jax.Array, element: Element) -> jax.Array:

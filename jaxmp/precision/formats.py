@@ -119,12 +119,12 @@ class Format:
     @property
     def max_exponent(self) -> int:
         """The base 2 logarithm of the largest power of two."""
-        return (self._largest_code >> self.mantissa_bits) - self.bias
+        return (self.largest_code >> self.mantissa_bits) - self.bias
 
     @property
     def max(self) -> float:
         """The largest number."""
-        fraction = self._largest_code & (2**self.mantissa_bits - 1)
+        fraction = self.largest_code & (2**self.mantissa_bits - 1)
         return (1 + fraction * 2.0**-self.mantissa_bits) * 2.0**self.max_exponent
 
     @property
@@ -143,7 +143,7 @@ class Format:
         return 2.0 ** -(self.mantissa_bits + 1)
 
     @property
-    def _largest_code(self) -> int:
+    def largest_code(self) -> int:
         """The code of the largest number, without the sign."""
         if self.specials == "ieee":
             return ((2**self.exponent_bits - 1) << self.mantissa_bits) - 1

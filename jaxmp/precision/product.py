@@ -205,8 +205,9 @@ def dot_general(
     batch = [lhs.shape[i] for i in lhs_batch]
     k = math.prod(lhs.shape[i] for i in lhs_sum)
     head = [math.prod(batch)] if batch else []
-    x = lax.transpose(lhs, [*lhs_batch, *lhs_free, *lhs_sum]).reshape(*head, -1, k)
-    w = lax.transpose(rhs, [*rhs_batch, *rhs_sum, *rhs_free]).reshape(*head, k, -1)
+    rows, columns = (math.prod(each.shape[i] for i in free) for each, free in ((lhs, lhs_free), (rhs, rhs_free)))
+    x = lax.transpose(lhs, [*lhs_batch, *lhs_free, *lhs_sum]).reshape(*head, rows, k)
+    w = lax.transpose(rhs, [*rhs_batch, *rhs_sum, *rhs_free]).reshape(*head, k, columns)
     y = matrix_product(x, w, recipe, batch=len(head), draws=draws, delay=delay, axis_name=axis_name)
     return y.reshape(*batch, *(lhs.shape[i] for i in lhs_free), *(rhs.shape[i] for i in rhs_free))
 
@@ -257,7 +258,8 @@ def round_operand(
 ) -> jax.Array:
     """Rounds an operand of a product to its format; returns float32. `hadamard` comes before it where there is one.
 
-    Infinities and NaN stay what they are, or make their block NaN.
+    Infinities and NaN stay what they are, or make their block NaN. The derivative by `x` is 1, as that of `quantize`:
+    the gradient of a product can be differentiated again, in a penalty on gradients, say.
 
     Args:
       x: the operand, float32, bfloat16 or float16.
@@ -266,20 +268,34 @@ def round_operand(
         along the one over which the product sums; blocks of two lengths lie on both.
       noise: 32 random bits for each number, uint32; None rounds to nearest.
       scale: of a `Delayed` format, what `x` is multiplied by.
-      axis_name: mapped axis over which the rows are spread, for the scale of a whole tensor.
+      axis_name: mapped axis over which the rows are spread, for a scale of the whole tensor or of all rows.
     """
     format = operand.format
     x = x.astype(FLOAT32)
     if format is None:
         return x
-    pair = axes[0] % x.ndim, axes[1] % x.ndim
+    if isinstance(format, Delayed) and scale is None:
+        raise InputError(f"format {format} of {operand.role}: expected a scale, which is kept in model state")
+    return _rounded(x, noise, scale, operand, (axes[0] % x.ndim, axes[1] % x.ndim), axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _rounded(
+    x: jax.Array,
+    noise: jax.Array | None,
+    scale: jax.Array | None,
+    operand: RecipeOperand,
+    axes: tuple[int, int],
+    axis_name: str | None,
+) -> jax.Array:
+    """Rounds float32 as `round_operand` does; no axis is negative."""
+    format = operand.format
     with jax.named_scope(f"quantize_{str(format).replace(':', '-')}"):
         if isinstance(format, BlockFormat):
-            along = block_axes(operand, pair, x.ndim)
-            return round_blocks(x, noise, format, along, None if operand.role == "weights" else axis_name)
+            spread = None if axis_name is None or operand.role == "weights" else (axis_name, axes[0])
+            return round_blocks(x, noise, format, block_axes(operand, axes, x.ndim), spread)
         if isinstance(format, Delayed):
-            if scale is None:
-                raise InputError(f"format {format} of {operand.role}: expected a scale, which is kept in model state")
+            assert scale is not None
             if isinstance(format.format, Integer):
                 rounded = round_to_integer(x * scale, noise, format.format)
             else:
@@ -287,9 +303,17 @@ def round_operand(
             # A product, as in Transformer Engine: XLA makes one of a quotient in some programs, others keep it.
             rounded = rounded * (1 / scale)
         else:
+            assert format is not None
             # Gradients overflow to what a loss scaler sees.
             rounded = _round_numbers(x, noise, format, operand.role != "gradients")
         return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+@_rounded.defjvp
+def _straight_through(
+    operand: RecipeOperand, axes: tuple[int, int], axis_name: str | None, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _rounded(*primals, operand, axes, axis_name), tangents[0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # a call, which an exported program shows as one operation
@@ -337,7 +361,8 @@ def split_groups(x: jax.Array, contraction: Contraction, role: str) -> tuple[jax
     first, second = contraction.axes[role]
     if contraction.groups == 1:
         return x, (first, second)
-    x = x.reshape(*x.shape[:second], contraction.groups, -1, *x.shape[second + 1 :])
+    each = x.shape[second] // contraction.groups
+    x = x.reshape(*x.shape[:second], contraction.groups, each, *x.shape[second + 1 :])
     return x, (first + (first > second), second + 1)
 
 
@@ -379,16 +404,16 @@ def hadamard(x: jax.Array, length: int, axis: int = -1, *, exponent: int | None 
     more = -x.shape[axis] % length
     if more:
         x = jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    x = x.reshape(*before, x.shape[axis] // length, length, *after)
+    before, count, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = x.reshape(*before, count // length, length, *after)
     signs = _signs(length) * np.float32(2.0**-exponent)
     x = x * signs.reshape(length, *[1] * len(after))
     for stage in range(stages):
         width = 2**stage
-        pairs = x.reshape(*before, -1, 2, width, *after)
+        pairs = x.reshape(*before, count // (2 * width), 2, width, *after)
         a, b = (lax.index_in_dim(pairs, i, axis + 1, keepdims=True) for i in (0, 1))
         x = lax.concatenate([a + b, a - b], axis + 1)
-    return x.reshape(*before, -1, *after)
+    return x.reshape(*before, count, *after)
 
 
 @functools.cache
@@ -446,7 +471,7 @@ class _Plan:
         )
         if self.contraction.groups == 1:
             return x
-        return x.reshape(*x.shape[: second - 1], -1, *x.shape[second + 1 :])
+        return x.reshape(*x.shape[: second - 1], x.shape[second - 1] * x.shape[second], *x.shape[second + 1 :])
 
     def _noise(self, operand: RecipeOperand, shape: tuple[int, ...], key: Any, index: Any) -> jax.Array:
         if key is None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class StateFormatState(NamedTuple):
     """number of steps so far, int32 scalar; stochastic rounding draws other random bits in each step"""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks", "powers"), meta_fields=("shape",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("blocks", "powers"), meta_fields=("shape", "outer"))
 @dataclasses.dataclass(frozen=True)
 class PackedArray:
     """An array of an optimizer's state, in a block format."""
@@ -55,6 +56,8 @@ class PackedArray:
     """bfloat16, one for each block: magnitudes were raised to this power before rounding; None without expansion"""
     shape: tuple[int, ...]
     """shape of the array"""
+    outer: int = 0
+    """number of `state_format`s around the one that packed the array; they leave it as it is"""
 
     @property
     def format(self) -> BlockFormat:
@@ -98,9 +101,11 @@ def state_format(
       expand_range: expand the dynamic range of each block. It needs blocks of one length with float32 scales, and adds
         2 bytes a block.
       seed: seed of stochastic rounding. The random bits depend only on it, the step and the place in the state, so that
-        replicas agree and a resumed run continues to the bit.
+        replicas agree and a resumed run continues to the bit. Two `state_format` with the same seed draw the same bits:
+        give each its own.
       formats: the format of each field of the state by its name, such as `mu`, `nu`, or `trace`: a `BlockFormat` or its
-        name. To round fields differently, nest two `state_format`.
+        name. Attributes of the parameters, such as those of an Equinox module, are not fields of the state. To round
+        fields differently, nest two `state_format`: the outer one leaves what the inner one stores as it is.
 
     Raises:
       InputError: a format or `rounding` is unknown; no field is named; range expansion with other scales. In `init`:
@@ -138,10 +143,9 @@ def state_format(
         steps, seen, packed = jnp.array(0, jnp.int32), set[str](), set[str]()
         next_key = keys(steps)
 
-        def stored(path: Any, x: Any) -> Any:
+        def stored(fields: list[str], x: Any) -> Any:
             if isinstance(x, PackedArray):
-                return x
-            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have DictKeys
+                return dataclasses.replace(x, outer=x.outer + 1)
             if not is_castable(x) or not x.ndim:
                 return strongly_typed(x)
             seen.update(fields)
@@ -151,7 +155,7 @@ def state_format(
             packed.add(name)
             return _pack(x, parsed[name], rounding, next_key(), expand_range)
 
-        state = jax.tree_util.tree_map_with_path(stored, inner.init(_upcast_all(params)), is_leaf=_is_packed)
+        state = _map_with_fields(stored, inner.init(_upcast_all(params)), params)
         # Without parameters, as where a step is checked before there are any, there is nothing to look for.
         for name in parsed.keys() - packed if jax.tree.leaves(params) else ():
             raise InputError(
@@ -161,14 +165,21 @@ def state_format(
         return StateFormatState(inner_state=state, steps=steps)
 
     def update(grads: Any, state: StateFormatState, params: Any = None, **extra: Any) -> tuple[Any, StateFormatState]:
-        unpacked = jax.tree.map(lambda x: x.unpack() if _is_packed(x) else x, state.inner_state, is_leaf=_is_packed)
-        updates, new = inner.update(_upcast_all(grads), unpacked, _upcast_all(params), **extra)
-        next_key = keys(state.steps)
+        def unpacked(x: Any) -> Any:
+            if not isinstance(x, PackedArray):
+                return x
+            return dataclasses.replace(x, outer=x.outer - 1) if x.outer else x.unpack()
+
+        inner_state = jax.tree.map(unpacked, state.inner_state, is_leaf=_is_packed)
+        updates, new = inner.update(_upcast_all(grads), inner_state, _upcast_all(params), **extra)
+        next_key = keys(state.steps + 1)  # `init` drew the bits of step 0
 
         def stored(old: Any, x: Any) -> Any:
-            if not _is_packed(old):
+            if not isinstance(old, PackedArray):
                 is_plain = not jnp.issubdtype(old.dtype, jax.dtypes.extended)
                 return jnp.asarray(x, old.dtype) if is_plain else x
+            if old.outer:
+                return dataclasses.replace(x, outer=old.outer)
             return _pack(x, old.format, rounding, next_key(), old.powers is not None)
 
         new = jax.tree.map(stored, state.inner_state, new, is_leaf=_is_packed)
@@ -226,6 +237,31 @@ def _upcast_all(tree: Any) -> Any:
 
 def _is_packed(x: Any) -> bool:
     return isinstance(x, PackedArray)
+
+
+def _map_with_fields(function: Callable[[list[str], Any], Any], state: Any, params: Any) -> Any:
+    """Maps `function(fields, leaf)` over the state of an optimizer; a `PackedArray` is a leaf.
+
+    `fields` are the names of the attributes on the path of the leaf, but for attributes of nodes that come from the
+    parameters. A node comes from the parameters if these have a node of its type: a mask or a partition changes the
+    structure of the parameters in the state, but not the types of the nodes that stay.
+    """
+    types_of_params, types = set[type](), dict[Any, type]()
+
+    def note(node: Any) -> bool:
+        types_of_params.add(type(node))
+        return False
+
+    def note_path(path: Any, node: Any) -> bool:
+        types[path] = type(node)
+        return _is_packed(node)
+
+    def mapped(path: Any, leaf: Any) -> Any:
+        attributes = [(path[:i], key.name) for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+        return function([name for node, name in attributes if types[node] not in types_of_params], leaf)
+
+    jax.tree.leaves(params, is_leaf=note)
+    return jax.tree_util.tree_map_with_path(mapped, state, is_leaf=note_path, is_leaf_takes_path=True)
 
 
 def _keys(seed: int, steps: jax.Array) -> Any:
@@ -292,7 +328,7 @@ def _shares(x: jax.Array, format: BlockFormat) -> tuple[jax.Array, jax.Array]:
     (length,) = format.block
     magnitude = jnp.abs(x)
     magnitude = jnp.pad(magnitude, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % length)])
-    magnitude = magnitude.reshape(*x.shape[:-1], -1, length)
+    magnitude = magnitude.reshape(*x.shape[:-1], magnitude.shape[-1] // length, length)
     magnitude = jnp.where(magnitude < _NORMAL, 0, magnitude)  # XLA takes no logarithm of subnormal numbers (trap T10)
     finite = jnp.all(jnp.isfinite(magnitude), axis=-1, keepdims=True)  # XLA:CPU's maximum misses a NaN (trap T18)
     largest = jnp.where(finite, jnp.max(magnitude, axis=-1, keepdims=True, initial=0), jnp.nan)
@@ -302,7 +338,7 @@ def _shares(x: jax.Array, format: BlockFormat) -> tuple[jax.Array, jax.Array]:
 
 def _joined(magnitude: jax.Array, like: jax.Array) -> jax.Array:
     """Undoes the splitting of `_shares`, and puts the signs of `like` on magnitudes."""
-    whole = magnitude.reshape(*like.shape[:-1], -1)[..., : like.shape[-1]]
+    whole = magnitude.reshape(*like.shape[:-1], math.prod(magnitude.shape[-2:]))[..., : like.shape[-1]]
     return jnp.copysign(whole, like)
 
 

@@ -133,6 +133,34 @@ def test_numbers_are_elements_times_scales_packed_or_not_and_go_to_ml_dtypes_and
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_infinite_and_nan_elements_of_another_library_stay_what_they_are(name):
+    elements = np.arange(256, dtype=np.uint8).view(
+        {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[name]
+    )
+    packed = from_ml_dtypes(elements, np.float32([2]), f"{name}:block256")
+    for dtype, largest in ((jnp.float32, 3e38), (jnp.float16, 65504)):
+        wide = elements.astype(np.float32) * 2
+        expected = np.where(np.isfinite(wide), np.clip(wide, -largest, largest), wide)
+        np.testing.assert_array_equal(packed.unpack(dtype), expected.astype(dtype))
+
+
+def test_a_scale_that_is_nan_with_either_sign_makes_its_block_nan():
+    scales = np.array([0x7F, 0xFF, 0x38], np.uint8).view(ml_dtypes.float8_e4m3fn)
+    numbers = from_ml_dtypes(np.ones(48, ml_dtypes.float4_e2m1fn), scales, "nvfp4").unpack()
+    np.testing.assert_array_equal(numbers, np.repeat(np.float32([np.nan, np.nan, 1]), 16))
+
+
+@pytest.mark.few_variants
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["mxfp8:rceil", "mxfp4:even", "mxfp4:ceil"])
+def test_a_number_beyond_the_largest_of_the_dtype_becomes_the_largest(name, dtype):
+    largest = jnp.finfo(dtype).max
+    x = jnp.full((2, 32), largest, dtype).at[1].multiply(-1)
+    np.testing.assert_array_equal(quantize(x, name), x)
+    np.testing.assert_array_equal(pack(x, name).unpack(dtype), x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp4:rceil", "nvfp4"])
 def test_all_axes_and_dtypes_give_the_same_numbers(name):
@@ -329,6 +357,10 @@ ONE_SCALE = np.ones((2, 1), ml_dtypes.float8_e8m0fnu)
             r"elements of shape \(2, 48\) with scales of shape \(2, 1\); blocks of 32 along axis 1 need scales of "
             r"shape \(2, 2\)",
         ),
+        (
+            lambda: from_ml_dtypes(EIGHT_BITS, np.float32([[1], [-1]]), "e4m3:channel"),
+            r"scale \(1, 0\) is -1; expected",
+        ),
         (lambda: from_ml_dtypes(np.zeros(32), np.zeros(1), "mxfp8"), "elements are float64; expected float8_e4m3fn"),
         (lambda: from_ml_dtypes(np.zeros(8), np.zeros(2), "e3m2ieee:block4"), "ml_dtypes has no dtype for e3m2ieee"),
     ],
@@ -339,10 +371,10 @@ def test_what_cannot_be_done_is_said_in_one_message(call, message):
 
 
 @pytest.mark.slow
-def test_blame_names_the_block_format_that_rounded_a_number_up_to_infinity():
-    x = np.full(32, np.finfo(np.float32).max)
-    found = jaxmp.blame(lambda x: quantize(x, "e4m3:block32:e8m0:rceil").sum(), x)
-    assert found.primitive == "quantize_mxfp8_e4m3-rceil"
+def test_blame_names_the_block_format_whose_scale_float32_cannot_hold():
+    x = np.full(32, np.finfo(np.float32).max)  # elements are below 1
+    found = jaxmp.blame(lambda x: quantize(x, "int8f7:block32").sum(), x)
+    assert found.primitive == "quantize_int8f7-block32"
 
 
 @pytest.mark.slow

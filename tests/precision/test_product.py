@@ -257,6 +257,48 @@ def test_a_delayed_format_is_undone_by_a_product_with_the_inverse_of_its_scale(f
         np.testing.assert_array_equal(each(x, scale), expected)
 
 
+@pytest.mark.few_variants
+@pytest.mark.parametrize("precision", ["mxfp8", "fp8_current", "fprop=e4m3,dgrad=e5m2/e4m3"])
+def test_the_gradient_of_a_penalty_on_gradients_is_that_of_numbers_which_rounding_leaves(precision):
+    recipe, rng = parse_policy(precision).recipe, np.random.default_rng(0)
+    x, w = (rng.choice([-2, -1, 1, 2], size).astype(np.float32) for size in ((8, 64), (64, 16)))
+
+    def penalty(w, product):
+        return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(product(x, w) / 32)))(x) ** 2)
+
+    found = jax.grad(penalty)(w, lambda x, w: matrix_product(x, w, recipe))
+    plain = jax.grad(penalty)(w, lambda x, w: jnp.matmul(x, w, precision="highest"))
+    # The gradient of tanh is rounded, to 3 bits or 4; all else is not.
+    assert np.linalg.norm(found - plain) < 0.1 * np.linalg.norm(plain) > 0
+
+
+@pytest.mark.few_variants
+@pytest.mark.parametrize("format", ["int8:channel", "int8:tensor", "e4m3:channel:e4m3"])
+def test_the_scale_of_all_rows_is_that_of_the_rows_of_all_replicas(format):
+    recipe = parse_policy(f"wgrad={format}").recipe
+    x, g = normal(0, 2, 6, 5), normal(1, 2, 6, 4)
+    x[1] *= 8
+    w = normal(2, 5, 4)
+    whole = gradients(recipe, x.reshape(12, 5), w, g.reshape(12, 4))[2]
+
+    def of_replica(x, g):
+        return jax.lax.psum(gradients_of(x, w, g)[1], "replicas")
+
+    def gradients_of(x, w, g):
+        return jax.vjp(lambda x, w: matrix_product(x, w, recipe, axis_name="replicas"), x, w)[1](g)
+
+    spread = jax.vmap(of_replica, axis_name="replicas")(x, g)[0]
+    np.testing.assert_allclose(spread, whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
+
+
+@pytest.mark.few_variants
+@pytest.mark.parametrize("precision", ["nvfp4", "block128", "mxfp8,hadamard=fprop:16/dgrad:16/wgrad:16"])
+def test_no_rows_have_a_gradient_of_zeros(precision):
+    recipe = parse_policy(precision).recipe
+    y, dx, dw = gradients(recipe, normal(0, 0, 32), normal(1, 32, 16), normal(2, 0, 16), draws=Draws(KEY))
+    assert y.shape == (0, 16) and dx.shape == (0, 32) and not dw.any() and dw.shape == (32, 16)
+
+
 def test_a_whole_number_stays_whatever_is_drawn():
     whole = jnp.float32([0, 1, 3, 100, 126, -1, -100, -127])
     for noise in (0, 2**32 - 1):

@@ -8,12 +8,14 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmp.cli import main
+from jaxmp.modules.linen import with_policy
 from jaxmp.studies import claims, reproduce
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -339,3 +341,54 @@ def test_a_loss_ten_times_the_median_before_it_is_a_spike_and_a_diverged_one_is(
 def test_the_limits_of_fp8_are_found_by_rounding(format, largest, normal, smallest):
     found = module_of("fp8_formats").limits(0, format=format)
     assert found == {"largest": largest, "smallest_normal": 2.0**normal, "smallest": 2.0**smallest}
+
+
+def test_the_weights_that_are_rounded_after_training_are_those_that_a_policy_rounds_in_training():
+    scaling = module_of("scaling_laws")
+    x, w = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate([(4, 32), (32, 6)]))
+    after = scaling.rounded({"kernel": w, "embedding": w}, "int4:channel")
+    assert (after["embedding"] == w).all() and len(np.unique(after["kernel"][:, 0])) <= 15
+    precision = scaling.experiment(scaling.Size(24, 1, 10), "int4:channel").precision
+    found = with_policy(nn.Dense(6, use_bias=False).apply, precision)({"params": {"kernel": w}}, x)
+    np.testing.assert_allclose(found, x @ after["kernel"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_parameters_of_a_scaling_law_are_the_matrices_of_the_blocks_and_a_kernel_is_what_multiplies():
+    scaling = module_of("scaling_laws")
+    size = scaling.Size(width=48, layers=2, steps=100)
+    model = scaling.experiment(size).model
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "head"]
+    assert sum(leaf.size for leaf in kernels) == size.parameters == 55_296
+    assert {path[-1].key for path, leaf in leaves} == {"kernel", "embedding", "scale"}
+    assert all(leaf.ndim == 2 for leaf in kernels) and size.tokens == 100 * 16 * 64
+
+
+def test_a_slope_is_taken_in_each_seed_over_all_arms_and_a_failed_run_leaves_it_undecided():
+    scaling = module_of("scaling_laws")
+    judge = scaling.by_seed(lambda y: scaling.slope([1, 2, 4], y), claims.above(0.0))
+    values = [{seed: of + seed / 100 for seed in range(5)} for of in (3.0, 5.0, 9.0)]
+    values[2][4] += 1e-3
+    assert judge(values).verdict == claims.REPRODUCED and judge(values).mean == pytest.approx(2.0, abs=1e-3)
+    assert judge(values[::-1]).verdict == claims.CONTRADICTED
+    values[1][3] = None
+    assert judge(values).verdict == claims.NOT_AT_THIS_SIZE and "1 of 5" in judge(values).note
+    assert scaling.least_slope([0, 1, 0, 1], [0, 3, 0, 2], [7, 7, 8, 8]) == 2.0
+
+
+def test_the_slopes_of_the_scaling_laws_find_the_exponents_of_the_law_that_made_the_damages():
+    paper = reproduce.load(EXPERIMENTS / "scaling_laws", quick=False)
+    scaling = sys.modules["jaxmp_papers.scaling_laws"]
+    sizes = {arm: how.subject for arm, how in paper.arms.items()}
+
+    def log_damage(arm, seed):
+        width, steps = sizes[arm].model.width, sizes[arm].loop.steps
+        size = scaling.Size(width, sizes[arm].model.layers, steps)
+        return 0.5068 * math.log(size.tokens) - 0.3439 * math.log(size.parameters) + seed / 100
+
+    slopes = {"grows-with-data": 0.5068, "larger-lose-less": -0.3439, "at-every-size": 0.5068}
+    for claim in paper.claims:
+        if claim.id in slopes:
+            found = claim.judge([{seed: log_damage(arm, seed) for seed in paper.seeds} for arm in claim.arms])
+            assert found.mean == pytest.approx(slopes[claim.id]) and found.pairs == 5
