@@ -145,9 +145,7 @@ class Quantised:
         if self.calibration is not None:
             lines += self.calibration.lines()
         elif self.activations is not None:
-            lines.append(
-                f"activations      {self.activations}, a scale for each vector, made anew for each row; emulated"
-            )
+            lines.append(f"activations      {self.activations}, a scale for each vector of each row; emulated")
         if self.unrounded:
             lines.append(f"not rounded      the inputs of {', '.join(each or '(model)' for each in self.unrounded)}")
         if self.trade is not None:

@@ -15,13 +15,13 @@ from deployed_runs import images, trained
 import jaxmp
 from jaxmp import InputError
 from jaxmp.data.source import Columns
+from jaxmp.deploy import quantise as deploy
 from jaxmp.deploy.contraction import summed_axes
 from jaxmp.deploy.export import Measured
 from jaxmp.deploy.forward import Forward, forward
 from jaxmp.deploy.quantise import (
     FORMATS,
     Calibrated,
-    Layer,
     Quantised,
     _Judge,
     _unrounded,
@@ -264,7 +264,7 @@ def test_a_scale_for_a_channel_is_the_largest_magnitude_over_exactly_the_axes_th
 
 
 def test_activations_and_what_is_not_rounded_are_said_with_and_without_static_scales():
-    layers = (Layer("kernel", (2, 2), "int8:channel", 4, 16, ""),)
+    layers = (deploy.Layer("kernel", (2, 2), "int8:channel", 4, 16, ""),)
     static = Calibrated("int8", 10, {"head": 0.5}, 0.25)
     for calibration, expected in (
         (None, "activations      int8, a scale for each vector of each row; emulated"),
