@@ -277,8 +277,9 @@ def check(
     if folder.is_dir() and (folder.samefile(os.curdir) or os.path.ismount(folder)):
         what = "the current folder" if folder.samefile(os.curdir) else "a mount point"
         raise InputError(f"output {str(folder)!r}: {what} cannot be replaced; expected a new folder in it")
-    if not _target(folder).parent.is_dir():
-        raise InputError(f"output {str(folder)!r}: there is no folder {str(folder.parent)!r}")
+    if not (parent := _target(folder).parent).is_dir():
+        named = parent if folder.is_symlink() else folder.parent
+        raise InputError(f"output {str(folder)!r}: there is no folder {str(named)!r}")
 
 
 def _target(folder: Path) -> Path:

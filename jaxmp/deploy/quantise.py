@@ -382,8 +382,11 @@ def _unrounded(of: Forward, measured: Measured, summed: Collection[str]) -> list
         return product.result
 
     with observed_products(observe):
-        jax.eval_shape(of.function, *_arguments(of, measured))
-    layers = dict.fromkeys(name.rpartition("/")[0] for name in of.weights if name in summed)
+        # A function of its own: one that has been traced before would not be traced again, and nothing be observed.
+        jax.eval_shape(lambda *given: of.function(*given), *_arguments(of, measured))
+    # Scales and biases come into a product as a part of its input.
+    weights = {name for name, leaf in of.weights.items() if np.ndim(leaf) > 1 and name.rpartition("/")[2] not in _ADDED}
+    layers = dict.fromkeys(name.rpartition("/")[0] for name in of.weights if name in summed and name in weights)
     return [layer for layer in layers if not rounded.get(layer)]
 
 

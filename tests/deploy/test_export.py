@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_done(tmp
         (tmp_path / "here", "the current folder cannot be replaced"),
         (tmp_path / "mounted", "a mount point cannot be replaced"),
         (tmp_path / "loop", "a loop of symbolic links; expected a new or empty folder"),
-        (tmp_path / "away", "there is no folder"),
+        (tmp_path / "away", f"there is no folder {str(tmp_path / 'no')!r}"),
     ):
         with pytest.raises(InputError) as error:
             check(run, folder, "best", ["cpu"])

@@ -218,6 +218,14 @@ class Heads(nn.Module):
         return embed.attend(nn.Conv(6, (3,), name="conv")(x))
 
 
+class Gain(nn.Module):
+    """A factor for each feature, which comes into the next product."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("gain", nn.initializers.ones, x.shape[-1:])
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -284,3 +292,9 @@ def test_layers_whose_inputs_are_not_rounded_are_named():
     found = _unrounded(of, Measured("test", Columns({"x0": words}), 1), summed)
     joined = [f"OptimizedLSTMCell_0/{kind}{gate}" for kind in "hi" for gate in "fgio"]  # a cell that joins its gates
     assert sorted(found) == sorted([*joined, "conv", "layers/dense"])
+    x = np.ones((1, 6), np.float32)
+    normed = forward_of(
+        nn.Sequential([nn.LayerNorm(), Gain(), nn.Dense(6)]), x, precision="float32,fprop=int8:channel/high"
+    )
+    assert {"layers_0/scale", "layers_1/gain"} < {*summed_axes(normed)}
+    assert not _unrounded(normed, Measured("test", Columns({"x0": x}), 1), summed_axes(normed))
