@@ -202,11 +202,6 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return consts, carries
 
 
-def dimension_size(dimension: Any, sizes: Mapping[str, int]) -> int:
-    """Returns the size of a symbolic dimension where those that it depends on have the `sizes`."""
-    return int(dimension._evaluate(dict(sizes)))  # not public
-
-
 def interpret(
     jaxpr: Any,
     given: Sequence[Value],

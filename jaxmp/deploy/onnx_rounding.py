@@ -38,11 +38,24 @@ def parse_scope(scope: str) -> Format | BlockFormat | None:
         return None
 
 
-def rounded(graph: Graph, value: str, format: Format | BlockFormat, shape: Any, axes: Mapping[int, Any]) -> str:
-    """A float32 value of some shape on the grid of a format; `axes` are those along which blocks run, with lengths."""
+def rounded(graph: Graph, value: str, format: Format | BlockFormat, like: Any, axes: Mapping[int, Any]) -> str:
+    """A value that is kept as float32 on the grid of a format.
+
+    Args:
+      graph: the graph.
+      value: the value.
+      format: the format.
+      like: shape and dtype that the value has in JAX.
+      axes: lengths of blocks by the axis along which they run.
+    """
     if isinstance(format, Format):
         return _element(graph, value, format)
-    return _blocks(graph, value, format, shape, axes)
+    return _at_most(graph, _blocks(graph, value, format, like.shape, axes), float(jnp.finfo(like.dtype).max))
+
+
+def _at_most(graph: Graph, value: str, largest: float) -> str:
+    """The value, at most the largest number of a dtype: a scale that is rounded up can make it larger."""
+    return graph.add("Max", graph.add("Min", value, _float(graph, largest)), _float(graph, -largest))
 
 
 def _float(graph: Graph, value: float) -> str:
@@ -107,9 +120,10 @@ def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, lengths: 
         else:
             more[axis] = -size % lengths[axis]
             split += [(size + more[axis]) // lengths[axis], lengths[axis]]
+    is_padded = any(not isinstance(extra, int) or extra for extra in more)
     x = value
-    if any(more):
-        x = graph.add("Pad", x, graph.ints(*[0] * len(shape), *more), _float(graph, 0), mode="constant")
+    if is_padded:
+        x = graph.add("Pad", x, graph.shape([*[0] * len(shape), *more]), _float(graph, 0), mode="constant")
     x = graph.add("Reshape", x, graph.shape(split))
     is_bad = graph.add("Or", graph.add("IsNaN", x), graph.add("IsInf", x))
     bad = graph.add("ReduceMax", graph.cast(is_bad, bool, np.int32), graph.ints(*inner), keepdims=1)
@@ -120,11 +134,11 @@ def _blocks(graph: Graph, value: str, format: BlockFormat, shape: Any, lengths: 
     encode, decode = _scales(graph, amax, format)
     found = graph.add("Mul", _element(graph, graph.add("Mul", clean, encode), format.element), decode)
     found = graph.add("Where", bad, _float(graph, np.nan), found)
-    if not any(more):
+    if not is_padded:
         return graph.reshape(found, shape)
     found = graph.reshape(found, [size + extra for size, extra in zip(shape, more, strict=True)])
-    cut = [axis for axis, extra in enumerate(more) if extra]
-    ends = graph.ints(*(shape[axis] for axis in cut))
+    cut = [axis for axis, extra in enumerate(more) if not isinstance(extra, int) or extra]
+    ends = graph.shape([shape[axis] for axis in cut])
     return graph.slice(found, graph.ints(*[0] * len(cut)), ends, cut, [1] * len(cut))
 
 
@@ -215,7 +229,7 @@ def unpacked(graph: Graph, name: str, packed: PackedBlocks) -> str:
         scale = graph.add("Expand", graph.add("Unsqueeze", scale, graph.ints(2)), graph.ints(rows, blocks, size))
         scale = graph.reshape(scale, (rows, blocks * size))
         scale = graph.slice(scale, graph.ints(0), graph.ints(length), [1], [1])
-    return graph.add("Mul", numbers, scale)
+    return _at_most(graph, graph.add("Mul", numbers, scale), _LARGEST)
 
 
 def _single_codes(elements: jax.Array, length: int) -> jax.Array:

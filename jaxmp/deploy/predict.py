@@ -341,7 +341,14 @@ def _onnx(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> 
         import onnxruntime
     except ImportError:
         raise ArtefactError(f"{folder} needs onnxruntime: pip install onnxruntime numpy") from None
-    session = onnxruntime.InferenceSession(files["model.onnx"], providers=onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(files["model.onnx"], providers=onnxruntime.get_available_providers())
+    except Exception as error:  # ONNX Runtime's own classes; its message names the operation, and with it the module
+        first = str(error).strip().partition("\n")[0]
+        raise ArtefactError(
+            f"{folder}: onnxruntime {onnxruntime.__version__} does not load model.onnx ({first}); export the run with "
+            "--format stablehlo"
+        ) from None
     names = [*manifest["state"], *manifest["inputs"]]
 
     def run(state: Any, inputs: Any) -> Any:

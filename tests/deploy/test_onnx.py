@@ -11,14 +11,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.special
 from deployed_runs import ROOT, Both, Sizes, images, predict_bare, trained, with_words
 from jax import lax
 
 import jaxmp
 from jaxmp import Arrays, InputError, Loop
+from jaxmp.deploy import onnx as onnx_module
+from jaxmp.deploy.export import assemble
 from jaxmp.deploy.forward import Forward, symbolic
 from jaxmp.deploy.onnx import files
+from jaxmp.deploy.onnx_graph import Graph
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.jaxprs import Place
 from jaxmp.models.transformer import GPT2
 from jaxmp.precision.recipe import RECIPES
 from jaxmp.tasks.language import NextToken
@@ -29,23 +34,27 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="they are checked with o
 pytestmark = pytest.mark.xdist_group("deploy")  # one worker: the fixture trains
 
 
-def converted(function, *examples):
-    """A function of arrays with any number of rows, run by ONNX Runtime."""
-    names = [f"x{index}" for index in range(len(examples))]
+def model_files(function, *examples):
+    """The ONNX file of a function of arrays `x0`, `x1`, ... with any number of rows."""
     rows = symbolic("b")
     specs = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in examples]
     shapes = jax.tree.leaves(jax.eval_shape(function, *specs))
-    outputs = {f"y{index}": shape for index, shape in enumerate(shapes)}
     of = Forward(
         function=lambda weights, state, inputs: jax.tree.leaves(function(*inputs)),
         weights={},
         state={},
-        inputs=dict(zip(names, specs, strict=True)),
+        inputs={f"x{index}": spec for index, spec in enumerate(specs)},
         treedef=None,
-        outputs=outputs,
+        outputs={f"y{index}": shape for index, shape in enumerate(shapes)},
     )
-    session = onnxruntime.InferenceSession(files(of)["model.onnx"], providers=["CPUExecutionProvider"])
-    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+    return files(of)
+
+
+def converted(function, *examples):
+    """A function of arrays with any number of rows, run by ONNX Runtime."""
+    content = model_files(function, *examples)["model.onnx"]
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda *arrays: session.run(None, {f"x{index}": array for index, array in enumerate(arrays)})
 
 
 def numbers(*shape, seed=0):
@@ -276,6 +285,206 @@ def test_an_operation_computes_in_onnx_runtime_what_it_does_in_jax(name):
                 assert np.array_equal(mine, right), index
 
 
+def test_a_dimension_is_computed_by_its_formula_for_any_number_of_rows():
+    (rows,) = {"b": symbolic("b")}.values()
+    less = jax.core.min_dim(rows, 8)
+    formulas = {
+        "quarter": lambda b: b // 4,
+        "rest": lambda b: b % 8,
+        "at most 8": lambda b: min(b, 8) if isinstance(b, int) else less,
+        "at least 4": lambda b: max(b, 4) if isinstance(b, int) else jax.core.max_dim(b, 4),
+        "square": lambda b: 2 * b * b + 3,
+        "up to a multiple": lambda b: (b + 3) // 4 * 4 - b,
+        "below zero": lambda b: (2 - b) // 3 + (1 - b) % 5 - b,
+    }
+
+    def function(x):
+        return [jnp.int32(formula(x.shape[0])) for formula in formulas.values()] + [x[: x.shape[0] // 4]]
+
+    run = converted(function, np.ones((3, 2), np.float32))
+    for count in (1, 3, 4, 7, 8, 9, 100, 1000):
+        x = np.arange(2.0 * count, dtype=np.float32).reshape(count, 2)
+        *sizes, quarter = run(x)
+        assert dict(zip(formulas, map(int, sizes), strict=True)) == {
+            name: formula(count) for name, formula in formulas.items()
+        }
+        assert np.array_equal(quarter, x[: count // 4])
+    graph = Graph()
+    graph.place = Place("Net/head")
+    with pytest.raises(InputError, match=r"no operation for a dimension of log2\(b\) in Net/head"):
+        graph.size("log2(b)")
+
+
+SPECIAL = np.array(
+    [300, -5, 2.5, np.nan, 255.9, np.inf, -np.inf, 3e9, -3e9, 2147483520, 0.49999997, 8388609], np.float32
+)
+SMALL = np.array([2.0**-14 * k for k in (1, 0.5, 1 - 2.0**-12, 1 - 2.0**-11, -0.9, 1 + 2.0**-11, 2.0**30)], np.float32)
+WHOLE = np.array([0, -1, 3, 7, 100, 2**31 - 1, -(2**31), 12, -(2**31)], np.int32)
+NANS = np.array([[1, np.nan, 3, 2, 0, 5], [4, 3, 2, 1, 0, 6], [1, 2, 3, 4, np.nan, np.nan]], np.float32)
+IMAGE = np.random.default_rng(0).standard_normal((2, 6, 7, 3)).astype(np.float32)
+TOKENS = np.array([[0, 2, 5, 9, -1, -9]] * 2, np.int32)
+
+
+def narrow(i):
+    """Operations that ONNX Runtime lacks for these dtypes."""
+    (a, b), (c, d), (e, f) = ((i.astype(t), i[:, ::-1].astype(t)) for t in (jnp.int16, jnp.uint32, jnp.int8))
+    found = [jnp.maximum(a, b), jnp.where(i > 3, a, b), jnp.pad(a, ((0, 0), (1, 2))), a.max(1), jnp.cumsum(a, 1)]
+    found += [lax.div(a, b), lax.rem(a, b), a.at[:, 2].add(1), lax.argmin(a, 1, jnp.int32)]
+    found += [
+        -c,
+        c.sum(1),
+        c.min(1),
+        c.argmax(1),
+        lax.top_k(c, 3),
+        lax.div(c, d),
+        lax.dot(c, jnp.ones((9, 2), c.dtype)),
+    ]
+    found += [lax.rem(e, f), lax.div(e, f), e**3, lax.reduce_prod(e, (1,)), lax.clamp(jnp.int8(2), e, jnp.int8(9))]
+    zero = np.array(0, np.int16)
+    return [*found, lax.reduce_window(a, zero, lax.add, (1, 3), (1, 2), ((0, 0), (2, -1)))]
+
+
+def windows(x):
+    """Pooling over windows of every kind."""
+    one = {"window_strides": (1, 2, 1, 1), "padding": ((0, 0), (1, 0), (0, 0), (0, 0))}
+    found = [nn.max_pool(x, (1, 2), (1, 2)), nn.avg_pool(x, (2, 1), (2, 1)), nn.max_pool(x, (1, 1))]
+    found += [-nn.max_pool(-x, (2, 2)), lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 1, 1), **one)]
+    found += [lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")]
+    dilated = {"window_strides": (1, 1, 1, 1), "padding": "VALID", "window_dilation": (1, 2, 3, 1)}
+    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), **dilated)]
+    found += [lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), **dilated)]
+    far = ((0, 0), (4, -1), (0, 3), (0, 0))
+    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 3, 2), (1, 1, 1, 1), far), nn.max_pool(x, (2, 2))]
+    gaps = {"window_strides": (1, 1, 1, 1), "padding": "SAME", "window_dilation": (1, 5, 6, 1)}
+    found += [lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), **gaps)]
+    return found
+
+
+def updated(x, i):
+    """Updates of slices."""
+    row, rows = i[0], jnp.arange(3)
+    found = [x.at[:, 2].set(0), x.at[:, jnp.array([1, 9, -1])].add(2.0), x.at[0, 1].multiply(2.0)]
+    found += [x.at[:, row].subtract(1.0), x.at[:, row].max(0.5), x.at[:, row, 1:3].min(x[:, 3:, :2])]
+    found += [
+        x.at[:, jnp.array([1, 9])].set(5.0, mode="clip"),
+        (x > 0).at[:, 1:3].set(True),
+        x.at[:, rows, rows].set(-1.0),
+    ]
+    found += [jax.vmap(lambda a, j: a.at[j].set(7.0))(x[:, :, 0], i[:, :2])]
+    found += [lax.dynamic_update_slice(x, jnp.ones((x.shape[0], 2, 2)), (0, i[0, 1], i[0, 2]))]
+    return found
+
+
+AS_IN_JAX = {
+    "floats to integers": (
+        lambda x: [x.astype(dtype) for dtype in (jnp.int8, jnp.uint8, jnp.uint32, jnp.int32)],
+        SPECIAL[None],
+    ),
+    "rounding away from zero": (
+        lambda x: (lax.round(x), lax.round(-x)),
+        np.append(SPECIAL, np.float32([0.5, 1.5]))[None],
+    ),
+    "float16 by reduce_precision": (lambda x: lax.reduce_precision(x, 5, 10), SMALL[None]),
+    "logarithms of infinities": (lambda x: jnp.log1p(x), np.float32([[-np.inf, np.inf, -1, 0, -2]])),
+    "any of no axes": (lambda x: (jnp.any(x > 0, axis=()), jnp.all(x > 0, axis=())), NANS),
+    "extremes of NaN": (
+        lambda x: (x.max(1), x.min(1), x.max(), x.argmax(1), x.argmin(1), jnp.maximum(x, 2), jnp.clip(x, 1, 2)),
+        NANS,
+    ),
+    "integer divisions": (
+        lambda i: [each(a, b) for each in (lax.div, lax.rem) for a in (i, i * 0 + 12) for b in (i[:, ::-1], i * 0 - 1)],
+        WHOLE[None],
+    ),
+    "guarded division": (lambda i: jnp.where(i > 0, 100 // i, 0), WHOLE[None]),
+    "places outside": (
+        lambda i: (table()[i], table().at[i].get(mode="promise_in_bounds"), jax.vmap(lambda j: table()[j, j])(i)),
+        TOKENS,
+    ),
+    "narrow integers": (narrow, WHOLE[None]),
+    "bools": (
+        lambda i: ((i > 3).argmax(1), (i > 3).sum(1), jnp.cumsum(i > 3, 1), jnp.tile(i > 3, (1, 2))),
+        WHOLE[None],
+    ),
+    "products of int8": (
+        lambda i: (
+            lax.dot(i.astype(jnp.int8), jnp.ones((9, 2), jnp.int8), preferred_element_type=jnp.int32),
+            jnp.einsum("bi,ci->bc", i.astype(jnp.int8), i.astype(jnp.int8)),
+        ),
+        WHOLE[None],
+    ),
+    "windows": (windows, IMAGE),
+    "updates": (updated, np.where(IMAGE > 1.5, np.nan, IMAGE)[..., 0], TOKENS[:, :3]),
+    "tiles": (lambda x: (jnp.tile(x, (2, 1)), jnp.tile(x, (3, 1, 2))), NANS),
+    "pads below zero": (lambda x: lax.pad(x, 9.0, ((0, 0, 0), (-1, 2, 0))), NANS),
+    "pads between": (
+        lambda x: (
+            lax.pad(x, 9.0, ((0, 0, 1), (2, -1, 2))),
+            lax.associative_scan(lambda a, b: a * 0.5 + b, jnp.nan_to_num(x), axis=1),
+        ),
+        NANS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AS_IN_JAX)
+def test_an_edge_of_an_operation_is_that_of_jax(name):
+    function, *arrays = AS_IN_JAX[name]
+    expected = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(function)(*arrays))]
+    for index, (mine, right) in enumerate(zip(converted(function, *arrays)(*arrays), expected, strict=True)):
+        assert (mine.shape, mine.dtype) == (right.shape, right.dtype), index
+        same = np.allclose if name == "windows" else np.array_equal
+        assert same(mine.astype(np.float64), right.astype(np.float64), equal_nan=True), (index, mine, right)
+
+
+def test_a_maximum_over_a_window_with_a_nan_is_nan():
+    # Not by JAX on CPU, whose maximum over a window takes no notice of some.
+    x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    x[0, 3, 3, 0], x[0, 0, 0, 0] = np.nan, np.nan
+    most, least = converted(lambda x: (nn.max_pool(x, (2, 2), (2, 2)), -nn.max_pool(-x, (2, 2), (2, 2))), x)(x)
+    np.testing.assert_array_equal(most[0, :, :, 0], [[np.nan, 7], [13, np.nan]])
+    np.testing.assert_array_equal(least[0, :, :, 0], [[np.nan, 2], [8, np.nan]])
+
+
+def test_the_tail_of_erfc_is_that_of_float64():
+    x = np.concatenate([np.linspace(-4, 9, 500), [0, 1e-20, 40, np.inf, -np.inf]]).astype(np.float32)[None]
+    erfc, logcdf = converted(lambda x: (lax.erfc(x), jax.scipy.stats.norm.logcdf(-x)), x)(x)
+    np.testing.assert_allclose(erfc, scipy.special.erfc(x.astype(np.float64)), rtol=1e-6, atol=1e-38)
+    near = x < 12  # beyond, jax.scipy's own series
+    np.testing.assert_allclose(logcdf[near], scipy.special.log_ndtr(-x[near].astype(np.float64)), rtol=2e-6, atol=1e-7)
+
+
+def test_names_of_weights_columns_and_outputs_may_be_any():
+    rows = jax.ShapeDtypeStruct((symbolic("b"), 2), jnp.float32)
+    weights = {name: jnp.full(2, value, jnp.float32) for value, name in enumerate(("v2", "v3", "image", "y"), 1)}
+    of = Forward(
+        function=lambda weights, state, inputs: [sum(weights) * inputs[0] + inputs[1], inputs[0] * 2],
+        weights=weights,
+        state={},
+        inputs={"v1": rows, "image": rows},
+        treedef=None,
+        outputs={"image": rows, "v4": rows},
+    )
+    session = onnxruntime.InferenceSession(files(of)["model.onnx"], providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["v1", "image"]
+    x = np.ones((3, 2), np.float32)
+    first, second = session.run(None, {"v1": x, "image": x * 5})
+    assert np.array_equal(first, x * 15) and np.array_equal(second, x * 2)
+    with pytest.raises(InputError, match="'v1' names an array of the cache and a column"):
+        files(dataclasses.replace(of, state={"v1": rows}))
+
+
+def test_what_onnx_runtime_refuses_is_a_message_that_names_the_module(monkeypatch):
+    monkeypatch.setitem(onnx_module._SINGLE, "neg", lambda graph, eqn, operands, place: graph.add("Not", operands[0]))
+
+    def function(x):
+        with jax.named_scope("Net/head"):
+            return -x
+
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(InputError, match=r"onnxruntime .* does not load model.onnx .*Net/head.*--format stablehlo"):
+        assemble({"format": "onnx"}, model_files(function, x), "out")
+
+
 FORMATS = {
     "casts": ("e4m3", "e5m2", "bf16", "float16"),
     "elements": ("e2m1", "e3m2", "e4m3ieee", "e5m2fnuz", "tf32", "e6m9"),
@@ -353,7 +562,8 @@ def test_blocks_along_axes_in_any_order_and_of_the_largest_numbers_are_those_of_
 
     def function(x):
         two = [jaxmp.quantize(x, "e4m3:block4x8", axis=axes) for axes in ((2, 1), (1, 2))]
-        return [*two, jaxmp.quantize(x, "mxfp4:rceil"), jaxmp.quantize(x, "mxfp4:ceil")]
+        halves = [jaxmp.quantize((x * 2.0**-112).astype(jnp.float16), "mxfp4:rceil").astype(jnp.float32)]
+        return [*two, jaxmp.quantize(x, "mxfp4:rceil"), jaxmp.quantize(x, "mxfp4:ceil"), *halves]
 
     found, expected = converted(function, x)(x), jax.jit(function)(x)
     for mine, right in zip(found, expected, strict=True):
@@ -361,9 +571,27 @@ def test_blocks_along_axes_in_any_order_and_of_the_largest_numbers_are_those_of_
     assert not np.array_equal(found[0], found[1])
 
 
-def test_a_print_in_a_model_is_refused_as_what_onnx_has_not():
-    with pytest.raises(InputError, match="no operation for the primitive 'debug_"):
-        converted(lambda x: (jax.debug.print("{}", x), x + 1)[1], np.ones((2, 3), np.float32))
+REFUSED = {
+    "a print": (lambda x: (jax.debug.print("{}", x), x + 1)[1], r"the primitive 'debug_"),
+    "an update by a function": (lambda x: x.at[:, 1].apply(jnp.sin), r"an update by a function, `.at\[...\].apply`"),
+    "a convolution of integers": (
+        lambda x: lax.conv(x[:, :, None].astype(jnp.int8), jnp.ones((2, 3, 1), jnp.int8), (1,), "VALID"),
+        "a convolution of int8",
+    ),
+    "padding of unknown sign": (
+        lambda x: lax.pad(x, 0.0, ((0, x.shape[0] // 2 - 1, 0), (0, 0, 0))),
+        "pad of sizes that depend so on the number of rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_operation_that_is_not_written_is_refused_with_its_line(name):
+    function, expected = REFUSED[name]
+    with pytest.raises(
+        InputError, match=rf"no operation for {expected}.* \(.*test_onnx.py:\d+\); .*--format stablehlo"
+    ):
+        converted(function, np.ones((2, 3), np.float32))
 
 
 @pytest.mark.parametrize(("format", "saturate", "how"), [("e4m3", False, "unsaturated"), ("e5m9", True, "saturated")])
