@@ -30,19 +30,17 @@ from jaxmp.training.metrics import Mean
 
 ROWS, LENGTH, CLASSES = 10, 5, 3
 RNG = np.random.default_rng(0)
-CLASS = RNG.integers(0, CLASSES, ROWS)
 TOKENS = RNG.integers(0, CLASSES, (ROWS, LENGTH))
 SHORT = np.arange(LENGTH) >= RNG.integers(1, LENGTH, ROWS)[:, None]
 """where a row is filled up"""
 MARKED = RNG.integers(0, 2, (ROWS, LENGTH))
 
 DECIDE = {
-    "classes": (Classification(target="y"), CLASS),
-    "class weights": (Classification(target="y", class_weights=(5.0, 1.0, 0.0)), CLASS),
-    "a class for each place": (Classification(target="y"), TOKENS),
-    "weighted": (Weighted(Classification(target="y"), classes=(5.0, 1.0, 0.0)), CLASS),
-    "of several tasks": (PerTask(Classification(target="y"), count=2), CLASS),
-    "distillation": (Distillation(target="y", teacher=lambda batch: batch["logits"]), CLASS),
+    "classes": (Classification(target="y"), TOKENS),
+    "class weights": (Classification(target="y", class_weights=(5.0, 1.0, 0.0)), TOKENS),
+    "weighted": (Weighted(Classification(target="y"), column="w"), TOKENS),
+    "of several tasks": (PerTask(Classification(target="y"), count=2), TOKENS),
+    "distillation": (Distillation(target="y", teacher=len, teacher_weight=0.0), TOKENS),
     "bool labels": (MultiLabel(target="y"), MARKED.astype(bool)),
     "labels 0 and 1": (MultiLabel(target="y"), MARKED),
     "float labels": (MultiLabel(target="y"), MARKED.astype(np.float32)),
@@ -51,14 +49,16 @@ DECIDE = {
     "padded with a class": (TokenClassification(target="y", padding=0), np.where(SHORT, 0, TOKENS)),
     "padded and weighted": (Weighted(TokenClassification(target="y"), column="w"), np.where(SHORT, -1, TOKENS)),
 }
-"""every task that decides, with its labels"""
+"""every task that decides, with its labels; their shapes are equal, so that little is compiled"""
 
 
 def measured(task, labels):
     """A run of a task whose model returns a column of the data, with its rows."""
     shape = labels.shape if isinstance(getattr(task, "task", task), MultiLabel) else (*labels.shape, CLASSES)
     logits = RNG.standard_normal(shape).astype(np.float32)
-    source = Columns({"logits": logits, "y": labels, "task": np.arange(ROWS) % 2, "w": np.ones(ROWS, np.float32)})
+    source = Columns(
+        {"logits": logits, "y": labels, "task": np.arange(ROWS) % 2, "w": np.arange(ROWS, dtype=np.float32)}
+    )
     run = SimpleNamespace(
         experiment=SimpleNamespace(task=task, data=SimpleNamespace(eval_batch_size=4)),
         outputs=lambda batch, state: jnp.asarray(batch["logits"]),
