@@ -18,11 +18,13 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from server import load
+from server import predict_module
 
 CLIENTS = 4
 """requests at a time"""
@@ -39,11 +41,28 @@ def post(port: int, body: bytes) -> tuple[int, bytes]:
         connection.close()
 
 
-def packed(**arrays: np.ndarray) -> bytes:
-    """Arrays as a .npz file."""
+def packed(members: Mapping[str, np.ndarray | bytes]) -> bytes:
+    """Arrays, or the bytes of .npy files, as a .npz file; their names are any texts."""
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in members.items():
+            data = io.BytesIO(array if isinstance(array, bytes) else b"")
+            if not isinstance(array, bytes):
+                np.lib.format.write_array(data, array, allow_pickle=False)
+            archive.writestr(f"{name}.npy", data.getvalue())
     return file.getvalue()
+
+
+def npy(header: str) -> bytes:
+    """A .npy file that ends after its header."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def encrypted(content: bytes) -> bytes:
+    """A .npz file whose first array is said to be encrypted: one bit is changed in its directory."""
+    flags = content.index(b"PK\x01\x02") + 8
+    return content[:flags] + bytes([content[flags] | 1]) + content[flags + 1 :]
 
 
 def rows_for(model: Any, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -59,17 +78,26 @@ def rows_for(model: Any, count: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def bad_requests(model: Any, count: int) -> list[bytes]:
-    """Requests that no model can answer: noise, files cut off, other names, shapes, dtypes and numbers of rows."""
+    """Requests that no model can answer.
+
+    Noise, files cut off, other names, shapes, dtypes and numbers of rows; a file that is said to be encrypted, a column
+    called `self`, and headers that name a huge shape or do not end.
+    """
     rng, good = np.random.default_rng(0), rows_for(model, 3, 0)
     name, array = next(iter(good.items()))
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 64"
     kinds = [
         lambda: rng.bytes(int(rng.integers(0, 200))),
-        lambda: packed(**good)[: int(rng.integers(1, 60))],
-        lambda: packed(**{f"{name}x": array}),
-        lambda: packed(**{**good, name: array[..., None]}),
-        lambda: packed(**{**good, name: array.astype(np.complex64)}),
-        lambda: packed(**{**good, name: array[:0]}),
-        lambda: packed(),
+        lambda: packed(good)[: int(rng.integers(1, 60))],
+        lambda: packed({f"{name}x": array}),
+        lambda: packed({**good, name: array[..., None]}),
+        lambda: packed({**good, name: array.astype(np.complex64)}),
+        lambda: packed({**good, name: array[:0]}),
+        lambda: packed({}),
+        lambda: encrypted(packed(good)),
+        lambda: packed({**good, "self": array}),
+        lambda: packed({**good, name: npy(header + ")}")}),
+        lambda: packed({**good, name: npy(header)}),
     ]
     return [kinds[index % len(kinds)]() for index in range(count)]
 
@@ -78,7 +106,7 @@ def measure(port: int, model: Any, batch: int, count: int) -> dict[str, Any]:
     """Sends `count` requests of `batch` rows, `CLIENTS` at a time, and compares each answer."""
     bodies = [rows_for(model, batch, seed) for seed in range(8)]
     right = [model.leaves(model(**rows)) for rows in bodies]
-    sent = [packed(**rows) for rows in bodies]
+    sent = [packed(rows) for rows in bodies]
     post(port, sent[0])
 
     def one(index: int) -> float:
@@ -113,7 +141,7 @@ def main() -> None:
     parser.add_argument("--bad", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("serving.json"))
     options = parser.parse_args()
-    model = load(options.folder)
+    model = predict_module(options.folder).load(options.folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

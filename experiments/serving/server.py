@@ -6,7 +6,7 @@
 
 A request is a POST to /predict of a .npz file with an array for each input; the answer is a .npz file with one for each
 output. /about says what the model takes and gives, and its certificate. What does not fit is answered by 422 and the
-sentence of `predict.py`, what is too large by 413, what is no .npz file by 400.
+sentence of `predict.py`; a request that is too large by 413; what is no .npz file, or too large unpacked, by 400.
 """
 
 from __future__ import annotations
@@ -15,49 +15,52 @@ import argparse
 import importlib.util
 import io
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 MOST_BYTES = 64 * 2**20
-"""size of the largest request"""
+"""size of the largest request, and of its arrays together"""
 
 
-def load(folder: Path) -> Any:
-    """The model of an exported folder, by the predict.py that lies in it."""
+def predict_module(folder: Path) -> Any:
+    """The predict.py that lies in an exported folder, as a module: its `load` reads the folder."""
     spec = importlib.util.spec_from_file_location("predict", folder / "predict.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["predict"] = module
     spec.loader.exec_module(module)
-    return module.load(folder)
+    return module
+
+
+def answer_to(body: bytes, predict: Any, model: Any) -> tuple[int, bytes]:
+    """The status and the content of the answer to a request.
+
+    Args:
+      body: content of the request.
+      predict: the module that loaded the model.
+      model: the model.
+    """
+    try:
+        rows = predict.read_columns(io.BytesIO(body), most=MOST_BYTES)
+    except predict.ArtefactError as error:
+        return 400, str(error).encode()
+    try:
+        outputs = model.leaves(model(**rows))
+    except predict.ArtefactError as error:
+        return 422, str(error).encode()
+    answer = io.BytesIO()
+    predict.write_columns(answer, outputs)
+    return 200, answer.getvalue()
 
 
 def make_app(folder: Path) -> FastAPI:
     """The application that serves the model of a folder."""
-    model = load(folder)
+    predict = predict_module(folder)
+    model = predict.load(folder)
     app = FastAPI(title=model.manifest["name"])
-
-    def predict(body: bytes) -> tuple[int, bytes]:
-        try:
-            with np.load(io.BytesIO(body), allow_pickle=False) as file:
-                rows = {name: file[name] for name in file.files}
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
-            return 400, b"expected a .npz file with an array for each input"
-        try:
-            outputs = model.leaves(model(**rows))
-        except ValueError as error:
-            return 422, str(error).encode()
-        answer = io.BytesIO()
-        # Floats of ml_dtypes as float32: NumPy alone reads their bytes back as bytes.
-        plain = {name: a.astype(np.float32) if a.dtype.kind == "V" else a for name, a in outputs.items()}
-        np.savez(answer, **plain)
-        return 200, answer.getvalue()
 
     @app.get("/about")
     def about() -> dict[str, Any]:
@@ -75,7 +78,7 @@ def make_app(folder: Path) -> FastAPI:
             body += part
             if len(body) > MOST_BYTES:
                 return Response(f"expected at most {MOST_BYTES:,} bytes", 413, media_type="text/plain")
-        status, content = await run_in_threadpool(predict, bytes(body))
+        status, content = await run_in_threadpool(answer_to, bytes(body), predict, model)
         return Response(content, status, media_type="application/octet-stream" if status == 200 else "text/plain")
 
     return app

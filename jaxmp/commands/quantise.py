@@ -31,7 +31,8 @@ class Options:
     keep: tuple[str, ...] = ()
     """Patterns of weights that stay as they are, such as Dense_1 or **/embedding."""
     budget: float | None = None
-    """Points of accuracy that may be lost on the validation split: each weight gets the fewest bits within it."""
+    """Points of accuracy that may be lost on the validation split, or, without one, on the training split, beside the
+    run's own: each weight gets the fewest bits within it."""
     platforms: tuple[str, ...] = ("cpu",)
     """Platforms to make a program for: cpu, cuda, rocm, tpu."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"

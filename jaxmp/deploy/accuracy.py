@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp.data.pipeline import evaluation_batches
-from jaxmp.deploy.export import decisions
+from jaxmp.deploy.decisions import decisions, labels_of
 from jaxmp.runs.run import Run
 
 CONFIDENCE = 1.96
@@ -22,7 +22,9 @@ class Accuracy(NamedTuple):
     """How often decisions are right, on the rows that were measured."""
 
     right: int
+    """number of right decisions"""
     rows: int
+    """number of decisions that count: one a row, or one for each of its labels that is no padding"""
 
     @property
     def share(self) -> float:
@@ -61,7 +63,8 @@ class Trade(NamedTuple):
 def trade(run: Run, source: Any, before: Callable[[Batch], Any], after: Callable[[Batch], Any]) -> Trade | None:
     """Measures two models on the same rows; None if the task decides nothing that the data label.
 
-    The interval of the change is that of a difference of paired proportions, with half an observation in each cell of
+    Labels that are padding do not count, so that the first share is the run's own metric `accuracy` on these rows. The
+    interval of the change is that of a difference of paired proportions, with half an observation in each cell of
     disagreement (A. Agresti and Y. Min, Statistics in Medicine 24, 2005).
 
     Args:
@@ -74,12 +77,15 @@ def trade(run: Run, source: Any, before: Callable[[Batch], Any], after: Callable
     for batch in evaluation_batches(source, run.experiment.data.eval_batch_size):
         there = int(np.sum(batch["weight"]))
         both = [decisions(task, outputs(batch)) for outputs in (before, after)]
-        labels = labels_of(run, batch, both[0])
+        labels = labels_of(task, batch, both[0])
         if labels is None:
             return None
-        right.append(np.stack([(each == labels)[:there].ravel() for each in both if each is not None]))
+        counts = labels.counts[:there]
+        right.append(np.stack([np.asarray(each == labels.values)[:there][counts] for each in both]))
     first, second = np.concatenate(right, axis=1)
     count = first.size
+    if not count:
+        return None
     lost, won = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     change = (won - lost) / count
     b, c = won + 0.5, lost + 0.5
@@ -87,11 +93,3 @@ def trade(run: Run, source: Any, before: Callable[[Batch], Any], after: Callable
     middle = (b - c) / (count + 2)
     interval = change, middle - CONFIDENCE * error, middle + CONFIDENCE * error
     return Trade(Accuracy(int(first.sum()), count), Accuracy(int(second.sum()), count), interval)
-
-
-def labels_of(run: Run, batch: Batch, decided: np.ndarray | None) -> np.ndarray | None:
-    """The labels that decisions are compared with, where the task has them."""
-    labels = batch.get(getattr(run.experiment.task, "target", ""))
-    if labels is None or decided is None or labels.shape != decided.shape or labels.dtype.kind not in "iub":
-        return None
-    return labels

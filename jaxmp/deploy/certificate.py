@@ -22,7 +22,9 @@ class Deviation:
     agree: int = 0
     bit_equal: bool = True
     nonfinite: int = 0
-    """outputs that are finite in one of both alone"""
+    """outputs that differ and are not finite in both: NaN or infinite in one alone, or another of these in each"""
+    whole: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """of each output of whole numbers or bools, how many numbers were compared, and how many of these differ"""
     errors: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     relative: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -32,7 +34,7 @@ class Deviation:
         self,
         outputs: dict[str, np.ndarray],
         reference: dict[str, np.ndarray],
-        decisions: tuple[np.ndarray, np.ndarray] | None,
+        decisions: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
         rows: int,
     ) -> None:
         """Counts the first `rows` rows of a batch.
@@ -40,30 +42,35 @@ class Deviation:
         Args:
           outputs: the model's outputs by name, arrays of shape (n, ...).
           reference: those of the reference, of the same shapes; dtypes may differ.
-          decisions: what the task decides by the outputs and by the reference's, whole numbers of shape (n, ...).
+          decisions: what the task decides by the outputs and by the reference's, whole numbers of shape (n, ...), and
+            which of these are compared, bools of the same shape.
           rows: number of rows that are no padding.
         """
         for name, output in outputs.items():
             if not is_floating(output):
-                self.bit_equal &= bool(np.array_equal(output[:rows], reference[name][:rows]))
+                differs = output[:rows] != reference[name][:rows]
+                before = self.whole.get(name, (0, 0))
+                self.whole[name] = before[0] + differs.size, before[1] + int(np.sum(differs))
+                self.bit_equal &= not np.any(differs)
                 continue
             self.bit_equal &= output.dtype == reference[name].dtype
             self.bit_equal &= output[:rows].tobytes() == reference[name][:rows].tobytes()
             got, right = (x[:rows].reshape(rows, -1).astype(np.float64) for x in (output, reference[name]))
             finite = np.isfinite(got) & np.isfinite(right)
-            self.nonfinite += int(np.sum(np.isfinite(got) != np.isfinite(right)))
-            difference = np.max(np.abs(np.where(finite, got - right, 0)), axis=1, initial=0)
+            same = (got == right) | (np.isnan(got) & np.isnan(right))
+            self.nonfinite += int(np.sum(~finite & ~same))
+            difference = np.max(np.abs(np.where(finite, got, 0) - np.where(finite, right, 0)), axis=1, initial=0)
             largest = np.max(np.abs(np.where(finite, right, 0)), axis=1, initial=0)
             self.dtypes[name] = output.dtype.name
             self.errors.setdefault(name, []).append(difference / ulp(largest, output.dtype))
             self.relative.setdefault(name, []).append(difference / np.where(largest > 0, largest, 1))
         if decisions is not None:
-            mine, right = (np.asarray(each)[:rows] for each in decisions)
-            self.compared += mine.size
-            self.agree += int(np.sum(mine == right))
+            mine, right, counts = (np.asarray(each)[:rows] for each in decisions)
+            self.compared += int(np.sum(counts))
+            self.agree += int(np.sum((mine == right) & counts))
             (logits, other) = (next(iter(each.values()))[:rows] for each in (outputs, reference))
             if len(outputs) == 1 and logits.ndim == mine.ndim + 1 and logits.shape[-1] > 1:
-                self.divergences.append(kl_divergence(other, logits).ravel())
+                self.divergences.append(kl_divergence(other, logits)[counts])
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -78,11 +85,16 @@ class Deviation:
                 "median_relative": float(np.median(relative)),
             }
         found: dict[str, Any] = {"bit_equal": bool(self.bit_equal), "nonfinite": self.nonfinite, "outputs": outputs}
+        if self.whole:
+            found["whole_numbers"] = {
+                name: {"compared": compared, "differing": differing}
+                for name, (compared, differing) in self.whole.items()
+            }
         if self.compared:
             share = self.agree / self.compared
             found["decisions"] = {"compared": self.compared, "agree": self.agree, "share": share}
-        if self.divergences:
-            kl = np.concatenate(self.divergences)
+        kl = np.concatenate([np.zeros(0), *self.divergences])
+        if kl.size:
             found["kl"] = {"mean": float(np.mean(kl)), "largest": float(np.max(kl))}
         return found
 

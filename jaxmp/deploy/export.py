@@ -7,10 +7,12 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from platform import machine, processor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.data.source import Rows, Source
 from jaxmp.deploy import onnx
 from jaxmp.deploy.certificate import Deviation
+from jaxmp.deploy.decisions import compared, decisions
 from jaxmp.deploy.forward import Forward, class_names, decoder, forward
 from jaxmp.deploy.onnx_graph import interface_dtype
 from jaxmp.deploy.predict import Artefact, ArtefactError
@@ -35,7 +38,6 @@ from jaxmp.runs.folder import how_to_blame
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
-from jaxmp.tasks.task import predictions
 from jaxmp.text_table import without_nan
 from jaxmp.training.state import TrainState
 
@@ -83,7 +85,7 @@ def export(
 
     Raises:
       InputError: the run has failed or has no such weights, the folder is not empty or cannot be written, the format's
-        packages are missing, or the model cannot be exported.
+        packages are missing, the model cannot be exported, or one of its outputs has no leading axis of rows.
 
     See `jaxmp.load`.
     """
@@ -174,6 +176,7 @@ def write_folder(
         "outputs": {name: _layout(spec, format) for name, spec in of.outputs.items()},
         "structure": of.structure(),
         "state": {name: _layout(spec, format) for name, spec in of.state.items()},
+        "context": of.context,
         "classes": class_names(run.experiment.data, getattr(run.experiment.task, "target", None)),
         "versions": provenance(patch=False)["versions"],
         "jax": {"version": jax.__version__},
@@ -182,7 +185,8 @@ def write_folder(
         "exported": datetime.date.today().isoformat(),
         "expires": None if format == "onnx" else (datetime.date.today() + PROMISED).isoformat(),
     }
-    draft = _draft(folder)
+    target = _target(folder)
+    draft = _draft(target)
     try:
         for name, content in files.items():
             _write(draft / name, content)
@@ -198,7 +202,7 @@ def write_folder(
         _write(draft / shipped.DIGEST, f"{hashlib.sha256(text).hexdigest()}  {shipped.MANIFEST}\n".encode())
         draft.chmod(0o755)  # a temporary folder is its owner's alone
         try:
-            draft.rename(folder)
+            draft.rename(target)
         except OSError as error:
             raise InputError(f"output {str(folder)!r}: {error.strerror}; expected a new or empty folder") from None
     finally:
@@ -270,8 +274,23 @@ def check(
         raise InputError(
             f"output {str(folder)!r}: not empty, it has {', '.join(there[:3])}; expected a new or empty folder"
         )
-    if not folder.absolute().parent.is_dir():
-        raise InputError(f"output {str(folder)!r}: there is no folder {str(folder.parent)!r}")
+    if folder.is_dir() and (folder.samefile(os.curdir) or os.path.ismount(folder)):
+        what = "the current folder" if folder.samefile(os.curdir) else "a mount point"
+        raise InputError(f"output {str(folder)!r}: {what} cannot be replaced; expected a new folder in it")
+    if not (parent := _target(folder).parent).is_dir():
+        named = parent if folder.is_symlink() else folder.parent
+        raise InputError(f"output {str(folder)!r}: there is no folder {str(named)!r}")
+
+
+def _target(folder: Path) -> Path:
+    """Where a folder is, behind symbolic links. Raises InputError if they make a loop."""
+    try:
+        target = folder.resolve()
+    except (OSError, RuntimeError):  # Python 3.13 returns the link
+        target = folder
+    if target.is_symlink():
+        raise InputError(f"output {str(folder)!r}: a loop of symbolic links; expected a new or empty folder")
+    return target
 
 
 def _require_flatbuffers() -> None:
@@ -352,23 +371,40 @@ def _certificate(artefact: Artefact, of: Forward, run: Run, state: TrainState, m
         own = jax.tree.leaves(run.outputs(batch, state))
         decided = decisions(task, of.unflatten([jnp.asarray(leaf) for leaf in outputs.values()]))
         for name, reference in (("float32", right), ("run", own)):
-            arrays = [np.asarray(leaf) for leaf in reference]
+            arrays = dict(zip(outputs, (np.asarray(leaf) for leaf in reference), strict=True))
             others = decisions(task, of.unflatten(list(reference)))
-            both = None if decided is None or others is None else (decided, others)
-            found[name].add(outputs, dict(zip(outputs, arrays, strict=True)), both, there)
-    device = jax.devices()[0]
+            both = None
+            if decided is not None and others is not None:
+                both = decided, others, compared(task, batch, decided, others)
+            found[name].add(outputs, arrays, both, there)
     return {
         "split": measured.split,
         "rows": len(source),
         "of": measured.of,
         "measured": {
             "by": artefact.manifest["format"],
-            "platform": device.platform,
-            "device": device.device_kind,
+            **_measured_on(artefact),
             "decoded": "token by token" if decode else None,
         },
         "against": {name: deviation.to_json() for name, deviation in found.items()},
     }
+
+
+def _measured_on(artefact: Artefact) -> dict[str, Any]:
+    """What ran the exported program: JAX's device; of ONNX, the execution providers of ONNX Runtime and the CPU."""
+    if artefact.manifest["format"] == "onnx":
+        return {"providers": list(artefact.providers), "device": _processor()}
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device": device.device_kind}
+
+
+def _processor() -> str:
+    """The name of this machine's CPU; its architecture where the system does not say."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        found = None
+    return found[1].strip() if found else processor() or machine()
 
 
 def _decoded(artefact: Artefact, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -379,12 +415,6 @@ def _decoded(artefact: Artefact, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         outputs, state = artefact.step(state, **{name: tokens[:, at : at + 1]})
         parts.append(artefact.leaves(outputs))
     return {output: np.concatenate([part[output] for part in parts], axis=1) for output in parts[0]}
-
-
-def decisions(task: Any, outputs: Any) -> np.ndarray | None:
-    """What the task decides by outputs: its predictions that are whole numbers or bools; None if there are none."""
-    found = [np.asarray(value) for value in predictions(task, outputs).values()]
-    return next((value for value in found if value.dtype.kind in "iub"), None)
 
 
 def lines(artefact: Artefact, folder: str | Path) -> list[tuple[str, str]]:
@@ -411,8 +441,10 @@ def lines(artefact: Artefact, folder: str | Path) -> list[tuple[str, str]]:
                     f"{output}: largest error {of['largest_ulp']:.3g} ulp of {of['ulp_of']}, median "
                     f"{of['median_ulp']:.3g}, relative {of['largest_relative']:.1e}"
                 )
+            for output, of in found.get("whole_numbers", {}).items():
+                parts.append(f"{output}: {of['differing']:,} of {of['compared']:,} whole numbers differ")
         if found["nonfinite"]:
-            parts.append(f"{found['nonfinite']:,} outputs not finite")
+            parts.append(f"{found['nonfinite']:,} outputs differ and are not finite")
         if "decisions" in found:
             parts.append(f"decisions {found['decisions']['agree']:,} of {found['decisions']['compared']:,} equal")
         if "kl" in found and not found["bit_equal"]:

@@ -49,6 +49,8 @@ class Forward:
     """structure of the model's outputs"""
     outputs: Spec
     """outputs by name, with symbolic rows"""
+    context: int | None = None
+    """most tokens of a row that a decoder takes at a time; None for other models"""
 
     def arguments(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Shapes and dtypes of the function's arguments, with symbolic rows."""
@@ -73,6 +75,17 @@ def forward(run: Run, state: TrainState, source: Source, *, precision: str | Non
       source: rows after the host transforms; only their columns' shapes and dtypes matter.
       precision: policy to compute under instead of the run's own.
 
+    Raises: InputError if the model cannot be traced for a number of rows that is not known, or an output has no
+      leading axis of rows.
+    """
+    of = traced(run, state, source, precision=precision)
+    _check_rows(run, of.outputs, next(iter(of.inputs.values())).shape[0])
+    return of
+
+
+def traced(run: Run, state: TrainState, source: Source, *, precision: str | None = None) -> Forward:
+    """Does what `forward` does for outputs of any shape. For arguments see there.
+
     Raises: InputError if the model cannot be traced for a number of rows that is not known.
     """
     experiment = run.experiment
@@ -96,8 +109,8 @@ def forward(run: Run, state: TrainState, source: Source, *, precision: str | Non
     key_data = jax.random.key_data(evaluation_key(state))
     trained = (params, model_state)
     with tracing(f"export: the model of {run.path} does not trace", "a model for any number of rows"):
-        traced, shapes = jax.make_jaxpr(outputs, return_shape=True)(trained, specs, key_data)
-    weights, used_columns, draws = _used(traced, (trained, specs, key_data))
+        closed, shapes = jax.make_jaxpr(outputs, return_shape=True)(trained, specs, key_data)
+    weights, used_columns, draws = _used(closed, (trained, specs, key_data))
     if not used_columns:
         raise InputError(f"export: the outputs of the model of {run.path} depend on no column of its data")
     leaves, treedef = jax.tree.flatten(trained)
@@ -134,7 +147,8 @@ def decoder(run: Run, state: TrainState, *, precision: str | None = None) -> For
       state: the state whose averaged weights are taken.
       precision: policy to compute under instead of the run's own.
 
-    Raises: InputError if the model is no decoder, or cannot be traced for unknown numbers of rows and tokens.
+    Raises: InputError if the model is no decoder, cannot be traced for unknown numbers of rows and tokens, or has an
+      output without a leading axis of rows.
     """
     experiment = run.experiment
     tree = experiment.policy if precision is None else PolicyTree.parse(precision)
@@ -158,6 +172,7 @@ def decoder(run: Run, state: TrainState, *, precision: str | None = None) -> For
     trained = {"params": params, **model_state}
     with tracing(f"export: the decoder of {run.path} does not trace", "a model for any number of rows and tokens"):
         logits, made = jax.eval_shape(start, trained, tokens)
+    _check_rows(run, _by_name(logits), rows)
     leaves, treedef = jax.tree.flatten(trained)
     cache_leaves, cache_treedef = jax.tree.flatten(made)
 
@@ -173,6 +188,7 @@ def decoder(run: Run, state: TrainState, *, precision: str | None = None) -> For
         inputs={name: tokens},
         treedef=jax.tree.structure(logits),
         outputs=_by_name(logits),
+        context=module.context,
     )
 
 
@@ -210,9 +226,9 @@ def _weight_names(params: Any, model_state: Any) -> dict[str, Any]:
     return own | {(f"state/{path}" if path in own else path): leaf for path, leaf in by_path(model_state).items()}
 
 
-def _used(traced: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[str], bool]:
+def _used(closed: Any, arguments: tuple[Any, Any, Any]) -> tuple[set[str], list[str], bool]:
     """Which weights and which columns the outputs depend on, by name, and whether they depend on the key."""
-    _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     variables, specs, _ = arguments
     (*of_arrays, of_key) = used
     names = list(_weight_names(*variables))
@@ -226,6 +242,17 @@ def _of_gradients(name: str) -> bool:
     collection, *path = name.split("/")
     # The operand is the last but one: a module may have such a name, too.
     return collection == GRADIENT_AMAX or (collection == HISTORIES and path[-2].startswith("gradients_"))
+
+
+def _check_rows(run: Run, outputs: Spec, rows: Any) -> None:
+    """Raises InputError if an output does not have the symbolic number of rows as its first dimension."""
+    for name, leaf in outputs.items():
+        if not leaf.shape or str(leaf.shape[0]) != str(rows):
+            found = f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+            raise InputError(
+                f"export: the output {name} of the model of {run.path} is {found} for {rows} rows; expected the rows "
+                f"first in each output, [{rows}, ...]"
+            )
 
 
 def _by_name(outputs: Any) -> Spec:

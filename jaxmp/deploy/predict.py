@@ -16,12 +16,14 @@ import datetime
 import hashlib
 import json
 import math
+import struct
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -91,8 +93,10 @@ def assemble(manifest: dict[str, Any], files: Mapping[str, bytes], name: str) ->
 
     Raises: ArtefactError if this process cannot run it.
     """
-    run = _onnx(manifest, files, name) if manifest["format"] == "onnx" else _stablehlo(manifest, files, name)
-    return Artefact(manifest, json.loads(files.get("certificate.json", b"{}")), run)
+    certificate = json.loads(files.get("certificate.json", b"{}"))
+    if manifest["format"] == "onnx":
+        return Artefact(manifest, certificate, *_onnx(manifest, files, name))
+    return Artefact(manifest, certificate, _stablehlo(manifest, files, name))
 
 
 class Artefact:
@@ -101,10 +105,13 @@ class Artefact:
     Attributes:
       manifest: content of manifest.json: inputs, outputs, policy by module, versions, class names.
       certificate: content of certificate.json: how far the outputs are from those in float32, on which rows.
+      providers: execution providers of ONNX Runtime in the order in which they are tried; () for StableHLO.
     """
 
-    def __init__(self, manifest: dict[str, Any], certificate: dict[str, Any], run: Any):
-        self.manifest, self.certificate, self._run = manifest, certificate, run
+    def __init__(
+        self, manifest: dict[str, Any], certificate: dict[str, Any], run: Any, providers: tuple[str, ...] = ()
+    ):
+        self.manifest, self.certificate, self._run, self.providers = manifest, certificate, run, providers
 
     def __repr__(self) -> str:
         of = ", ".join(f"{name}: {layout(spec)}" for name, spec in self.inputs.items())
@@ -120,7 +127,7 @@ class Artefact:
         """Names of the classes in the order of their logits, if they are known."""
         return self.manifest["classes"]
 
-    def __call__(self, *arrays: Any, **named: Any) -> Any:
+    def __call__(self, /, *arrays: Any, **named: Any) -> Any:
         """The model's outputs for rows, given in the order of `inputs` or by name.
 
         Returns:
@@ -140,12 +147,14 @@ class Artefact:
             for spec in self.manifest["state"].values()
         ]
 
-    def step(self, state: list[Any], *arrays: Any, **named: Any) -> tuple[Any, list[Any]]:
+    def step(self, state: list[Any], /, *arrays: Any, **named: Any) -> tuple[Any, list[Any]]:
         """The outputs for the next tokens of each row, and the state after them; see `start`.
 
-        Raises: ArtefactError as a call does.
+        Raises:
+          ArtefactError: as a call does; or the state is none of this model, is for another number of rows, or there are
+            more tokens a row than the model's context.
         """
-        found = self._run(list(state), self._check(arrays, named))
+        found = self._run(list(state), self._check(arrays, named, self._check_state(state)))
         count = len(found) - len(self.manifest["state"])
         return self._build(found[:count]), list(found[count:])
 
@@ -176,34 +185,66 @@ class Artefact:
 
         return build(self.manifest["structure"])
 
-    def _check(self, arrays: tuple[Any, ...], named: dict[str, Any]) -> list[np.ndarray]:
-        """The inputs in their order, in the model's dtypes. Raises ArtefactError if they do not fit."""
+    def _check_state(self, state: list[Any]) -> dict[str, int]:
+        """The number of rows of a state, by the name of the dimension. Raises ArtefactError if it does not fit."""
+        specs, sizes = self.manifest["state"], dict[str, int]()
+        if len(state) != len(specs):
+            raise ArtefactError(f"the state has {len(state)} arrays; expected the {len(specs)} of start(rows)")
+        for (name, spec), array in zip(specs.items(), state, strict=True):
+            shape, dtype = list(np.shape(array)), getattr(array, "dtype", type(array).__name__)
+            if shape != _shape(spec, shape, sizes) or dtype != _dtype(spec["dtype"]):
+                raise ArtefactError(
+                    f"state {name} is {dtype}{shape}; expected {layout(spec)}, of as many rows in each array, as "
+                    "start(rows) makes it"
+                )
+        return sizes
+
+    def _check(
+        self, arrays: tuple[Any, ...], named: dict[str, Any], of_state: Mapping[str, int] | None = None
+    ) -> list[np.ndarray]:
+        """The inputs in their order, in the model's dtypes. Raises ArtefactError if they do not fit.
+
+        Args:
+          arrays: inputs in their order.
+          named: inputs by name.
+          of_state: sizes of dimensions that the state has, by name.
+        """
         given = {**dict(zip(self.inputs, arrays, strict=False)), **named}
         expected = ", ".join(f"{name}: {layout(spec)}" for name, spec in self.inputs.items())
         if len(arrays) > len(self.inputs) or set(given) != set(self.inputs) or len(given) != len(arrays) + len(named):
             names = ", ".join([*named, *(["..."] if arrays else [])]) or "nothing"
             raise ArtefactError(f"{len(arrays) + len(named)} inputs were given ({names}); expected {expected}")
-        sizes: dict[str, int] = {}
+        sizes = dict(of_state or {})
         found = []
         for name, spec in self.inputs.items():
             array = np.asarray(given[name])
-            places = zip(spec["shape"], array.shape, strict=False)
-            shape = [sizes.setdefault(d, size) if isinstance(d, str) else d for d, size in places]
-            if len(array.shape) != len(spec["shape"]) or shape != list(array.shape) or 0 in array.shape:
+            shape = list(array.shape)
+            if shape != _shape(spec, shape, sizes) or 0 in shape:
+                rows = f", and {of_state['b']} rows, as the state has" if of_state and "b" in of_state else ""
                 raise ArtefactError(
-                    f"input {name} is {array.dtype}{list(array.shape)}; expected {layout(spec)}"
+                    f"input {name} is {array.dtype}{shape}; expected {layout(spec)}{rows}"
                     + ("" if len(self.inputs) == 1 else ", and as many rows in each input")
-                    + (", at least one row" if 0 in array.shape else "")
+                    + (", at least one row" if 0 in shape else "")
                 )
             found.append(_in_dtype(name, array, _dtype(spec["dtype"]), layout(spec)))
+        most = self.manifest.get("context")
+        if most is not None and sizes["t"] > most:
+            raise ArtefactError(f"{sizes['t']} tokens a row were given; expected at most {most}, the model's context")
         return found
+
+
+def _shape(spec: Mapping[str, Any], shape: list[int], sizes: dict[str, int]) -> list[int] | None:
+    """The shape that an array of `shape` should have, None for another number of axes; adds to the known `sizes`."""
+    if len(shape) != len(spec["shape"]):
+        return None
+    return [sizes.setdefault(d, n) if isinstance(d, str) else d for d, n in zip(spec["shape"], shape, strict=True)]
 
 
 def _in_dtype(name: str, array: np.ndarray, dtype: np.dtype, layout: str) -> np.ndarray:
     """The array in the model's dtype: as it is, or of the same kind with values that fit."""
     if array.dtype == dtype:
         return array
-    alike = array.dtype.kind == dtype.kind or {array.dtype.kind, dtype.kind} == {"i", "u"}
+    alike = array.dtype.kind == dtype.kind != "V" or {array.dtype.kind, dtype.kind} == {"i", "u"}
     cast = array.astype(dtype) if alike else None
     if cast is None or not (dtype.kind == "f" or np.array_equal(cast, array)):
         why = "" if cast is None else f", and some of its values do not fit in {dtype}"
@@ -294,8 +335,8 @@ def _stablehlo(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str
     return lambda state, inputs: call(weights, state, inputs)
 
 
-def _onnx(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> Any:
-    """`(state, inputs) -> outputs` by ONNX Runtime."""
+def _onnx(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> tuple[Any, tuple[str, ...]]:
+    """`(state, inputs) -> outputs` by ONNX Runtime, and its execution providers."""
     try:
         import onnxruntime
     except ImportError:
@@ -309,7 +350,11 @@ def _onnx(manifest: dict[str, Any], files: Mapping[str, bytes], folder: str) -> 
             "--format stablehlo"
         ) from None
     names = [*manifest["state"], *manifest["inputs"]]
-    return lambda state, inputs: session.run(None, dict(zip(names, [*state, *inputs], strict=True)))
+
+    def run(state: Any, inputs: Any) -> Any:
+        return session.run(None, dict(zip(names, [*state, *inputs], strict=True)))
+
+    return run, tuple(session.get_providers())
 
 
 def _numbers(version: str) -> list[int]:
@@ -327,7 +372,7 @@ def main() -> int:
         if options.batch < 1:
             raise ArtefactError(f"--batch {options.batch}: expected 1 or more")
         model = load(Path(__file__).resolve().parent)
-        rows = {name: column for name, column in _columns(options.rows).items() if name in model.inputs}
+        rows = {name: column for name, column in _read_columns(options.rows).items() if name in model.inputs}
         parts = []
         # Once at least: the model says what is wrong with no rows, or with a number instead of rows.
         for start in range(0, max([1, *(len(column) for column in rows.values() if column.ndim)]), options.batch):
@@ -336,32 +381,84 @@ def main() -> int:
             parts.append(model.leaves(model(**part)))
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         first = next(iter(found.values()))
-        if model.classes and first.ndim == 2 and first.shape[1] == len(model.classes):
+        if "class" not in found and model.classes and first.ndim == 2 and first.shape[1] == len(model.classes):
             found["class"] = np.array(model.classes)[first.argmax(axis=1)]
-        plain: dict[str, Any] = {name: _plain(array) for name, array in found.items()}
-        np.savez(options.predictions, **plain)
+        path = options.predictions if options.predictions.endswith(".npz") else f"{options.predictions}.npz"
+        with open(path, "wb") as file:
+            write_columns(file, found)
     except (ArtefactError, OSError, ValueError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    print(f"{len(first)} rows, {', '.join(found)}: {options.predictions}")
+    print(f"{len(first)} rows, {', '.join(found)}: {path}")
     return 0
 
 
-def _columns(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file by name. Raises ArtefactError if it is none, or damaged."""
+def _read_columns(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name. Raises ArtefactError, with the path, if it is none, or damaged."""
+    with open(path, "rb") as file:
+        try:
+            return read_columns(file)
+        except ArtefactError as error:
+            raise ArtefactError(f"{path}: {error}") from None
+
+
+def read_columns(file: IO[bytes], *, most: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name. What it says of their sizes is checked before anything of a size is read.
+
+    Args:
+      file: the file, open to be read.
+      most: the most bytes that it may have unpacked; None for any number.
+
+    Raises: ArtefactError if it is no .npz file, damaged, encrypted, or larger than `most`, or has Python objects.
+    """
     try:
-        with open(path, "rb") as data:
-            file = np.load(data)
-            if isinstance(file, np.ndarray):
-                raise ValueError("this one has a single array, without a name")
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtefactError(f"{path}: expected a .npz file with an array for each input ({error})") from None
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if most is not None and (size := sum(member.file_size for member in members)) > most:
+                raise ValueError(f"this one has {size:,} bytes unpacked; at most {most:,} are read")
+            return {member.filename.removesuffix(".npy"): _read_column(archive, member) for member in members}
+    # All that zipfile, zlib and numpy.lib.format raise of bytes that are no .npz file: RuntimeError, of encrypted ones.
+    except (
+        *(ValueError, TypeError, EOFError, LookupError, RuntimeError, ArithmeticError, SyntaxError),
+        *(OSError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+    ) as error:
+        raise ArtefactError(f"expected a .npz file with an array for each input ({error})") from None
 
 
-def _plain(array: np.ndarray) -> np.ndarray:
-    """The array with a dtype that NumPy alone reads back: floats of ml_dtypes as float32."""
-    return array.astype(np.float32) if array.dtype.kind == "V" else array
+def _read_column(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of a .npz file. Raises ValueError, or what its parts raise, if it is damaged."""
+    if member.flag_bits & 1:
+        raise ValueError(f"{member.filename} is encrypted")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed otherwise than by deflate")
+    with archive.open(member) as data:
+        version = np.lib.format.read_magic(data)
+        if version not in _HEADERS:
+            raise ValueError(f"{member.filename} has version {version} of the .npy format")
+        shape, fortran_order, dtype = _HEADERS[version](data)
+        there = member.file_size - data.tell()
+        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != there:
+            raise ValueError(f"{member.filename} has {there:,} bytes; its header says {dtype}{list(shape)}")
+        array = np.ndarray(math.prod(shape), dtype, bytearray(data.read()))
+    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
+
+
+_HEADERS: dict[Any, Any] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""what reads the header of a .npy file, by the version of the format"""
+
+
+def write_columns(file: IO[bytes], columns: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a .npz file, under any names. (np.savez has no array called `file`.)
+
+    Args:
+      file: the file, open to be written.
+      columns: the arrays by name; floats of ml_dtypes are written as float32, since NumPy alone reads back no others.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in columns.items():
+            plain = array.astype(np.float32) if array.dtype.kind == "V" else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as data:
+                np.lib.format.write_array(data, np.asanyarray(plain), allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from jaxmp.data.dataset import Split
 from jaxmp.deploy.accuracy import Trade, trade
 from jaxmp.deploy.export import ROWS, Measured
-from jaxmp.deploy.forward import Forward, forward
+from jaxmp.deploy.forward import Forward, traced
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments.audit import audit
@@ -210,7 +210,7 @@ def measure(run: Run, pruned: Run, measured: Measured) -> Pruned:
         _weight(name, np.asarray(leaf), why_dense(pruning, name, view.get(name), classes), pruning.structure)
         for name, leaf in by_path(after.averaged_params).items()
     )
-    flops = _flops(forward(pruned, after, measured.source), weights, measured, classes)
+    flops = _flops(traced(pruned, after, measured.source), weights, measured, classes)
     return Pruned(pruned, weights, pruning.structure, found, metrics, flops)
 
 

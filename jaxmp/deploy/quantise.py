@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,16 +16,19 @@ from jaxmp.data.dataset import Split
 from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.deploy import calibrate as static
 from jaxmp.deploy import onnx
-from jaxmp.deploy.accuracy import Trade, labels_of, trade
+from jaxmp.deploy.accuracy import Trade, trade
 from jaxmp.deploy.awq import awq
+from jaxmp.deploy.certificate import kl_divergence
 from jaxmp.deploy.contraction import matrix_axes, summed_axes
-from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, decisions, load, write_folder
+from jaxmp.deploy.decisions import decisions, labels_of
+from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
 from jaxmp.deploy.gptq import check_format, gptq
 from jaxmp.deploy.packed_weight import PackedWeight
 from jaxmp.deploy.predict import Artefact
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.instruments.audit import audit
+from jaxmp.modules.products import ObservedProduct, observed_products
 from jaxmp.precision.blocks import BlockFormat, pack, parse_block_format
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.run import Run
@@ -90,19 +93,16 @@ class Calibrated(NamedTuple):
     """share of the inputs of each product that is clipped, on the rows of the certificate, by layer"""
     share: float
     """share of the inputs of all products that is clipped"""
-    unrounded: tuple[str, ...]
-    """layers whose inputs stay as they are, see `Calibration.unrounded`"""
 
     def lines(self) -> list[str]:
         """What was calibrated, in words."""
         most = max(self.clipped, key=lambda layer: self.clipped[layer], default=None)
         largest = 0.0 if most is None else 100 * self.clipped[most]
         worst = f", at most {largest:.2g} % in {most}" if largest else ""
-        found = [f"activations      {self.format}, static scales from {self.rows:,} training rows"]
-        found.append(f"clipped          {100 * self.share:.2g} % of the inputs of products{worst}")
-        if self.unrounded:
-            found.append(f"not rounded      the inputs of {', '.join(each or '(model)' for each in self.unrounded)}")
-        return found
+        return [
+            f"activations      {self.format}, static scales from {self.rows:,} training rows",
+            f"clipped          {100 * self.share:.2g} % of the inputs of products{worst}",
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,10 @@ class Quantised:
     nothing that is labelled"""
     calibration: Calibrated | None
     """of activations with static scales; None without them"""
+    activations: str | None
+    """format of the inputs of products; None if they stay as they are"""
+    unrounded: tuple[str, ...]
+    """with `activations`, layers whose inputs stay nevertheless; "" is the model itself"""
     flops: dict[str, int]
     """FLOPs of products for one row, by dtype; those of a format that no device here has run in the dtype named"""
 
@@ -140,6 +144,10 @@ class Quantised:
         lines.append(f"bytes            {self.nbytes:,} of {self.nbytes_before:,}, {ratio:.2f} times fewer")
         if self.calibration is not None:
             lines += self.calibration.lines()
+        elif self.activations is not None:
+            lines.append(f"activations      {self.activations}, a scale for each vector of each row; emulated")
+        if self.unrounded:
+            lines.append(f"not rounded      the inputs of {', '.join(each or '(model)' for each in self.unrounded)}")
         if self.trade is not None:
             lines += self.trade.lines("quantised")
         flops = ", ".join(f"{dtype} {count:,}" for dtype, count in self.flops.items())
@@ -185,8 +193,9 @@ def quantise(
         are made anew; see `jaxmp.deploy.calibrate`.
       checkpoint: whose weights, as `jaxmp.export` takes them.
       keep: patterns of weights that stay as they are, such as Dense_1 or **/embedding.
-      budget: points of accuracy that may be lost on the validation split. Each weight then gets the fewest bits that
-        were found within it: `weights`, int8:channel, or as it is.
+      budget: points of accuracy that the model may lose on the validation split, or, without one, on the training
+        split, beside the run's own. Each weight then gets the fewest bits that were found within it: `weights`,
+        int8:channel, or as it is.
       platforms: as in `jaxmp.export`.
       format: as in `jaxmp.export`; an ONNX file has the packed weights, and the operations that decode them.
       split: rows of the certificate and of the accuracy, as in `jaxmp.export`.
@@ -195,7 +204,8 @@ def quantise(
 
     Raises:
       InputError: as `jaxmp.export` does; a format or pattern is unknown; the run has rules whose default has a recipe;
-        a budget is given where no accuracy can be measured; or `method` can round no weight.
+        `method` can round no weight; or a budget is given where no accuracy can be measured, or one that rounded
+        activations alone exceed.
     """
     run = run if isinstance(run, Run) else Run(run)
     folder = local_path("output", output)
@@ -210,23 +220,30 @@ def quantise(
         )
     measured = Measured.of_run(run, split, rows)
     state = chosen_state(run, checkpoint, option="checkpoint")
-    calibration = None
+    calibration, unrounded = None, tuple[str, ...]()
     if activations is None or calibrate is None:
         of = forward(run, state, measured.source, precision=str(tree))
     else:
         found = static.calibrate(run, state, activations, batches=calibrate)
-        calibration, tree = _calibrated(run, state, measured, activations, found), found.tree
+        calibration, tree, unrounded = (
+            _calibrated(run, state, measured, activations, found),
+            found.tree,
+            found.unrounded,
+        )
         of = forward(run, found.state, measured.source, precision=str(tree))
     for pattern in patterns:
         if not any(pattern.covers(name) for name in of.weights):
             raise InputError(f"keep {pattern}: no such weight; {pattern.what_there_is(of.weights)}")
     summed = summed_axes(forward(run, state, measured.source, precision="float32"))
+    if activations is not None:
+        unrounded = tuple(dict.fromkeys([*unrounded, *_unrounded(of, measured, summed)]))
     candidates = {name: leaf for name, leaf in of.weights.items() if not why_kept(name, leaf, patterns, summed)}
     if not candidates:
         raise InputError(f"quantise: {run.path} has no weight that can be quantised; expected one of two axes or more")
     formats: dict[str, BlockFormat | None] = dict.fromkeys(candidates, block)
     if budget is not None:
-        formats = _search(run, of, block, candidates, budget, rows, log, summed)
+        judge = _Judge(run, state, of, rows)
+        formats = _search(judge, block, candidates, budget, activations, log, summed)
     packed: dict[str, PackedWeight] = {}
     reasons: dict[str, str] = {}
     statistics: dict[str, static.InputStatistics] = {}
@@ -261,6 +278,7 @@ def quantise(
         "formats": {layer.path: layer.format for layer in layers},
         "methods": methods,
         "activations": activations,
+        "unrounded": list(unrounded),
     } | ({} if calibration is None else {"calibration": calibration._asdict()})
     content = onnx.files(of, packed) if format == "onnx" else None
     write_folder(
@@ -268,11 +286,13 @@ def quantise(
     )
     artefact = load(folder)
     trade_ = _trade(artefact, exported, run, state, measured)
-    return Quantised(artefact, layers, trade_, calibration, _flops(exported, measured))
+    return Quantised(artefact, layers, trade_, calibration, activations, unrounded, _flops(exported, measured))
 
 
 def _check_method(method: str, block: BlockFormat, calibrate: int | None, budget: float | None) -> None:
-    """Refuses a method that is unknown, or that the other options do not go with."""
+    """Refuses a negative budget, and a method that is unknown, or that the other options do not go with."""
+    if budget is not None and not budget >= 0:
+        raise InputError(f"--budget {budget}: expected 0 points of accuracy or more")
     if method not in METHODS:
         raise InputError(f"--method {method}: expected {', '.join(METHODS)}{nearest(method, METHODS)}")
     if method == "nearest":
@@ -340,7 +360,34 @@ def _calibrated(run: Run, state: Any, measured: Measured, format: str, found: st
         f"{path or '(model)'}" + (f" {n}" if n else ""): above / size for (path, n), (above, size) in counts.items()
     }
     above, size = (sum(each[index] for each in counts.values()) for index in (0, 1))
-    return Calibrated(format, found.rows, by_layer, above / max(size, 1), found.unrounded)
+    return Calibrated(format, found.rows, by_layer, above / max(size, 1))
+
+
+def _unrounded(of: Forward, measured: Measured, summed: Collection[str]) -> list[str]:
+    """The layers that multiply a weight by inputs that are not rounded.
+
+    A rule of the policy keeps them, or they make their products where no recipe reaches, as a cell that joins its gates
+    does.
+
+    Args:
+      of: the model under a policy that rounds the inputs of products.
+      measured: rows, of which one gives the shapes.
+      summed: the weights in products.
+    """
+    rounded: dict[str, bool] = {}
+
+    def observe(path: str, product: ObservedProduct) -> jax.Array:
+        is_rounded = product.recipe is not None and product.recipe.fprop.left is not None
+        rounded[path] = rounded.get(path, True) and is_rounded
+        return product.result
+
+    with observed_products(observe):
+        # A function of its own: one that has been traced before would not be traced again, and nothing be observed.
+        jax.eval_shape(lambda *given: of.function(*given), *_arguments(of, measured))
+    # Scales and biases come into a product as a part of its input.
+    weights = {name for name, leaf in of.weights.items() if np.ndim(leaf) > 1 and name.rpartition("/")[2] not in _ADDED}
+    layers = dict.fromkeys(name.rpartition("/")[0] for name in of.weights if name in summed and name in weights)
+    return [layer for layer in layers if not rounded.get(layer)]
 
 
 def why_kept(name: str, leaf: Any, patterns: Sequence[Pattern], summed: Collection[str]) -> str:
@@ -411,31 +458,32 @@ def _trade(artefact: Artefact, of: Forward, run: Run, state: Any, measured: Meas
 
 def _flops(of: Forward, measured: Measured) -> dict[str, int]:
     """FLOPs of products for one row, by dtype."""
+    return dict(audit(of.function, *_arguments(of, measured)).dot_flops_by_dtype)
+
+
+def _arguments(of: Forward, measured: Measured) -> tuple[Any, ...]:
+    """The arguments of a forward function for one row, the weights by their shapes."""
     row = measured.source[np.arange(1)]
-    arguments: tuple[Any, ...] = of.arguments()[0], [], [np.asarray(jnp.asarray(row[name])) for name in of.inputs]
-    return dict(audit(of.function, *arguments).dot_flops_by_dtype)
+    return of.arguments()[0], [], [np.asarray(jnp.asarray(row[name])) for name in of.inputs]
 
 
 def _search(
-    run: Run,
-    of: Forward,
+    judge: _Judge,
     format: BlockFormat,
     candidates: Mapping[str, Any],
     budget: float,
-    rows: int,
+    activations: str | None,
     log: Callable[[str], None],
     summed: Mapping[str, tuple[int, ...]],
 ) -> dict[str, BlockFormat | None]:
-    """The formats with the fewest bits whose accuracy on the validation split is within the budget.
+    """The formats with the fewest bits whose accuracy is within the budget of the run's own.
 
     Each weight is first rounded alone, which says how much it costs: the mean KL divergence of the outputs. All begin
     in the narrowest format; then the one that costs most for the bytes that it saves goes one rung up, to 8 bits or
     as it was, until the measured accuracy is within the budget.
+
+    Raises: InputError if it is not with all weights as they are, since rounded activations alone cost more.
     """
-    if not budget >= 0:
-        raise InputError(f"--budget {budget}: expected 0 points of accuracy or more")
-    split: Split = "validation" if "validation" in run.trainer.splits else "train"
-    judge = _Judge(run, of, Measured.of_run(run, split, rows))
     eight = parse_block_format(FORMATS["int8"])
     ladder: list[BlockFormat | None] = [format, *([eight] if format.bits < eight.bits else []), None]
     rounded = {
@@ -449,7 +497,8 @@ def _search(
         ]
         for name, leaf in candidates.items()
     }
-    whole, _ = judge({})
+    whole = judge.of_run()
+    judge({})  # what divergences are from
     cost = {
         name: [judge({name: each})[1] if rung < len(ladder) - 1 else 0.0 for rung, each in enumerate(of_name)]
         for name, of_name in rounded.items()
@@ -459,8 +508,9 @@ def _search(
         right, _ = judge({name: rounded[name][rung] for name, rung in rungs.items()})
         lost = 100 * (whole - right)
         bits = 8 * sum(sizes[name][rung] for name, rung in rungs.items())
-        log(f"{bits / sum(np.size(leaf) for leaf in candidates.values()):.2f} bits a weight: {lost:+.2f} points lost")
-        if lost <= budget:
+        average = bits / sum(np.size(leaf) for leaf in candidates.values())
+        log(f"{average:.2f} bits a weight: {lost:+.2f} points lost on {judge.where}")
+        if lost <= budget + 1e-9:  # shares are not exact
             return {name: ladder[rung] for name, rung in rungs.items()}
         # What a rung up gains for each byte that it adds.
         gains = {
@@ -468,38 +518,67 @@ def _search(
             for name, rung in rungs.items()
             if rung + 1 < len(ladder)
         }
+        if not gains:
+            why = "" if activations is None else f", the cost of --activations {activations} alone"
+            raise InputError(
+                f"--budget {budget:g}: with all weights as they are {lost:.2f} points are lost on {judge.where}{why}; "
+                f"expected a budget of {math.ceil(100 * lost - 1e-6) / 100:.2f} or more"
+                + ("" if activations is None else ", or no --activations")
+            )
         rungs[max(gains, key=lambda name: gains[name])] += 1
 
 
 class _Judge:
     """Judges a model with other weights: its accuracy, and the mean KL divergence from the model itself."""
 
-    def __init__(self, run: Run, of: Forward, measured: Measured):
-        self._run, self._of, self._measured = run, of, measured
+    def __init__(self, run: Run, state: Any, of: Forward, rows: int):
+        split: Split = "validation" if "validation" in run.trainer.splits else "train"
+        self._run, self._state, self._of, self._measured = run, state, of, Measured.of_run(run, split, rows)
         self._program = jax.jit(of.function)
         self._own: list[np.ndarray] = []
+        self.where = f"{split} rows"
+        """the rows that it judges by, in words"""
+        if split == "train":
+            self.where += ", on which the run was trained: there is no validation split"
+
+    def of_run(self) -> float:
+        """The share of right decisions of the run itself. Raises InputError if no label counts."""
+        right = [self._right(batch, self._run.outputs(batch, self._state))[0] for batch in self._batches()]
+        found = np.concatenate(right)
+        if not found.size:
+            raise InputError(f"--budget: no label of the {self.where} counts; expected some that are no padding")
+        return float(np.mean(found))
 
     def __call__(self, weights: Mapping[str, Any]) -> tuple[float, float]:
         """The share of right decisions, and the divergence, with some weights in the place of the model's."""
-        from jaxmp.deploy.certificate import kl_divergence
-
-        run, first = self._run, not self._own
+        first, found, divergences = not self._own, [], []
         given = [weights.get(name, leaf) for name, leaf in self._of.weights.items()]
-        right, count, divergence = 0, 0, 0.0
-        for at, batch in enumerate(evaluation_batches(self._measured.source, run.experiment.data.eval_batch_size)):
-            there = int(np.sum(batch["weight"]))
+        for at, batch in enumerate(self._batches()):
             leaves = self._program(given, [], [np.asarray(jnp.asarray(batch[name])) for name in self._of.inputs])
-            decided = decisions(run.experiment.task, self._of.unflatten(leaves))
-            labels = labels_of(run, batch, decided)
-            if labels is None or decided is None or len(leaves) != 1:
-                raise InputError(
-                    f"--budget: {type(run.experiment.task).__name__} decides nothing that the data label; expected a "
-                    "classification"
-                )
-            logits = np.asarray(leaves[0])[:there]
+            right, counts = self._right(batch, self._of.unflatten(leaves))
+            logits = np.asarray(leaves[0])[: len(counts)]
             if first:
                 self._own.append(logits)
-            right += int(np.sum((decided == labels)[:there]))
-            count += labels[:there].size
-            divergence += float(np.sum(np.minimum(kl_divergence(self._own[at], logits), 1e3)))
-        return right / count, divergence / count
+            divergence = np.minimum(kl_divergence(self._own[at], logits), 1e3)
+            found.append(right)
+            divergences.append(divergence[counts] if divergence.shape == counts.shape else divergence.ravel())
+        return float(np.mean(np.concatenate(found))), float(np.mean(np.concatenate(divergences)))
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        source, size = self._measured.source, self._run.experiment.data.eval_batch_size
+        return (dict(batch) for batch in evaluation_batches(source, size))
+
+    def _right(self, batch: Mapping[str, Any], outputs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each decision that counts is right, and which of the rows' decisions count.
+
+        Raises: InputError if the task decides nothing that the data label.
+        """
+        task, there = self._run.experiment.task, int(np.sum(batch["weight"]))
+        decided = decisions(task, outputs)
+        labels = labels_of(task, batch, decided)
+        if labels is None or len(jax.tree.leaves(outputs)) != 1:
+            raise InputError(
+                f"--budget: {type(task).__name__} decides nothing that the data label; expected a classification"
+            )
+        counts = labels.counts[:there]
+        return np.asarray(decided == labels.values)[:there][counts], counts

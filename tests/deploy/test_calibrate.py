@@ -98,7 +98,7 @@ def test_the_scales_are_those_of_the_largest_inputs_on_the_training_split(small,
 def test_layers_that_cannot_be_observed_stay_as_they_are_and_are_named(tmp_path):
     run = trained(tmp_path, "mixed_bfloat16", model=Small())
     found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=2)
-    assert found.calibration is not None and found.calibration.unrounded == ("Einsum_0",)
+    assert found.calibration is not None and found.unrounded == ("Einsum_0",)
     assert "not rounded      the inputs of Einsum_0" in str(found)
     assert found.artefact(images(3)).shape == (3, 3)
     state = run.state("best")
@@ -122,7 +122,7 @@ def test_layers_that_are_not_rounded_are_named_and_none_of_their_inputs_counts_a
     run = trained(tmp_path, "head=float32; mixed_bfloat16", model=Kept())
     found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=1)
     assert found.calibration is not None
-    assert sorted(found.calibration.unrounded) == ["dead", "head"]
+    assert sorted(found.unrounded) == ["dead", "head"]
     assert set(found.calibration.clipped) == {"wrapped"}
 
 
@@ -149,7 +149,7 @@ def test_layers_in_a_scan_have_no_scale_and_stay_where_a_rule_says_so(tmp_path):
         quantise(plain, output=tmp_path / "no", activations="int8", calibrate=1)
     run = trained(tmp_path / "rules", "layers=float32; mixed_bfloat16", model=Layers())
     found = quantise(run, output=tmp_path / "out", activations="int8", calibrate=1)
-    assert found.calibration is not None and found.calibration.unrounded == ("layers/dense",)
+    assert found.calibration is not None and found.unrounded == ("layers/dense",)
     assert set(found.calibration.clipped) == {"head"}
     (kernel,) = (layer for layer in found.layers if layer.path == "layers/dense/kernel")
     assert kernel.nbytes == 3 * 16 * 16 + 4 * 3 * 16  # a scale for each output of each layer

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from deployed_runs import ROOT, Both, Sizes, batches_bare, images, predict_bare,
 import jaxmp
 from jaxmp import Arrays, InputError, Loop
 from jaxmp.cli import main
-from jaxmp.deploy.export import lines
+from jaxmp.deploy.export import check, lines
 from jaxmp.deploy.predict import Artefact
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
@@ -286,11 +287,36 @@ def test_what_cannot_be_exported_is_one_message_and_nothing_is_written(run, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    run = SimpleNamespace(failure=None)
+    for name in ("here", "mounted", "empty"):
+        (tmp_path / name).mkdir()
+    for link, to in (("loop", "loop"), ("away", "no/such"), ("there", "empty"), ("new", "other")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
+    for folder, expected in (
+        (Path("."), "output '.': the current folder cannot be replaced; expected a new folder in it"),
+        (tmp_path / "here", "the current folder cannot be replaced"),
+        (tmp_path / "mounted", "a mount point cannot be replaced"),
+        (tmp_path / "loop", "a loop of symbolic links; expected a new or empty folder"),
+        (tmp_path / "away", f"there is no folder {str(tmp_path / 'no')!r}"),
+    ):
+        with pytest.raises(InputError) as error:
+            check(run, folder, "best", ["cpu"])
+        assert expected in str(error.value), folder
+    for folder in ("there", "new", "empty", "fresh"):
+        check(run, tmp_path / folder, "best", ["cpu"])
+
+
 @pytest.mark.slow
 def test_the_average_is_exported_only_of_a_run_that_keeps_one(run, tmp_path, monkeypatch):
     state = run.state("last")
     assert state.ema is not None
-    artefact = jaxmp.export(run, output=tmp_path / "ema", weights="ema")
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "ema")  # to an empty folder, which is replaced
+    artefact = jaxmp.export(run, output=tmp_path / "link", weights="ema")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "ema" / "manifest.json").is_file()
     assert (
         artefact(images(3)).tobytes() == np.asarray(run.apply({"image": images(3), "label": [0] * 3}, "last")).tobytes()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import flax.linen as nn
@@ -13,9 +14,23 @@ from deployed_runs import images, trained
 
 import jaxmp
 from jaxmp import InputError
+from jaxmp.data.source import Columns
+from jaxmp.deploy import quantise as deploy
 from jaxmp.deploy.contraction import summed_axes
+from jaxmp.deploy.export import Measured
 from jaxmp.deploy.forward import Forward, forward
-from jaxmp.deploy.quantise import FORMATS, _Judge, packed_weight, quantise, why_kept
+from jaxmp.deploy.quantise import (
+    FORMATS,
+    Calibrated,
+    Quantised,
+    _Judge,
+    _unrounded,
+    packed_weight,
+    quantise,
+    why_kept,
+)
+from jaxmp.modules.linen import UnderPolicy
+from jaxmp.modules.model import as_model
 from jaxmp.trees import by_path
 
 pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jaxmp[export]'")
@@ -95,6 +110,7 @@ def test_a_budget_is_kept_with_the_fewest_bits_that_were_found(run, tmp_path, mo
         return 1 - divergence, divergence
 
     monkeypatch.setattr(_Judge, "__call__", by_divergence)
+    monkeypatch.setattr(_Judge, "of_run", lambda self: 1.0)
     sizes, said = [], []
     for name, budget in (("loose", 1e6), ("middle", None), ("tight", 0.0)):
         budget = 0.5 * float(said[0].split(":")[1].split()[0]) if budget is None else budget
@@ -151,6 +167,7 @@ def test_packed_weights_in_an_onnx_file_give_the_outputs_of_stablehlo(tmp_path, 
 @pytest.mark.full_size
 def test_activations_are_rounded_row_by_row(run, tmp_path):
     found = quantise(run, output=tmp_path / "out", weights="int8", activations="int8")
+    assert "activations      int8, a scale for each vector of each row; emulated" in str(found) and not found.unrounded
     assert "fprop=int8:channel/high" in found.artefact.manifest["precision"]
     many = images(7)
     together, alone = found.artefact(many), np.concatenate([found.artefact(row[None]) for row in many])
@@ -201,19 +218,32 @@ class Heads(nn.Module):
         return embed.attend(nn.Conv(6, (3,), name="conv")(x))
 
 
+class Gain(nn.Module):
+    """A factor for each feature, which comes into the next product."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("gain", nn.initializers.ones, x.shape[-1:])
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         return x + nn.Dense(6, name="dense")(x), None
 
 
-def forward_of(model, *inputs):
-    """The forward function of a Linen module with its initial weights."""
-    params = model.init(jax.random.key(0), *inputs)["params"]
+def forward_of(model, *inputs, precision=None):
+    """The forward function of a Linen module with its initial weights, or, under a policy, with their shapes."""
+    init = model.init if precision is None else functools.partial(jax.eval_shape, model.init)
+    params = init(jax.random.key(0), *inputs)["params"]
 
     def function(given, state, inputs):
-        return [model.apply({"params": jax.tree.unflatten(jax.tree.structure(params), given)}, *inputs)]
+        given = jax.tree.unflatten(jax.tree.structure(params), given)
+        if precision is None:
+            return [model.apply({"params": given}, *inputs)]
+        return [under_policy.apply(given, {}, *inputs, key=jax.random.key(0))[0]]
 
+    under_policy = as_model(model).under(UnderPolicy(jaxmp.PolicyTree.parse(precision or "float32")))
     specs = {f"x{index}": jax.ShapeDtypeStruct(x.shape, x.dtype) for index, x in enumerate(inputs)}
     return Forward(function, by_path(params), {}, specs, jax.tree.structure(0), {})
 
@@ -239,3 +269,32 @@ def test_a_scale_for_a_channel_is_the_largest_magnitude_over_exactly_the_axes_th
         np.testing.assert_allclose(np.asarray(packed.blocks.scales).ravel(), amax.ravel() / 127, rtol=1e-6)
         scale = np.expand_dims(amax / 127, axes)
         np.testing.assert_allclose(packed.unpack(), np.rint(weight / scale) * scale, rtol=1e-5, atol=1e-7)
+
+
+def test_activations_and_what_is_not_rounded_are_said_with_and_without_static_scales():
+    layers = (deploy.Layer("kernel", (2, 2), "int8:channel", 4, 16, ""),)
+    static = Calibrated("int8", 10, {"head": 0.5}, 0.25)
+    for calibration, expected in (
+        (None, "activations      int8, a scale for each vector of each row; emulated"),
+        (static, "activations      int8, static scales from 10 training rows"),
+    ):
+        lines = str(Quantised(None, layers, None, calibration, "int8", ("", "head"), {})).splitlines()
+        assert expected in lines and "not rounded      the inputs of (model), head" in lines
+    assert "activations" not in str(Quantised(None, layers, None, None, None, (), {}))
+
+
+@pytest.mark.slow
+def test_layers_whose_inputs_are_not_rounded_are_named():
+    words = np.zeros((1, 5), np.int32)
+    policy = "conv=float32; layers=float32; float32,fprop=int8:channel/high"
+    of = forward_of(Heads(), words, precision=policy)
+    summed = summed_axes(forward_of(Heads(), words, precision="float32"))
+    found = _unrounded(of, Measured("test", Columns({"x0": words}), 1), summed)
+    joined = [f"OptimizedLSTMCell_0/{kind}{gate}" for kind in "hi" for gate in "fgio"]  # a cell that joins its gates
+    assert sorted(found) == sorted([*joined, "conv", "layers/dense"])
+    x = np.ones((1, 6), np.float32)
+    normed = forward_of(
+        nn.Sequential([nn.LayerNorm(), Gain(), nn.Dense(6)]), x, precision="float32,fprop=int8:channel/high"
+    )
+    assert {"layers_0/scale", "layers_1/gain"} < {*summed_axes(normed)}
+    assert not _unrounded(normed, Measured("test", Columns({"x0": x}), 1), summed_axes(normed))
