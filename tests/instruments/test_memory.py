@@ -206,10 +206,14 @@ CASES = [(path.stem, "mixed_float16") for path in CONFIGS if not path.stem.start
 CASES += [("digits_mlp", precision) for precision in ("float32", "bfloat16", "bfloat16,rounding=kahan")]
 
 
+SHORT = ("digits_mlp", "digits_cnn", "sst2_lstm")
+"""configs that the slow suite has time for; `-m full_size` tests all others"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [pytest.param(*case, marks=[] if case == ("digits_mlp", "mixed_float16") else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=[] if case[0] in SHORT else pytest.mark.full_size) for case in CASES],
 )
 def test_state_and_gradients_are_within_5_percent_of_what_the_compiler_says(of_config, name, precision):
     trainer = of_config(name, precision)

@@ -124,7 +124,10 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [policy if policy == "mixed_float16" else pytest.param(policy, marks=pytest.mark.full_size) for policy in POLICIES],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_laws_hold_on_models_of_ten_kinds_and_float64_says_the_same(name, policy):
     model, x = MODELS[name]
