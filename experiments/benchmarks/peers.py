@@ -35,6 +35,8 @@ from jaxmp.runs.provenance import provenance
 from jaxmp.text_table import table
 
 BASELINE = "hand-written"
+BOUNDARY = "hand-written, jaxmp's state"
+"""the hand-written step with what jaxmp's takes and returns beside it: what that costs where a step is dispatched"""
 JAX_PEERS = {"Flax": "flax_linen", "Haiku and jmp": "haiku_jmp", "mpx": "mpx_equinox"}
 """peers that have a `make(case, precision) -> (step, state)`, by the file in peer_steps"""
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -67,6 +69,7 @@ def jax_steps(case: Case, precision: str) -> dict[str, tuple[Any, Any]]:
     found = {BASELINE: hand_written.make(case, precision), "jaxmp": jaxmp_itself.make(case, precision)}
     if precision != "float16":
         found["jaxmp, NoScaler"] = jaxmp_itself.make(case, precision, no_scaler=True)
+        found[BOUNDARY] = hand_written.with_state_of_jaxmp(case, *found[BASELINE])
     for name, file in JAX_PEERS.items():
         module = module_of(file)
         if module is not None and precision in getattr(module, "PRECISIONS", PRECISIONS):
@@ -194,7 +197,7 @@ def many_steps_a_dispatch(case: Case, precision: str, how: Settings, steps: dict
     runs = {
         name: over_data(step, state, case, epoch, loop=loop)
         for name, (step, state) in steps.items()
-        if not name.startswith("jaxmp")
+        if not name.startswith("jaxmp") and name != BOUNDARY
     }
     turns = how.rounds + 2
     runs["jaxmp, steps()"] = timed(jaxmp_itself.steps_of(case, precision, epoch=epoch, epochs=turns))

@@ -29,10 +29,8 @@ OVERWRITTEN = "_overwrite_with_gradient"
 """Flax's name for fp8 scales and histories, which are stored among the parameters. Their "gradient" is their next
 value, so it is neither unscaled nor passed to an optimizer."""
 
-SMALL = 2**14
-"""Gradient leaves with at most this many elements are checked for inf and NaN together with others of their shape."""
 TOGETHER = 16
-"""The largest number of leaves that are checked together: a kernel takes a limited number of operands."""
+"""The largest number of gradient leaves that are checked for inf and NaN together: a kernel takes so many operands."""
 
 
 class LossScalingState(NamedTuple):
@@ -281,15 +279,21 @@ def all_finite(grads: Any) -> jax.Array:
     Checking the largest magnitude would not be enough: XLA:CPU's maximum over 2**12 or more float32 elements ignores
     NaN (jaxlib 0.10 to 0.12; trap T18).
     """
-    groups = [[g] for g in jax.tree.leaves(grads) if g.size > SMALL]
     by_shape: dict[Any, list[jax.Array]] = {}
     for g in jax.tree.leaves(grads):
-        if g.size <= SMALL:
-            by_shape.setdefault(g.shape, []).append(g)
-    # Small leaves of one shape are checked together, since each reduction is a kernel of its own.
-    groups += [of[i : i + TOGETHER] for of in by_shape.values() for i in range(0, len(of), TOGETHER)]
-    found = [jnp.all(functools.reduce(jnp.logical_and, map(jnp.isfinite, group))) for group in groups]
+        by_shape.setdefault(g.shape, []).append(g)
+    # Leaves of one shape are checked together, since each reduction is a kernel of its own, or two.
+    groups = [of[i : i + TOGETHER] for of in by_shape.values() for i in range(0, len(of), TOGETHER)]
+    found = [_all(functools.reduce(jnp.logical_and, map(jnp.isfinite, group))) for group in groups]
     return jnp.all(jnp.stack(found)) if found else jnp.bool_(True)
+
+
+def _all(x: jax.Array) -> jax.Array:
+    """`jnp.all(x)`, of a matrix by columns first: six to eight times as fast on a CPU, where XLA vectorises only that.
+
+    Then by another reduction, the dual, which XLA does not merge with the first into one over both dimensions.
+    """
+    return ~jnp.any(~jnp.all(x, axis=0)) if x.ndim == 2 else jnp.all(x)
 
 
 def largest_magnitude(grads: Any) -> jax.Array:

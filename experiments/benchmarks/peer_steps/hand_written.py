@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmp.training.metrics import Mean
+
 from .cases import DTYPES, FIRST_SCALE, Case, loss_and_accuracy, optimizer
 
 Forward = Callable[[Any, jax.Array, Any], jax.Array]
@@ -149,3 +151,18 @@ def make(case: Case, precision: str) -> tuple[Any, Any]:
     if precision == "float16":
         return scaled, (params, tx.init(params), jnp.float32(FIRST_SCALE), jnp.int32(0))
     return plain, (params, tx.init(params))
+
+
+def with_state_of_jaxmp(case: Case, step: Any, state: Any) -> tuple[Any, Any]:
+    """Returns `(step, state)` that also take and return what jaxmp's do: number and key, sums and weights of metrics.
+
+    The weights are those of the batch's rows; the key is only handed on, as this model draws nothing.
+    """
+
+    def stated(both: Any, batch: Any) -> Any:
+        state, number, key = both
+        state, means = step(state, batch)
+        weight = jnp.float32(case.rows)
+        return (state, number + 1, key), {name: Mean(mean * weight, weight) for name, mean in means.items()}
+
+    return stated, (state, jnp.int32(0), jax.random.key(0))

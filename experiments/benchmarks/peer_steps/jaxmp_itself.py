@@ -49,7 +49,10 @@ def make(case: Case, precision: str, *, no_scaler: bool = False) -> tuple[Any, A
 
 
 def experiment(case: Case, precision: str, *, epoch: int, epochs: int) -> Experiment:
-    """Returns the experiment: epochs of `epoch` steps, each one a dispatch where steps are fused, and a line."""
+    """Returns the experiment: epochs of `epoch` steps, each one a dispatch where steps are fused, and a line.
+
+    It is evaluated and saved at its end alone: nobody else here evaluates or saves.
+    """
 
     def load(split: str) -> Any:
         return case.columns(epoch) if split == "train" else None
@@ -61,7 +64,7 @@ def experiment(case: Case, precision: str, *, epoch: int, epochs: int) -> Experi
         optimizer=optimizer(),
         precision=PRECISIONS[precision],
         scaler=Scaling(init_scale=FIRST_SCALE),
-        loop=Loop(epochs=epochs, log_every=epoch),
+        loop=Loop(epochs=epochs, log_every=epoch, eval_every=epochs * epoch, max_consecutive_skips=epoch),
     )
 
 
