@@ -71,10 +71,10 @@ from pathlib import Path
 
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 kept = json.loads(output.read_text())["results"] if output.exists() else {}
-if "one" not in kept or "--more" in sys.argv:
-    results = kept | {"one": kept.get("one", os.environ["NOW"])} | ({"more": 1} if "--more" in sys.argv else {})
-    output.write_text(json.dumps({"git": {"revision": os.environ["REVISION"]}, "results": results}))
-sys.exit("--fail" in sys.argv)
+if "one" not in kept or os.environ["MORE"]:
+    results = kept | {"one": kept.get("one", os.environ["NOW"])} | ({"more": 1} if os.environ["MORE"] else {})
+    output.write_text(json.dumps({"results": results}))
+sys.exit(bool(os.environ["FAIL"]))
 """
 
 
@@ -87,20 +87,20 @@ def run_fake(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BENCHMARKS", {"fake": module.OWN})
     monkeypatch.setattr(module, "QUICK", set())
 
-    def call(now, *extra, revision="a", quick=False, again=False):
-        monkeypatch.setenv("NOW", now)
-        monkeypatch.setenv("REVISION", revision)
-        monkeypatch.setattr(module, "revision", lambda: revision)
+    def call(now, *extra, revision="a", dirty=False, quick=False, again=False, more=False, fails=False):
+        for name, value in {"NOW": now, "MORE": "1" if more else "", "FAIL": "1" if fails else ""}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(module, "tree", lambda: {"revision": revision, "dirty": dirty})
         try:
             module.run("fake", file, quick=quick, again=again, torch="", extra=list(extra))
         except SystemExit:
-            assert "--fail" in extra
+            assert fails
         return json.loads(file.read_text())
 
     return call
 
 
-def test_a_run_resumes_at_the_same_revision_only(run_fake):
+def test_a_run_resumes_at_the_same_revision_and_command_only(run_fake):
     def measured(*args, **kwargs):
         return run_fake(*args, **kwargs)["fake"]["results"]["one"]
 
@@ -109,19 +109,36 @@ def test_a_run_resumes_at_the_same_revision_only(run_fake):
     assert measured("3", revision="b") == "3", "what another revision measured is not this one's"
     assert measured("4", revision="b", again=True) == "4"
     assert measured("5", revision="b", quick=True) == "5", "a quick run sees whether all is well: it measures"
+    assert measured("6", revision="b") == "6", "what a quick run measured is not this one's"
+    assert measured("7", "--rounds=3", revision="b") == "7", "nor what fewer rounds did"
+    assert measured("8", "--rounds=3", revision="b", dirty=True) == "8"
+    assert measured("9", "--rounds=3", revision="b", dirty=True) == "9", "changes of a tree are not known"
+
+
+def test_what_a_benchmark_writes_is_no_change_of_the_tree(benchmark, monkeypatch):
+    run = benchmark("run")
+    patch = "diff --git a/{0} b/{0}\n--- a/{0}\n+++ b/{0}\n".format
+    for of, untracked, dirty in (
+        ("experiments/benchmarks/README.md", ["experiments/benchmarks/results/cpu-2026-01-01.json"], False),
+        ("experiments/benchmarks/peers.py", [], True),
+        ("experiments/benchmarks/README.md", ["experiments/benchmarks/resultsx"], True),
+    ):
+        git = {"revision": "a", "patch": patch(of), "untracked": untracked}
+        monkeypatch.setattr(run, "provenance", lambda git=git: {"git": git})
+        assert run.tree() == {"revision": "a", "dirty": dirty}
 
 
 def test_a_failed_run_leaves_the_whole_result_and_is_gone_on_with(run_fake):
     whole = run_fake("1")["fake"]
-    assert run_fake("2", "--fail") == {"fake": whole}, "nothing new was measured"
-    failed = run_fake("3", "--more", "--fail")
+    assert run_fake("2", fails=True) == {"fake": whole}, "nothing new was measured"
+    failed = run_fake("3", more=True, fails=True)
     assert failed["fake"] == whole and failed["fake, partial"]["results"] == {"one": "1", "more": 1}
-    assert run_fake("4", "--fail") == failed
+    assert run_fake("4", fails=True) == failed
     ended = run_fake("5")
     assert set(ended) == {"fake"} and ended["fake"]["results"] == {"one": "1", "more": 1}
     assert ended["fake"]["command"] == failed["fake, partial"]["command"], "this run measured nothing"
-    run_fake("6", "--fail", revision="b", again=True)
-    assert set(run_fake("7", "--fail")) == {"fake", "fake, partial"}
+    run_fake("6", fails=True, revision="b", again=True)
+    assert set(run_fake("7", fails=True)) == {"fake", "fake, partial"}
     assert run_fake("8")["fake"] == ended["fake"], "gone on with what is of this revision"
 
 

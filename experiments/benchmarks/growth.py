@@ -35,6 +35,7 @@ from jaxmp import Adam, Arrays, Experiment, Loop
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
+from jaxmp.scaling.scalers import Scaling
 
 WIDTH = 8
 SIZES = {
@@ -72,22 +73,12 @@ def scanned_by_hand(case: Case) -> tuple[Any, Any]:
         x, _ = jax.lax.scan(lambda x, p: (jax.nn.relu(hand_written.dense(p, x, dtype)), None), x.astype(dtype), layers)
         return hand_written.dense(params["Dense_0"], x, dtype)
 
+    def loss_fn(params: Any, batch: Any) -> Any:
+        loss, accuracy = loss_and_accuracy(forward(params, batch["x"], jnp.float16), batch["label"])
+        return loss, {"loss": loss, "accuracy": accuracy}
+
     tx, params = optimizer(), case.params()
-
-    def step(state: Any, batch: Any) -> Any:
-        params, opt_state, scale = state
-
-        def scaled(params: Any) -> Any:
-            loss, accuracy = loss_and_accuracy(forward(params, batch["x"], jnp.float16), batch["label"])
-            return loss * scale, {"loss": loss, "accuracy": accuracy}
-
-        grads, metrics = jax.grad(scaled, has_aux=True)(params)
-        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
-        updates, opt_state = tx.update(jax.tree.map(lambda g: g / scale, grads), opt_state, params)
-        params = jax.tree.map(lambda p, u: jnp.where(finite, p + u, p), params, updates)
-        return (params, opt_state, jnp.where(finite, scale, scale / 2)), metrics
-
-    return step, (params, tx.init(params), jnp.float32(FIRST_SCALE))
+    return hand_written.scaled(hand_written.scaled_gradients(loss_fn), tx), hand_written.first_scaled(params, tx)
 
 
 def case_of(kind: str, size: int) -> Case:
@@ -146,7 +137,8 @@ def on_these_devices(rounds: int, seconds: float) -> dict[str, dict[str, float]]
         task=jaxmp_itself.TASK,
         data=Arrays(lambda split: case.columns() if split == "train" else None, batch_size=rows, images=()),
         optimizer=Adam(1e-3),
-        precision="float32",
+        precision="mixed_float16",
+        scaler=Scaling(init_scale=FIRST_SCALE),
         loop=Loop(steps=1),
     )
     trainer = Trainer(experiment)
@@ -158,20 +150,21 @@ def on_these_devices(rounds: int, seconds: float) -> dict[str, dict[str, float]]
     forward, params = hand_written.forward_of(case)
     tx = optax.adam(1e-3)
 
-    def gradients(params: Any, batch: Any) -> Any:
-        def loss_fn(params: Any) -> Any:
-            loss, accuracy = loss_and_accuracy(forward(params, batch["x"], jnp.float32), batch["label"])
-            return loss, {"loss": loss, "accuracy": accuracy}
+    def loss_fn(params: Any, batch: Any) -> Any:
+        loss, accuracy = loss_and_accuracy(forward(params, batch["x"], jnp.float16), batch["label"])
+        return loss, {"loss": loss, "accuracy": accuracy}
 
-        return jax.lax.pmean(jax.grad(loss_fn, has_aux=True)(params), "data")
+    own_gradients = hand_written.scaled_gradients(loss_fn)
 
-    def step(state: Any, batch: Any) -> Any:
-        mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
-        grads, metrics = mapped(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), metrics
+    def gradients(params: Any, batch: Any, scale: Any) -> Any:
+        def own(*args: Any) -> Any:
+            return jax.lax.pmean(own_gradients(*args), "data")
 
-    by_hand = jax.device_put((params, tx.init(params)), NamedSharding(mesh, P()))
+        specs = P(), P("data"), P()
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(params, batch, scale)
+
+    step = hand_written.scaled(gradients, tx)
+    by_hand = jax.device_put(hand_written.first_scaled(params, tx), NamedSharding(mesh, P()))
     todo = {
         "jaxmp": (program, state, ({**split, "weight": ones}, trainer.numbers)),
         "hand-written": (jax.jit(step, donate_argnums=0), by_hand, (split,)),

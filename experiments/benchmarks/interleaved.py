@@ -26,11 +26,11 @@ def timed(steps: Callable[[int], Any]) -> Run:
     return run
 
 
-def runs_here(name: str, run: Run) -> bool:
-    """Whether a first step runs; says so where it raises RuntimeError, as float16 LSTMs of torch on a CPU."""
+def runs_here(name: str, run: Run, steps: int = 1) -> bool:
+    """Whether first steps run; says so where they cannot, as torch's LSTM and Keras's attention in float16 on a CPU."""
     try:
-        run(1)
-    except RuntimeError as error:
+        run(steps)
+    except (RuntimeError, ValueError) as error:
         print(f"left out: {name}, {str(error).partition(chr(10))[0]}", flush=True)
         return False
     return True

@@ -204,7 +204,9 @@ def many_steps_a_dispatch(case: Case, precision: str, how: Settings, steps: dict
     keras_jax = module_of("keras_jax")
     if keras_jax is not None:
         at_once = min(epoch, 50) if loop else 1
-        runs["Keras, fit"] = timed(keras_jax.make_fit(case, precision, steps_per_execution=at_once))
+        run = timed(keras_jax.make_fit(case, precision, steps_per_execution=at_once))
+        if runs_here("Keras, fit", run, epoch):
+            runs["Keras, fit"] = run
     times: dict[str, list[float]] = {name: [] for name in (*runs, "jaxmp, fit()")}
 
     def between(seconds: float) -> None:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from jaxmp import Experiment, InputError
 from jaxmp.data.image_folder import ImageFolder
-from jaxmp.data.pipeline import Batches, resident, stream
+from jaxmp.data.pipeline import Batches, prepared_ahead, resident, stream
 from jaxmp.data.table_files import TableFiles
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
@@ -70,7 +70,7 @@ def of_config(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """The pipeline and the step of a config, its training split in memory. Raises InputError without its data."""
     experiment: Experiment = ConfigFile.find(name).experiment()
     data, trainer = experiment.data, Trainer(experiment)
-    columns = jax.device_put(resident(trainer.source()))
+    columns = jax.device_put(resident(prepared_ahead(data, trainer.source())))
     prepare = data.prepare(train=True)
 
     @jax.jit

@@ -45,7 +45,7 @@ def measure(config: str, rounds: int) -> dict[str, Any]:
         jax.block_until_ready(carry)
 
     def look() -> None:
-        seen = trainer.step_ranges(devices.get(carry[0]), devices.shard_rows(feed.batch(step))).read()
+        seen = trainer.step_ranges()(devices.get(carry[0]), devices.shard_rows(feed.batch(step))).read()
         for writer in writers:
             writer.write({"step": step, "split": "ranges", "ranges": seen})
 

@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/run.py recipe_time
 
-Times are CPU seconds of the process, in all of its threads, of the fastest round: on a machine that others use, they
-say what a step costs where the time on the clock does not. All steps of a config run in one process, in turn. `what-if`
+Times are those of the fastest round, on the clock. All steps of a config run in one process, in rounds of alternating
+order, each several times in a row, and once before that is not timed: none follows a larger one. `what-if`
 is the time in which all recipes are measured in one pass (`jaxmp what-if`), by the number of recipes: a forward and a
 backward pass and the exact products are shared. `--alone` also times passes that measure one recipe, as multiples of a
 step. Beside the times stands the load of the machine, in the last minute, at their end.
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
+from interleaved import Run, interleave
 
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Parallel
@@ -46,15 +47,20 @@ def trainer_of(config: str, precision: str, options: tuple[str, ...]) -> Trainer
 
 
 def fastest(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of the fastest of `rounds` runs of each program, after one that compiles."""
-    seconds = dict.fromkeys(programs, float("inf"))
-    for turn in range(rounds + 1):
-        for name, program in programs.items():
-            start = time.process_time()
+    """Seconds of a call of each program in the fastest of its rounds."""
+
+    def calls(program: Callable[[], Any]) -> Run:
+        def run(count: int) -> float:
             jax.block_until_ready(program())
-            if turn:
-                seconds[name] = min(seconds[name], time.process_time() - start)
-    return seconds
+            began = time.perf_counter()
+            for _ in range(count):
+                jax.block_until_ready(program())
+            return (time.perf_counter() - began) / count
+
+        return run
+
+    runs = {name: calls(program) for name, program in programs.items()}
+    return {name: min(each) for name, each in interleave(runs, rounds=rounds, seconds=0.03).items()}
 
 
 def of_config(config: str, recipes: tuple[str, ...], alone: tuple[str, ...], rounds: int) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def main(
     configs: tuple[str, ...] = tuple(CONFIGS),
     recipes: tuple[str, ...] = tuple(RECIPES),
     alone: tuple[str, ...] = (),
-    rounds: int = 15,
+    rounds: int = 9,
     output: Path | None = None,
 ) -> None:
     """Prints the ratios, and writes them after each config.

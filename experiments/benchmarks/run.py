@@ -6,7 +6,8 @@
 
 A benchmark that compares jaxmp with other frameworks runs in an environment of its own, which the first run makes with
 uv, in $XDG_CACHE_HOME/jaxmp/benchmarks: jaxmp as it stands here, `requirements.txt`, and torch. A benchmark that can
-resume does not measure again what today's file has of the same git revision; the others start anew. What a run measured
+resume does not measure again what today's file has of the same git revision, without changes, and from the same
+command; the others start anew. What a run measured
 before it failed is kept as `NAME, partial`, and shown only where there is no whole result.
 """
 
@@ -116,16 +117,23 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
-def revision() -> str | None:
-    """Returns the git revision of this tree; None outside a repository."""
-    git = provenance(patch=False)["git"]
-    return None if git is None else git["revision"]
+def tree() -> dict[str, Any] | None:
+    """Returns this tree's git `revision`, and whether it is `dirty`; None outside a repository.
+
+    What this program itself writes, results and README.md, is no change of the tree.
+    """
+    git = provenance()["git"]
+    if git is None:
+        return None
+    folder = FOLDER.relative_to(FOLDER.parents[1]).as_posix()
+    named = [*re.findall(r"^diff --git a/(\S+)", git["patch"], re.MULTILINE), *git["untracked"]]
+    own = f"{folder}/{RESULTS.name}/", f"{folder}/{README.name}"
+    return {"revision": git["revision"], "dirty": not all(name.startswith(own) for name in named)}
 
 
-def is_of_revision(result: dict[str, Any], revision: str | None) -> bool:
-    """Whether a result was measured at a git revision; False if either is not known."""
-    git = result.get("git") or result.get("provenance", {}).get("git")
-    return revision is not None and git is not None and git["revision"] == revision
+def is_of(result: dict[str, Any], git: dict[str, Any] | None, command: str) -> bool:
+    """Whether a command measured a result in a tree like `git`; False if that had changes, which are not known."""
+    return git is not None and not git["dirty"] and result.get("git") == git and result.get("command") == command
 
 
 def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: list[str]) -> None:
@@ -140,9 +148,10 @@ def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: l
       extra: further arguments of the script.
     """
     results = json.loads(file.read_text()) if file.exists() else {}
-    now = revision()
+    options = [*(["--quick"] if quick else []), name, *(f"--extra={word}" for word in extra)]
+    asked, now = shlex.join(["python", "experiments/benchmarks/run.py", *options]), tree()
     candidates = [results[key] for key in (name + PARTIAL, name) if key in results]
-    begun = next((of for of in candidates if is_of_revision(of, now)), None)
+    begun = next((of for of in candidates if is_of(of, now, asked)), None)
     resumed = begun is not None and not again and not quick
     python = environment(torch) if BENCHMARKS[name] == PEERS else Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,8 +166,7 @@ def run(name: str, file: Path, *, quick: bool, again: bool, torch: str, extra: l
         print(f"{name}: nothing more was measured than {file.name} had; --again measures it again")
         made = None if done.returncode else begun
     elif made is not None:
-        options = [*(["--quick"] if quick else []), name, *(f"--extra={word}" for word in extra)]
-        made |= {"command": shlex.join(["python", "experiments/benchmarks/run.py", *options])}
+        made |= {"command": asked, "git": now}
     if made is not None:
         kept = {key: of for key, of in results.items() if key != name + PARTIAL}
         kept |= {name + (PARTIAL if done.returncode else ""): made}
@@ -253,7 +261,8 @@ def main(
         if name not in BENCHMARKS:
             raise SystemExit(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
     for name in names:
-        stem = f"{'quick-' if quick else ''}{device()}-{datetime.date.today().isoformat()}"
+        apart = quick or "--toys" in extra
+        stem = f"{'quick-' if apart else ''}{device()}-{datetime.date.today().isoformat()}"
         run(name, RESULTS / f"{stem}.json", quick=quick, again=again, torch=torch, extra=list(extra))
     found = newest()
     draw(found, RESULTS)

@@ -129,14 +129,30 @@ def make(case: Case, precision: str) -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
-    def scaled(state: Any, batch: Any) -> Any:
-        params, opt_state, scale, good_steps = state
+    if precision == "float16":
+        return scaled(scaled_gradients(loss_fn), tx), first_scaled(params, tx)
+    return plain, (params, tx.init(params))
 
+
+def scaled_gradients(loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Returns `(params, batch, scale) -> (gradients of the loss times the scale, metrics)`."""
+
+    def gradients(params: Any, batch: Any, scale: Any) -> Any:
         def scaled_loss(params: Any) -> Any:
             loss, metrics = loss_fn(params, batch)
             return loss * scale, metrics
 
-        grads, metrics = jax.grad(scaled_loss, has_aux=True)(params)
+        return jax.grad(scaled_loss, has_aux=True)(params)
+
+    return gradients
+
+
+def scaled(gradients: Callable[[Any, Any, Any], Any], tx: optax.GradientTransformation) -> Any:
+    """Returns the step with dynamic loss scaling, of the gradients that `scaled_gradients` describes."""
+
+    def step(state: Any, batch: Any) -> Any:
+        params, opt_state, scale, good_steps = state
+        grads, metrics = gradients(params, batch, scale)
         finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
         finite &= jnp.isfinite(metrics["loss"])
         updates, new_opt_state = tx.update(jax.tree.map(lambda g: g / scale, grads), opt_state, params)
@@ -148,9 +164,12 @@ def make(case: Case, precision: str) -> tuple[Any, Any]:
         scale = jnp.where(finite, grown, jnp.maximum(scale * 0.5, 2.0**-14))
         return (params, opt_state, scale, good_steps), metrics
 
-    if precision == "float16":
-        return scaled, (params, tx.init(params), jnp.float32(FIRST_SCALE), jnp.int32(0))
-    return plain, (params, tx.init(params))
+    return step
+
+
+def first_scaled(params: Any, tx: optax.GradientTransformation) -> Any:
+    """Returns the state that `scaled` begins with."""
+    return params, tx.init(params), jnp.float32(FIRST_SCALE), jnp.int32(0)
 
 
 def with_state_of_jaxmp(case: Case, step: Any, state: Any) -> tuple[Any, Any]:
