@@ -5,7 +5,8 @@
 "step" is the time of a step of one dispatch, "start" that of tracing, lowering and compiling it; both for jaxmp's step
 and for the one by hand, in float16 with dynamic loss scaling. The exponent is the slope of the logarithms over the
 upper half of the sizes, where what is constant no longer counts: 1 is linear. Layers are as wide as 8, so that the time
-is overhead. "scanned" layers are one `nn.scan`, by hand a `lax.scan`: neither should grow in its start. Devices are
+is overhead. A size whose compilation of the step by hand would take minutes is measured for jaxmp alone, and counts for
+no exponent. "scanned" layers are one `nn.scan`, by hand a `lax.scan`: neither should grow in its start. Devices are
 virtual, of one CPU, in a process each: a step's time is overhead of the same work split up.
 """
 
@@ -44,6 +45,8 @@ SIZES = {
     "scanned layers": (2, 5, 10, 20, 50, 100, 200),
     "devices": (1, 2, 4, 8),
 }
+LONGEST = 20.0
+"""seconds of a start of the step by hand after which no larger one is compiled"""
 SMALLEST = {"leaves": (4, 6), "layers": (2, 3), "scanned layers": (2, 3), "devices": (1, 2)}
 
 
@@ -96,13 +99,14 @@ def start_seconds(step: Any, state: Any, batch: Any) -> float:
     return time.perf_counter() - began
 
 
-def of_size(kind: str, size: int, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Returns the seconds of start and step of both, for a size."""
+def of_size(kind: str, size: int, rounds: int, seconds: float, *, both: bool = True) -> dict[str, dict[str, float]]:
+    """Returns the seconds of start and step for a size, of both or of jaxmp alone."""
     case = case_of(kind, size)
     by_hand: Callable[[], Any] = (
         (lambda: scanned_by_hand(case)) if kind == "scanned layers" else (lambda: hand_written.make(case, "float16"))
     )
-    makers = {"jaxmp": lambda: jaxmp_itself.make(case, "float16"), "hand-written": by_hand}
+    makers: dict[str, Callable[[], Any]] = {"jaxmp": lambda: jaxmp_itself.make(case, "float16")}
+    makers |= {"hand-written": by_hand} if both else {}
     batch = case.batch()
     runs: dict[str, Run] = {}
     start = dict.fromkeys(makers, float("inf"))
@@ -201,20 +205,27 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 
 def measure(kind: str, sizes: tuple[int, ...], rounds: int, seconds: float) -> dict[str, Any]:
     """Returns the seconds by size, and the exponents."""
-    how = of_devices if kind == "devices" else lambda *args: of_size(kind, *args)
-    found = {}
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    both = True
     for size in sizes:
-        found[size] = how(size, rounds, seconds)
+        if kind == "devices":
+            found[size] = of_devices(size, rounds, seconds)
+        else:
+            found[size] = of_size(kind, size, rounds, seconds, both=both)
+        both = both and found[size]["start"]["hand-written"] <= LONGEST
         print(
             kind,
             size,
             {k: {n: f"{1e3 * s:.2f} ms" for n, s in of.items()} for k, of in found[size].items()},
             flush=True,
         )
-    result: dict[str, Any] = {"sizes": list(sizes), "load": load()}
+    compared = [size for size in sizes if "hand-written" in found[size]["step"]]
+    result: dict[str, Any] = {"sizes": list(sizes), "compared": compared, "load": load()}
     for what in ("start", "step"):
-        by_name = {name: [found[size][what][name] for size in sizes] for name in ("jaxmp", "hand-written")}
-        exponents = {name: round(exponent(list(sizes), each), 3) for name, each in by_name.items()}
+        by_name = {name: [found[size][what].get(name) for size in sizes] for name in ("jaxmp", "hand-written")}
+        exponents = {
+            name: round(exponent(compared, [found[size][what][name] for size in compared]), 3) for name in by_name
+        }
         result[what] = {"seconds": by_name, "exponent": exponents}
     return result
 
@@ -223,7 +234,8 @@ def plot(axes: Any, result: dict[str, Any]) -> None:
     """Draws the time of a step by size, both logarithmic."""
     for kind, of in result["results"].items():
         for name, style in (("jaxmp", "o-"), ("hand-written", "x--")):
-            axes.loglog(of["sizes"], [1e6 * s for s in of["step"]["seconds"][name]], style, label=f"{kind}, {name}")
+            seconds = [1e6 * s for s in of["step"]["seconds"][name] if s is not None]
+            axes.loglog(of["sizes"][: len(seconds)], seconds, style, label=f"{kind}, {name}")
     axes.set_xlabel("number")
     axes.set_ylabel("us a step")
     axes.legend(fontsize="small")

@@ -59,8 +59,10 @@ def growth(result: dict[str, Any]) -> str:
     for kind, of in result["results"].items():
         for what in ("step", "start"):
             exponents, seconds = of[what]["exponent"], of[what]["seconds"]
-            last = seconds["jaxmp"][-1] / seconds["hand-written"][-1]
-            rows.append([f"{what}, {kind} {of['sizes'][0]} to {of['sizes'][-1]:,}"])
+            largest = of["compared"][-1]
+            at = of["sizes"].index(largest)
+            last = seconds["jaxmp"][at] / seconds["hand-written"][at]
+            rows.append([f"{what}, {kind} {of['sizes'][0]} to {largest:,}"])
             rows[-1] += [f"{exponents['jaxmp']:.2f}", f"{exponents['hand-written']:.2f}", f"{last:.2f}"]
     return markdown(["", "exponent, jaxmp", "by hand", "time / by hand, at the largest"], rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import torch
 from large_models import Workload
 from peer_steps.torch_amp import LSTM, Block, Transformer
@@ -85,19 +86,50 @@ class ViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-class MaskedLM(Transformer):
+class MaskedLM(nn.Module):
     """BERT: all positions see all, logits at the predicted ones alone."""
 
-    def __init__(self, of: Any, length: int):
-        super().__init__(of, length, causal=False)
-        self.transform, self.transform_norm = nn.Linear(of.width, of.width), nn.LayerNorm(of.width)
+    def __init__(self, of: Any):
+        super().__init__()
+        sizes = of.vocabulary, of.context, of.segments
+        self.tokens, self.positions, self.types = (nn.Embedding(size, of.width) for size in sizes)
+        for embedding in (self.tokens, self.positions, self.types):
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.embedding_norm = nn.LayerNorm(of.width, eps=1e-12)
+        self.blocks = nn.ModuleList(EncoderBlock(of.heads, of.width, of.hidden) for _ in range(of.layers))
+        self.transform, self.transform_norm = nn.Linear(of.width, of.width), nn.LayerNorm(of.width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(of.vocabulary))
 
-    def forward(self, tokens: Any, predicted: Any) -> Any:
-        """Maps tokens (rows, length) and places (rows, count) to logits (rows, count, vocabulary)."""
-        x = self.hidden(tokens)
+    def forward(self, tokens: Any, segments: Any, positions: Any, predicted: Any) -> Any:
+        """Maps rows of tokens, (rows, length), and places (rows, count) to logits (rows, count, vocabulary).
+
+        Without the mask: all tokens of these rows are seen, and torch's fast attention takes none.
+        """
+        x = self.embedding_norm(self.tokens(tokens) + self.positions(positions) + self.types(segments))
+        for block in self.blocks:
+            x = block(x)
         x = torch.gather(x, 1, predicted[..., None].expand(-1, -1, x.shape[-1]))
         x = self.transform_norm(nn.functional.gelu(self.transform(x)))
-        return nn.functional.linear(x, self.tokens.weight)
+        return nn.functional.linear(x, self.tokens.weight, self.bias)
+
+
+class EncoderBlock(nn.Module):
+    """A block of BERT: norms after the residual connections, the exact GELU."""
+
+    def __init__(self, heads: int, width: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Any) -> Any:
+        """Maps (rows, length, width) to the same shape."""
+        rows, length, width = x.shape
+        qkv = self.qkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*qkv.unbind(0))
+        x = self.attention_norm(x + self.out(y.transpose(1, 2).reshape(rows, length, width)))
+        return self.mlp_norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
 def model_of(workload: Workload) -> nn.Module | None:
@@ -112,10 +144,19 @@ def model_of(workload: Workload) -> nn.Module | None:
         case "GPT2":
             return Transformer(of, workload.row[0])
         case "BERTMaskedLM":
-            return MaskedLM(of, workload.row[0])
+            return MaskedLM(of)
         case "SequenceClassifier":
             return LSTM(workload.row[-1], of.width, workload.classes)
     return None
+
+
+def check_parameters(workload: Workload, model: nn.Module) -> None:
+    """Raises RuntimeError if a torch model has another number of parameters; without the second bias of its LSTM."""
+    params, _ = jax.eval_shape(workload.init, jax.random.key(0))
+    own = sum(leaf.size for leaf in jax.tree.leaves(params))
+    torchs = sum(each.numel() for name, each in model.named_parameters() if "bias_hh" not in name)
+    if own != torchs:
+        raise RuntimeError(f"not the same model: {own} parameters, and {torchs} in torch")
 
 
 def make_steps(workload: Workload, *, half: str | None, device: str) -> Any:
@@ -129,6 +170,7 @@ def make_steps(workload: Workload, *, half: str | None, device: str) -> Any:
     model = model_of(workload)
     if model is None:
         return None
+    check_parameters(workload, model)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = model.to(device)
     fused = device == "cuda"
@@ -138,22 +180,24 @@ def make_steps(workload: Workload, *, half: str | None, device: str) -> Any:
         else torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9, fused=fused)
     )
     rows = {name: torch.from_numpy(column).to(device) for name, column in workload.batch().items()}
-    inputs = [rows[name].long() if workload.is_tokens else rows[name] for name in workload.task.inputs[:1]]
-    inputs += [rows["predicted"].long()] if workload.predicted else []
+    names = [name for name in workload.task.inputs if name != "mask"]
+    inputs = [rows[name].long() if workload.is_tokens else rows[name] for name in names]
     label = next(rows[name] for name in ("label", "next_tokens", "targets") if name in rows).long().flatten()
     scaler = torch.amp.GradScaler(device, enabled=half == "float16")
 
     def loss_of(*inputs: Any) -> Any:
         with torch.autocast(device, getattr(torch, half or "float32"), enabled=half is not None):
             logits = model(*inputs)
-        return nn.functional.cross_entropy(logits.float().flatten(0, -2), label)
+        logits = logits.float().flatten(0, -2)
+        return nn.functional.cross_entropy(logits, label), (logits.argmax(-1) == label).float().mean()
 
     forward = torch.compile(loss_of) if device == "cuda" else loss_of
 
     def steps(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(forward(*inputs)).backward()
+            loss, _ = forward(*inputs)  # and the accuracy, which jaxmp's step measures too
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
         if device == "cuda":

@@ -63,24 +63,20 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """GPT-2 with tied embeddings."""
 
-    def __init__(self, of: Any, length: int, *, causal: bool = True):
+    def __init__(self, of: Any, length: int):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(of.vocabulary, of.width), nn.Embedding(length, of.width)
-        self.blocks = nn.ModuleList(Block(of.heads, of.width, causal=causal) for _ in range(of.layers))
+        self.blocks = nn.ModuleList(Block(of.heads, of.width) for _ in range(of.layers))
         self.norm = nn.LayerNorm(of.width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def hidden(self, tokens: Any) -> Any:
-        """Maps tokens (rows, length) to the last hidden states."""
+    def forward(self, tokens: Any) -> Any:
+        """Maps tokens (rows, length) to logits."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
-
-    def forward(self, tokens: Any) -> Any:
-        """Maps tokens (rows, length) to logits."""
-        return nn.functional.linear(self.hidden(tokens), self.tokens.weight)
+        return nn.functional.linear(self.norm(x), self.tokens.weight)
 
 
 def model_of(case: Case) -> nn.Module:
