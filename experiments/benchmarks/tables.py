@@ -71,7 +71,11 @@ def checkpoint(result: dict[str, Any]) -> str:
     """Seconds and GB/s of saving and restoring."""
     rows = [
         [f"{size} MB, {kind}"]
-        + [f"{of[kind][name]['min']:.3f} s, {of[kind][name]['GB_per_second']:.2f} GB/s" for name in ("jaxmp", "Orbax")]
+        + [
+            f"{of[kind][name]['min']:.3f} s"
+            + ("" if kind == "blocks" else f", {of[kind][name]['GB_per_second']:.2f} GB/s")
+            for name in ("jaxmp", "Orbax")
+        ]
         + [f"{of[kind]['ratio']:.2f}", f"{of[kind]['median_ratio']:.2f}"]
         for size, of in result["results"].items()
         for kind in ("blocks", "whole", "restore")
