@@ -309,6 +309,8 @@ def _fit(
                 if isinstance(parent, Parent):
                     run |= {"parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
+                elif parent is not None:
+                    run |= {"weights_file": str(parent.path.absolute())}
                 shown: dict[str, Any] = {"metrics": specs_to_json(trainer.metric_specs)}
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())

@@ -306,6 +306,28 @@ class Parent:
             )
         return cls(folder, config, step, how, tuple(only))
 
+    @classmethod
+    def of(cls, run: Path, config: Mapping[str, Any]) -> Parent:
+        """The run that the one in the folder `run`, of this config.json, began with: where it was, or beside `run`.
+
+        Raises: InputError if it is not there any more, or its checkpoint is not.
+        """
+        begins = config["begins_with"]
+        for path in (Path(config["parent"]), run.absolute().with_name(f"{begins['hash']}-s{begins['seed']}")):
+            folder = RunFolder(path)
+            try:
+                own = folder.read_config()
+            except (OSError, InputError):
+                continue
+            is_it = (own["hash"], own["seed"]) == (begins["hash"], begins["seed"])
+            if is_it and begins["step"] in folder.checkpoint_steps():
+                return cls(folder, own, begins["step"], begins["how"], tuple(begins.get("only", ())))
+        what = "state" if begins["how"] == "continue" else "weights"
+        raise InputError(
+            f"{run} began with the {what} of step {begins['step']} of {config['parent']}, where there is no such "
+            "checkpoint any more; bring that run back there, or beside this one"
+        )
+
     @property
     def takes_all(self) -> bool:
         """Whether all of its state is taken."""
@@ -403,6 +425,17 @@ class Parent:
             checkpoints.close()
         how = {"keep": trainer.experiment.loop.keep, "best_of": trainer.monitor.name, "mode": trainer.monitor.best}
         return Carried(self.lines(), states, how)
+
+    def take_state(self, trainer: Trainer, fresh: TrainState) -> TrainState:
+        """All of the state of the step, in the layout of `fresh`, as a run that goes on from there begins with it.
+
+        Raises: InputError as `carry_over` does.
+        """
+        checkpoints = self.folder.checkpoints()
+        try:
+            return self._converted(trainer, fresh, checkpoints, self.step)[0]["state"]
+        finally:
+            checkpoints.close()
 
     def check_layout(self, trainer: Trainer, fresh: TrainState) -> None:
         """Raises InputError, which names each, if leaves that have to be taken differ in path, shape or dtype."""

@@ -32,6 +32,7 @@ from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.going_on import Parent, log_neighbours, refuse_other_code
+from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
@@ -107,6 +108,15 @@ def leaves(state):
 
 def bits(run: Fitted, experiment: Experiment) -> list[bytes]:
     return [leaf.tobytes() for leaf in leaves(Run(run.path, experiment).state())]
+
+
+def before(path: Path, step: int, experiment: Experiment) -> Any:
+    """The state that a step of a run began with, taken again."""
+    past = Past(Run(path, experiment), lambda message: None)
+    try:
+        return past.before(step)
+    finally:
+        past.feed.close()
 
 
 def lines(path, *splits):
@@ -495,6 +505,10 @@ def test_a_run_continued_to_twice_its_length_is_that_of_twice_the_length_at_once
     assert not again.trained and again.path == gone_on.path
     assert Run(gone_on.path, longer).experiment is longer
     assert lines(there) == lines(finished.path)  # the parent stays as it was
+    states = [leaves(before(path, 10, longer)) for path in (gone_on.path, at_once.path)]
+    assert [leaf.tobytes() for leaf in states[0]] == [leaf.tobytes() for leaf in states[1]]
+    with pytest.raises(InputError, match=rf"--step 8: expected .*, 9 to 16; up to step 8 they are those of {there}"):
+        before(gone_on.path, 8, longer)
 
 
 WHOLE = """
@@ -777,6 +791,20 @@ def begin_with(parent, experiment, source=None, **how):
 
 TINY_RATE = dataclasses.replace(BASE, optimizer=Adam(0.0), loop=Loop(steps=1), seed=5)
 """trains nothing, so that the weights at the end are those at the start"""
+
+
+def test_a_step_taken_again_begins_with_the_weights_that_the_run_began_with(parent, tmp_path):
+    fitted, _ = begin_with(parent, TINY_RATE)
+    expected = [leaf.tobytes() for leaf in leaves(Run(parent, BASE).state().params)]
+    assert [leaf.tobytes() for leaf in leaves(before(fitted.path, 1, TINY_RATE).params)] == expected
+    there = (tmp_path / "small").rename(tmp_path / "moved")  # both runs
+    moved = there / fitted.path.name
+    assert [leaf.tobytes() for leaf in leaves(before(moved, 1, TINY_RATE).params)] == expected
+    shutil.rmtree(there / parent.name / "checkpoints/8")
+    with pytest.raises(
+        InputError, match=rf"began with the weights of step 8 of {parent}, where there is no .*bring that run back"
+    ):
+        before(moved, 1, TINY_RATE)
 
 
 @pytest.mark.slow
