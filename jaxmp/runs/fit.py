@@ -649,14 +649,16 @@ class _Session:
         return summary
 
     def _test_of_best(self, best: int, step: int, state: TrainState, test: dict[str, float]) -> dict[str, float] | None:
-        """The metrics of the best weights on the test split; None if there is no checkpoint of them."""
+        """The metrics of the best weights on the test split; None if there is no intact checkpoint of them."""
         if best == step:
             return test
         if best not in processes.from_first(self.checkpoints.steps):
             return None
         template = {"state": state, "metrics": self.trainer.no_metrics}
-        found = self.checkpoints.restore(template, step=best, warn=self.log)
-        assert found is not None  # it is there, or `restore` raises
+        found, why = processes.try_in_each(lambda: self.checkpoints.restore(template, step=best, warn=self.log))
+        if why is not None:
+            self.log(f"the best weights, of step {best}, are not measured on the test split: {why}")
+            return None
         placed = self.trainer.devices.get(self.trainer.devices.put_state(found[1]["state"]))
         metrics = self.records.measure(placed, "test")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -418,9 +418,13 @@ class Parent:
             self._log(trainer, tree["state"], began, log)
             states = [(self.step, tree, checkpoints.metrics(self.step) if self.step in dict(evaluated) else {})]
             if best != self.step and best in checkpoints.steps() and best < self.step:
-                states.insert(
-                    0, (best, self._converted(trainer, fresh, checkpoints, best)[0], checkpoints.metrics(best))
+                of_best, why = processes.try_in_each(
+                    lambda: (best, self._converted(trainer, fresh, checkpoints, best)[0], checkpoints.metrics(best))
                 )
+                if why is None:
+                    states.insert(0, of_best)
+                else:
+                    log(f"the best weights of {self.folder.path}, of step {best}, are not taken over: {why}")
         finally:
             checkpoints.close()
         how = {"keep": trainer.experiment.loop.keep, "best_of": trainer.monitor.name, "mode": trainer.monitor.best}

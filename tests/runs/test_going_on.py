@@ -773,6 +773,17 @@ def test_the_best_weights_of_the_parent_go_with_it(parent):
     assert 4 in Run(fitted.path, LONGER).checkpoint_steps()
 
 
+def test_a_parent_whose_best_checkpoint_is_damaged_is_gone_on_with_without_it(parent):
+    with_accuracy(parent, 4, 0.99)
+    (parent / "checkpoints/4/manifest.json").write_text("{}")
+    said: list[str] = []
+    trainer = Trainer(LONGER)
+    carried = Parent.find(parent, "continue").carry_over(trainer, trainer.init(), said.append)
+    assert [step for step, *_ in carried.states] == [8]
+    (word,) = (line for line in said if line.startswith(f"the best weights of {parent}, of step 4, are not taken over"))
+    assert "is damaged" in word
+
+
 # Weights alone.
 
 
