@@ -32,6 +32,7 @@ from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.going_on import Parent, log_neighbours, refuse_other_code
+from jaxmp.runs.records import Records
 from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
@@ -484,6 +485,18 @@ def test_a_row_of_skips_of_just_the_limit_is_not_overlooked(tmp_path):
         fit(experiment, workdir=tmp_path)
     more = changed(experiment, "loop.max_consecutive_skips", 4)
     assert fit(more, workdir=tmp_path / "4").summary["skipped_steps"] == 3
+
+
+def test_a_run_that_fails_where_an_evaluation_is_due_makes_it_and_goes_on_as_if_it_had_not_failed(
+    copied, finished, monkeypatch
+):
+    run, write = cut_back(copied, finished, 4), Records.write
+    with monkeypatch.context() as failing, pytest.raises(RunFailed, match="it diverged"):
+        failing.setattr(Records, "write", lambda self, line: write(self, line)._replace(problem="it diverged"))
+        fit(BASE, workdir=copied, name="small")
+    assert [line["step"] for line in lines(run, "validation")] == [4, 8]
+    again = fit(BASE, workdir=copied, name="small")
+    assert lines(run) == lines(finished.path) and again.summary["best"] == finished.summary["best"]
 
 
 # From another run.
