@@ -223,7 +223,10 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
     return f"--continue {other.path} goes on from its step {parent.step}, in a folder of its own, with all of its state"
 
 
-SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
+EVALUATED = ("data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
+"""fields of the data that leave each step its rows, but change what is evaluated"""
+
+SAME_BATCHES = ("data.augment", *EVALUATED)
 """fields of the data that leave each step its rows"""
 
 OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
@@ -232,8 +235,12 @@ OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
 
 def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
-    kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
-    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not kept)
+    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not _is_in(path, SAME_BATCHES))
+
+
+def _is_in(path: str, fields: Iterable[str]) -> bool:
+    """Whether a path is that of one of the fields, or below one."""
+    return any(f"{path}.".startswith(f"{name}.") for name in fields)
 
 
 # From the state or the weights of another run.
@@ -395,13 +402,13 @@ class Parent:
 
     def best_since(self, trainer: Trainer) -> int:
         """The step up to which evaluations do not count for the best: the parent's, if it measured something else."""
-        changed = self._changed(trainer)
         same = (self.config.get("monitor"), self.config.get("mode")) == (trainer.monitor.name, trainer.monitor.best)
-        return self.config.get("best_since", 0) if same and not changed & {"task", "pruning"} else self.step
+        same = same and not self._changes(trainer, "task", "pruning", *EVALUATED)
+        return self.config.get("best_since", 0) if same else self.step
 
-    def _changed(self, trainer: Trainer) -> set[str]:
-        """The parts of the parent's experiment that differ in the run's."""
-        return {one.path.partition(".")[0] for one in differences(self.config["experiment"], trainer.experiment)}
+    def _changes(self, trainer: Trainer, *fields: str) -> bool:
+        """Whether one of these fields of the parent's experiment differs in the run's."""
+        return any(_is_in(one.path, fields) for one in differences(self.config["experiment"], trainer.experiment))
 
     # The whole state.
 
@@ -464,7 +471,7 @@ class Parent:
         takes: dict[str, str] = {}
         began, wrong = [], []
         here, there = INNER + "sparsity" in expected, INNER + "sparsity" in saved  # whether there are masks
-        same_pruning = here and there and "pruning" not in self._changed(trainer)
+        same_pruning = here and there and not self._changes(trainer, "pruning")
         for path in expected:
             source = path
             if here and _of_pruning(path):

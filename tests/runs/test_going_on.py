@@ -703,6 +703,23 @@ def test_evaluations_that_its_own_loop_would_not_have_made_count_for_neither_bes
     assert [line["step"] for line in lines(fitted.path, "validation")] == [4, 8, 12]
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "since"),
+    [
+        ("data.mean", (0.5,), 8),
+        ("data.std", (0.5,), 8),
+        ("data.transforms", (as_it_is,), 8),
+        ("data.host_transforms", (same,), 8),
+        ("data.augment.flip", True, 0),
+        ("data.eval_batch_size", 7, 0),
+        ("task.label_smoothing", 0.1, 8),
+        ("pruning.sparsity", 0.5, 8),
+    ],
+)
+def test_the_best_begins_anew_where_evaluations_measured_something_else(finished, path, value, since):
+    assert Parent.find(finished.path, "continue").best_since(Trainer(changed(LONGER, path, value))) == since
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value", "best"),
