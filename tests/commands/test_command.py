@@ -106,6 +106,15 @@ def test_a_value_that_the_experiment_refuses_is_an_input_error(arguments, messag
         parse(SMALL, Options, arguments.split())
 
 
+def test_recorded_arguments_may_lose_their_effect_and_those_that_are_given_may_not():
+    recorded = ["--loop.epochs", "2"]
+    _, experiment, overrides = parse(SMALL, Options, ["--loop.steps", "3"], recorded=recorded)
+    assert (experiment.loop.epochs, experiment.loop.steps) == (2, 3)
+    assert overrides == ["--loop.epochs", "2", "--loop.steps", "3"]
+    with pytest.raises(InputError, match=r"--loop\.epochs: without effect beside loop\.steps = 3"):
+        parse(SMALL, Options, recorded, recorded=["--loop.steps", "3"])
+
+
 @pytest.mark.parametrize("arguments", ["--help", "--fast -h", "--seed 1 --help --fast", "--workdir there -h"])
 def test_help_is_one_for_options_and_fields_wherever_it_is_asked_for(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
