@@ -138,7 +138,7 @@ def parse(
         if name not in own and getattr(both, name) is not value
     }
     experiment = dataclasses.replace(experiment, **changed) if changed else experiment
-    refuse_without_effect(experiment, given)
+    refuse_without_effect(experiment, given, varied=[*own, *getattr(values, "varied", ())])
     return values, experiment, overrides
 
 
