@@ -142,6 +142,9 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
     assert json.loads((folder / "summary.json").read_text()) == finished.summary
     assert finished.summary["steps"] == 20 and not finished.stopped
     assert finished.summary["test"]["accuracy"] == lines(folder)[-1]["accuracy"]
+    timed = [line for line in Run(folder).metrics if "steps_per_second" in line]
+    speeds = [(line["examples_per_second"], line["steps_per_second"] * 100 / 7) for line in timed]  # rows of an epoch
+    assert timed and all(examples == pytest.approx(of_steps) for examples, of_steps in speeds)
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [10, 15, 20]  # best, and the last two
     assert list(folder.glob("events.out.tfevents.*"))
 
