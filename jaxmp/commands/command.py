@@ -99,7 +99,7 @@ class ConfigCommand(Command):
 
 
 def parse(
-    config: ConfigFile, options: type, argv: Sequence[str], *, prog: str = "jaxmp"
+    config: ConfigFile, options: type, argv: Sequence[str], *, recorded: Sequence[str] = (), prog: str = "jaxmp"
 ) -> tuple[Any, Experiment, list[str]]:
     """Runs a config file and reads the arguments of a command: each is one of its options or a field of the experiment.
 
@@ -109,6 +109,7 @@ def parse(
       config: the config file; it is run if the options can be read.
       options: frozen dataclass of the command's options, all of which have defaults.
       argv: the arguments after CONFIG.
+      recorded: arguments of an earlier command, which change the experiment first, and may lose their effect.
       prog: the words before `argv`, for messages and help.
 
     Returns:
@@ -121,7 +122,8 @@ def parse(
     """
     from jaxmp.experiment.overrides import override, refuse_without_effect
 
-    values, overrides = _split(options, argv, prog)
+    values, given = _split(options, argv, prog)
+    overrides = [*recorded, *given]
     experiment = config.experiment()
     # One dataclass with the fields of both, so that one help and the nearest name in a message know all of them. The
     # checks of the experiment wait for the experiment: an option may be in the place of one of its fields.
@@ -136,7 +138,7 @@ def parse(
         if name not in own and getattr(both, name) is not value
     }
     experiment = dataclasses.replace(experiment, **changed) if changed else experiment
-    refuse_without_effect(experiment, overrides)
+    refuse_without_effect(experiment, given, varied=[*own, *getattr(values, "varied", ())])
     return values, experiment, overrides
 
 

@@ -18,7 +18,8 @@ from jaxmp.reports.run_report import report
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
-from jaxmp.training.optimizers import make_optimizer
+from jaxmp.training.optimizers import Private, make_optimizer
+from jaxmp.training.schedules import make_schedule
 
 STEPS, BATCHES = 4, 2
 """steps to train, and batches of an epoch: there are two evaluations and two checkpoints"""
@@ -36,6 +37,27 @@ class OfWholeRun:
     def make(self, steps: int) -> optax.GradientTransformation:
         """Creates the optax transformation of the whole run, whatever `steps` says."""
         return make_optimizer(self.optimizer, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleOfWholeRun:
+    """The schedule of a longer run, inside an optimizer that has to keep its class."""
+
+    schedule: Any
+    """as the optimizer has it"""
+    steps: int
+    """of the whole run"""
+
+    def make(self, peak: Any, steps: int) -> optax.Schedule:
+        """Creates the optax schedule of the whole run, whatever `steps` says."""
+        return make_schedule(self.schedule, peak, self.steps)
+
+
+def of_whole_run(optimizer: Any, steps: int) -> Any:
+    """The optimizer of a run of `steps` steps, for a shorter one."""
+    if isinstance(optimizer, Private):  # by its class, rows are clipped and get noise
+        return dataclasses.replace(optimizer, schedule=ScheduleOfWholeRun(optimizer.schedule, steps))
+    return OfWholeRun(optimizer, steps)
 
 
 def fast_dev_run(
@@ -78,10 +100,10 @@ def shortened(experiment: Experiment) -> Experiment:
     fields |= {"limit_batches" if loop.overfit_batches is None else "overfit_batches": BATCHES}
     fields |= {} if loop.ranges_every is None else {"ranges_every": BATCHES}
     whole = Trainer(experiment)
-    optimizer: Any = OfWholeRun(experiment.optimizer, whole.steps)
+    optimizer = of_whole_run(experiment.optimizer, whole.steps)
     if whole.objectives:
         of_each = {each: -(-whole.steps // spec.every) for each, spec in whole.objectives.items()}
-        optimizer = {each: OfWholeRun(experiment.optimizer_of(each), steps) for each, steps in of_each.items()}
+        optimizer = {each: of_whole_run(experiment.optimizer_of(each), steps) for each, steps in of_each.items()}
     loop = dataclasses.replace(loop, steps=STEPS, **fields)
     return dataclasses.replace(experiment, optimizer=optimizer, loop=loop)
 

@@ -128,7 +128,9 @@ class _RunOrConfig(ConfigCommand):
         _ = run.experiment  # refuses other code
         config = ConfigFile(recorded["name"], recorded["source"], recorded["file"])
         prog = f"jaxmp {self.name} {argv[0]}"
-        options, experiment, overrides = parse(config, self.options, [*recorded["overrides"], *argv[1:]], prog=prog)
+        options, experiment, overrides = parse(
+            config, self.options, argv[1:], recorded=recorded["overrides"], prog=prog
+        )
         require_path(workdir=options.workdir)
         return _prune(run, config, options, experiment, overrides, options.workdir)
 

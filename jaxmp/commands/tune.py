@@ -55,6 +55,11 @@ class Options:
     workdir: str = "runs"
     """Folder for the runs and the study; runs that exist are resumed, or read if they are finished."""
 
+    @property
+    def varied(self) -> list[str]:
+        """The fields that the study varies, by path."""
+        return [text.partition("=")[0].removeprefix("--").replace("-", "_") for text in self.space]
+
 
 def tune(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Searches the best values of some fields of a config, by many runs; the same command goes on."""

@@ -66,8 +66,14 @@ class Batches:
 
     @property
     def expected_rows(self) -> float:
-        """The expected number of rows in a batch."""
+        """The expected number of rows in a batch, padding included: what a private step divides by."""
         return self.batch_size
+
+    @property
+    def mean_rows(self) -> float:
+        """The mean number of rows in the batches of an epoch, without padding: only the last batch may have some."""
+        last = float(np.sum(self.weights(self.per_epoch - 1)))
+        return ((self.per_epoch - 1) * self.batch_size + last) / self.per_epoch
 
     def batch(self, rows: Any, position: Any) -> tuple[Any, Any]:
         """Rows and weights of the batch at `position` in an epoch, from `rows`, its line of `epoch_rows`."""

@@ -57,6 +57,11 @@ class PoissonBatches(Batches):
         return self.rate * self.examples
 
     @property
+    def mean_rows(self) -> float:
+        """See `Batches.mean_rows`: the expected number."""
+        return self.expected_rows
+
+    @property
     def per_epoch(self) -> int:
         """Number of batches of an epoch: one row is drawn once in it on average."""
         whole = max(1, round(1 / self.rate))

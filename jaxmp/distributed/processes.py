@@ -112,6 +112,20 @@ def from_each(value: Any) -> list[Any]:
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
+def try_in_each(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Calls `function` in each process. Returns (result, None), or in all (None, message) of the first InputError.
+
+    All processes must call this at the same point of the program.
+    """
+    value, why = None, None
+    try:
+        value = function()
+    except InputError as error:
+        why = str(error)
+    why = next(filter(None, from_each(why)), None)
+    return (value, None) if why is None else (None, why)
+
+
 def _broadcast(text: str) -> str:
     """Returns the `text` of the first process in all processes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))

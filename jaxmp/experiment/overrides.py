@@ -5,13 +5,16 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxmp.errors import InputError
+from jaxmp.scaling.scalers import NoScaler, Scaling, StaticScaler
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    from jaxmp.experiment.experiment import Experiment
 
 
 def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", description: str = "") -> Any:
@@ -50,22 +53,41 @@ def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", 
         raise refused.error from None
 
 
-def refuse_without_effect(experiment: Any, arguments: Iterable[str]) -> None:
+def refuse_without_effect(experiment: Experiment, arguments: Iterable[str], *, varied: Collection[str] = ()) -> None:
     """Raises InputError if one of the arguments that changed `experiment` has no effect beside its other fields.
 
     A field that the config file sets is not checked: the file may serve another command line.
+
+    Args:
+      experiment: with the arguments.
+      arguments: the names of fields, with their values.
+      varied: paths of fields that the command itself gives other values; what depends on one of them is not refused.
     """
     names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    steps = getattr(getattr(experiment, "loop", None), "steps", None)
-    if steps is not None and "--loop.epochs" in names:
+    loop, scaler = experiment.loop, experiment.scaler
+    if loop.steps is not None and "--loop.epochs" in names:
         raise InputError(
-            f"--loop.epochs: without effect beside loop.steps = {steps}; expected one of the two, or --loop.steps None"
+            f"--loop.epochs: without effect beside loop.steps = {loop.steps}; expected one of the two, or "
+            "--loop.steps None"
         )
-    kind = getattr(getattr(experiment, "scaler", None), "kind", None)
+    in_one_part = loop.accumulate_overflow == "microbatch" and loop.accumulate_steps == 1
+    if in_one_part and "--loop.accumulate-overflow" in names and "loop.accumulate_steps" not in varied:
+        raise InputError(
+            "--loop.accumulate-overflow microbatch: without effect where loop.accumulate_steps = 1; expected "
+            "--loop.accumulate-steps 2 or more beside it"
+        )
+    if not isinstance(scaler, Scaling):
+        return
+    kind: str = scaler.kind
+    shown = kind
+    if kind == "auto" and "precision" not in varied:
+        made = [*experiment.make_scalers().values()] or [experiment.make_scaler()]
+        kind = {NoScaler: "none", StaticScaler: "static"}.get(type(made[0]), "dynamic")
+        shown = f"auto, which is {kind} with precision {experiment.precision}"
     takes = {"static": {"--scaler.kind", "--scaler.init-scale"}, "none": {"--scaler.kind"}}
-    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(str(kind), names)
+    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(kind, names)
     if idle:
-        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {kind}; expected dynamic")
+        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {shown}; expected dynamic")
 
 
 class _Refused(Exception):

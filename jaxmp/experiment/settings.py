@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from jax.sharding import AxisType
@@ -109,25 +109,36 @@ class Loop:
             raise InputError(f"loop.{name}={getattr(self, name)}: expected {expected}")
 
 
+Mode = Literal["jit", "pmap"]
+Shard = Literal["replicated", "zero1", "fsdp"]
+RematPolicy = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """How the work is spread over the devices, and what of it is done twice to save memory."""
 
-    mode: Literal["jit", "pmap"] = field(default="jit", metadata={"identity": "rounds"})
+    mode: Mode = field(default="jit", metadata={"identity": "rounds"})
     """How the step is distributed: by jax.jit over a mesh of devices, or by jax.pmap."""
-    shard: Literal["replicated", "zero1", "fsdp"] = field(default="replicated", metadata={"identity": "rounds"})
+    shard: Shard = field(default="replicated", metadata={"identity": "rounds"})
     """What is split over the devices: nothing, the optimizer state (zero1), or the parameters as well (fsdp)."""
     remat: tuple[str, ...] = field(default=(), metadata={"identity": "rounds"})
     """Modules to recompute in the backward pass, to save memory: paths such as encoder/*, or classes such as @Block."""
-    remat_policy: Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = field(
-        default="nothing_saveable", metadata={"identity": "rounds"}
-    )
+    remat_policy: RematPolicy = field(default="nothing_saveable", metadata={"identity": "rounds"})
     """What is stored of these modules nevertheless; a policy in jax.checkpoint_policies."""
 
     def __post_init__(self) -> None:
         """Refuses what no mode can do."""
+        for name, kind in (("mode", Mode), ("shard", Shard), ("remat_policy", RematPolicy)):
+            value, values = getattr(self, name), get_args(kind)
+            if value not in values:
+                raise InputError(
+                    f"parallel.{name} = {value!r}: expected {' or '.join(values)}{nearest(str(value), values)}"
+                )
         if isinstance(self.remat, str):
             raise InputError(f"parallel.remat = {self.remat!r}: expected a tuple, ({self.remat!r},)")
+        if not isinstance(self.remat, tuple) or not all(isinstance(text, str) for text in self.remat):
+            raise InputError(f"parallel.remat = {self.remat!r:.60}: expected a tuple of patterns, such as ('@Block',)")
         if self.shard != "replicated" and self.mode != "jit":
             raise InputError(f"parallel.shard={self.shard} needs parallel.mode=jit; it is {self.mode}")
 

@@ -156,5 +156,14 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 def examples_per_second(lines: Iterable[dict[str, Any]]) -> float:
     """Returns the median speed of the lines that have one, of steps alone: see `records.Pace`. NaN if none has."""
-    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
-    return statistics.median(rates) if rates else math.nan
+    return _median(lines, "examples_per_second")
+
+
+def steps_per_second(lines: Iterable[dict[str, Any]]) -> float:
+    """Returns the same in steps, whose last of an epoch may have fewer rows."""
+    return _median(lines, "steps_per_second")
+
+
+def _median(lines: Iterable[dict[str, Any]], name: str) -> float:
+    values = [line[name] for line in lines if name in line]
+    return statistics.median(values) if values else math.nan

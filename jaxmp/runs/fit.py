@@ -3,8 +3,9 @@
 Side effects have one order. After a dispatch of steps: the lines of the dispatch before are written, and the ranges of
 the first of its steps if they were counted, while this one runs; then the hooks of a `StepInfo`; then, if this step is
 due for it, evaluate, write, draw samples, the hooks of an `Evaluated`, save; then the next batch, its ranges if they
-are due, and the next dispatch. A line is on disk before a checkpoint of its step is begun, so that a run that is killed
-at any moment and resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
+are due, and the next dispatch. A run that fails after a step first does all that is due there, but for the hooks of an
+`Evaluated`. A line is on disk before a checkpoint of its step is begun, so that a run that is killed at any moment and
+resumed ends with the same lines; a hook is called again for what it saw after the last checkpoint.
 """
 
 from __future__ import annotations
@@ -309,6 +310,8 @@ def _fit(
                 if isinstance(parent, Parent):
                     run |= {"parent": str(parent.folder.path.absolute())}
                     run |= {"best_since": parent.best_since(trainer)} if parent.takes_all else {}
+                elif parent is not None:
+                    run |= {"weights_file": str(parent.path.absolute())}
                 shown: dict[str, Any] = {"metrics": specs_to_json(trainer.metric_specs)}
                 shown |= {"monitor": trainer.monitor.name, "mode": trainer.monitor.best}
                 folder.write_config(run | origin | {"experiment": experiment.to_json()} | shown | provenance())
@@ -530,13 +533,13 @@ class _Session:
                 waiting = (waiting or self._line(step, True, metrics, state))._replace(due=True)
                 since_line = trainer.no_metrics
             problem, waiting = self._write(waiting) or problem, None
-            if problem:
-                self._fail(problem, step, state, since_line)
+            if problem:  # whatever a hook says
+                because = None
             evaluates = (due.evaluation(step) or because) and "validation" in trainer.splits
             measured = records.evaluate(step, state, "validation") if evaluates else None
             if evaluates and trainer.experiment.loop.log_samples:
                 records.draw_samples(step, state)
-            if measured is not None and not failed:
+            if measured is not None and not (problem or failed):
                 evaluated = Evaluated(step, state, "validation", measured, self.folder.path)
                 again, failed = self._call_hooks(evaluated)
                 because = because or again
@@ -548,6 +551,8 @@ class _Session:
             counted = measured if records.is_counted(step) else None  # by which the best is chosen
             self.checkpoints.save(step, {"state": state, "metrics": since_line}, counted)
             records.interrupted()
+            if problem:
+                self._fail(problem, step, state)
             if failed:
                 self._fail_in_hook(failed, step)
             if because or (due.evaluation(step) and records.out_of_patience()):
@@ -647,23 +652,24 @@ class _Session:
         return summary
 
     def _test_of_best(self, best: int, step: int, state: TrainState, test: dict[str, float]) -> dict[str, float] | None:
-        """The metrics of the best weights on the test split; None if there is no checkpoint of them."""
+        """The metrics of the best weights on the test split; None if there is no intact checkpoint of them."""
         if best == step:
             return test
         if best not in processes.from_first(self.checkpoints.steps):
             return None
         template = {"state": state, "metrics": self.trainer.no_metrics}
-        found = self.checkpoints.restore(template, step=best, warn=self.log)
-        assert found is not None  # it is there, or `restore` raises
+        found, why = processes.try_in_each(lambda: self.checkpoints.restore(template, step=best, warn=self.log))
+        if why is not None:
+            self.log(f"the best weights, of step {best}, are not measured on the test split: {why}")
+            return None
         placed = self.trainer.devices.get(self.trainer.devices.put_state(found[1]["state"]))
         metrics = self.records.measure(placed, "test")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.log(f"the best weights, of step {best}, on the test split: {shown}")
         return metrics
 
-    def _fail(self, problem: str, step: int, state: TrainState, metrics: Metrics) -> NoReturn:
-        """Saves the state, and why the run ends here."""
-        self.checkpoints.save(step, {"state": state, "metrics": metrics})
+    def _fail(self, problem: str, step: int, state: TrainState) -> NoReturn:
+        """Ends the run after a checkpoint of `step`, and says why."""
         self.checkpoints.wait()
         reason = f"{problem}; {culprit}" if (culprit := self._culprit(step, state)) else problem
         processes.from_first(lambda: self.folder.write_failure(step, reason))

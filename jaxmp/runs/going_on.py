@@ -223,7 +223,10 @@ def _would_do(other: RunFolder, trainer: Trainer, fresh: TrainState, rows: Mappi
     return f"--continue {other.path} goes on from its step {parent.step}, in a folder of its own, with all of its state"
 
 
-SAME_BATCHES = ("data.augment", "data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
+EVALUATED = ("data.transforms", "data.host_transforms", "data.images", "data.mean", "data.std")
+"""fields of the data that leave each step its rows, but change what is evaluated"""
+
+SAME_BATCHES = ("data.augment", *EVALUATED)
 """fields of the data that leave each step its rows"""
 
 OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
@@ -232,8 +235,12 @@ OTHER_BATCHES = ("loop.limit_batches", "loop.overfit_batches")
 
 def is_other_data(path: str) -> bool:
     """Whether a field that differs gives the steps of a run other rows."""
-    kept = any(path == name or path.startswith(f"{name}.") for name in SAME_BATCHES)
-    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not kept)
+    return path in OTHER_BATCHES or (path.partition(".")[0] == "data" and not _is_in(path, SAME_BATCHES))
+
+
+def _is_in(path: str, fields: Iterable[str]) -> bool:
+    """Whether a path is that of one of the fields, or below one."""
+    return any(f"{path}.".startswith(f"{name}.") for name in fields)
 
 
 # From the state or the weights of another run.
@@ -306,6 +313,28 @@ class Parent:
             )
         return cls(folder, config, step, how, tuple(only))
 
+    @classmethod
+    def of(cls, run: Path, config: Mapping[str, Any]) -> Parent:
+        """The run that the one in the folder `run`, of this config.json, began with: where it was, or beside `run`.
+
+        Raises: InputError if it is not there any more, or its checkpoint is not.
+        """
+        begins = config["begins_with"]
+        for path in (Path(config["parent"]), run.absolute().with_name(f"{begins['hash']}-s{begins['seed']}")):
+            folder = RunFolder(path)
+            try:
+                own = folder.read_config()
+            except (OSError, InputError):
+                continue
+            is_it = (own["hash"], own["seed"]) == (begins["hash"], begins["seed"])
+            if is_it and begins["step"] in folder.checkpoint_steps():
+                return cls(folder, own, begins["step"], begins["how"], tuple(begins.get("only", ())))
+        what = "state" if begins["how"] == "continue" else "weights"
+        raise InputError(
+            f"{run} began with the {what} of step {begins['step']} of {config['parent']}, where there is no such "
+            "checkpoint any more; bring that run back there, or beside this one"
+        )
+
     @property
     def takes_all(self) -> bool:
         """Whether all of its state is taken."""
@@ -373,13 +402,13 @@ class Parent:
 
     def best_since(self, trainer: Trainer) -> int:
         """The step up to which evaluations do not count for the best: the parent's, if it measured something else."""
-        changed = self._changed(trainer)
         same = (self.config.get("monitor"), self.config.get("mode")) == (trainer.monitor.name, trainer.monitor.best)
-        return self.config.get("best_since", 0) if same and not changed & {"task", "pruning"} else self.step
+        same = same and not self._changes(trainer, "task", "pruning", *EVALUATED)
+        return self.config.get("best_since", 0) if same else self.step
 
-    def _changed(self, trainer: Trainer) -> set[str]:
-        """The parts of the parent's experiment that differ in the run's."""
-        return {one.path.partition(".")[0] for one in differences(self.config["experiment"], trainer.experiment)}
+    def _changes(self, trainer: Trainer, *fields: str) -> bool:
+        """Whether one of these fields of the parent's experiment differs in the run's."""
+        return any(_is_in(one.path, fields) for one in differences(self.config["experiment"], trainer.experiment))
 
     # The whole state.
 
@@ -396,13 +425,28 @@ class Parent:
             self._log(trainer, tree["state"], began, log)
             states = [(self.step, tree, checkpoints.metrics(self.step) if self.step in dict(evaluated) else {})]
             if best != self.step and best in checkpoints.steps() and best < self.step:
-                states.insert(
-                    0, (best, self._converted(trainer, fresh, checkpoints, best)[0], checkpoints.metrics(best))
+                of_best, why = processes.try_in_each(
+                    lambda: (best, self._converted(trainer, fresh, checkpoints, best)[0], checkpoints.metrics(best))
                 )
+                if why is None:
+                    states.insert(0, of_best)
+                else:
+                    log(f"the best weights of {self.folder.path}, of step {best}, are not taken over: {why}")
         finally:
             checkpoints.close()
         how = {"keep": trainer.experiment.loop.keep, "best_of": trainer.monitor.name, "mode": trainer.monitor.best}
         return Carried(self.lines(), states, how)
+
+    def take_state(self, trainer: Trainer, fresh: TrainState) -> TrainState:
+        """All of the state of the step, in the layout of `fresh`, as a run that goes on from there begins with it.
+
+        Raises: InputError as `carry_over` does.
+        """
+        checkpoints = self.folder.checkpoints()
+        try:
+            return self._converted(trainer, fresh, checkpoints, self.step)[0]["state"]
+        finally:
+            checkpoints.close()
 
     def check_layout(self, trainer: Trainer, fresh: TrainState) -> None:
         """Raises InputError, which names each, if leaves that have to be taken differ in path, shape or dtype."""
@@ -427,7 +471,7 @@ class Parent:
         takes: dict[str, str] = {}
         began, wrong = [], []
         here, there = INNER + "sparsity" in expected, INNER + "sparsity" in saved  # whether there are masks
-        same_pruning = here and there and "pruning" not in self._changed(trainer)
+        same_pruning = here and there and not self._changes(trainer, "pruning")
         for path in expected:
             source = path
             if here and _of_pruning(path):

@@ -197,7 +197,7 @@ class Records:
         if line.due:
             rate, speed = self._pace.reached(line.step), {}
             if rate is not None:
-                speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.expected_rows}
+                speed = {"steps_per_second": rate, "examples_per_second": rate * self._trainer.batches.mean_rows}
                 speed |= flops_per_second(self._trainer, rate)
             self._record(line.step, "train", values | speed | device_peak(), readings)
         return Verdict(next(filter(None, problems), None), stop)

@@ -1,7 +1,8 @@
 """Past steps, taken again: the states and batches of a run's steps, or of a training that is done for them.
 
 A run keeps all that this takes: a skipped step leaves the state as it was, a batch is a function of seed and step, and
-the steps from a checkpoint on come out the same to the bit.
+the steps from a checkpoint on come out the same to the bit. Only what a run began with by --continue or --init-from is
+read again from the other run or the file.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Parallel
 from jaxmp.runs.fit import steps
+from jaxmp.runs.going_on import Parent
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.runs.weights_file import WeightsFile
 from jaxmp.scaling.transform import consecutive_skips, find_state, loss_scale, skipped_steps
 from jaxmp.tasks.task import require_objective
 from jaxmp.training.state import TrainState
@@ -90,11 +93,16 @@ class Past:
         devices = len(run.config.get("devices", ())) or self.trainer.devices.count
         if devices != self.trainer.devices.count:
             log(f"this run began on {devices} devices; on {self.trainer.devices.count}, sums are rounded otherwise")
+        begins = run.config.get("begins_with", {})
+        # The steps of the run that this one goes on from are of another experiment.
+        self._first = begins["step"] if begins.get("how") == "continue" else 0
+        self._of_parent = f"; up to step {self._first} they are those of {run.config['parent']}" if self._first else ""
 
     def step(self, step: int, objective: str | None = None) -> PastStep:
         """The step of that number, counted from 1; of several objectives, that of one.
 
-        Raises: InputError if the run has no such step, or the objective does not run in it.
+        Raises: InputError if the run has no such step, or the objective does not run in it; or what the run began with
+          is needed, and is not there any more.
         """
         require_objective(self.trainer.experiment.task, objective, "--objective")
         state = self.before(step)
@@ -109,7 +117,7 @@ class Past:
     def last_skipped(self, objective: str | None = None) -> PastStep:
         """The last step that was skipped; of several objectives, that any of them skipped, or the one that is named.
 
-        Raises: InputError if none was.
+        Raises: InputError if none was, or as `step` does.
         """
         names = self.trainer.objectives
         if objective is not None:
@@ -122,14 +130,29 @@ class Past:
         """The state that a step began with."""
         checkpoints = self.run.checkpoint_steps()
         last = max([*checkpoints, *(line["step"] for line in self.run.metrics)], default=0)
-        if not 1 <= step <= last:
-            raise InputError(f"--step {step}: expected one of the steps of {self.run.path}, 1 to {last}")
-        start = max((at for at in checkpoints if at < step), default=0)
-        state = self.run.state(start) if start else self.trainer.init()
+        first = self._first
+        if not first < step <= last:
+            raise InputError(
+                f"--step {step}: expected one of the steps of {self.run.path}, {first + 1} to {last}{self._of_parent}"
+            )
+        start = max((at for at in checkpoints if first <= at < step), default=first)
+        state = self.run.state(start) if start in checkpoints else self._first_state()
         if start < step - 1:
-            origin = f"the checkpoint of step {start}" if start else "the start"
+            origin = f"the checkpoint of step {start}" if start in checkpoints else "the start"
             self.log(f"taking steps {start + 1} to {step - 1} again, from {origin}")
         return self._advance(state, start, step - 1)
+
+    def _first_state(self) -> TrainState:
+        """The state that the run began with: a fresh one, one with other weights, or all of another run's."""
+        config, path, fresh = self.run.config, self.run.path, self.trainer.init()
+        if "begins_with" not in config:
+            return fresh
+        if "sha256" in config["begins_with"]:
+            return WeightsFile.of(path, config).give_weights(self.trainer, fresh, self.log)
+        parent = Parent.of(path, config)
+        if parent.takes_all:
+            return parent.take_state(self.trainer, fresh)
+        return parent.give_weights(self.trainer, fresh, self.log)
 
     def _past(self, step: int, state: TrainState, scale: float, objective: str | None = None) -> PastStep:
         return PastStep(step, _on_one_device(state), _on_one_device(self.feed.batch(step - 1)), scale, objective)
@@ -138,7 +161,7 @@ class Past:
         """The step of the last checkpoint, if it was skipped: that left the state as it was, but for the scale."""
         state = self.run.state() if self.run.checkpoint_steps() else None
         scaling = None if state is None else find_state(state.opt_state)
-        if state is None or scaling is None or not consecutive_skips(state.opt_state):
+        if state is None or scaling is None or not consecutive_skips(state.opt_state) or state.step <= self._first:
             return None
         step = int(state.step)
         before = dataclasses.replace(state, step=jnp.int32(step - 1))
@@ -167,7 +190,7 @@ class Past:
 
         A run that was stopped may have its last checkpoint, which counts as a line, at a step without one.
         """
-        found, at, skipped = None, 0, 0
+        found, at, skipped = None, self._first, 0
         lines = self.run.metrics
         state = self.run.state() if self.run.checkpoint_steps() else None
         if state is not None and int(state.step) > max((line["step"] for line in lines), default=0):
@@ -175,13 +198,15 @@ class Past:
             lines.append({"step": int(state.step), **fields})
         for line in lines:
             now = sum(line.get(_field(name), 0) for name in names) if _field(names[0]) in line else skipped
-            if now > skipped:
+            if now > skipped and line["step"] > self._first:
                 found = at, line["step"]
-            at, skipped = line["step"], now
+            at, skipped = max(line["step"], self._first), now
         if found is None:
             of = f" of {names[0]}" if len(names) == 1 and names[0] else ""
+            own = f"{at} steps" if not self._first else f"steps {self._first + 1} to {at}"
             raise InputError(
-                f"{self.run.path}: none of its {at} steps{of} was skipped; --step N compares one with float32"
+                f"{self.run.path}: none of its {own}{of} was skipped{self._of_parent}; --step N compares one with "
+                "float32"
             )
         return found
 

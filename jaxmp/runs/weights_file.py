@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.errors import local_path
+from jaxmp.errors import InputError, local_path
 from jaxmp.models.pretrained import convert, read_safetensors
 from jaxmp.runs.checkpoint import describe
 from jaxmp.runs.initial_weights import check_only, choose_weights, name_within, weights_of, with_weights
@@ -51,6 +51,22 @@ class WeightsFile:
         path = local_path("--init-from FILE", text)
         read_safetensors(path)
         return cls(path, tuple(only))
+
+    @classmethod
+    def of(cls, run: Path, config: Mapping[str, Any]) -> WeightsFile:
+        """The file that the run in the folder `run`, of this config.json, began with.
+
+        Raises: InputError if it is not there any more, or its content has changed.
+        """
+        begins, name = config["begins_with"], config.get("weights_file")
+        if name is not None and Path(name).is_file():
+            found = cls(Path(name), tuple(begins.get("only", ())))
+            if found.begins_with == begins:
+                return found
+        raise InputError(
+            f"{run} began with weights of the SHA-256 {begins['sha256']}, and {name or 'a file not recorded'} "
+            "does not have them any more; bring the file back there"
+        )
 
     @functools.cached_property
     def begins_with(self) -> dict[str, Any]:

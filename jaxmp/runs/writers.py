@@ -12,7 +12,7 @@ A record is one flat mapping. Its fields:
     sparsity             float, share of the weights that are pruned so far, of a run with pruning
     epsilon              float, of an evaluation of a private run: what the weights tell of a row, at the optimizer's
                          delta; null if nothing bounds it
-    examples_per_second  float
+    examples_per_second  float, without the padding of the last batch of an epoch
     tflops_per_second    float, of the products and convolutions of the model, see `Trainer.step_flops`; not there where
                          parameters are frozen, an objective trains a part alone, or there is a teacher
     mfu                  float, the share of what the devices can reach; not there where that is not known

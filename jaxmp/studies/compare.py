@@ -24,7 +24,7 @@ from jaxmp.instruments.audit import audit
 from jaxmp.reports import comparison as pages
 from jaxmp.reports.page import command, write
 from jaxmp.reports.run_report import report
-from jaxmp.runs.curves import examples_per_second
+from jaxmp.runs.curves import examples_per_second, steps_per_second
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance
@@ -165,7 +165,7 @@ def train_cell(
         "failed": failed,
         "summary": summary,
         "examples_per_second": without_nan(examples_per_second(run.metrics)),
-        "seconds_per_step": without_nan(experiment.data.batch_size / examples_per_second(run.metrics)),
+        "seconds_per_step": without_nan(1 / steps_per_second(run.metrics)),
         # A process has one peak, for all that it ran: only a run that raised it is known by it.
         "device_peak_bytes": after if after is not None and after > (before or 0) else None,
         "devices": run.config["devices"],

@@ -87,7 +87,8 @@ class Subject:
         if isinstance(self.source, Experiment):
             return _quietly(override, self.source, words)
         experiment = _quietly(self.source.experiment, [*self.overrides, *words])
-        refuse_without_effect(experiment, [*self.overrides, *words])
+        varied = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+        refuse_without_effect(experiment, [*self.overrides, *words], varied=varied)
         return experiment
 
     def origin(self, arguments: Sequence[str]) -> dict[str, Any] | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import pytest
 
 from jaxmp import InputError, cli
-from jaxmp.commands import compare, train
+from jaxmp.commands import compare, train, tune
 from jaxmp.commands.command import Command, ConfigCommand, parse, require_path
 from jaxmp.distributed import parent, processes
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.studies.tune_space import Subject
 
 SOURCE = '''
 """A small one."""
@@ -104,6 +105,24 @@ def test_an_argument_that_cannot_be_read_is_one_message_that_knows_all_names(arg
 def test_a_value_that_the_experiment_refuses_is_an_input_error(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(SMALL, Options, arguments.split())
+
+
+def test_recorded_arguments_may_lose_their_effect_and_those_that_are_given_may_not():
+    recorded = ["--loop.epochs", "2"]
+    _, experiment, overrides = parse(SMALL, Options, ["--loop.steps", "3"], recorded=recorded)
+    assert (experiment.loop.epochs, experiment.loop.steps) == (2, 3)
+    assert overrides == ["--loop.epochs", "2", "--loop.steps", "3"]
+    with pytest.raises(InputError, match=r"--loop\.epochs: without effect beside loop\.steps = 3"):
+        parse(SMALL, Options, recorded, recorded=["--loop.steps", "3"])
+
+
+def test_what_has_an_effect_on_some_runs_of_a_study_is_not_refused():
+    arguments = ["--scaler.init-scale", "8"]  # SMALL computes in bfloat16
+    with pytest.raises(InputError, match=r"--scaler\.init-scale: without effect"):
+        parse(SMALL, Options, arguments)
+    parse(SMALL, compare.Options, arguments)
+    parse(SMALL, tune.Options, [*arguments, "--space", "precision=mixed_bfloat16,mixed_float16"])
+    assert Subject(SMALL, "small", tuple(arguments)).make(["--precision", "float32"]).scaler.init_scale == 8
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--fast -h", "--seed 1 --help --fast", "--workdir there -h"])

@@ -50,6 +50,7 @@ def test_padding_has_no_weight():
     traced = jax.jit(BATCHES.weights)(jnp.int32(4))
     assert traced.dtype == jnp.float32
     np.testing.assert_array_equal(traced, weights[4])
+    assert BATCHES.mean_rows == pytest.approx(23 / 5) and BATCHES.expected_rows == 5
 
 
 def test_a_batch_that_divides_the_set_has_no_padding():
@@ -62,7 +63,7 @@ def test_a_limited_epoch_takes_its_first_batches_and_a_repeated_one_those_of_the
     whole = [BATCHES.epoch_rows(epoch) for epoch in range(2)]
     for repeat in (False, True):
         few = Batches(23, 5, 3, limit=2, repeat=repeat)
-        assert few.per_epoch == 2 and few.weights(1).all()
+        assert few.per_epoch == 2 and few.weights(1).all() and few.mean_rows == 5
         np.testing.assert_array_equal(few.epoch_rows(1), whole[0 if repeat else 1][:2])
         np.testing.assert_array_equal(few.rows(3)[0], few.epoch_rows(1)[1])
     assert Batches(23, 5, 3, limit=9).per_epoch == 5

@@ -40,7 +40,7 @@ def test_a_task_is_all_images_with_their_pixels_in_one_order_and_the_first_is_th
 
 def test_an_epoch_trains_on_its_task_alone_and_without_replay_on_each_row_once_a_pass():
     whole = batches(sequence(passes=2))
-    assert whole.per_epoch == 10
+    assert whole.per_epoch == 10 and whole.mean_rows == 8
     for epoch in range(4):
         task, row = np.divmod(whole.epoch_rows(epoch), 40)
         assert (task == epoch % 3).all()

@@ -132,6 +132,21 @@ def test_one_value_in_the_place_of_several_is_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mode", "pjit", r"parallel.mode = 'pjit': expected jit or pmap; did you mean 'jit'\?"),
+        ("shard", "zero2", r"parallel.shard = 'zero2': expected replicated or zero1 or fsdp; did you mean 'zero1'\?"),
+        ("remat_policy", "dot_saveable", r"= 'dot_saveable': expected nothing_saveable or .*mean 'dots_saveable'\?"),
+        ("remat", ["@Block"], r"parallel.remat = \['@Block'\]: expected a tuple of patterns"),
+        ("remat", (nn.Dense,), "parallel.remat = .*: expected a tuple of patterns"),
+    ],
+)
+def test_what_no_step_can_be_distributed_by_is_refused(field, value, message):
+    with pytest.raises(InputError, match=message):
+        Parallel(**{field: value})
+
+
 def test_an_optax_transformation_is_named_by_all_that_it_was_made_of():
     def with_decay(decay):
         return optax.chain(optax.scale_by_adam(), lambda_decay(decay), optax.scale(-1e-3))

@@ -248,6 +248,11 @@ def test_an_override_that_is_refused_is_an_input_error(arguments, message):
             "--scaler.growth-interval: without effect .*scaler.kind = static",
         ),
         ("--scaler.kind none --scaler.init_scale 8", "--scaler.init-scale: without effect .*scaler.kind = none"),
+        (
+            "--precision mixed_bfloat16 --scaler.init-scale 1024",
+            "--scaler.init-scale: without effect .*scaler.kind = auto, which is none with precision mixed_bfloat16",
+        ),
+        ("--loop.accumulate-overflow microbatch", "microbatch: without effect where loop.accumulate_steps = 1"),
     ],
 )
 def test_an_override_without_effect_is_refused_but_not_in_a_run_that_recorded_it(tmp_path, arguments, message):
@@ -268,6 +273,8 @@ def test_an_override_without_effect_is_refused_but_not_in_a_run_that_recorded_it
         "--scaler.kind static --scaler.init-scale 8",
         "--scaler.kind dynamic --scaler.growth-interval 5",
         "--scaler.growth-interval 5",
+        "--precision mixed_bfloat16 --scaler.kind dynamic --scaler.growth-interval 5",
+        "--loop.accumulate-overflow microbatch --loop.accumulate-steps 2",
     ],
 )
 def test_an_override_with_effect_is_taken_whatever_the_file_says_beside_it(arguments):

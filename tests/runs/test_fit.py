@@ -121,6 +121,12 @@ def cut_back(folder, to):
             shutil.rmtree(checkpoint)
 
 
+def damage(checkpoint):
+    """Cuts a byte off the largest file of a checkpoint."""
+    largest = max((checkpoint / "arrays").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+
 def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
     folder = finished.path
     assert folder.name == f"{BASE.hash}-s0" and folder.parent.name == "blobs"
@@ -136,6 +142,9 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_summary(finished):
     assert json.loads((folder / "summary.json").read_text()) == finished.summary
     assert finished.summary["steps"] == 20 and not finished.stopped
     assert finished.summary["test"]["accuracy"] == lines(folder)[-1]["accuracy"]
+    timed = [line for line in Run(folder).metrics if "steps_per_second" in line]
+    speeds = [(line["examples_per_second"], line["steps_per_second"] * 100 / 7) for line in timed]  # rows of an epoch
+    assert timed and all(examples == pytest.approx(of_steps) for examples, of_steps in speeds)
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [10, 15, 20]  # best, and the last two
     assert list(folder.glob("events.out.tfevents.*"))
 
@@ -186,8 +195,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_and_
     folder = tmp_path / "blobs" / finished.path.name
     shutil.copytree(finished.path, folder)
     (folder / "summary.json").unlink()
-    largest = max((folder / "checkpoints/20/arrays").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1])
+    damage(folder / "checkpoints/20")
     said = []
     fit(BASE, workdir=tmp_path, name="blobs", log=said.append)
     assert "checkpoint 20" in said[0] and "is damaged" in said[0] and "from step 15" in said[1]
@@ -343,7 +351,8 @@ def test_a_failed_run_keeps_all_of_its_lines(tmp_path):
     for _ in range(2):
         with pytest.raises(RunFailed):
             fit(failing, workdir=tmp_path)
-    steps_written = [line["step"] for line in lines(next(tmp_path.glob("*/*")))]
+    written = lines(next(tmp_path.glob("*/*")))
+    steps_written = [line["step"] for line in written if line["split"] == "train"]
     assert steps_written == list(range(2, steps_written[-1] + 1, 2))
 
 
@@ -505,6 +514,19 @@ def test_a_run_killed_before_its_summary_has_one_line_of_the_test(finished, tmp_
     again = fit(BASE, workdir=tmp_path, name="blobs")
     assert lines(folder) == lines(finished.path)
     assert {**again.summary, "wall_seconds": 0} == {**finished.summary, "wall_seconds": 0}
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_ends_without_its_test_and_says_so(finished, tmp_path):
+    folder = tmp_path / "blobs" / finished.path.name
+    shutil.copytree(finished.path, folder)
+    (folder / "summary.json").unlink()
+    best = finished.summary["best"]
+    damage(folder / f"checkpoints/{best['step']}")
+    said: list[str] = []
+    again = fit(BASE, workdir=tmp_path, name="blobs", log=said.append)
+    assert again.summary["best"] == best | {"test": None} and again.summary["test"] == finished.summary["test"]
+    (word,) = (line for line in said if line.startswith(f"the best weights, of step {best['step']}, are not measured"))
+    assert "damaged" in word
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ from jaxmp.runs.checkpoint import _write_manifest
 from jaxmp.runs.fit import Fitted, fit
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.going_on import Parent, log_neighbours, refuse_other_code
+from jaxmp.runs.records import Records
+from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.scalers import Scaling
@@ -107,6 +109,15 @@ def leaves(state):
 
 def bits(run: Fitted, experiment: Experiment) -> list[bytes]:
     return [leaf.tobytes() for leaf in leaves(Run(run.path, experiment).state())]
+
+
+def before(path: Path, step: int, experiment: Experiment) -> Any:
+    """The state that a step of a run began with, taken again."""
+    past = Past(Run(path, experiment), lambda message: None)
+    try:
+        return past.before(step)
+    finally:
+        past.feed.close()
 
 
 def lines(path, *splits):
@@ -476,6 +487,18 @@ def test_a_row_of_skips_of_just_the_limit_is_not_overlooked(tmp_path):
     assert fit(more, workdir=tmp_path / "4").summary["skipped_steps"] == 3
 
 
+def test_a_run_that_fails_where_an_evaluation_is_due_makes_it_and_goes_on_as_if_it_had_not_failed(
+    copied, finished, monkeypatch
+):
+    run, write = cut_back(copied, finished, 4), Records.write
+    with monkeypatch.context() as failing, pytest.raises(RunFailed, match="it diverged"):
+        failing.setattr(Records, "write", lambda self, line: write(self, line)._replace(problem="it diverged"))
+        fit(BASE, workdir=copied, name="small")
+    assert [line["step"] for line in lines(run, "validation")] == [4, 8]
+    again = fit(BASE, workdir=copied, name="small")
+    assert lines(run) == lines(finished.path) and again.summary["best"] == finished.summary["best"]
+
+
 # From another run.
 
 
@@ -495,6 +518,10 @@ def test_a_run_continued_to_twice_its_length_is_that_of_twice_the_length_at_once
     assert not again.trained and again.path == gone_on.path
     assert Run(gone_on.path, longer).experiment is longer
     assert lines(there) == lines(finished.path)  # the parent stays as it was
+    states = [leaves(before(path, 10, longer)) for path in (gone_on.path, at_once.path)]
+    assert [leaf.tobytes() for leaf in states[0]] == [leaf.tobytes() for leaf in states[1]]
+    with pytest.raises(InputError, match=rf"--step 8: expected .*, 9 to 16; up to step 8 they are those of {there}"):
+        before(gone_on.path, 8, longer)
 
 
 WHOLE = """
@@ -676,6 +703,23 @@ def test_evaluations_that_its_own_loop_would_not_have_made_count_for_neither_bes
     assert [line["step"] for line in lines(fitted.path, "validation")] == [4, 8, 12]
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "since"),
+    [
+        ("data.mean", (0.5,), 8),
+        ("data.std", (0.5,), 8),
+        ("data.transforms", (as_it_is,), 8),
+        ("data.host_transforms", (same,), 8),
+        ("data.augment.flip", True, 0),
+        ("data.eval_batch_size", 7, 0),
+        ("task.label_smoothing", 0.1, 8),
+        ("pruning.sparsity", 0.5, 8),
+    ],
+)
+def test_the_best_begins_anew_where_evaluations_measured_something_else(finished, path, value, since):
+    assert Parent.find(finished.path, "continue").best_since(Trainer(changed(LONGER, path, value))) == since
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value", "best"),
@@ -759,6 +803,17 @@ def test_the_best_weights_of_the_parent_go_with_it(parent):
     assert 4 in Run(fitted.path, LONGER).checkpoint_steps()
 
 
+def test_a_parent_whose_best_checkpoint_is_damaged_is_gone_on_with_without_it(parent):
+    with_accuracy(parent, 4, 0.99)
+    (parent / "checkpoints/4/manifest.json").write_text("{}")
+    said: list[str] = []
+    trainer = Trainer(LONGER)
+    carried = Parent.find(parent, "continue").carry_over(trainer, trainer.init(), said.append)
+    assert [step for step, *_ in carried.states] == [8]
+    (word,) = (line for line in said if line.startswith(f"the best weights of {parent}, of step 4, are not taken over"))
+    assert "is damaged" in word
+
+
 # Weights alone.
 
 
@@ -777,6 +832,20 @@ def begin_with(parent, experiment, source=None, **how):
 
 TINY_RATE = dataclasses.replace(BASE, optimizer=Adam(0.0), loop=Loop(steps=1), seed=5)
 """trains nothing, so that the weights at the end are those at the start"""
+
+
+def test_a_step_taken_again_begins_with_the_weights_that_the_run_began_with(parent, tmp_path):
+    fitted, _ = begin_with(parent, TINY_RATE)
+    expected = [leaf.tobytes() for leaf in leaves(Run(parent, BASE).state().params)]
+    assert [leaf.tobytes() for leaf in leaves(before(fitted.path, 1, TINY_RATE).params)] == expected
+    there = (tmp_path / "small").rename(tmp_path / "moved")  # both runs
+    moved = there / fitted.path.name
+    assert [leaf.tobytes() for leaf in leaves(before(moved, 1, TINY_RATE).params)] == expected
+    shutil.rmtree(there / parent.name / "checkpoints/8")
+    with pytest.raises(
+        InputError, match=rf"began with the weights of step 8 of {parent}, where there is no .*bring that run back"
+    ):
+        before(moved, 1, TINY_RATE)
 
 
 @pytest.mark.slow

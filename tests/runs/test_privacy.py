@@ -11,6 +11,7 @@ import pytest
 
 import jaxmp
 from jaxmp.commands.dry_run import dry_run
+from jaxmp.commands.fast_dev_run import shortened
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.experiment import Experiment
@@ -22,6 +23,7 @@ from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.training.accountant import epsilon
 from jaxmp.training.optimizers import DPSGD, SGD
+from jaxmp.training.schedules import CosineDecay
 
 
 def load(split, seed=0):
@@ -52,6 +54,16 @@ def spent(path, split="validation"):
     """Epsilon by step, of the lines of a split."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["epsilon"] for line in lines if line["split"] == split}
+
+
+def test_a_fast_dev_run_of_a_private_experiment_is_private_with_the_schedule_of_the_whole_run():
+    whole = private(10, optimizer=DPSGD(0.1, clip_norm=0.5, schedule=CosineDecay(warmup_steps=8)))
+    shorter = shortened(whole)
+    trainer = Trainer(shorter)
+    assert trainer.is_private and trainer.steps < 8
+    assert shorter.optimizer.privacy(8) == whole.optimizer.privacy(8)
+    rates = [float(of.optimizer.rate(steps)(2)) for of, steps in ((shorter, trainer.steps), (whole, 10))]
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.slow

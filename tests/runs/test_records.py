@@ -8,7 +8,7 @@ import types
 import pytest
 
 from jaxmp.runs import records
-from jaxmp.runs.curves import examples_per_second
+from jaxmp.runs.curves import examples_per_second, steps_per_second
 from jaxmp.runs.records import Pace
 
 
@@ -57,3 +57,4 @@ def test_the_speed_of_a_run_is_the_median_of_the_lines_that_have_one():
     lines = [{"step": 1}, *({"step": i, "examples_per_second": v} for i, v in ((2, 10.0), (3, 30.0), (4, 20.0)))]
     assert examples_per_second(lines) == 20.0 and examples_per_second(lines[:2]) == 10.0
     assert math.isnan(examples_per_second(lines[:1]))
+    assert steps_per_second([{"steps_per_second": 4.0}, *lines]) == 4.0

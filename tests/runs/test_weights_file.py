@@ -18,6 +18,7 @@ from jaxmp.models.pretrained import read_safetensors, write_safetensors
 from jaxmp.models.resnet import ResNet
 from jaxmp.models.vit import ViT
 from jaxmp.runs.fit import fit
+from jaxmp.runs.replay import Past
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.weights_file import WeightsFile
@@ -107,6 +108,18 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_written(tmp_path
     assert not [*tmp_path.iterdir()]
 
 
+def test_the_file_that_a_run_began_with_is_found_again_unless_it_has_changed(tmp_path):
+    file, run = tmp_path / "w.safetensors", tmp_path / "run"
+    write_safetensors(file, OWN | HEAD)
+    began = WeightsFile.find(file, ("head",))
+    config = {"begins_with": began.begins_with, "weights_file": str(file)}
+    assert WeightsFile.of(run, config) == began
+    write_safetensors(file, OWN)
+    for recorded, named in ((config, str(file)), ({"begins_with": began.begins_with}, "a file not recorded")):
+        with pytest.raises(InputError, match=rf"weights of the SHA-256 .*{named} does not have them any more"):
+            WeightsFile.of(run, recorded)
+
+
 def of_torchvision(model):
     """Tensors with the names and shapes that torchvision gives a small ResNet of basic blocks, with 7 classes."""
     rng = np.random.default_rng(0)
@@ -144,7 +157,11 @@ def test_a_resnet_of_torchvision_is_gone_on_with_under_a_new_head(tmp_path):
         fit(experiment, **how)
     fitted = fit(experiment, init_only=("stem", "stage*", "BatchNorm_0"), **how)
     state, fresh = Run(fitted.path, experiment).state(), Trainer(experiment).init()
+    past = Past(Run(fitted.path, experiment), lambda text: None)
+    begun = past.before(1)
+    past.feed.close()
     kernel = tensors["layer2.0.conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(begun.params["stage2_block1"]["Conv_0"]["kernel"], kernel)
     np.testing.assert_array_equal(state.params["stage2_block1"]["Conv_0"]["kernel"], kernel)
     np.testing.assert_array_equal(state.params["head"]["kernel"], fresh.params["head"]["kernel"])
     changed = [
