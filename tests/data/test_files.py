@@ -152,6 +152,23 @@ def test_a_label_that_no_training_row_has_is_bad_input_with_its_row(tmp_path):
         TableFiles(train=train, test=test, label="species").source("test")
 
 
+def test_only_labels_of_text_have_names_and_all_splits_have_labels_of_one_kind(tmp_path):
+    files = {"numbers": [2, 10, 7, 2], "text": ["b", "a", "c", "1"], "digits": [1, 1, 1, 1]}
+    for name, column in files.items():
+        write_table(tmp_path / f"{name}.csv", {**FLOWERS, "species": np.array(column)})
+
+    def labels(train, test):
+        data = TableFiles(train=str(tmp_path / f"{train}.csv"), test=str(tmp_path / f"{test}.csv"), label="species")
+        return data.classes(), everything(data.source("test"))["label"].tolist()
+
+    assert labels("numbers", "numbers") == (None, [2, 10, 7, 2])
+    assert labels("text", "text") == (["1", "a", "b", "c"], [2, 1, 3, 0])
+    assert labels("text", "digits") == (["1", "a", "b", "c"], [0, 0, 0, 0])
+    with pytest.raises(InputError, match=r"text\.csv: species holds text, and numbers in .*numbers\.csv"):
+        labels("numbers", "text")
+    assert TableFiles(train=str(tmp_path / "text.csv")).classes() is None
+
+
 def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12.0, dtype=np.float32).reshape(4, 3))
     np.save(tmp_path / "label.npy", np.arange(4))
