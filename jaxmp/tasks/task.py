@@ -130,8 +130,8 @@ class Task:
 
         Args:
           outputs: what the model gives for a batch, as `jax.ShapeDtypeStruct`s.
-          columns: the columns of the split that are at hand, in memory or memory-mapped; empty for other sources. A
-            column is read only where it is indexed.
+          columns: the columns of the split as the task sees them, arrays by name, each read when it is looked up: whole
+            if it is in memory or small, else perhaps at a sample of the rows.
           split: "train", "validation" or "test", for the message.
         """
 
