@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxmp.data.augment import RandomResizedCrop
 from jaxmp.data.fingerprint import fingerprint
-from jaxmp.data.hugging_face import HuggingFace
+from jaxmp.data.hugging_face import HuggingFace, _pixels
 from jaxmp.data.image_folder import ImageFolder, read_image
 from jaxmp.data.pipeline import nbytes, resident
 from jaxmp.data.table_files import TableFiles
@@ -88,6 +88,20 @@ def test_a_corrupt_image_is_bad_input_with_its_name(damage, folder):
         InputError, match=r"train/dog/2\.png cannot be read as an image \(.*copy it again, or remove it"
     ):
         everything(ImageFolder(folder=str(folder)).source("train"))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_an_image_of_more_than_8_bits_is_refused_with_its_name(dtype, mode, folder):
+    save(folder / "train/dog/3.tiff", np.full((6, 4), 300, dtype))
+    with pytest.raises(InputError, match=rf"dog/3.tiff has pixels of Pillow's mode {mode}, which 8 bits do not hold"):
+        everything(ImageFolder(folder=str(folder)).source("train"))
+
+
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_a_palette_becomes_its_colours(mode):
+    image = Image.new("RGB", (3, 2), (250, 10, 20)).quantize(2).convert(mode)
+    assert np.asarray(image).ndim == len(mode) + 1
+    assert _pixels(image).tolist() == np.broadcast_to([250, 10, 20], (2, 3, 3)).tolist()
 
 
 def test_a_folder_that_is_not_there_or_of_no_class_is_bad_input_with_the_nearest_name(folder):
