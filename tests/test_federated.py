@@ -40,11 +40,26 @@ def test_a_partition_deals_each_row_once_and_shards_have_few_labels(fedavg):
         np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
         kinds = [len(np.unique(labels[part])) for part in parts]
         assert (max(kinds) <= most) and (how == "iid") == (min(kinds) > 4)
-    rows, weight = fedavg.local_batches(parts[0][:7], 6, 3, (0,))
-    assert rows.shape == (6, 3) and weight.sum() == 14
+
+
+def test_a_client_makes_so_many_epochs_over_its_rows_and_no_step_more(fedavg):
+    own_rows = np.array([3, 8, 1, 5, 4, 9, 2])
+    rows, weight = fedavg.local_batches(own_rows, 2, 3, 8, (0,))
+    assert rows.shape == weight.shape == (8, 3) and not weight[6:].any()
     for epoch in range(2):
         own = rows[3 * epoch : 3 * epoch + 3][weight[3 * epoch : 3 * epoch + 3] > 0]
-        np.testing.assert_array_equal(np.sort(own), np.sort(parts[0][:7]))
+        np.testing.assert_array_equal(np.sort(own), np.sort(own_rows))
+
+    def step(state, batch):
+        params = jax.tree.map(lambda x: x + 1, state.params)
+        return dataclasses.replace(state, step=state.step + 1, params=params), {"steps": jnp.float32(1)}
+
+    params, tx = {"w": jnp.zeros(2)}, jaxmp.loss_scaling(optax.sgd(1.0), jaxmp.NoScaler())
+    of = [jaxmp.TrainState.create(params, tx, key=jax.random.key(i)) for i in range(2)]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *of)
+    batches = {"weight": jnp.asarray([weight, np.ones((8, 3))], jnp.float32)}
+    averaged, new, metrics = fedavg.make_round(step, mesh(1))(params, states, batches, jnp.ones(2))
+    assert new.step.tolist() == [6, 8] and float(averaged["w"][0]) == 7 and float(metrics["steps"]) == 14
 
 
 def clients(precision, steps, scaler=None, rate=0.5):

@@ -33,13 +33,14 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
 from jaxmp.training.metrics import compute
+from jaxmp.trees import tree_where
 
 CLIENTS = "clients"
 """name of the mesh axis"""
 
 
 def partition(labels: np.ndarray, clients: int, how: str, *, seed: int) -> list[np.ndarray]:
-    """The rows of each client: all rows once, in parts whose sizes differ by one at most.
+    """The rows of each client: all rows once, in parts whose sizes differ by one at most, of shards by two.
 
     Args:
       labels: int (rows,).
@@ -57,19 +58,20 @@ def partition(labels: np.ndarray, clients: int, how: str, *, seed: int) -> list[
 
 
 def local_batches(
-    rows: np.ndarray, steps: int, batch_size: int, seed: tuple[int, ...]
+    rows: np.ndarray, epochs: int, batch_size: int, steps: int, seed: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A client's rows for `steps` steps, epoch after epoch, each in random order: int32 and weights, (steps, batch).
+    """A client's rows for `epochs` epochs, each in random order: int32 and weights float32, (steps, batch).
 
-    The last batch of an epoch is filled up with rows of weight 0.
+    The last batch of an epoch is filled up with rows of weight 0, and so are steps beyond the last epoch, which the
+    client does not make.
     """
     draw, per_epoch = np.random.default_rng(seed), -(-len(rows) // batch_size)
-    found, weights = [], []
-    for _ in range(-(-steps // per_epoch)):
-        order = np.resize(draw.permutation(rows), per_epoch * batch_size)
-        found.append(order.reshape(per_epoch, batch_size))
-        weights.append((np.arange(order.size) < len(rows)).reshape(per_epoch, batch_size))
-    return np.concatenate(found)[:steps].astype(np.int32), np.concatenate(weights)[:steps].astype(np.float32)
+    index, weight = np.zeros((steps, batch_size), np.int32), np.zeros((steps, batch_size), np.float32)
+    for epoch in range(epochs):
+        own = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        index[own] = np.resize(draw.permutation(rows), (per_epoch, batch_size))
+        weight[own] = (np.arange(per_epoch * batch_size) < len(rows)).reshape(per_epoch, batch_size)
+    return index, weight
 
 
 def make_round(step: Any, mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
@@ -82,12 +84,18 @@ def make_round(step: Any, mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
     Returns:
       `(params, states, batches, rows) -> (params, states, metrics)`, compiled. `states` are the clients' train states,
       `batches` their batches of each local step, (clients, steps, batch, ...), `rows` float32 (clients,) the numbers
-      that the average is weighted by. Of a client's state, step, key and loss scale live on; its optimizer begins anew
-      in each round. A step that overflows is skipped by its client alone. The metrics are summed over all.
+      that the average is weighted by. A step whose rows all have weight 0 changes nothing of its client. Of a
+      client's state, step, key and loss scale live on; its optimizer begins anew in each round. A step that overflows
+      is skipped by its client alone. The metrics are summed over all.
     """
 
+    def own_step(state: Any, batch: Any) -> tuple[Any, Any]:
+        new, metrics = step(state, batch)
+        is_made = jnp.any(batch["weight"] > 0)
+        return tree_where(is_made, new, state), tree_where(is_made, metrics, jax.tree.map(jnp.zeros_like, metrics))
+
     def local(params: Any, state: Any, batches: Any) -> tuple[Any, Any]:
-        state, metrics = jax.lax.scan(step, dataclasses.replace(state, params=params), batches)
+        state, metrics = jax.lax.scan(own_step, dataclasses.replace(state, params=params), batches)
         return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
     def share(params: Any, states: Any, batches: Any, rows: jax.Array) -> tuple[Any, Any, Any]:
@@ -184,7 +192,8 @@ def train(federation: Federation, precision: str, how: str, seed: int) -> dict[s
     params, reached, draw = first.params, None, np.random.default_rng([seed, 1])
     for number in range(1, federation.rounds + 1):
         chosen = np.sort(draw.choice(federation.clients, federation.chosen, replace=False))
-        found = [local_batches(parts[c], steps, federation.batch_size, (seed, 2, number, int(c))) for c in chosen]
+        how_many = (federation.local_epochs, federation.batch_size, steps)
+        found = [local_batches(parts[c], *how_many, (seed, 2, number, int(c))) for c in chosen]
         index, weight = (np.stack(of) for of in zip(*found, strict=True))
         batches = {name: column[index] for name, column in rows.items()} | {"weight": jnp.asarray(weight)}
         states = jax.tree.map(lambda *x: jnp.stack(x), *(fresh(clients[c]) for c in chosen))

@@ -203,10 +203,16 @@ class Recordings(Dataset):
     def source(self, split: Split) -> Columns:
         """`samples`, int16 (rows, seconds * sample rate), filled up with 0; `length`, int32 (rows,); other columns.
 
-        Raises InputError as `TFDS.source` does, or if there is no such column or a recording cannot be read.
+        Raises InputError as `TFDS.source` does, or if there is no such column, a recording cannot be read, or another
+        column is called like one that is made of them.
         """
         rows = self._rows(split)
         recordings, kept = rows.pop(self.column), round(self.seconds * self.features.sample_rate)
+        taken = sorted({"samples", "length", "features", "frames"} & rows.keys())
+        if taken:
+            raise InputError(
+                f"{self.name} has a column {taken[0]!r}, which here is made of the recordings; expected data without it"
+            )
         samples, length = np.zeros((len(recordings), kept), np.int16), np.zeros(len(recordings), np.int32)
         for row, recording in enumerate(recordings):
             length[row] = min(len(recording), kept)

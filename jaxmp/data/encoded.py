@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from jaxmp.data.cache import cache_folder, prepare_once
-from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.source import Source
 from jaxmp.data.transforms import read_rows
 from jaxmp.data.vocabulary import Vocabulary
@@ -43,28 +42,48 @@ class Texts:
             raise InputError(
                 f"data.column is {column!r}; the {where} split has {', '.join(first)}{nearest(column, first)}"
             )
-        values = first[column]
-        if values.dtype.kind not in "OSU" or values.ndim != 1 or not isinstance(values.tolist()[0], bytes | str):
-            raise InputError(f"data.column is {column!r}, which holds {values.dtype}; expected texts")
-        self.source, self.column = source, column
+        self.source, self.column, self._what = source, column, f"data.column is {column!r}, which"
+        as_texts(first[column], self._what)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def chunks(self) -> Iterator[list[str | bytes]]:
-        """The texts in order, a few thousand at a time."""
+        """The texts in order, a few thousand at a time. Raises InputError for a row that is no text."""
         for start in range(0, len(self), CHUNK_ROWS):
             rows = np.arange(start, min(start + CHUNK_ROWS, len(self)))
-            yield read_rows(self.source, rows)[self.column].tolist()
+            yield as_texts(read_rows(self.source, rows)[self.column], self._what, first_row=start)
 
     def __iter__(self) -> Iterator[str | bytes]:
         for chunk in self.chunks():
             yield from chunk
 
     def identity(self) -> dict[str, Any]:
-        """What the texts are, as JSON: where they come from is no part of it."""
-        described = fingerprint(self.source)
-        return {"rows": described["rows"], "text": described["columns"][self.column]}
+        """How many texts there are, and the digest of all of them as they are read, as JSON."""
+        sha256 = hashlib.sha256()
+        for text in self:
+            content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+            sha256.update(len(content).to_bytes(8, "little") + content)
+        return {"rows": len(self), "sha256": sha256.hexdigest()}
+
+
+def as_texts(column: np.ndarray, what: str, *, first_row: int = 0) -> list[str | bytes]:
+    """The texts of a column.
+
+    Args:
+      column: texts, an array of strings, bytes or objects (rows,).
+      what: the beginning of the message for a column that holds anything else.
+      first_row: number of its first row, for the message.
+
+    Raises: InputError if a row is no text.
+    """
+    if column.dtype.kind not in "OSU" or column.ndim != 1:
+        raise InputError(f"{what} holds {column.dtype}; expected texts")
+    texts = column.tolist()
+    for row, text in enumerate(texts, first_row):
+        if not isinstance(text, str | bytes):
+            raise InputError(f"{what} holds {text!r:.60} in row {row}; expected texts")
+    return texts
 
 
 class Encoded:

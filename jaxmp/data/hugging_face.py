@@ -75,6 +75,6 @@ class _Column:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """The pixels of a Pillow image, (height, width, channels)."""
-    pixels = np.asarray(image)
+    """The pixels of a Pillow image, (height, width, channels); of a palette its colours, red, green, blue."""
+    pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA") else image)
     return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -72,7 +72,8 @@ class ImageFolder(Images):
         """The images of a split, read when they are indexed, and their labels, int32; None if it has no folder.
 
         Raises InputError if there are no training images, or a folder is of a class that the training split lacks. When
-        rows are read: if a file is no image, is damaged, or, without `size`, has another size than the first.
+        rows are read: if a file is no image, is damaged, has more than 8 bits a channel, or, without `size`, is of
+        another size than the first.
         """
         name = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         folder = local_path("data.folder", self.folder) / name
@@ -138,15 +139,22 @@ def read_image(file: Path, size: tuple[int, int] | None, channels: int) -> np.nd
     """The pixels of an image file, uint8 (height, width, channels); cropped and resized to `size`, unless it is None.
 
     The crop is the largest around the middle that has the shape of `size`; the resampling is bilinear, with
-    antialiasing. Raises InputError, with the file's name, if it is damaged or no image.
+    antialiasing. Raises InputError, with the file's name, if it is damaged, no image, or of more than 8 bits a channel.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
+            if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
+                raise InputError(
+                    f"{file} has pixels of Pillow's mode {opened.mode}, which 8 bits do not hold; expected 8 bits a "
+                    "channel: scale its values to 0 to 255, and save it again"
+                )
             image = opened.convert("L" if channels == 1 else "RGB")
             if size is not None:
                 image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, channels)
+    except InputError:  # of the mode
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} cannot be read as an image ({error}); copy it again, or remove it") from error

@@ -146,9 +146,12 @@ def sample(source: Source) -> dict[str, np.ndarray]:
 
     Raises: InputError as `for_device` does.
     """
-    rows = len(source)
-    spread = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64)
-    return _numeric(read_rows(source, np.unique(spread)))
+    return _numeric(read_rows(source, sampled_rows(len(source))))
+
+
+def sampled_rows(rows: int) -> np.ndarray:
+    """At most 256 of `rows` rows, int64, ascending: spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))
 
 
 def _kind(column: np.ndarray) -> str:

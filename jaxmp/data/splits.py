@@ -47,7 +47,8 @@ def random_split(
       seed: of the random choice.
       stratify: a column of labels: each class has the same share of each split, to a row.
 
-    Raises: InputError if the shares leave no training rows, or, when it is read, if there is no such column.
+    Raises: InputError if the shares leave no training rows, or, when it is read, if a share above 0 is less than half a
+      row, or there is no such column.
     """
     return _cut(data, RandomSplit(validation, test, seed, stratify))
 
@@ -132,6 +133,12 @@ class RandomSplit:
         rows = len(source)
         classes = _classes(source, self.stratify)
         counts = {name: _count(getattr(self, name), rows) for name in ("validation", "test")}
+        for name, count in counts.items():
+            if getattr(self, name) and not count:
+                raise InputError(
+                    f"random_split: {name} = {getattr(self, name):g} of {rows} rows is none of them; expected a larger "
+                    "share, or a whole number of rows"
+                )
         if sum(counts.values()) >= rows:
             raise InputError(f"random_split: {counts} rows leave none of {rows} to train on")
         order, parts = permutation(self.seed, 0, rows), {}

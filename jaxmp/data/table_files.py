@@ -52,7 +52,7 @@ class TableFiles(Images):
         """The rows of the file of a split; None if there is no such file.
 
         Raises InputError if the file cannot be read, lacks a column of `features` or `label`, a feature is no number,
-        or a label of text is none of the training rows'.
+        or a label is none of the training rows' texts, or a text where they are numbers.
         """
         path = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         if path is None:
@@ -68,20 +68,33 @@ class TableFiles(Images):
             rows = len(parts[0])
             columns["features"] = np.concatenate([part.reshape(rows, -1) for part in parts], axis=1, dtype=np.float32)
         if self.label is not None:
-            columns["label"] = self._labels(_take(columns, self.label, "data.label", path), split, path)
+            labels = _take(columns, self.label, "data.label", path)
+            if split == "train":
+                self.__dict__.setdefault("_classes", _class_names(labels))
+            columns["label"] = self._labels(labels, path)
         return Columns(columns)
 
-    def classes(self) -> list[str]:
-        """The classes of `label`, in the order of their numbers. Raises InputError as `source` does."""
-        if self.label is None:
-            raise InputError("data.label is None; expected the column of the classes")
-        column = _take(read_columns(self.train, "data.train"), self.label, "data.label", self.train)
-        return sorted({str(value) for value in column})
+    def classes(self) -> list[str] | None:
+        """The classes of a `label` of text, in the order of their numbers; None for a label of numbers, or without one.
 
-    def _labels(self, column: np.ndarray, split: Split, path: str) -> np.ndarray:
-        if is_numeric(column):
+        Raises InputError as `source` does.
+        """
+        if self.label is None:
+            return None
+        if "_classes" not in self.__dict__:
+            column = _take(read_columns(self.train, "data.train"), self.label, "data.label", self.train)
+            self.__dict__["_classes"] = _class_names(column)
+        return self.__dict__["_classes"]
+
+    def _labels(self, column: np.ndarray, path: str) -> np.ndarray:
+        names = self.classes()
+        if names is None:
+            if not is_numeric(column):
+                raise InputError(
+                    f"{path}: {self.label} holds {_kind(column)}, and numbers in {self.train}; expected numbers"
+                )
             return column
-        classes = {name: number for number, name in enumerate(self.classes())}
+        classes = {name: number for number, name in enumerate(names)}
         for row, value in enumerate(column):
             if str(value) not in classes:
                 raise InputError(
@@ -165,6 +178,10 @@ def _take(columns: Mapping[str, Any], name: str, where: str, path: str) -> np.nd
         raise InputError(f"{where} names {name!r}; {path} has {', '.join(columns)}{nearest(name, columns)}")
     column = columns[name]
     return column[np.arange(len(column))] if isinstance(column, NpyFile) else column
+
+
+def _class_names(column: np.ndarray) -> list[str] | None:
+    return None if is_numeric(column) else sorted({str(value) for value in column})
 
 
 def _kind(column: np.ndarray) -> str:

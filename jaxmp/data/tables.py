@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -93,7 +94,7 @@ def check_lengths(name: str, columns: Mapping[str, np.ndarray]) -> None:
 def _broken(name: str, kind: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+    except (pa.ArrowException, zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError) as error:
         why = str(error).partition("\n")[0]
         raise InputError(f"{name} cannot be read as {kind[1:]}: {why:.300}") from None
 

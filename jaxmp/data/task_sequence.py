@@ -24,9 +24,10 @@ PIXELS = 0x7069786C  # seed of the orders of pixels, which are a part of the dat
 class PermutedTasks(Images):
     """A sequence of tasks: the images of `rows`, their pixels in an order of its own for each task.
 
-    The first task is the images as they are. Rows have a column `task`, from 0, by which `jaxmp.tasks.per_task.PerTask`
-    measures each task alone; validation and test splits have the rows of all tasks. The training split has all of them
-    too, but epoch n trains on task n alone (after the last, on the first again), and on `replay` of earlier ones.
+    The first task is the images as they are; in the others the channels of a pixel move together. Rows have a column
+    `task`, from 0, by which `jaxmp.tasks.per_task.PerTask` measures each task alone; validation and test splits have
+    the rows of all tasks. The training split has all of them too, but epoch n trains on task n alone (after the last,
+    on the first again), and on `replay` of earlier ones.
 
     Source: Goodfellow et al. 2013, https://arxiv.org/abs/1312.6211, section 4.2; Kirkpatrick et al. 2017,
     https://arxiv.org/abs/1612.00796. Replay: Chaudhry et al. 2019, On Tiny Episodic Memories in Continual Learning.
@@ -78,7 +79,9 @@ class _Permuted:
             raise InputError(f"data.column = {column!r}: expected a column of images; there is {', '.join(first)}")
         if "task" in first:
             raise InputError("data.rows has a column 'task' already, which names the task here; rename it")
-        size = first[column][0].size
+        shape = first[column].shape[1:]
+        self.channels = shape[2] if len(shape) == 3 else 1
+        size = first[column].size // self.channels
         orders = [permutation(PIXELS, task, size) for task in range(tasks)]
         self.orders = [np.arange(size, dtype=np.int32), *orders[1:]]
 
@@ -88,8 +91,8 @@ class _Permuted:
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         task, row = np.divmod(np.asarray(indices), len(self.source))
         found = self.source[row]
-        images = np.array(found[self.column])  # a copy: it is written to
-        pixels = images.reshape(len(images), -1)
+        images = np.array(found[self.column], order="C")  # a copy: it is written to
+        pixels = images.reshape(len(images), -1, self.channels)
         for number in np.unique(task):
             pixels[task == number] = pixels[task == number][:, self.orders[number]]
         return {**found, self.column: images, "task": task.astype(np.int32)}

@@ -7,6 +7,7 @@ the train split or of a file. The tokens are encoded once, into the cache, and m
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +18,12 @@ import numpy as np
 
 from jaxmp.data.catalog import Description
 from jaxmp.data.dataset import Dataset, Prepare, Split
-from jaxmp.data.encoded import Encoded, Texts, cached_json, encode_texts
+from jaxmp.data.encoded import Encoded, Texts, as_texts, cached_json, encode_texts
 from jaxmp.data.masking import Masking
 from jaxmp.data.source import Columns, Source, as_column
 from jaxmp.data.tfds import TFDS
 from jaxmp.data.tokenizer import Bytes, Tokenizer
-from jaxmp.data.transforms import read_rows
+from jaxmp.data.transforms import apply_host_transforms, read_rows
 from jaxmp.data.vocabulary import LibraryVocabulary, Vocabulary
 from jaxmp.errors import InputError, whole_number
 
@@ -298,14 +299,17 @@ class TextRows(_Framed):
         if not self._has(split):
             return None
         encoded = [self.encoded(split, column) for column in self._text_columns]
+        return self._columns(self._padded(encoded, self._others(split), split))
+
+    def _padded(self, encoded: list[Encoded], others: Source | None, where: str) -> PaddedRows:
+        """The rows of texts. Raises InputError, which says `where` it is, for a text that is too long."""
         begin, end = self._special()
         room = self.length - (begin is not None) - len(encoded) * (end is not None)
         lengths = np.sum([each.lengths for each in encoded], axis=0)
         if room < 1 or (self.overlong == "refuse" and lengths.max() > room):
             longest = int(np.argmax(lengths > max(room, 0)))
-            raise self._refused(split, longest, int(lengths[longest]), room)
-        rows = PaddedRows(encoded, begin, end, self._padding(), self.length, self._others(split))
-        return self._columns(rows)
+            raise self._refused(where, longest, int(lengths[longest]), room)
+        return PaddedRows(encoded, begin, end, self._padding(), self.length, others)
 
     @property
     def _text_columns(self) -> list[str]:
@@ -320,18 +324,21 @@ class TextRows(_Framed):
         return WithoutColumns(source, self._text_columns)
 
     def encode(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Rows of one's own: of those with texts, the tokens are made; see `Dataset.encode`."""
-        if any(column not in rows for column in self._text_columns):
-            return rows
+        """Rows of one's own: of those with texts, the tokens are made, after the host transforms of `rows`.
+
+        Raises: InputError if a column of texts holds anything else, or, as `source` does, for a text that is too long.
+        """
         columns = {name: as_column(name, rows[name]) for name in rows}
+        if "tokens" not in columns:
+            columns = apply_host_transforms(self.rows.host_transforms, columns)
+        if any(column not in columns for column in self._text_columns):
+            return columns
         encoded = []
         for name in self._text_columns:
-            tokens = self.vocabulary.encode(columns[name].tolist())
+            tokens = self.vocabulary.encode(as_texts(columns[name], f"the column {name!r}"))
             encoded.append(Encoded(np.concatenate(tokens), np.cumsum([len(each) for each in tokens])))
         kept = {name: column for name, column in columns.items() if name not in self._text_columns}
-        others = Columns(kept) if kept else None
-        begin, end = self._special()
-        made = PaddedRows(encoded, begin, end, self._padding(), self.length, others)
+        made = self._padded(encoded, Columns(kept) if kept else None, "these rows")
         return made[np.arange(len(encoded[0]))]
 
 
@@ -443,9 +450,10 @@ class PackedTexts(_Framed):
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         if not len(lengths):
             raise InputError(f"{split}: no text of {self.column!r} has a token")
-        identity: dict[str, Any] = {"texts": self.texts(split).identity(), "vocabulary": self.vocabulary.sha256}
-        identity |= {"length": self.length, "overlong": self.overlong, "bins": PACKING_BINS}
-        packed = cached_json("packed", identity, lambda: pack(lengths + frame, self.length))
+        taken = lengths + frame
+        of_lengths = hashlib.sha256(taken.astype(np.int64).tobytes()).hexdigest()
+        identity = {"lengths": of_lengths, "length": self.length, "bins": PACKING_BINS}
+        packed = cached_json("packed", identity, lambda: pack(taken, self.length))
         return self._columns(PackedRows(encoded, starts, lengths, packed, begin, end, self._padding(), self.length))
 
     def prepare(self, *, train: bool) -> Prepare:

@@ -208,9 +208,13 @@ def symbolic(name: str) -> Any:
 
 
 def class_names(data: Any, target: str | None) -> list[str] | None:
-    """The names of the classes that the column `target` numbers, if the data know them."""
+    """The names of the classes that the column `target` numbers, if the data know them.
+
+    A dataset's own `classes()` are those of the column `label`; None if it has no names.
+    """
     if hasattr(data, "classes"):
-        return list(data.classes())
+        names = data.classes() if target == "label" else None
+        return None if names is None else list(names)
     if isinstance(data, TFDS) and target is not None:
         try:
             feature = catalog.read_tfds_info(catalog.find_dataset(data.name, data.version)).features[target]

@@ -13,6 +13,7 @@ import jax
 import optax
 
 from jaxmp.data.dataset import Dataset
+from jaxmp.data.splits import Balanced
 from jaxmp.data.tfds import TFDS
 from jaxmp.data.transforms import function_name
 from jaxmp.errors import InputError, nearest
@@ -153,6 +154,11 @@ class Experiment:
             raise InputError(
                 f"{what} with task.mixup = {mixup}: mixup makes one row of two, which are then clipped as one; "
                 "expected 0"
+            )
+        if any(isinstance(cut, Balanced) for cut in _cuts(self.data)):
+            raise InputError(
+                f"{what} with jaxmp.balanced data: copies of a row would count as rows of their own, and epsilon would "
+                "be too small; expected data that are not balanced"
             )
         made = self.make_scaler()
         if not isinstance(made, NoScaler | StaticScaler):
@@ -296,6 +302,12 @@ def in_words(value: Any) -> str:
         if of is not default and not (type(of) is type(default) and of == default):
             changed.append(f"{field.name}={in_words(of)}")
     return f"{type(value).__name__}({', '.join(changed)})"
+
+
+def _cuts(data: Dataset) -> tuple[Any, ...]:
+    """The cuts of a dataset, and of the rows that it is made of."""
+    rows = getattr(data, "rows", None)
+    return (*data.cuts, *(_cuts(rows) if isinstance(rows, Dataset) else ()))
 
 
 def _has(part: Any, *methods: str) -> bool:

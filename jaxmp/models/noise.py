@@ -15,7 +15,7 @@ class Noise(nn.Module):
 
     The row at index i draws from `fold_in(key, i)`, so that more rows begin with the same numbers. In training
     `jaxmp.modules.dropout` gives the indices in the whole batch: the numbers depend neither on the number of devices
-    nor on that of microbatches.
+    nor on that of microbatches. In evaluation it gives those in the whole split: nor on the size of its batches.
     """
 
     width: int

@@ -6,8 +6,9 @@
 
 A converter takes the tensors of a file by name, and returns the model's variables as float32 NumPy arrays. It raises
 InputError, which names each that differs, unless all of them are there, in their shapes, and each tensor of the file is
-used, or known to have no use. With `only`, patterns of variables such as `blocks_*`, it converts and checks these
-alone, and returns no others. `convert` chooses the converter by the class of the model.
+used, or known to have no use; an output head that the model ties to its embedding has to equal it. With `only`,
+patterns of variables such as `blocks_*`, it converts and checks these alone, and returns no others. `convert` chooses
+the converter by the class of the model.
 """
 
 from __future__ import annotations
@@ -136,7 +137,12 @@ def bert_from_transformers(model: BERT, tensors: Tensors, *, only: Sequence[str]
             "mlp_norm": source.norm(f"{at}output.LayerNorm"),
         }
     fresh: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
     if isinstance(model, BERTMaskedLM):
+        tied = (
+            ("cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"),
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        )
         params["transform"] = source.dense("cls.predictions.transform.dense")
         params["transform_norm"] = source.norm("cls.predictions.transform.LayerNorm")
         params["output_bias"] = {"array": source.take("cls.predictions.bias")}
@@ -147,7 +153,8 @@ def bert_from_transformers(model: BERT, tensors: Tensors, *, only: Sequence[str]
     else:
         params["pooler"] = source.dense("pooler.dense")
     unused = ("cls.*", "classifier.*", "pooler.*", "embeddings.position_ids")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused, fresh=fresh)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return source.variables({"params": params}, tokens, only, unused=unused, fresh=fresh, tied=tied)
 
 
 def gpt2_from_transformers(model: GPT2, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
@@ -170,8 +177,8 @@ def gpt2_from_transformers(model: GPT2, tensors: Tensors, *, only: Sequence[str]
             "down": source.dense(f"{at}mlp.c_proj", transposed=False),
             "mlp_norm": source.norm(f"{at}ln_2"),
         }
-    unused = ("h.*.attn.bias", "h.*.attn.masked_bias", "lm_head.weight")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused)
+    unused, tied = ("h.*.attn.bias", "h.*.attn.masked_bias"), (("lm_head.weight", "wte.weight"),)
+    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused, tied=tied)
 
 
 def llama_from_transformers(model: Llama, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
@@ -191,10 +198,11 @@ def llama_from_transformers(model: Llama, tensors: Tensors, *, only: Sequence[st
             "mlp_norm": source.norm(f"{at}post_attention_layernorm"),
             **{name: source.dense(f"{at}mlp.{name}_proj") for name in ("gate", "up", "down")},
         }
+    tied = (("lm_head.weight", "embed_tokens.weight"),) if model.tied else ()
     if not model.tied:
         params["head"] = source.dense("lm_head")
-    unused = ("lm_head.weight", "*.rotary_emb.inv_freq")
-    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused)
+    unused = ("*.rotary_emb.inv_freq",)
+    return source.variables({"params": params}, jnp.zeros((1, 1), jnp.int32), only, unused=unused, tied=tied)
 
 
 def resnet_from_torchvision(model: ResNet, tensors: Tensors, *, only: Sequence[str] = EVERYTHING) -> dict[str, Any]:
@@ -398,6 +406,7 @@ class _Source:
         *,
         unused: Sequence[str] = (),
         fresh: Sequence[str] = (),
+        tied: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """The variables that `only` names, made and checked against those of the model for such inputs.
 
@@ -407,9 +416,10 @@ class _Source:
           only: patterns of their paths, without the name of the collection.
           unused: patterns of the names of tensors that may be left over.
           fresh: modules of the model that may be missing.
+          tied: pairs of names: the first tensor, which the file may have, has to equal the second, which is converted.
 
         Raises: InputError if a variable is missing, has another shape or no floats, or is none of the model's; or a
-          tensor is left over, where all variables are wanted.
+          tensor is left over, where all variables are wanted; or one that the model ties to another differs from it.
         """
         patterns = [Pattern(text) for text in only]
 
@@ -443,8 +453,14 @@ class _Source:
         for path in expected:
             if path not in chosen and path.split("/")[1] not in fresh:
                 wrong.append(f"{path} is missing, expected {list(expected[path].shape)}")
+        used = {name for taken in chosen.values() for name in taken.names}
+        for name, other in tied:
+            if other not in used or not (self.has(name) and self.has(other)):
+                continue
+            if not np.array_equal(self.tensors[name], self.tensors[other]):
+                wrong.append(f"the tensor {name!r} of the file differs from {other!r}, which the model ties it to")
         if tuple(only) == EVERYTHING:
-            used = {name for taken in chosen.values() for name in taken.names}
+            unused = (*unused, *(name for name, _ in tied))
             left = [name for name in sorted(self.tensors) if name not in used]
             left = [name for name in left if not any(fnmatch.fnmatch(name, each) for each in unused)]
             wrong += [f"the tensor {name!r} of the file has no place in the model" for name in left]

@@ -1,9 +1,10 @@
-"""`DropoutByExample`: random draws of a Linen module in training that do not depend on how the examples are spread.
+"""`DropoutByExample`: random draws of a Linen module that do not depend on how the examples are spread.
 
 A module draws from one key for all rows of its input. On several devices that would be either the same mask for each
 device's rows, or masks that depend on the number of devices. So the modules that drop out, and
 `jaxmp.models.noise.Noise`, draw for each example, from their key and the example's index in the whole batch. What a
 module of the user's draws by itself has no such rule: it gets a key of its own on each replica and in each microbatch.
+In evaluation, where `Noise` draws too, the index is that in the whole split, and each batch gets a key of its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Split
-from jaxmp.data.pipeline import check_splits, check_values, sample
+from jaxmp.data.fingerprint import WHOLE_BYTES
+from jaxmp.data.pipeline import check_splits, check_values, sample, sampled_rows
 from jaxmp.data.source import Columns, Source
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
@@ -128,18 +129,49 @@ def check_targets(trainer: Trainer, *splits: Split) -> None:
 
 
 def _checked_rows(trainer: Trainer, split: Split) -> Mapping[str, Any]:
-    """The columns of a split, as far as they are at hand, as the task sees them; else a sample of its rows.
+    """The columns of a split as the task sees them, for `Task.check_rows`.
 
-    A column that the transforms change is a sample as well.
+    Those that transforms change, and a target of images, which are normalised, are of a sample of the rows.
     """
-    data, source = trainer.experiment.data, trainer.source(split)
-    whole = source.columns if isinstance(source, Columns) else {}
-    if whole and not data.transforms:
-        return whole
+    experiment, source = trainer.experiment, trainer.source(split)
+    data, target = experiment.data, getattr(experiment.task, "target", None)
+    columns = _Read(source.columns) if isinstance(source, Columns) else sample(source)
+    images = ("image",) if getattr(data, "images", None) is None else data.images
+    if not data.transforms and target not in images:
+        return columns
     found = sample(source)
-    if not data.transforms:
-        return found
     batch = {**found, "weight": np.ones(len(next(iter(found.values()))), np.float32)}
     prepared = jax.tree.map(np.asarray, jax.jit(data.prepare(train=False))(batch, None))
+    whole = source.columns if isinstance(source, Columns) else {}
     kept = {name: whole[name] for name in whole if name in found and np.array_equal(found[name], prepared.get(name))}
-    return {**prepared, **kept}
+    return _Read({**prepared, **kept})
+
+
+class _Read(Mapping[str, np.ndarray]):
+    """Columns as arrays, read when they are looked up.
+
+    What is in memory, small or a memory-mapped array of whole numbers is whole; of all else a sample of the rows.
+    """
+
+    def __init__(self, columns: Mapping[str, Any]):
+        self._columns = columns
+        self._read: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        column = self._columns[name]
+        if type(column) is np.ndarray or (isinstance(column, np.ndarray) and column.dtype.kind in "iu"):
+            return column
+        if name not in self._read:
+            is_small = column[np.arange(1)].nbytes * len(column) <= WHOLE_BYTES
+            rows = np.arange(len(column)) if is_small else sampled_rows(len(column))
+            self._read[name] = np.asarray(column[rows])
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)

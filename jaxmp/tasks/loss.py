@@ -50,7 +50,7 @@ def make_loss(
       policy: a `Policy`, a `PolicyTree`, or the text of one.
       objective: which of the task's several objectives; None for a task with a single one.
       train: False for evaluation: no dropout, and the model state is returned as it was given. What the model draws
-        all the same, a VAE's noise, comes from the key.
+        all the same, a VAE's noise, comes from the key, and is by the example where the batch has `EXAMPLE_INDEX`.
       axis_name: mapped axis over which batch normalisation takes its statistics, where there are replicas.
       replicas: mapped axis over which the rows of a batch are spread, where there is one: a recipe's scales of whole
         tensors are the same on all replicas.
@@ -84,15 +84,15 @@ def make_loss(
     def loss_fn(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
         batch = change_batch(task, batch, key, train=train)
         inputs = [batch[name] for name in task.inputs]
+        index, count = batch.get(EXAMPLE_INDEX), len(batch["weight"])
         if train:
-            count = len(batch["weight"])
             sharding = [] if rows is None else [RowSharding(rows, count)]
-            index = batch.get(EXAMPLE_INDEX)
             own = under(Spread(index, count, replicas)) if has_recipe else under_policy
             trained = own.under(DropoutByExample(index, count), *sharding)
             outputs, model_state = trained.apply(params, model_state, *inputs, train=True, key=key, **method)
         else:
-            outputs, model_state = under_policy.apply(params, model_state, *inputs, key=key, **method)
+            drawing = under_policy if index is None else under_policy.under(DropoutByExample(index, count))
+            outputs, model_state = drawing.apply(params, model_state, *inputs, key=key, **method)
         try:
             with recorded_means() as made:
                 returned = task(outputs, batch)

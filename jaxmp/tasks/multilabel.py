@@ -86,5 +86,6 @@ class MultiLabel(Task):
         labels = columns.get(self.target)
         if not isinstance(labels, np.ndarray) or not labels.size or labels.dtype.kind not in "iuf":
             return
-        if other := [value for value in (labels.min(), labels.max()) if value not in (0, 1)]:
+        other = labels[(labels != 0) & (labels != 1)]
+        if other.size:
             raise InputError(f"{self.target!r} of the {split} split: a label is {other[0]}; expected 0 or 1")

@@ -91,9 +91,9 @@ class Task:
 
         Args:
           batch: the rows of a replica and microbatch; `batch.get(jaxmp.training.batch.EXAMPLE_INDEX)`, int32
-            (examples,), is the place of each in the whole batch, None if this is the whole. What is drawn for a row
-            should depend on the key and on that place alone.
-          key: of training, the same for all parts of a batch; of evaluation, another one for each batch, or None.
+            (examples,), is the place of each in the whole batch, in evaluation in the whole split, None if this is the
+            whole. What is drawn for a row should depend on the key and on that place alone.
+          key: the same for all parts of a batch, and for all batches of an evaluation; in evaluation perhaps None.
           train: whether it is for training.
         """
         return batch
@@ -130,8 +130,8 @@ class Task:
 
         Args:
           outputs: what the model gives for a batch, as `jax.ShapeDtypeStruct`s.
-          columns: the columns of the split that are at hand, in memory or memory-mapped; empty for other sources. A
-            column is read only where it is indexed.
+          columns: the columns of the split as the task sees them, arrays by name, each read when it is looked up: whole
+            if it is in memory or small, else perhaps at a sample of the rows.
           split: "train", "validation" or "test", for the message.
         """
 

@@ -72,11 +72,14 @@ class PerToken(Task):
     def check_range(self, name: str, classes: int, columns: Mapping[str, Any], split: str) -> None:
         """Raises InputError if a column of whole numbers, if it is at hand, has one outside [0, classes)."""
         tokens = columns.get(name)
-        if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or not tokens.size:
+        if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu":
+            return
+        if name == self.target:
+            tokens = tokens[tokens != self.padding]
+        if not tokens.size:
             return
         least, most = int(tokens.min()), int(tokens.max())
-        is_padded = name == self.target and not ((tokens < 0) & (tokens != self.padding)).any()
-        if most >= classes or (least < 0 and not is_padded):
+        if least < 0 or most >= classes:
             padding = f", and {self.padding} for padding" if name == self.target else ""
             raise InputError(
                 f"{name!r} of the {split} split: tokens run from {least} to {most}; expected 0 to {classes - 1}, one "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmp.errors import InputError
@@ -75,3 +76,15 @@ class EvidenceBound(Task):
             )
         if not jnp.issubdtype(target.dtype, jnp.floating):
             raise InputError(f"{self.target!r} is {target.dtype}; expected floats from 0 to 1")
+
+    def check_rows(self, outputs: Any, columns: Mapping[str, Any], split: str) -> None:
+        """Raises InputError if a target is outside [0, 1]; the loss would be no bound, and may have no minimum."""
+        target = columns.get(self.target)
+        if not isinstance(target, np.ndarray) or target.dtype.kind != "f" or not target.size:
+            return
+        least, most = target.min(), target.max()
+        if not (least >= 0 and most <= 1):
+            raise InputError(
+                f"{self.target!r} of the {split} split: values run from {least:g} to {most:g}; expected 0 to 1, images "
+                "without data.mean and data.std, say"
+            )

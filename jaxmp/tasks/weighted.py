@@ -25,7 +25,7 @@ class Weighted:
     The loss is sum(weight * loss) / sum(weight), as PyTorch's weighted cross-entropy is (Keras divides by the number of
     rows). The other metrics stay those of `task`, each row counting once.
 
-    Raises: InputError unless one of `column` and `classes` is given.
+    Raises: InputError unless one of `column` and `classes` is given, or if the task mixes rows (`mixup`).
     """
 
     task: Any
@@ -45,6 +45,11 @@ class Weighted:
         object.__setattr__(self, "classes", tuple(float(weight) for weight in self.classes))
         if not all(0 <= weight < float("inf") for weight in self.classes):
             raise InputError(f"Weighted.classes = {self.classes}: expected finite weights of 0 or more")
+        if mixup := getattr(self.task, "mixup", 0):
+            raise InputError(
+                f"Weighted: task.mixup = {mixup} mixes the losses of two rows, and one weight would be that of both; "
+                "expected 0, or the weights of classes in the task itself, Classification(class_weights=...)"
+            )
         if self.classes and not hasattr(self.task, "target"):
             raise InputError(f"Weighted.classes: {type(self.task).__name__} has no target, the column of the labels")
 

@@ -13,7 +13,8 @@ Batch = dict[str, jax.Array]
 """Arrays with the examples along axis 0, and `"weight"`, float32 (examples,): 0 for a row that only fills the batch."""
 
 EXAMPLE_INDEX = "place in the batch"
-"""in what is a part of a batch, a replica's or a microbatch: the place of each row in the whole, int32 (examples,)"""
+"""the place of each row in the whole, int32 (examples,): of a part of a batch, a replica's or a microbatch, in the
+batch; of a batch of an evaluation, in all rows that are evaluated"""
 
 LossFn = Callable[[Any, Any, Batch, Any], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
 """`loss_fn(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`.

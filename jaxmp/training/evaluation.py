@@ -12,7 +12,7 @@ import numpy as np
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.data.source import Source
-from jaxmp.training.batch import Batch, LossFn
+from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
 from jaxmp.training.metrics import Mean, Metrics, merge
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
@@ -67,16 +67,18 @@ class Evaluation:
         step, prepared = make_eval_step(loss_fn), data.prepare(train=False)
 
         @jax.jit
-        def add(params: Any, model_state: Any, metrics: Metrics, batch: Any, key: jax.Array, number: Any) -> Metrics:
-            key = jax.random.fold_in(key, number)
-            return merge(metrics, step(params, model_state, prepared(batch, None), key))
+        def add(params: Any, model_state: Any, metrics: Metrics, batch: Any, key: jax.Array, first: Any) -> Metrics:
+            batch = prepared(batch, None)
+            index = first + jnp.arange(len(batch["weight"]), dtype=jnp.int32)
+            return merge(metrics, step(params, model_state, {**batch, EXAMPLE_INDEX: index}, key))
 
         self._add = add
 
     def __call__(self, state: TrainState, source: Source) -> Metrics:
         """The metrics over all rows of `source`; of the averaged weights if the state has them.
 
-        Random draws are a function of the state's key and step, and of the number of the batch.
+        What is drawn for a row is a function of the state's key and step, and of the row's number: see
+        `jaxmp.modules.dropout` for what draws by the row.
 
         Args:
           state: on these devices, as `Devices.get` returns it.
@@ -87,5 +89,5 @@ class Evaluation:
         key = evaluation_key(state)
         for number, batch in enumerate(evaluation_batches(source, self._batch_size, own)):
             batch = self._devices.shard_local_rows(batch)
-            metrics = self._add(params, state.model_state, metrics, batch, key, np.int32(number))
+            metrics = self._add(params, state.model_state, metrics, batch, key, np.int32(number * self._batch_size))
         return metrics

@@ -42,8 +42,10 @@ class Privacy:
     has to be constant: a scale that reacted to rows that overflow would remember them without noise, and one that sees
     the noised gradient alone, as `DynamicScaler` does here, only grows.
 
-    What the guarantee does not cover: the metrics of training, which are computed without noise; how hyper-parameters
-    were chosen; and those who have the run's config.json, with its seed and fingerprints of the rows.
+    The guarantee is for a row as the step sees it: a text of several windows, or a recording of several strings of
+    `JoinedRecordings`, is in several rows. What it does not cover: a vocabulary that was made of the rows (Characters,
+    and WordPiece and BPE without a file); the metrics of training, which are computed without noise; how
+    hyper-parameters were chosen; and those who have the run's config.json, with its seed and fingerprints of the rows.
 
     Raises:
       InputError: a value is not one of those below.

@@ -120,6 +120,14 @@ def test_recordings_are_filled_up_or_cut_to_one_length():
     assert batch["features"].shape == (2, 8, 40) and batch["frames"].dtype == np.int32
 
 
+@pytest.mark.parametrize("name", ["length", "samples", "frames"])
+def test_a_column_of_the_data_that_would_be_replaced_is_refused(name, monkeypatch):
+    rows = {**Two()._rows("train"), name: np.array([7, 8])}
+    monkeypatch.setattr(Two, "_rows", lambda self, split: dict(rows))
+    with pytest.raises(InputError, match=f"spoken_digits has a column '{name}', which here is made of the recordings"):
+        Two().source("train")
+
+
 class Louder(Two):
     """Two recordings that are changed as samples."""
 

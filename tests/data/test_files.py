@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxmp.data.augment import RandomResizedCrop
 from jaxmp.data.fingerprint import fingerprint
-from jaxmp.data.hugging_face import HuggingFace
+from jaxmp.data.hugging_face import HuggingFace, _pixels
 from jaxmp.data.image_folder import ImageFolder, read_image
 from jaxmp.data.pipeline import nbytes, resident
 from jaxmp.data.table_files import TableFiles
@@ -90,6 +90,20 @@ def test_a_corrupt_image_is_bad_input_with_its_name(damage, folder):
         everything(ImageFolder(folder=str(folder)).source("train"))
 
 
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_an_image_of_more_than_8_bits_is_refused_with_its_name(dtype, mode, folder):
+    save(folder / "train/dog/3.tiff", np.full((6, 4), 300, dtype))
+    with pytest.raises(InputError, match=rf"dog/3.tiff has pixels of Pillow's mode {mode}, which 8 bits do not hold"):
+        everything(ImageFolder(folder=str(folder)).source("train"))
+
+
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_a_palette_becomes_its_colours(mode):
+    image = Image.new("RGB", (3, 2), (250, 10, 20)).quantize(2).convert(mode)
+    assert np.asarray(image).ndim == len(mode) + 1
+    assert _pixels(image).tolist() == np.broadcast_to([250, 10, 20], (2, 3, 3)).tolist()
+
+
 def test_a_folder_that_is_not_there_or_of_no_class_is_bad_input_with_the_nearest_name(folder):
     with pytest.raises(InputError, match=r"no folder 'trian' in it, .*there is test, train; did you mean 'train'\?"):
         ImageFolder(folder=str(folder), train="trian").source("train")
@@ -150,6 +164,23 @@ def test_a_label_that_no_training_row_has_is_bad_input_with_its_row(tmp_path):
     write_table(test, {**FLOWERS, "species": np.array(["setosa", "versicolour", "setosa", "setosa"], object)})
     with pytest.raises(InputError, match=r"test\.csv, row 1: species is 'versicolour', .*mean 'versicolor'\?"):
         TableFiles(train=train, test=test, label="species").source("test")
+
+
+def test_only_labels_of_text_have_names_and_all_splits_have_labels_of_one_kind(tmp_path):
+    files = {"numbers": [2, 10, 7, 2], "text": ["b", "a", "c", "1"], "digits": [1, 1, 1, 1]}
+    for name, column in files.items():
+        write_table(tmp_path / f"{name}.csv", {**FLOWERS, "species": np.array(column)})
+
+    def labels(train, test):
+        data = TableFiles(train=str(tmp_path / f"{train}.csv"), test=str(tmp_path / f"{test}.csv"), label="species")
+        return data.classes(), everything(data.source("test"))["label"].tolist()
+
+    assert labels("numbers", "numbers") == (None, [2, 10, 7, 2])
+    assert labels("text", "text") == (["1", "a", "b", "c"], [2, 1, 3, 0])
+    assert labels("text", "digits") == (["1", "a", "b", "c"], [0, 0, 0, 0])
+    with pytest.raises(InputError, match=r"text\.csv: species holds text, and numbers in .*numbers\.csv"):
+        labels("numbers", "text")
+    assert TableFiles(train=str(tmp_path / "text.csv")).classes() is None
 
 
 def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):

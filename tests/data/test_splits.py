@@ -156,6 +156,8 @@ def test_cuts_are_a_part_of_the_hash_and_the_command_line_leaves_them():
         (lambda: random_split(ARRAYS, validation=-0.1), "validation = -0.1: expected a share below 1"),
         (lambda: random_split(ARRAYS, validation=1.5), "expected a share below 1, or a whole number"),
         (lambda: random_split(ARRAYS, validation=100, test=3).read("train"), "rows leave none of 103"),
+        (lambda: random_split(ARRAYS, validation=0.004).read("train"), "validation = 0.004 of 103 rows is none"),
+        (lambda: random_split(ARRAYS, test=0.004).read("test"), "test = 0.004 of 103 rows is none"),
         (lambda: random_split(ARRAYS, stratify="labels").read("train"), "no column 'labels'.*did you mean 'label'"),
         (lambda: random_split({"x": np.ones((4, 2))}, stratify="x").read("train"), "expected one label a row"),
         (lambda: k_folds(ARRAYS, 1), "k = 1: expected a whole number of at least 2"),

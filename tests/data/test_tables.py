@@ -38,6 +38,18 @@ def test_standard_input_is_csv_or_json_lines(monkeypatch, text):
     assert {name: column.tolist() for name, column in read_table("-").items()} == {"x": [1, 2], "y": ["a", "b"]}
 
 
+def corrupt():
+    """A compressed npz file whose compressed bytes are broken."""
+    file = io.BytesIO()
+    np.savez_compressed(file, x=np.arange(1000))
+    content = bytearray(file.getvalue())
+    content[100:140] = bytes(40)
+    return bytes(content)
+
+
+CORRUPT = corrupt()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -54,6 +66,7 @@ def test_standard_input_is_csv_or_json_lines(monkeypatch, text):
         ("t.parquet", b"PAR1", "as parquet: "),
         ("t.npz", b"PK\x03\x04", "as npz: "),
         ("t.npz", b"nothing", "as npz: "),
+        pytest.param("t.npz", CORRUPT, "as npz: .*decompressing", id="corrupt"),
     ],
 )
 def test_what_cannot_be_read_is_one_message(tmp_path, name, content, expected):
@@ -79,3 +92,13 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         write_table(tmp_path / "t.npz", {"x": np.array([None])})
     assert read_table(tmp_path / "t.npz")["x"].tolist() == [0.0, 0.0, 0.0]
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_a_file_that_the_system_cannot_read_is_one_message(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr("pyarrow.parquet.read_table", fails)
+    with pytest.raises(InputError, match=r"t\.parquet cannot be read as parquet: .*Input/output error"):
+        read_table(tmp_path / "t.parquet")

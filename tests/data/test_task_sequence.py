@@ -38,6 +38,15 @@ def test_a_task_is_all_images_with_their_pixels_in_one_order_and_the_first_is_th
     assert sequence().source("validation") is None
 
 
+def test_the_channels_of_a_pixel_move_together():
+    colours = np.concatenate([IMAGES, IMAGES + 1000, IMAGES + 2000], axis=-1)
+    data = sequence(rows=Arrays(lambda split: {"image": colours} if split == "train" else None))
+    found = data.source("train")[np.arange(40, 80)]["image"]
+    np.testing.assert_array_equal(found[..., 1], found[..., 0] + 1000)
+    np.testing.assert_array_equal(found[..., 2], found[..., 0] + 2000)
+    np.testing.assert_array_equal(found[..., :1], sequence().source("train")[np.arange(40, 80)]["image"])
+
+
 def test_an_epoch_trains_on_its_task_alone_and_without_replay_on_each_row_once_a_pass():
     whole = batches(sequence(passes=2))
     assert whole.per_epoch == 10 and whole.mean_rows == 8

@@ -212,6 +212,35 @@ def test_texts_are_encoded_once_and_a_damaged_cache_anew(monkeypatch, tmp_path):
     np.testing.assert_array_equal(mapped, first)
 
 
+def lower(rows):
+    return {**rows, "text": np.array([text.lower() for text in rows["text"]], object)}
+
+
+def as_text(rows):
+    return {"text": np.array([f"n{number}" for number in rows["number"]], object)}
+
+
+def test_the_cache_knows_texts_as_they_are_read_after_the_host_transforms_of_their_rows():
+    tokens = {}
+    for transforms in ((), (lower,)):
+        rows = dataclasses.replace(of(["AB", "Cd"]), host_transforms=transforms)
+        tokens[transforms] = TextRows(rows, length=2).read("train").columns["tokens"].tolist()
+    assert tokens == {(): [[65, 66], [67, 100]], (lower,): [[97, 98], [99, 100]]}
+    # A column that a transform makes; and rows of one's own go through the transforms as well.
+    made = TextRows(Arrays(lambda split: {"number": [1, 2]}, host_transforms=(as_text,)), length=2)
+    assert made.read("train").columns["tokens"].tolist() == [[110, 49], [110, 50]]
+    assert batch_of(made, {"number": np.array([7])})["tokens"].tolist() == [[110, 55]]
+
+
+def test_the_cache_knows_every_text_of_a_large_split(monkeypatch):
+    monkeypatch.setattr("jaxmp.data.fingerprint.WHOLE_BYTES", 0)
+    texts = [f"{n:03}" for n in range(600)]
+    first = TextRows(of(texts), length=3).read("train").columns["tokens"]
+    texts[1] = "new"  # no row of the 256 that stand for a large split
+    second = TextRows(of(texts), length=3).read("train").columns["tokens"]
+    assert np.flatnonzero((first != second).any(1)).tolist() == [1]
+
+
 def test_texts_are_encoded_where_nothing_can_be_written(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
     rows = TextRows(of(TEXTS), tokenizer=Bytes(special=True), length=7).read("train")
@@ -280,6 +309,7 @@ def train(data):
             "model.vocabulary = 256: the vocabulary of data.tokenizer has 261 tokens, numbered from 0 to 260; expected "
             "--model.vocabulary 261 or more",
         ),
+        (lambda: TextRows(of(TEXTS, n=np.array(["a", "b", None], object)), column="n"), "holds None in row 2"),
         (lambda: TextRows(of([b"\xff"]), tokenizer=Characters()), "is no UTF-8: invalid start byte at byte 0"),
         (lambda: TextRows(of(TEXTS), tokenizer=WordPiece(file="none.txt")), "none.txt': No such file"),
     ],
@@ -288,3 +318,17 @@ def test_texts_that_do_not_fit_are_one_message(data, names):
     with pytest.raises(InputError) as error:
         train(data())
     assert names.replace("-0", "0") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["abcd"], "text 0 of 'text' in these rows has 4 tokens; expected at most 3"),
+        (np.array([12, 7]), "the column 'text' holds int64; expected texts"),
+    ],
+)
+def test_rows_of_ones_own_whose_texts_do_not_fit_are_refused(texts, message):
+    with pytest.raises(InputError, match=message):
+        batch_of(TextRows(of(["abc"]), length=3), {"text": texts})
+    cut = batch_of(TextRows(of(["abc"]), length=3, overlong="cut"), {"text": ["abcd"]})
+    assert cut["tokens"].tolist() == [[97, 98, 99]]

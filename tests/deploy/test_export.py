@@ -20,7 +20,10 @@ from deployed_runs import ROOT, Both, Sizes, batches_bare, images, predict_bare,
 import jaxmp
 from jaxmp import Arrays, InputError, Loop
 from jaxmp.cli import main
+from jaxmp.data.table_files import TableFiles
+from jaxmp.data.tables import write_table
 from jaxmp.deploy.export import check, lines
+from jaxmp.deploy.forward import class_names
 from jaxmp.deploy.predict import Artefact
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.transformer import GPT2
@@ -365,6 +368,14 @@ def test_shipped_configs_predict_their_bits_without_jaxmp(tmp_path, made_up, nam
             bits = found[f"{count} {key}"]
             assert bits.shape == own.shape, (count, key)
             assert bits.tobytes() == own.tobytes(), (count, key)
+
+
+def test_only_labels_of_text_in_table_files_are_names_of_classes(tmp_path):
+    columns = {"x": np.zeros(4), "kind": np.array(["b", "a", "10", "b"]), "count": np.array([2, 10, 0, 2])}
+    write_table(tmp_path / "rows.csv", columns)
+    for label, names in (("kind", ["10", "a", "b"]), ("count", None), ("x", None), (None, None)):
+        data = TableFiles(train=str(tmp_path / "rows.csv"), label=label)
+        assert class_names(data, "label") == names and class_names(data, "x") is None
 
 
 def test_a_divergence_that_is_infinite_is_said_to_be(tmp_path):

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.data.arrays import Arrays
+from jaxmp.experiment.experiment import Experiment
 from jaxmp.models.dcgan import DCGAN, uniform
 from jaxmp.models.noise import Noise
 from jaxmp.models.vae import VAE
 from jaxmp.modules.dropout import DropoutByExample
 from jaxmp.modules.interventions import intervene
 from jaxmp.modules.linen import UnderPolicy
+from jaxmp.runs.trainer import Trainer
+from jaxmp.tasks.regression import Regression
+from jaxmp.training.metrics import compute
 
 KEY = {"noise": jax.random.key(0)}
 
@@ -60,3 +66,22 @@ def test_the_images_of_a_model_do_not_depend_on_how_a_batch_is_cut(model):
             made(run(image[half], jnp.asarray(half, jnp.int32))), whole[half], rtol=1e-5, atol=1e-6
         )
     assert (whole[0] != whole[1]).any()
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x) + Noise(1)(len(x))
+
+
+def test_what_is_drawn_for_a_row_in_evaluation_does_not_depend_on_the_size_of_its_batches():
+    rows = {"x": np.linspace(-1, 1, 20, dtype=np.float32).reshape(10, 2), "y": np.ones((10, 1), np.float32)}
+
+    def trainer(size):
+        data = Arrays(lambda split: rows, batch_size=5, eval_batch_size=size, images=())
+        return Trainer(Experiment(Noisy(), data, Regression(inputs=("x",)), precision="float32"))
+
+    few, all_at_once = trainer(3), trainer(10)
+    state = few.devices.get(few.devices.put_state(few.init()))
+    found = [compute(each.evaluation(state, each.source()))["loss"] for each in (few, all_at_once)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -399,6 +399,42 @@ def test_older_names_and_what_a_file_lacks_of_a_classifier_are_seen_to():
     assert set(fresh) - set(expected) == {"classifier"}
 
 
+TIED = {
+    "gpt2": (CASES["gpt2"].model, {}, {"lm_head.weight": "transformer.wte.weight"}),
+    "llama": (CASES["llama"].model.clone(tied=True), {}, {"lm_head.weight": "model.embed_tokens.weight"}),
+    "bert": (
+        BERTMaskedLM(hidden=24, **SMALL),
+        {
+            "cls.predictions.bias": [10],
+            "cls.predictions.transform.dense.weight": [16, 16],
+            "cls.predictions.transform.dense.bias": [16],
+            "cls.predictions.transform.LayerNorm.weight": [16],
+            "cls.predictions.transform.LayerNorm.bias": [16],
+        },
+        {
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+    ),
+}
+"""models that tie their head: further shapes, and the tensors that have to equal another one"""
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_that_the_model_ties_has_to_equal_its_embedding(name):
+    model, more, equal = TIED[name]
+    tensors = weights({**kept()[name]["shapes"], **more})
+    tensors |= {head: tensors[of] for head, of in equal.items()}
+    convert = CASES[name].convert
+    params = convert(model, tensors)["params"]
+    for head in equal:
+        other = {**tensors, head: tensors[head] + np.float32(1)}
+        with pytest.raises(InputError, match=rf"tensor '{head}' of the file differs from '.*', which the model ties"):
+            convert(model, other)
+        only = convert(model, other, only=("blocks_*",))["params"]
+        assert set(only) == {path for path in params if path.startswith("blocks_")}
+
+
 def make_vectors():
     vectors = {}
     for name, case in CASES.items():

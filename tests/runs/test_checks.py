@@ -16,12 +16,15 @@ import pytest
 from jaxmp.data.arrays import Arrays
 from jaxmp.data.dataset import Dataset
 from jaxmp.data.source import Columns
+from jaxmp.data.splits import random_split
 from jaxmp.errors import InputError
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
-from jaxmp.runs.checks import check
+from jaxmp.models.vae import VAE
+from jaxmp.runs.checks import check, check_targets
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.classification import Classification
+from jaxmp.tasks.variational import EvidenceBound
 
 SCRIPT = """
 import flax.linen as nn
@@ -115,6 +118,18 @@ class Rows:
         return {**rows, "label": rows["label"] + self.shift}
 
 
+@dataclasses.dataclass(frozen=True)
+class Mapped(Dataset):
+    """Columns that are memory-mapped, which a random split reads when they are indexed."""
+
+    least: int = 0
+
+    def source(self, split):
+        rows = from_one(split)
+        rows["label"] += self.least - 1
+        return Columns({name: column.view(np.memmap) for name, column in rows.items()}) if split == "train" else None
+
+
 @pytest.mark.parametrize(
     ("data", "takes"),
     [
@@ -125,6 +140,8 @@ class Rows:
         (Arrays(from_one, host_transforms=(on_the_host, on_the_host)), False),
         (Streamed(), True),
         (Streamed(least=1), False),
+        (random_split(Mapped(), validation=4), True),
+        (random_split(Mapped(least=-1), validation=4), False),
     ],
 )
 def test_labels_are_checked_as_the_task_sees_them(data, takes):
@@ -132,3 +149,12 @@ def test_labels_are_checked_as_the_task_sees_them(data, takes):
     experiment = Experiment(Net(), data, Classification(inputs=("x",)), precision="float32", loop=Loop(steps=2))
     with contextlib.nullcontext() if takes else pytest.raises(InputError, match="'label' of the train split: labels"):
         check(Trainer(experiment))
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_images_to_reconstruct_are_checked_after_they_are_normalised(mean):
+    images = np.arange(160, dtype=np.uint8).reshape(10, 4, 4, 1)
+    data = Arrays(lambda split: {"image": images}, mean=(mean,), batch_size=5)
+    trainer = Trainer(Experiment(VAE((4, 4, 1), (3,), 2), data, EvidenceBound(), precision="float32"))
+    with contextlib.nullcontext() if not mean else pytest.raises(InputError, match=r"values run from -0\.5 to 0\.12"):
+        check_targets(trainer, "train")

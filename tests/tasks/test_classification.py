@@ -152,6 +152,10 @@ LOGITS = jax.ShapeDtypeStruct((4, 3), jnp.float32)
             lambda: MultiLabel().check_rows(LOGITS, {"labels": np.array([[0, 2]])}, "test"),
             "a label is 2; expected 0 or 1",
         ),
+        (
+            lambda: MultiLabel().check_rows(LOGITS, {"labels": np.array([[0, 0.3, 1]])}, "test"),
+            "a label is 0.3; expected 0 or 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(check, names):

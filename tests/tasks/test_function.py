@@ -121,6 +121,10 @@ def test_class_weights_are_those_of_torch_and_scikit_learn():
         (lambda: Weighted(Regression(), "w", (1.0,)), "expected one of the two"),
         (lambda: Weighted(Regression(), classes=(1.0, -1.0)), "finite weights of 0 or more"),
         (lambda: Weighted(squared, classes=(1.0,)), "has no target"),
+        (
+            lambda: Weighted(Classification(mixup=0.2), classes=(1.0, 2.0)),
+            r"task.mixup = 0.2 mixes the losses of two rows.*expected 0, or .*Classification\(class_weights=",
+        ),
         (lambda: Weighted(Regression(), "wroth").check(OUTPUTS, BATCH), "did you mean 'worth'"),
         (lambda: Weighted(Regression(), "x").check(OUTPUTS, BATCH), r"shape \(3, 2\); expected a weight for each row"),
         (

@@ -120,7 +120,7 @@ def shapes(**arrays):
         ),
         (
             lambda: NextToken().check_rows(jnp.zeros((2, 3, 5)), {"next_tokens": np.array([[-1, 5]])}, "train"),
-            "'next_tokens' of the train split: tokens run from -1 to 5; expected 0 to 4, one for each of the model's 5 "
+            "'next_tokens' of the train split: tokens run from 5 to 5; expected 0 to 4, one for each of the model's 5 "
             "outputs, and -1 for padding",
         ),
         (
@@ -151,6 +151,7 @@ def test_masks_and_positions_are_no_tokens():
     TokenClassification().check_rows(
         jnp.zeros((2, 3, 5)), {"tokens": np.array([[99]]), "targets": np.array([[-1, 4]])}, ""
     )
+    TokenClassification(padding=255).check_rows(jnp.zeros((2, 3, 5)), {"targets": np.array([[255, 4]], np.uint8)}, "")
 
 
 def test_tokens_and_padding_that_fit_are_let_be():

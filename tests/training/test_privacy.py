@@ -109,7 +109,8 @@ def load(split):
 def private(optimizer=None, model=MODEL, **fields):
     optimizer = DPSGD(0.1, clip_norm=0.5, noise_multiplier=1.1) if optimizer is None else optimizer
     fields = {"precision": "mixed_bfloat16", "loop": Loop(steps=3)} | fields
-    return Experiment(model=model, data=Arrays(load, batch_size=32, images=()), optimizer=optimizer, **fields)
+    fields = {"data": Arrays(load, batch_size=32, images=())} | fields
+    return Experiment(model=model, optimizer=optimizer, **fields)
 
 
 class WithBatchNorm(nn.Module):
@@ -146,6 +147,10 @@ REFUSED = {
     "mixup": (
         lambda: private(task=jaxmp.Classification(mixup=0.2)),
         "with task.mixup = 0.2: mixup makes one row of two, which are then clipped as one; expected 0",
+    ),
+    "balanced data": (
+        lambda: private(data=jaxmp.balanced(Arrays(load, batch_size=32, images=()), by="label")),
+        "DPSGD with jaxmp.balanced data: copies of a row would count as rows of their own",
     ),
     "overfitted batches": (
         lambda: Trainer(private(loop=Loop(steps=2, overfit_batches=1))).batches,
