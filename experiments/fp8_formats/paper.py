@@ -21,7 +21,7 @@ from jaxmp import Run, quantize
 from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies import paper_figures
-from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Results, Train, below, higher, lower, near, within
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Results, Train, below, exact, higher, lower, within
 from jaxmp.training.metrics import compute
 
 POINT = 0.01
@@ -121,7 +121,7 @@ def get_paper(quick: bool = False) -> Paper:
             arms=(f"limits of {format}",),
             metric=metric,
             measured=f"{which} number of {format} that rounding leaves as it is",
-            judge=near(value, 0.0),
+            judge=exact(lambda found: found == value),
         )
 
     def same(id: str, arm: str, baseline: str, remark: str = "") -> Claim:

@@ -3,8 +3,15 @@
     jaxmp reproduce grokking_stability [--quick]
 
 Prieto, Barsbey, Mediano and Birdal 2025, Grokking at the Edge of Numerical Stability, 2501.04697. Addition of two
-one-hot numbers, an MLP of two hidden layers of 200, full batches, AdamW without decay. Only the dtype of the loss
-differs between the arms named after one: the model and AdamW are float32 everywhere. The seed draws weights and split.
+one-hot numbers, an MLP of two hidden layers of 200, full batches, AdamW without decay. Only the softmax and the loss
+differ between the arms named after a format: the model and AdamW are float32 everywhere. The seed draws weights and
+split.
+
+Arms named after a dtype compute the loss in that dtype of JAX. `11 bits` rounds the result of every operation of the
+loss and of its gradient to 11 significant bits, in float64 with 11 bits of exponent, so that no range is exceeded, and
+sums are rounded once. Float16 has these bits and less range: without a loss scale the gradient of a row, divided by the
+number of rows, is subnormal or 0 in it. So `11 bits`, float32 and float64 are the doses, and float16 has a claim
+of its own.
 
 Betas and eps of AdamW are those of the published code. So is the rate, 0.01, but for its figure 2, which has 5e-4 and
 20,000 epochs: 0.01 makes the logits grow as much in fewer steps. A run ends as soon as what it is there for is decided:
@@ -15,6 +22,7 @@ epochs modulo 113, with softmax beside it. StableMax is computed in float64, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +34,7 @@ from jaxmp import FunctionTask, NoScaler, TrainState, loss_scaling, make_loss, m
 from jaxmp.html.figure import Axis
 from jaxmp.models.mlp import MLP
 from jaxmp.studies import paper_figures
-from jaxmp.studies.claims import Claim, Compute, Figure, Paper, below, higher, increasing, share_above
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, below, higher, increasing, lower, share_above
 from jaxmp.tasks.loss import init_model
 from jaxmp.training.metrics import Mean
 
@@ -38,17 +46,56 @@ GENERALISED, DONE = 0.5, 0.98
 FRACTIONS = (0.4, 0.6, 0.7)
 LONG = 20_000
 """most steps of the runs modulo 59"""
-DTYPES = ("float16", "float32", "float64")
+DOSES: dict[str, str | int] = {"11 bits": 11, "float32": "float32", "float64": "float64"}
+"""losses by their bits, 11, 24 and 53, all with a range that no gradient leaves: as `train` takes them"""
 SOURCE = "2501.04697"
 
+RowLosses = Callable[[jax.Array, jax.Array], jax.Array]
+"""maps logits, (rows, classes), and labels to the losses of the rows, in nats"""
 
-def softmax_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of each row, in the dtype of the logits."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+
+def losses_in(dtype: Any) -> RowLosses:
+    """Returns the softmax cross-entropy computed in a dtype of JAX."""
+
+    def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        log_probabilities = jax.nn.log_softmax(logits.astype(dtype))
+        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+
+    return losses
+
+
+def losses_of(bits: int) -> RowLosses:
+    """Returns the softmax cross-entropy whose operations, and those of its gradient, are rounded to so many bits."""
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x, 11, bits - 1)
+
+    def forward(logits: jax.Array, labels: jax.Array) -> Any:
+        z = rounded(logits.astype(jnp.float64))
+        shifted = rounded(z - jnp.max(z, axis=-1, keepdims=True))
+        total = rounded(jnp.sum(rounded(jnp.exp(shifted)), axis=-1, keepdims=True))
+        log_probabilities = rounded(shifted - rounded(jnp.log(total)))
+        gradient = rounded(rounded(jnp.exp(log_probabilities)) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype))
+        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0], gradient
+
+    @jax.custom_vjp
+    def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return forward(logits, labels)[0]
+
+    def backward(gradient: jax.Array, cotangent: jax.Array) -> Any:
+        # Logits are float32, as are the model's.
+        return rounded(gradient * cotangent[:, None]).astype(jnp.float32), None
+
+    losses.defvjp(forward, backward)
+    return losses
 
 
 def stablemax_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of StableMax by row: s(x) = x + 1 for x >= 0, else 1 / (1 - x), in place of exp(x)."""
+    """Returns the cross-entropy of StableMax, in float64.
+
+    In place of exp(x) it has s(x) = x + 1 for x >= 0, else 1 / (1 - x).
+    """
+    logits = logits.astype(jnp.float64)
     # Each branch is given only what it is for: 1 / (1 - x) would be infinite at 1, and its gradient NaN.
     positive, negative = jnp.maximum(logits, 0), jnp.minimum(logits, 0)
     log_s = jnp.where(logits >= 0, jnp.log1p(positive), -jnp.log1p(-negative))
@@ -78,7 +125,7 @@ def orthogonal() -> optax.GradientTransformation:
 def train(
     seed: int,
     *,
-    loss: str,
+    loss: str | int,
     modulus: int,
     fraction: float,
     steps: int,
@@ -89,9 +136,11 @@ def train(
 ) -> dict[str, Any]:
     """Trains, and returns when half of the losses were exactly 0, the test accuracy, and both along training.
 
+    `generalised` is 1 where the test accuracy reached a half, else 0.
+
     Args:
       seed: of the weights and the split.
-      loss: `stablemax`, in float64, or the dtype of the softmax.
+      loss: `stablemax`, in float64, or the dtype of the softmax, or its number of significant bits.
       modulus: number of classes.
       fraction: share of all pairs that is trained on.
       steps: most steps.
@@ -100,11 +149,12 @@ def train(
       beta2: AdamW's.
       perpendicular: whether gradients are made orthogonal to the weights.
     """
-    rows_of = stablemax_losses if loss == "stablemax" else softmax_losses
-    dtype = jnp.dtype("float64" if loss == "stablemax" else loss)
+    rows_of: RowLosses = stablemax_losses
+    if loss != "stablemax":
+        rows_of = losses_of(loss) if isinstance(loss, int) else losses_in(jnp.dtype(loss))
 
     def criterion(logits: jax.Array, batch: Any) -> Any:
-        losses = rows_of(logits.astype(dtype), batch["y"])
+        losses = rows_of(logits, batch["y"])
         right = jnp.argmax(logits, axis=-1) == batch["y"]
         weight = batch["weight"]
         return losses.astype(jnp.float32), {"zero": Mean.of(losses == 0, weight), "accuracy": Mean.of(right, weight)}
@@ -125,7 +175,7 @@ def train(
         batch, test = split(order[:trained]), split(order[trained:])
         model, task = MLP(features=(200, 200), classes=modulus), FunctionTask(criterion)
         # The loss receives the logits in the dtype that the policy's `o=` names; tasks get halves in float32.
-        policy = "p=f32,c=f32,o=f64" if dtype == np.float64 else "float32"
+        policy = "p=f32,c=f32,o=f64" if loss in ("stablemax", "float64") else "float32"
         params, model_state = init_model(model, task, batch, jax.random.key(seed))
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         adamw = optax.adamw(RATE, b1=0.9, b2=beta2, eps=1e-25, weight_decay=0.0)
@@ -155,6 +205,7 @@ def train(
         "stops_at": stopped[0] if stopped else steps,
         "groks_at": groks[0] if groks else steps,
         "stopped": int(bool(stopped)),
+        "generalised": int(bool(groks)),
         "zero": max(zero for _, zero, _ in seen),
         "accuracy": max(accuracy for *_, accuracy in seen),
         "steps": [done for done, *_ in seen],
@@ -167,26 +218,28 @@ def get_paper(quick: bool = False) -> Paper:
     """The claims about the softmax's bits, StableMax and the orthogonal gradient."""
     modulus, small = (23, 23) if quick else (113, 59)
 
-    def arm(loss: str, steps: int, *, until: str = "generalised", **others: Any) -> Compute:
+    def arm(loss: str | int, steps: int, *, until: str = "generalised", **others: Any) -> Compute:
         shortened = min(steps, 200) if quick else steps
         settings = {"modulus": modulus, "fraction": 0.4, "every": 20, **others}
         return Compute(train, {"loss": loss, "steps": shortened, "until": until, **settings})
 
     fractions = FRACTIONS[:1] if quick else FRACTIONS
     arms = {
-        f"{dtype}, {fraction}": arm(
-            dtype, 8000, until="zero", fraction=fraction, modulus=modulus if fraction == FRACTIONS[0] else small
+        f"{name}, {fraction}": arm(
+            loss, 8000, until="zero", fraction=fraction, modulus=modulus if fraction == FRACTIONS[0] else small
         )
         for fraction in fractions
-        for dtype in DTYPES
+        for name, loss in DOSES.items()
     }
+    arms["float16, 0.4"] = arm("float16", 8000, until="zero")
     arms["orthogonal"] = arm("float32", 300, perpendicular=True)
     arms["plain"] = arm("float32", 300)
     arms["StableMax"] = arm("stablemax", LONG, modulus=small, every=200, beta2=0.999)
     arms["softmax, float64"] = arm("float64", LONG, modulus=small, every=200, beta2=0.999)
     arms["softmax"] = arm("float32", LONG, modulus=small, every=200, beta2=0.999)
     if quick:
-        arms = {name: arms[name] for name in (*(f"{dtype}, 0.4" for dtype in DTYPES), "orthogonal", "plain")}
+        some = (*(f"{name}, 0.4" for name in DOSES), "float16, 0.4", "orthogonal", "plain")
+        arms = {name: arms[name] for name in some}
 
     claims = (
         Claim(
@@ -204,19 +257,34 @@ def get_paper(quick: bool = False) -> Paper:
         *(
             Claim(
                 id=f"fewer-bits-sooner-{fraction}",
-                says=f"The fewer bits the softmax has, the sooner this comes (training fraction {fraction})",
+                says=f"The fewer bits the softmax has, all with enough range, the sooner this comes (training fraction "
+                f"{fraction})",
                 published="float16 before float32 before float64",
                 source=f"{SOURCE}, figure 2",
                 checked=False,
-                arms=tuple(f"{dtype}, {fraction}" for dtype in DTYPES),
+                arms=tuple(f"{name}, {fraction}" for name in DOSES),
                 metric="stops_at",
-                measured="step from which on half of the losses are 0; the least certain step of the order",
+                measured="step from which on half of the losses are 0, of 11, 24 and 53 bits; the least certain "
+                "step of the order",
                 judge=increasing,
-                remark="A run whose losses never become 0 counts with its last step."
+                remark="A run whose losses never become 0 counts with its last step. Float16 has 11 bits and less "
+                "range: 11 bits with the exponent of float64 stand for it here, and `float16-sooner` judges it."
                 if fraction == fractions[0]
                 else "",
             )
             for fraction in fractions
+        ),
+        Claim(
+            id="float16-sooner",
+            says="In float16 this comes sooner than in float32",
+            published="float16 before float32",
+            source=f"{SOURCE}, figure 2",
+            checked=False,
+            arms=("float16, 0.4", "float32, 0.4"),
+            metric="stops_at",
+            measured="step from which on half of the losses are 0, float16 minus float32, without a loss scale",
+            judge=lower,
+            remark="Of bits and range together: gradients can underflow in float16.",
         ),
         Claim(
             id="does-not-generalise",
@@ -235,6 +303,17 @@ def get_paper(quick: bool = False) -> Paper:
             published="mitigating Softmax Collapse leads to grokking without regularization, by StableMax",
             source=f"{SOURCE}, abstract",
             checked=True,
+            arms=("StableMax",),
+            metric="generalised",
+            measured=f"share of seeds whose test accuracy reached {GENERALISED:g}, modulo {small}; above 0.5",
+            judge=share_above(0.5),
+        ),
+        Claim(
+            id="stablemax-gains",
+            says="And it generalises better than with softmax in the same dtype",
+            published="mitigating Softmax Collapse leads to grokking without regularization, by StableMax",
+            source=f"{SOURCE}, abstract",
+            checked=True,
             arms=("StableMax", "softmax, float64"),
             metric="accuracy",
             measured=f"largest test accuracy, as a share, modulo {small}: StableMax minus softmax, both in float64",
@@ -243,6 +322,17 @@ def get_paper(quick: bool = False) -> Paper:
         Claim(
             id="orthogonal-gradient-groks",
             says="Without the part of the gradient along the weights it generalises at once",
+            published="leads to quick generalization in grokking tasks",
+            source=f"{SOURCE}, abstract",
+            checked=True,
+            arms=("orthogonal",),
+            metric="generalised",
+            measured=f"share of seeds whose test accuracy reached {GENERALISED:g} in 300 steps; above 0.5",
+            judge=share_above(0.5),
+        ),
+        Claim(
+            id="orthogonal-gradient-gains",
+            says="And it generalises better than with the whole gradient",
             published="leads to quick generalization in grokking tasks",
             source=f"{SOURCE}, abstract",
             checked=True,
@@ -259,7 +349,7 @@ def get_paper(quick: bool = False) -> Paper:
         seeds=(0,) if quick else (0, 1, 2, 3, 4, 5),
         arms=arms,
         claims=tuple(claim for claim in claims if set(claim.arms) <= set(arms)),
-        tables=("stops_at", "stopped", "zero", "accuracy", "groks_at"),
+        tables=("stops_at", "stopped", "zero", "accuracy", "generalised", "groks_at"),
         figures=(
             Figure(
                 "zeros",
@@ -267,7 +357,7 @@ def get_paper(quick: bool = False) -> Paper:
                 "Share of training losses that are exactly 0 along training, all seeds; a run ends at half.",
                 lambda results: paper_figures.curves(
                     results,
-                    [f"{dtype}, {fraction}" for fraction in fractions[:2] for dtype in DTYPES],
+                    [*(f"{name}, {fraction}" for fraction in fractions[:2] for name in DOSES), "float16, 0.4"],
                     "steps",
                     "zeros",
                     Axis("step"),

@@ -19,7 +19,7 @@ from jaxmp import FunctionTask, make_loss, memory
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.models.vit import ViT
 from jaxmp.studies import paper_figures
-from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Train, below, within
+from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Train, exact, within
 
 POINT = 0.01
 """the margin of equality: 1 point of test accuracy, 2.7 of the 269 test images"""
@@ -103,7 +103,7 @@ def get_paper(quick: bool = False) -> Paper:
             arms=(f"memory, {name}",),
             metric="ratio",
             measured="bytes kept for the backward pass (ViT-Ti, batch of 256) by those of float32; below 1",
-            judge=below(1.0),
+            judge=exact(lambda ratio: ratio < 1),
             remark="Predicted from shapes. Kernels and time of a program compiled for an H100 are those of "
             "`experiments/benchmarks/scaling_cost.py`."
             if name == "float16"

@@ -19,7 +19,8 @@ class Options:
     quick: bool = False
     """Run a small version in less than a minute, with results in WORKDIR/PAPER/quick; its verdicts need more size."""
     tables: bool = False
-    """Run nothing: judge the paper's results.json again, and make its tables and plots from that."""
+    """Run nothing: judge the paper's results.json again, and make its tables and plots from that. Refused if arms or
+    seeds of paper.py are others by now."""
     workdir: str = "runs"
     """Folder for the runs; runs that exist are resumed, or read if they are finished."""
 

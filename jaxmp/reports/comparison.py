@@ -22,8 +22,16 @@ MIB = 2**20
 
 
 def failures(comparison: dict[str, Any]) -> list[str]:
-    """The runs that failed and why, a line each."""
-    return [f"{r['precision']}, seed {r['seed']}: {r['failed']}" for r in comparison["runs"] if r["failed"]]
+    """The runs that failed or ended with a test metric that is not finite, and why, a line each."""
+    return [f"{r['precision']}, seed {r['seed']}: {why}" for r in comparison["runs"] if (why := _failure(r))]
+
+
+def _failure(run: Mapping[str, Any]) -> str:
+    """Why a run counts as failed; empty if it does not."""
+    if run["failed"]:
+        return str(run["failed"])
+    lost = [name for name, value in run["summary"].get("test", {}).items() if value is None]
+    return f"not finite on the test split: {', '.join(lost)}" if lost else ""
 
 
 def text(comparison: dict[str, Any]) -> str:
@@ -38,9 +46,10 @@ def text(comparison: dict[str, Any]) -> str:
     short |= {"steps skipped": "skipped"} | {label: "difference" for label in header if label.startswith("difference")}
     left_out = {"ms a step", "temporaries, MiB"} | (set() if failures(comparison) else {"failed"})
     left_out |= {f"test {spec_of(specs, m).label(m)}" for m in metrics[2:]}
+    seeds, versus = len(comparison["seeds"]), [d["difference"] for d in comparison["differences"] if d["difference"]]
+    left_out |= set() if any(each["pairs"] < seeds for each in versus) else {"pairs"}
     columns = [i for i, label in enumerate(header) if label not in left_out]
     right = [i for i, column in enumerate(columns) if short[header[column]] not in ("precision", "difference")]
-    seeds = len(comparison["seeds"])
     lines = ["test split" + ("" if seeds == 1 else f", mean ± standard deviation over {seeds} seeds")]
     if metrics and len(comparison["precisions"]) > 1:
         what, unit = metrics[0].replace("_", " "), _difference_unit(spec_of(specs, metrics[0]))
@@ -77,7 +86,7 @@ def _curves(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tupl
 
 
 def _lines_of(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> list[Curve]:
-    return [Curve(r["precision"], r["seed"], r["metrics"], bool(r["failed"]), specs) for r in comparison["runs"]]
+    return [Curve(r["precision"], r["seed"], r["metrics"], bool(_failure(r)), specs) for r in comparison["runs"]]
 
 
 def page(comparison: dict[str, Any], reports: Mapping[str, str] | None = None) -> Page:
@@ -142,7 +151,7 @@ def _summary(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tup
     # From few seeds there is no p; then the note below the figures says so, and a column of dashes would not.
     has_p = any(d["difference"] and d["difference"]["p"] is not None for d in comparison["differences"])
     header += ["p"] if has_p else []
-    header += ["steps skipped", "failed", "ms a step", "temporaries, MiB"]
+    header += ["pairs", "steps skipped", "failed", "ms a step", "temporaries, MiB"]
     rows = []
     for precision, measured in zip(comparison["precisions"], comparison["measured"], strict=True):
         runs = [r for r in comparison["runs"] if r["precision"] == precision]
@@ -155,8 +164,9 @@ def _summary(comparison: dict[str, Any], specs: Mapping[str, MetricSpec]) -> tup
                 *(_mean_and_spread(of[m], spec_of(specs, m)) for m in metrics),
                 _interval_text(versus, spec_of(specs, metrics[0])) if versus else "reference" if metrics else "",
                 *([number(versus["p"], ".3g") if versus else ""] if has_p else []),
+                f"{versus['pairs']} of {len(runs)}" if versus else "",
                 f"{sum(_skipped(r) for r in runs):,}",
-                f"{sum(bool(r['failed']) for r in runs)} of {len(runs)}",
+                f"{sum(bool(_failure(r)) for r in runs)} of {len(runs)}",
                 number(1e3 * statistics.median(seconds) if seconds else None, ",.2f"),
                 number(measured["memory"]["temporary_bytes"] / MIB, ",.2f"),
             ]
@@ -354,7 +364,7 @@ def _origin(
                 f"{_skipped(r):,}",
                 loss_scales(r["summary"]),
                 Link(r["run"], reports[r["run"]]) if r["run"] in reports else r["run"],
-                "failed" if r["failed"] else "",
+                "failed" if _failure(r) else "",
             ]
         )
     labels = [f"test {spec_of(specs, m).label(m)}" for m in metrics]

@@ -16,16 +16,16 @@ SKEWED = 1.0
 def text(gate: Mapping[str, Any]) -> str:
     """The answer for each precision as lines of text."""
     header, rows = _table(gate)
-    right = [i for i, label in enumerate(header) if label not in ("precision", "answer", "failed alone")]
+    right = [i for i, label in enumerate(header) if label not in ("precision", "answer", "failed")]
     shown = table(rows, header=header, right=right)
-    return "\n".join([_asked(gate), shown, *_skewed(gate), f"{'looks':<16} {gate['file']}"])
+    return "\n".join([_asked(gate), shown, *_warnings(gate), f"{'looks':<16} {gate['file']}"])
 
 
 def add(page: Page, gate: Mapping[str, Any]) -> None:
     """Adds the section of a gate to a page."""
     page.section("Gate", _asked(gate))
     page.table(*_table(gate))
-    for line in _skewed(gate):
+    for line in _warnings(gate):
         page.paragraph(line, "bad")
     looks = [f"{look['pairs']} pairs: {_answers(look['verdicts'])}" for look in gate["taken"]]
     page.paragraph(f"Looks, as planned before the first run: {'; '.join(looks)}. They are kept in {gate['file']}.")
@@ -33,14 +33,21 @@ def add(page: Page, gate: Mapping[str, Any]) -> None:
         "One-sided t test of the paired differences against the margin. What is worse by the margin it accepts in 5 % "
         "of studies if differences are normal, and in up to 39 % if they are skewed or a few seeds are far worse "
         "(experiments/benchmarks/gate_errors.py). A seed that fails under this precision alone is never left out: "
-        "nothing is accepted then, and how often it failed is tested apart, by the exact McNemar test.",
+        "nothing is accepted then, and how often it failed is tested apart, by the exact McNemar test. With a seed "
+        "that fails under both precisions nothing is accepted either, nor with fewer than 3 pairs that ended.",
         "note",
     )
 
 
-def _skewed(gate: Mapping[str, Any]) -> list[str]:
-    """A line for each precision whose differences are not as the test wants them."""
-    return [
+def _warnings(gate: Mapping[str, Any]) -> list[str]:
+    """A line for each precision with pairs that say nothing, or whose differences are not as the test wants them."""
+    without = [
+        f"{precision}: both runs failed in {verdict['both_failed']} of the planned pairs, so that nothing is "
+        "accepted: the pairs left are not those that were planned"
+        for precision, verdict in gate["verdicts"].items()
+        if verdict["both_failed"]
+    ]
+    return without + [
         f"{precision}: the differences are skewed (skewness {verdict['skewness']:.2g}), as if a few seeds were far "
         "worse; what is worse by the margin is then accepted in 11 to 39 % of studies, not in 5"
         for precision, verdict in gate["verdicts"].items()
@@ -61,15 +68,16 @@ def _answers(verdicts: Mapping[str, Any]) -> str:
 
 
 def _table(gate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = ["precision", "answer", "pairs", "worse by", "spread", "at most", "p", "failed alone"]
+    header = ["precision", "answer", "pairs", "worse by", "spread", "at most", "p", "failed"]
     rows = [
         [
             precision,
             verdict["answer"],
             str(verdict["pairs"]),
             *(_number(verdict[name]) for name in ("mean", "spread", "bound", "p")),
-            f"{verdict['failed']}, the first {verdict['first_failed']}"
-            + ("" if verdict["p_failed"] is None else f" (p {verdict['p_failed']:.3g})"),
+            f"alone {verdict['failed']}, the first {verdict['first_failed']}"
+            + ("" if verdict["p_failed"] is None else f" (p {verdict['p_failed']:.3g})")
+            + f", both {verdict['both_failed']}",
         ]
         for precision, verdict in gate["verdicts"].items()
     ]

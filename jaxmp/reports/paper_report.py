@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
     parts = [
         f"    {results['command']}\n",
         f"{seeds} seeds, {results['seconds']:.0f} s of runs on {counted} ({results['platform']}); {versions}.",
+        _revisions(results),
         "Intervals have 95 %, if no other level is said.\n" if seeds > 1 else "One seed has no interval.\n",
         _markdown(("claim", "paper", "ours", "verdict"), claims),
     ]
@@ -120,6 +122,21 @@ def plot(svg: str, title: str, caption: str, command: str) -> str:
         f'height="{total:g}" role="img" aria-label="{escape(title)}"><style>{escape(style)}</style>'
         f'<rect width="100%" height="100%" style="fill: var(--paper)"/>{inner}{"".join(texts)}</svg>\n'
     )
+
+
+def _revisions(results: Mapping[str, Any]) -> str:
+    """`Measured at b0bef79 (12 runs) ...`: the revisions of jaxmp that the runs say, and whether they had changes."""
+    runs = [of for arm in results["arms"].values() for of in arm["seeds"].values()]
+    said = Counter(_revision(of["git"]) for of in runs if of.get("git"))
+    found = [f"{revision} ({count} runs)" for revision, count in said.items()]
+    if silent := len(runs) - said.total():
+        command = f"; the command says {_revision(results['git'])}" if results.get("git") else ""
+        found.append(f"an unknown revision ({silent} runs{command})")
+    return f"Measured at {', '.join(found)}."
+
+
+def _revision(git: Mapping[str, Any]) -> str:
+    return f"{git['revision'][:7]}{' with uncommitted changes' if git['dirty'] else ''}"
 
 
 def _figure(claim: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError, nearest, require
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.studies.paired import CONFIDENCE, Paired, mcnemar, paired
 
@@ -111,18 +111,16 @@ class Results(dict[str, dict[int, dict[str, Any]]]):
     """The metrics of each arm by seed: `results["float32"][0]["loss"]`. A run that failed has `failed`, its message."""
 
     def of(self, arm: str, metric: str) -> dict[int, float | None]:
-        """Returns the metric of an arm by seed; None where a run failed, or has no finite value.
+        """Returns the metric of an arm by seed; None where a run failed, or has no finite value, or none at all.
 
-        Raises: InputError with the nearest name if there is no such arm, or it has no such metric.
+        Raises: InputError with the nearest name if there is no such arm, or none of its runs that ended has the metric.
         """
         if arm not in self:
             raise InputError(f"no arm {arm!r} in the results{nearest(arm, self)}; run the study again")
-        found = {}
-        for seed, metrics in self[arm].items():
-            if not metrics.get("failed") and metric not in metrics:
-                raise InputError(f"arm {arm!r} has no metric {metric!r}{nearest(metric, metrics)}")
-            found[seed] = metrics.get(metric) if not metrics.get("failed") else None
-        return found
+        ended = [metrics for metrics in self[arm].values() if not metrics.get("failed")]
+        if ended and not any(metric in metrics for metrics in ended):
+            raise InputError(f"arm {arm!r} has no metric {metric!r}{nearest(metric, ended[0])}")
+        return {seed: None if of.get("failed") else of.get(metric) for seed, of in self[arm].items()}
 
     def mean(self, arm: str, metric: str) -> Paired:
         """Returns the mean of the metric over the seeds that ended, with its t interval."""
@@ -162,6 +160,10 @@ class Paper:
     tables: tuple[str, ...] = ()
     """metrics of which the README has a table: mean and interval of each arm"""
     figures: tuple[Figure, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises InputError if there are no seeds, of which judges could say nothing."""
+        require(self, "seeds", bool(self.seeds), "one or more")
 
 
 # --- judges: a failed run in any arm of a claim leaves its verdict at NOT_AT_THIS_SIZE, as the runs that ended are not
@@ -254,7 +256,6 @@ def differing(least: float) -> Judge:
     """
 
     def judge(values: Values) -> Finding:
-
         both = [(value, values[1].get(seed)) for seed, value in values[0].items()]
         pairs = [(first, second) for first, second in both if first is not None and second is not None]
         flipped, failed = sum(first != second for first, second in pairs), len(both) - len(pairs)
@@ -266,8 +267,7 @@ def differing(least: float) -> Judge:
         if not pairs:
             return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, "; ".join(notes))
         low, high = _exact_interval(flipped, len(pairs))
-        verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
-        verdict = NOT_AT_THIS_SIZE if failed else verdict
+        verdict = NOT_AT_THIS_SIZE if failed else _over(low, high, least)
         return Finding(verdict, flipped / len(pairs), low, high, len(pairs), "; ".join(notes))
 
     return judge
@@ -280,16 +280,11 @@ def share_above(least: float) -> Judge:
     """
 
     def judge(values: Values) -> Finding:
-
         found = [value > 0 for value in values[0].values() if value is not None]
         failed = len(values[0]) - len(found)
         note = f"{sum(found)} of {len(found)} seeds" + (f"; {failed} of {len(values[0])} runs failed" if failed else "")
-        if not found:
-            return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, 0, note)
-        low, high = _exact_interval(sum(found), len(found))
-        verdict = REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
-        verdict = NOT_AT_THIS_SIZE if failed else verdict
-        return Finding(verdict, sum(found) / len(found), low, high, len(found), note)
+        share, low, high = _share(found)
+        return Finding(NOT_AT_THIS_SIZE if failed else _over(low, high, least), share, low, high, len(found), note)
 
     return judge
 
@@ -301,24 +296,53 @@ def prevents(most: float, least: float) -> Judge:
       most: the exact 95 % interval of the share of seeds with an event (Clopper and Pearson 1934) must end below it.
       least: and that of the second arm, without the cure, must begin above it: else there was nothing to prevent.
 
-    The metric counts events. The figure: the share of seeds of the first arm with one, and its interval. One such seed
-    contradicts that there are none; fewer events are not none.
+    The metric counts events. A third arm, where there is one, is the reference: only events beyond its own in the same
+    seed count, as those that it has itself no cure can prevent. The effect needs a paired test as well: the exact
+    McNemar test of the seeds with an event under just one of the two arms has a p below 0.05, which takes 6 seeds.
+
+    The figure: the share of seeds of the first arm with an event, and its interval. One such seed contradicts that
+    there are none. Fewer events are not none.
     """
 
     def judge(values: Values) -> Finding:
+        reference = values[2] if len(values) > 2 else dict.fromkeys(values[0], 0.0)
+        cured, uncured = ({seed: n > 0 for seed, n in _minus(of, reference).items()} for of in values[:2])
+        both = [seed for seed in cured if seed in uncured]
+        p = mcnemar([cured[seed] for seed in both], [uncured[seed] for seed in both]).p
+        failed = sum(value is None for of in values for value in of.values())
+        (share, low, high), (_, least_uncured, _) = (_share(list(of.values())) for of in (cured, uncured))
+        prevented = high < most and least_uncured > least and p < 1 - CONFIDENCE
+        verdict = CONTRADICTED if share > 0 else REPRODUCED if prevented else NOT_AT_THIS_SIZE
+        counts = [f"{sum(of.values())} of {len(of)} seeds" for of in (cured, uncured)]
+        note = f"{counts[0]}, without the cure {counts[1]}, McNemar p {p:.2g}"
+        note += f"; {failed} runs failed" if failed else ""
+        return Finding(NOT_AT_THIS_SIZE if failed else verdict, share, low, high, len(values[0]), note)
 
-        notes, shares, intervals = [], [], []
-        for of in values[:2]:
-            counts = [value for value in of.values() if value is not None]
-            with_one = sum(count > 0 for count in counts)
-            notes.append(f"{with_one} of {len(counts)} seeds")
-            shares.append(with_one / len(counts) if counts else math.nan)
-            intervals.append(_exact_interval(with_one, len(counts)) if counts else (math.nan, math.nan))
-        failed = sum(value is None for of in values[:2] for value in of.values())
-        (low, high), (uncured, _) = intervals
-        verdict = CONTRADICTED if shares[0] > 0 else REPRODUCED if high < most and uncured > least else NOT_AT_THIS_SIZE
-        note = f"{notes[0]}, without the cure {notes[1]}" + (f"; {failed} runs failed" if failed else "")
-        return Finding(NOT_AT_THIS_SIZE if failed else verdict, shares[0], low, high, len(values[0]), note)
+    return judge
+
+
+def recovers(margin: float) -> Judge:
+    """Returns a judge of a cure of a loss: the first arm is less than `margin` above the third, and below the second.
+
+    Args:
+      margin: in the unit of the metric, of which less is better.
+
+    The arms: with the cure, without it, and the reference. Decided only where the second arm is above the reference, by
+    the interval of their paired difference: else there was nothing to recover. Reproduced if the interval of the first
+    minus the reference is below the margin and that of the first minus the second below 0, contradicted if the former
+    is above the margin. The figure: the first minus the reference.
+    """
+
+    def judge(values: Values) -> Finding:
+        cured, uncured, reference = values
+        found, gained = (paired(_differences(cured, of)) for of in (reference, uncured))
+        lost = paired(_differences(uncured, reference))
+        has_lost, has_gained = _sided(lost, 0.0, 1) == REPRODUCED, _sided(gained, 0.0, -1) == REPRODUCED
+        verdict = _sided(found, margin, -1)
+        if not has_lost or (verdict == REPRODUCED and not has_gained):
+            verdict = NOT_AT_THIS_SIZE
+        note = f"without the cure {lost.mean:.3g}{'' if has_lost else ', which may be chance'}"
+        return _finding(verdict, found, values, note=note)
 
     return judge
 
@@ -350,18 +374,45 @@ def slope_near(doses: Sequence[float], published: float, tolerance: float) -> Ju
     return judge
 
 
-def only_first_fails(values: Values) -> Finding:
-    """Judges that training fails under the first arm and under no other. The figure: failed runs of the first, %.
+def only_first_fails(least: float) -> Judge:
+    """Returns a judge that training fails under the first arm, in a share of seeds above `least`, and under no other.
 
-    Reproduced if all seeds agree, contradicted if the first never fails. No interval: the seeds are counted.
+    The figure: that share in %, with its exact interval (Clopper and Pearson 1934). A failed run of another arm leaves
+    it undecided.
     """
-    first, *others = values
-    failed = sum(value is None for value in first.values())
-    clean = not any(None in of.values() for of in others)
-    verdict = REPRODUCED if failed == len(first) and clean else NOT_AT_THIS_SIZE if failed else CONTRADICTED
-    share = 100 * failed / len(first) if first else math.nan
-    others_failed = sum(value is None for of in others for value in of.values())
-    return Finding(verdict, share, math.nan, math.nan, len(first), f"{others_failed} runs of the other arms failed")
+
+    def judge(values: Values) -> Finding:
+        first, *others = values
+        share, low, high = _share([value is None for value in first.values()])
+        others_failed = sum(value is None for of in others for value in of.values())
+        verdict = NOT_AT_THIS_SIZE if others_failed else _over(low, high, least)
+        note = f"{others_failed} runs of the other arms failed"
+        return Finding(verdict, 100 * share, 100 * low, 100 * high, len(first), note)
+
+    return judge
+
+
+def exact(holds: Callable[[float], bool]) -> Judge:
+    """Returns a judge of an arm that no seed changes: its one value is as claimed, or contradicts the claim.
+
+    Nothing is left to chance, so that there is no interval, and no number of seeds it would take. Values that differ
+    between seeds, or a failed run, decide nothing.
+
+    Args:
+      holds: whether a value is as claimed.
+    """
+
+    def judge(values: Values) -> Finding:
+        found = {value for value in values[0].values() if value is not None}
+        failed = sum(value is None for value in values[0].values())
+        if failed or len(found) != 1:
+            note = f"{failed} of {len(values[0])} runs failed" if failed else "it differs between seeds: not exact"
+            return Finding(NOT_AT_THIS_SIZE, math.nan, math.nan, math.nan, len(values[0]), note)
+        (value,) = found
+        verdict = REPRODUCED if holds(value) else CONTRADICTED
+        return Finding(verdict, value, math.nan, math.nan, len(values[0]), "exact: the same for every seed")
+
+    return judge
 
 
 def _by_sign(values: Values, sign: int) -> Finding:
@@ -378,9 +429,14 @@ def _of_one(values: Values) -> Paired:
     return paired([value for value in values[0].values() if value is not None])
 
 
+def _minus(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> dict[int, float]:
+    """First minus second by seed, where both runs ended."""
+    pairs = {seed: (value, second.get(seed)) for seed, value in first.items()}
+    return {seed: value - other for seed, (value, other) in pairs.items() if value is not None and other is not None}
+
+
 def _differences(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> list[float]:
-    pairs = [(value, second.get(seed)) for seed, value in first.items()]
-    return [value - other for value, other in pairs if value is not None and other is not None]
+    return list(_minus(first, second).values())
 
 
 def _together(claims: int) -> float:
@@ -426,6 +482,18 @@ def _finding(verdict: str, found: Paired, values: Values, confidence: float = CO
         notes.append(f"fewer than {needed} equal ones decide nothing")
     verdict = NOT_AT_THIS_SIZE if failed else verdict
     return Finding(verdict, found.mean, found.low, found.high, found.pairs, "; ".join(filter(None, notes)), confidence)
+
+
+def _over(low: float, high: float, least: float) -> str:
+    """Whether an interval is above `least`; undecided where it is NaN."""
+    return REPRODUCED if low > least else CONTRADICTED if high < least else NOT_AT_THIS_SIZE
+
+
+def _share(flags: Sequence[bool]) -> tuple[float, float, float]:
+    """The share of flags that are set, and its exact interval; NaN of no flags."""
+    if not flags:
+        return math.nan, math.nan, math.nan
+    return sum(flags) / len(flags), *_exact_interval(sum(flags), len(flags))
 
 
 def _exact_interval(count: int, of: int) -> tuple[float, float]:

@@ -137,7 +137,8 @@ def train_cell(
 ) -> dict[str, Any] | None:
     """Trains one run of a grid, unless it is finished, and returns it as JSON; None if a signal stopped it.
 
-    A run that failed has the message under `failed`. Raises: InputError as `fit` does.
+    A run that failed has the message under `failed`. Raises: InputError as `fit` does, and for a run that a hook ended
+    early, which is no run of the grid: the others have all their steps.
     """
     experiment, failed = cell.experiment, None
     before = _peak()
@@ -152,6 +153,12 @@ def train_cell(
     else:
         if fitted.stopped:
             return None
+        if because := fitted.summary.get("stopped_because"):
+            raise InputError(
+                f"{fitted.path}: a hook ended this run early, after step {fitted.summary['steps']}: {because}. It "
+                "cannot stand beside runs of all steps; begin it anew with jaxmp train --overwrite, without the hook, "
+                "delete its folder, or choose another --workdir"
+            )
     if failed:
         log(f"failed: {failed}")
     folder = RunFolder.of(experiment, workdir, name).path
@@ -211,7 +218,7 @@ def _scalers(experiment: Experiment) -> str:
 def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) -> list[dict[str, Any]]:
     """Computes each metric on the test set by precision, and its paired differences to the first precision.
 
-    A seed is a pair only if both of its runs ended.
+    A seed is a pair only if both of its runs ended with a finite value: others are None in a summary.
     """
     ended = {(r["precision"], r["seed"]): r["summary"]["test"] for r in results if not r["failed"]}
     metrics = sorted({name for test in ended.values() for name in test})
@@ -219,7 +226,9 @@ def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) ->
     for metric in metrics:
         for precision in precisions:
             values = {
-                seed: test[metric] for (p, seed), test in ended.items() if p == precision and test[metric] is not None
+                seed: test[metric]
+                for (p, seed), test in ended.items()
+                if p == precision and test.get(metric) is not None
             }
             reference = {seed: ended.get((precisions[0], seed), {}).get(metric) for seed in values}
             pairs = {seed: v - r for seed, v in values.items() if (r := reference[seed]) is not None}

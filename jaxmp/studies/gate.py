@@ -6,7 +6,8 @@ more than 5 % of what it should not. So a file keeps the plan and every look, an
 for another plan.
 
 A run that diverged is never left out: a precision that fails where the first does not is not accepted, and is inferior
-if it fails so often that chance does not explain it.
+if it fails so often that chance does not explain it. A pair in which both fail says nothing of either, so that with any
+such pair nothing is accepted: what is left is not what was planned.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ LOOKS, P_OF_LOOKS = (5, 10, 20), 0.0206
 POWER = 0.8
 """how often a gate shall accept what is not worse at all"""
 
+LEAST_PAIRS = 3
+"""the fewest pairs that a plan has, and that must have ended for the mean of their differences to decide"""
+
 NOT_INFERIOR, INFERIOR, UNDECIDED = "not inferior", "inferior", "undecided"
 
 
@@ -66,13 +70,17 @@ class Verdict(NamedTuple):
     """pairs in which it failed and the first did not"""
     first_failed: int
     """pairs in which the first failed and it did not"""
+    both_failed: int
+    """pairs in which both failed"""
     p_failed: float
     """one-sided p that it fails no more often than the first, by the exact McNemar test; NaN if neither failed alone"""
     skewness: float
     """of the differences, positive where a few seeds are far worse; NaN where there is none"""
 
 
-def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, first_failed: int = 0) -> Verdict:
+def decide(
+    worse: Sequence[float], margin: float, p: float, failed: int = 0, first_failed: int = 0, both_failed: int = 0
+) -> Verdict:
     """Decides about one precision by Student's t, one-sided, on the paired differences minus the margin.
 
     Args:
@@ -80,15 +88,20 @@ def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, fir
       margin: by how much it may be worse, in the metric's unit.
       p: what the one-sided p has to be below.
       failed: pairs in which it alone failed. With any, it is not accepted.
-      first_failed: pairs in which the first precision alone failed.
+      first_failed: pairs in which the first precision alone failed. They are not held against it.
+      both_failed: pairs in which both failed. With any, it is not accepted.
 
-    Where all differences are equal there is no spread to test by; the p is then that of the signs, 2^-n.
+    So a precision is accepted only if every pair ended, but for those in which the first alone failed. By the mean it
+    is accepted or inferior only if 3 pairs or more ended. Where all differences are equal there is no spread to test
+    by; the p is then that of the signs, 2^-n.
 
     Sources: Schuirmann 1987 (one of the two one-sided tests); McNemar 1947, exact, for the failures.
 
     >>> decide([0.001, -0.002, 0.0, 0.001, 0.002], margin=0.01, p=0.05).answer
     'not inferior'
     >>> decide([0.001, -0.002, 0.0, 0.001, 0.002], margin=0.01, p=0.05, failed=1).answer
+    'undecided'
+    >>> decide([0.001, -0.002, 0.0, 0.001, 0.002], margin=0.01, p=0.05, both_failed=5).answer
     'undecided'
     """
     from scipy import stats  # here: importing it takes longer than `jaxmp --help` may
@@ -108,11 +121,12 @@ def decide(worse: Sequence[float], margin: float, p: float, failed: int = 0, fir
     alone = failed + first_failed
     p_failed = float(stats.binom.sf(failed - 1, alone, 0.5)) if alone else math.nan
     answer = UNDECIDED
-    if reject < p or p_failed < p:
+    if (reject < p and n >= LEAST_PAIRS) or p_failed < p:
         answer = INFERIOR
-    elif accept < p and not failed:
+    elif accept < p and n >= LEAST_PAIRS and not failed and not both_failed:
         answer = NOT_INFERIOR
-    return Verdict(answer, n, mean, spread, bound, accept, reject, failed, first_failed, p_failed, skewness)
+    counts = failed, first_failed, both_failed
+    return Verdict(answer, n, mean, spread, bound, accept, reject, *counts, p_failed, skewness)
 
 
 def decidable_margin(pairs: int, p: float, power: float = POWER) -> float:
@@ -238,8 +252,9 @@ def _plan(
     chosen = list(range(LOOKS[-1] if looks else PAIRS)) if seeds is None else list(seeds)
     if looks and len(chosen) != LOOKS[-1]:
         raise InputError(f"--looks: the last is at {LOOKS[-1]} pairs; expected as many --seeds, not {len(chosen)}")
-    if len(chosen) < 3:
-        raise InputError(f"--seeds: {len(chosen)} pairs decide nothing; expected 3 or more, {PAIRS} by default")
+    if len(chosen) < LEAST_PAIRS:
+        fewest = f"{LEAST_PAIRS} or more, {PAIRS} by default"
+        raise InputError(f"--seeds: {len(chosen)} pairs decide nothing; expected {fewest}")
     cells = grid(subject, precisions, chosen, overrides)
     if len(precisions) < 2:
         raise InputError(f"--precision {precisions[0]}: expected two or more; all are compared with the first")
@@ -316,15 +331,16 @@ def _read(path: Path, plan: Plan) -> list[dict[str, Any]]:
 def _decide(
     plan: Plan, results: dict[tuple[str, int], dict[str, Any]], precision: str, seeds: Sequence[int]
 ) -> Verdict:
-    worse, failed, first_failed = [], 0, 0
+    worse, failed, first_failed, both_failed = [], 0, 0, 0
     sign = 1 if plan.direction == "min" else -1
     for seed in seeds:
         first, own = (_value(results[each, seed], plan.metric) for each in (plan.precisions[0], precision))
         failed += own is None and first is not None
         first_failed += first is None and own is not None
+        both_failed += first is None and own is None
         if first is not None and own is not None:
             worse.append(sign * (own - first))
-    return decide(worse, plan.margin, plan.p, failed, first_failed)
+    return decide(worse, plan.margin, plan.p, failed, first_failed, both_failed)
 
 
 def _value(result: dict[str, Any], metric: str) -> float | None:

@@ -149,7 +149,11 @@ def reproduce(
 
 
 def judged(paper: Paper, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `results` with the paper's claims, judged by the metrics that the results hold."""
+    """Returns `results` with the paper's claims, judged by the metrics that the results hold.
+
+    Raises: InputError if they are of other arms, other settings of an arm, or other seeds than the paper has.
+    """
+    _require_same(paper, results)
     found = results_of(results)
     claims = []
     for claim in paper.claims:
@@ -157,6 +161,20 @@ def judged(paper: Paper, results: Mapping[str, Any]) -> dict[str, Any]:
         said = {field.name: getattr(claim, field.name) for field in dataclasses.fields(claim) if field.name != "judge"}
         claims.append(without_nan({**said, **finding._asdict()}))
     return {**results, "claims": claims}
+
+
+def _require_same(paper: Paper, results: Mapping[str, Any]) -> None:
+    now = {"seeds": str(list(paper.seeds)), **{f"arm {arm!r}": _described(how) for arm, how in paper.arms.items()}}
+    then = {"seeds": str(list(results["seeds"]))}
+    then |= {f"arm {arm!r}": of["how"] for arm, of in results["arms"].items()}
+    changed = [what for what in {**now, **then} if now.get(what) != then.get(what)]
+    if changed:
+        what = changed[0]
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise InputError(
+            f"{results['paper']}: {RESULTS} was made by another paper.py: {what}: {now.get(what, 'none')} (was "
+            f"{then.get(what, 'none')}){more}; expected jaxmp reproduce {results['paper']} again"
+        )
 
 
 def results_of(results: Mapping[str, Any]) -> Results:

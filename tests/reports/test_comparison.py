@@ -134,7 +134,8 @@ def test_the_terminal_shows_the_first_table_of_the_page_within_80_columns():
     first, second = shown.splitlines()[-2:]
     assert first.split()[:4] == ["float32", "11.0", "±", "1.0"] and "reference" in first
     assert "+0.3 (\N{MINUS SIGN}0.4 to +1.1)" in second, "by hand: 1/3, and 4.303 standard errors"
-    assert "failed" not in shown
+    assert "failed" not in shown and "pairs" not in shown
+    assert "3 of 3" in visible(comparison([[10.0, 12.0, 11.0], [10.5, 12.5, 11.0]]))[1]
 
 
 def test_the_terminal_has_a_column_of_failures_where_a_run_failed():
@@ -142,3 +143,14 @@ def test_the_terminal_has_a_column_of_failures_where_a_run_failed():
     found["runs"][3] = run("mixed_bfloat16", 1, 12.5, failed="it diverged")
     found["differences"] = differences(found["runs"], PRECISIONS)
     assert text(found).splitlines()[-1].endswith("1 of 2")
+
+
+def test_a_run_that_ended_without_a_finite_metric_counts_as_failed_and_the_pairs_left_are_shown():
+    found = comparison([[10.0, 12.0, 11.0], [10.5, 12.5, 11.0]])
+    found["runs"][4]["summary"]["test"]["perplexity"] = None
+    found["differences"] = differences(found["runs"], PRECISIONS)
+    assert failures(found) == ["mixed_bfloat16, seed 1: not finite on the test split: perplexity"]
+    row = text(found).splitlines()[-1]
+    assert "2 of 3" in row and row.endswith("1 of 3")
+    shown, cells = visible(found)
+    assert "Failed: mixed_bfloat16, seed 1: not finite" in shown and cells.count("failed") >= 2

@@ -63,3 +63,11 @@ def test_a_metric_that_is_not_finite_counts_as_failed_and_one_that_an_arm_does_n
     _, block, _ = shown([CLAIM], arms)
     assert "| `ended` | 1; 2 of 3 failed | `a` |" in block
     assert "| `other` |  | `b` |" in block
+
+
+def test_a_block_says_at_which_revisions_the_runs_were_measured_and_which_runs_do_not_say():
+    git, dirty = {"revision": "0123456789", "dirty": False}, {"revision": "abcdef0123", "dirty": True}
+    arms = {"a": {"how": "a", "seeds": {"0": {"loss": 1.0, "git": git}, "1": {"loss": 1.0, "git": dirty}}}}
+    assert "Measured at 0123456 (1 runs), abcdef0 with uncommitted changes (1 runs)." in shown([CLAIM], arms)[1]
+    arms["b"] = {"how": "b", "seeds": {"0": {"loss": 1.0}}}
+    assert "(1 runs), an unknown revision (1 runs)." in shown([CLAIM], arms)[1]

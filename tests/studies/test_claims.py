@@ -11,10 +11,12 @@ from jaxmp.studies.claims import (
     CONTRADICTED,
     NOT_AT_THIS_SIZE,
     REPRODUCED,
+    Paper,
     Results,
     above,
     below,
     differing,
+    exact,
     higher,
     increasing,
     lower,
@@ -86,10 +88,18 @@ def moved(by):
         (differing(0.05), [[1.0] + [0.0] * 19, [0.0] * 20], NOT_AT_THIS_SIZE),
         (differing(0.05), [[None] + [1.0] * 8 + ZEROS, [0.0] * 9 + ZEROS], NOT_AT_THIS_SIZE),
         (differing(0.05), [[None], [1.0]], NOT_AT_THIS_SIZE),
-        (only_first_fails, [[None] * 5, ZEROS], REPRODUCED),
-        (only_first_fails, [[None] * 5, [None, *ZEROS[1:]]], NOT_AT_THIS_SIZE),
-        (only_first_fails, [[None, *ZEROS[1:]], ZEROS], NOT_AT_THIS_SIZE),
-        (only_first_fails, [ZEROS, ZEROS], CONTRADICTED),
+        (only_first_fails(0.5), [[None] * 6, [0.0] * 6], REPRODUCED),
+        (only_first_fails(0.5), [[None] * 5, ZEROS], NOT_AT_THIS_SIZE),  # the interval of 5 in 5 begins at 48 %
+        (only_first_fails(0.5), [[None], [0.0]], NOT_AT_THIS_SIZE),
+        (only_first_fails(0.5), [[], []], NOT_AT_THIS_SIZE),
+        (only_first_fails(0.5), [[None] * 6, [None, *[0.0] * 5]], NOT_AT_THIS_SIZE),
+        (only_first_fails(0.5), [[None, *ZEROS], [0.0] * 6], NOT_AT_THIS_SIZE),
+        (only_first_fails(0.5), [[0.0] * 6, [0.0] * 6], CONTRADICTED),
+        (exact(lambda value: value == 448), [[448.0]], REPRODUCED),  # one seed is enough
+        (exact(lambda value: value == 448), [[449.0] * 6], CONTRADICTED),
+        (exact(lambda value: value < 1), [[0.5] * 2], REPRODUCED),
+        (exact(lambda value: value == 448), [[448.0, 449.0]], NOT_AT_THIS_SIZE),
+        (exact(lambda value: value == 448), [[448.0, None]], NOT_AT_THIS_SIZE),
     ],
 )
 def test_a_verdict_follows_from_the_interval_and_a_failed_run_counts_against(judge, arms, verdict):
@@ -119,7 +129,14 @@ def test_results_pair_by_seed_and_refuse_an_unknown_metric_with_the_nearest():
     results = Results({"a": {0: {"loss": 2.0}, 1: {"failed": "NaN"}}, "b": {0: {"loss": 1.5}, 1: {"loss": 1.0}}})
     assert results.of("a", "loss") == {0: 2.0, 1: None}
     assert (results.difference("a", "b", "loss").mean, results.mean("b", "loss").pairs) == (0.5, 2)
+    lacking = Results({"a": {0: {"loss": 2.0, "step": 1.0}, 1: {"loss": 3.0}, 2: {"failed": "NaN"}}})
+    assert lacking.of("a", "step") == {0: 1.0, 1: None, 2: None}, "a run without the metric counts as failed"
     with pytest.raises(InputError, match=r"no arm 'c' in the results"):
         results.of("c", "loss")
     with pytest.raises(InputError, match=r"arm 'a' has no metric 'los'; did you mean 'loss'\?"):
         results.of("a", "los")
+
+
+def test_a_paper_has_seeds():
+    with pytest.raises(InputError, match=r"Paper.seeds = \(\): expected one or more"):
+        Paper("", "", "", seeds=(), arms={}, claims=())

@@ -210,6 +210,15 @@ def test_a_run_that_diverges_is_a_result_like_others(folder):
     check_page(output.read_text())
 
 
+def test_a_run_that_a_hook_ended_early_is_refused_with_its_folder(folder, tmp_path, monkeypatch, capsys):
+    ended = Fitted(tmp_path, {"steps": 3, "stopped_because": "enough (hook early)"}, stopped=False)
+    monkeypatch.setattr("jaxmp.studies.compare.fit", lambda *args, **kwargs: ended)
+    assert main(arguments(folder, "--output", str(tmp_path / "c.html"))) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: a hook ended this run early, after step 3: enough (hook early)" in said
+    assert "--overwrite" in said and not (tmp_path / "c.html").exists()
+
+
 def test_a_signal_that_stops_a_run_stops_the_comparison(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmp.studies.compare.fit", lambda *args, **kwargs: Fitted(tmp_path, {}, stopped=True))
     output = tmp_path / "c.html"

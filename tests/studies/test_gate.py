@@ -53,6 +53,16 @@ def test_seeds_that_failed_count_against_and_no_spread_is_no_certainty(worse, fa
     assert decide(worse, 1.0, 0.05, failed, first).answer == answer
 
 
+def test_nothing_is_accepted_by_a_few_pairs_of_many_or_where_both_runs_of_a_pair_failed():
+    ended = [0.1, -0.1, 0.0, 0.05]
+    assert decide(ended, 1.0, 0.05).answer == NOT_INFERIOR
+    found = decide(ended, 1.0, 0.05, both_failed=1)
+    assert (found.answer, found.pairs, found.both_failed) == (UNDECIDED, 4, 1)
+    assert decide([0.01, -0.01], 1.0, 0.05, first_failed=8).answer == UNDECIDED
+    assert decide([5.0, 5.01], 1.0, 0.05, both_failed=8).answer == UNDECIDED
+    assert decide([5.0, 5.01, 5.02], 1.0, 0.05, both_failed=7).answer == INFERIOR
+
+
 def test_what_is_worse_by_the_margin_is_accepted_in_5_percent_of_normal_studies():
     # The table of 20,000 studies each: experiments/benchmarks/gate_errors.py. Here the tests are of whole arrays.
     rng, studies = np.random.default_rng(0), 40_000
@@ -212,6 +222,17 @@ def test_what_fails_always_is_inferior_whatever_the_margin(tmp_path, blobs, made
     made_up(lambda precision, seed: None if precision == "mixed_float16" else noise(precision, seed))
     found, _ = run(blobs, tmp_path)
     assert found["verdicts"]["mixed_float16"]["answer"] == INFERIOR and not found.is_open
+
+
+def test_a_gate_stays_closed_where_most_pairs_failed_under_both_and_says_so(tmp_path, blobs, made_up):
+    made_up(lambda precision, seed: None if seed >= 4 else noise(precision, seed))
+    found, _ = run(blobs, tmp_path)
+    assert not found.is_open
+    for verdict in found["verdicts"].values():
+        assert (verdict["answer"], verdict["pairs"], verdict["both_failed"]) == (UNDECIDED, 4, 6)
+    shown = gate_report.text(found)
+    assert "alone 0, the first 0, both 6" in shown
+    assert "mixed_bfloat16: both runs failed in 6 of the planned pairs" in shown
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,22 @@ def test_a_paper_that_is_not_there_or_is_wrong_is_one_message(paper, capsys, arm
     assert message in said and "Traceback" not in said
 
 
+def test_tables_are_refused_where_the_paper_has_other_arms_or_seeds_than_its_results(paper, capsys):
+    folder = paper()
+    assert main(["reproduce", "bits"]) == 0
+    for was, now, said in (
+        ('{"bits": bits}', '{"bits": 2 * bits}', "'4 bits': error(seed, bits=8) (was error(seed, bits=4)), and 1 more"),
+        ("else 5)", "else 6)", "seeds: [0, 1, 2, 3, 4, 5] (was [0, 1, 2, 3, 4])"),
+        ("in (4, 8)", "in (4, 8, 9)", "'9 bits': error(seed, bits=9) (was none); expected jaxmp reproduce bits again"),
+    ):
+        paper()
+        text = (folder / "paper.py").read_text()
+        assert was in text
+        (folder / "paper.py").write_text(text.replace(was, now))
+        assert main(["reproduce", "bits", "--tables"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_an_error_in_a_paper_is_said_with_its_line(paper, capsys):
     folder = paper()
     (folder / "paper.py").write_text("x = 1\ny = x.z\n")
@@ -242,6 +258,39 @@ def test_a_cure_is_no_event_in_any_seed_where_there_was_one_and_fewer_are_not_no
     assert judge([of(None), of(None)]).verdict == claims.NOT_AT_THIS_SIZE
 
 
+def test_a_cure_needs_a_paired_effect_and_events_of_the_reference_count_for_no_arm():
+    judge = claims.prevents(0.5, 0.05)
+
+    def of(*counts):
+        return dict(enumerate(counts))
+
+    none, many = of(0, 0, 0, 0, 0, 0), of(3, 4, 5, 3, 4, 5)
+    found = judge([none, of(0, 4, 5, 3, 4, 5)])
+    assert found.verdict == claims.NOT_AT_THIS_SIZE and "McNemar p 0.062" in found.note
+    assert judge([none, many, none]).verdict == claims.REPRODUCED
+    with_one = of(1, 0, 0, 0, 0, 0)
+    assert judge([with_one, many, with_one]).verdict == claims.REPRODUCED, "the reference has it too"
+    assert judge([with_one, many, none]).verdict == claims.CONTRADICTED
+    assert judge([none, many, many]).verdict == claims.NOT_AT_THIS_SIZE, "nothing beyond the reference to prevent"
+    assert judge([none, many, of(0, 0, 0, 0, 0, None)]).verdict == claims.NOT_AT_THIS_SIZE, "the reference failed"
+
+
+def test_a_loss_is_recovered_only_where_it_was_lost_and_the_cure_is_better_than_none():
+    judge, noise = claims.recovers(0.15), [0.01, -0.01, 0.02, -0.02, 0.0, 0.01]
+
+    def of(by):
+        return dict(enumerate(by + each for each in noise))
+
+    reference = dict.fromkeys(range(6), 0.0)
+    assert judge([of(0.05), of(2.0), reference]).verdict == claims.REPRODUCED
+    assert judge([of(-0.5), of(2.0), reference]).verdict == claims.REPRODUCED, "better than the reference"
+    assert judge([of(0.5), of(2.0), reference]).verdict == claims.CONTRADICTED
+    assert judge([of(0.05), of(0.0), reference]).verdict == claims.NOT_AT_THIS_SIZE, "nothing was lost"
+    assert judge([of(0.5), of(0.0), reference]).verdict == claims.NOT_AT_THIS_SIZE, "nothing was lost"
+    assert judge([of(0.1), of(0.1), reference]).verdict == claims.NOT_AT_THIS_SIZE, "no better than without"
+    assert judge([{**of(0.05), 0: None}, of(2.0), reference]).verdict == claims.NOT_AT_THIS_SIZE, "a failed run"
+
+
 def test_a_share_of_seeds_is_judged_by_its_exact_interval():
     ones, zeros = dict.fromkeys(range(6), 1), dict.fromkeys(range(6), 0)
     assert claims.share_above(0.5)([ones]).verdict == claims.REPRODUCED
@@ -322,6 +371,33 @@ def test_weights_just_below_a_power_of_two_are_clipped_by_an_mx_block_and_those_
         }
         assert mx.clipped(params, "mxfp8_e4m3") == share, value
         assert mx.clipped(params, "mxfp8_e4m3", kernels=True) == 0.0
+
+
+def test_every_cure_but_that_of_the_norms_leaves_their_weights_rounded():
+    mx = module_of("mx_instabilities")
+    unrounded = {name for name, how in mx.PRECISIONS.items() if not how.affine}
+    assert unrounded == {"float32", "e4m3, LayerNorm high"}
+
+
+def test_the_gradient_of_one_row_of_thousands_is_0_in_float16_and_kept_in_11_bits():
+    grokking, rows = module_of("grokking_stability"), int(0.4 * 113**2)
+    cotangent, labels = jnp.full(1, 1 / rows, jnp.float32), jnp.zeros(1, jnp.int32)
+    with jax.enable_x64(True):
+        logits = jnp.zeros((1, 113), jnp.float32).at[0, 0].set(9.0)
+        pulled = []
+        for loss in (grokking.losses_in(jnp.float16), grokking.losses_of(11)):
+            of_rows, pull = jax.vjp(lambda z, of=loss: of(z, labels), logits)
+            pulled.append(np.asarray(pull(cotangent.astype(of_rows.dtype))[0][0, 1:], np.float64))
+    assert (pulled[0] == 0).all()
+    np.testing.assert_allclose(pulled[1], math.exp(-9) / (1 + 112 * math.exp(-9)) / rows, rtol=0.01)
+
+
+@pytest.mark.parametrize("id", ["stablemax-groks", "orthogonal-gradient-groks"])
+def test_a_network_that_does_not_reach_half_of_the_test_pairs_does_not_generalise(id):
+    (claim,) = (of for of in reproduce.load(EXPERIMENTS / "grokking_stability", quick=False).claims if of.id == id)
+    assert claim.metric == "generalised"
+    for value, verdict in ((0, claims.CONTRADICTED), (1, claims.REPRODUCED)):
+        assert claim.judge([dict.fromkeys(range(6), value)]).verdict == verdict
 
 
 def test_a_loss_ten_times_the_median_before_it_is_a_spike_and_a_diverged_one_is():
