@@ -7,7 +7,7 @@ in its batches of 256: SGD with Nesterov's momentum 0.9 and weight decay 1e-4, a
 and flips. It reaches a validation error of 23.60 %. 25,557,032 parameters.
 
 Command:   jaxmp train imagenet_resnet50 --data.folder FOLDER
-           FOLDER/train/n01440764/*.JPEG and so on, FOLDER/val the same
+Folder:    FOLDER/train/n01440764/*.JPEG and so on, FOLDER/val the same
 Hardware:  not trained yet: it takes accelerators and the images. Its tests run steps of the full size on made-up images
            on a CPU
 Expected:  validation accuracy 76.4 %, as published

@@ -6,7 +6,7 @@ decay 0.3, dropout 0.1, gradients clipped at norm 1, random parts of the images 
 of 77.91 % after fine-tuning at 384x384 pixels (table 5). 86,567,656 parameters.
 
 Command:   jaxmp train imagenet_vit_b16 --data.folder FOLDER --loop.accumulate-steps N
-           FOLDER/train/n01440764/*.JPEG and so on, FOLDER/val the same
+Folder:    FOLDER/train/n01440764/*.JPEG and so on, FOLDER/val the same
 Hardware:  not trained yet: it takes accelerators and the images. Its tests run steps of the full size on made-up images
            on a CPU
 Expected:  below 77.91 %, which takes fine-tuning at a higher resolution

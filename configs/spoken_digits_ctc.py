@@ -7,7 +7,7 @@ Data: recordings of the Free Spoken Digit Dataset, see spoken_digits_lstm, joine
 train on and 500 each to validate and test on, each of one speaker and of recordings of its own split.
 
 Command:   jaxmp data prepare spoken_digits --manual FOLDER && jaxmp train spoken_digits_ctc --precision float32
-           FOLDER has fsdd_recordings.tar.gz, or the folder recordings
+Folder:    FOLDER has fsdd_recordings.tar.gz, or the folder recordings
 Hardware:  1 CPU core, 87 s of its time
 Expected:  label error rate 0.99 % on the test split in float32; one seed
 

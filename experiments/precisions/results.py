@@ -12,6 +12,7 @@ the same config and options; `jaxmp configs --markdown` makes a table of it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -32,14 +33,15 @@ def row(
 ) -> dict[str, Any]:
     """Returns what a config reached; trains the runs that do not exist yet."""
     file, reached, skipped, seconds, revisions = ConfigFile.find(config), {}, {}, {}, {}
+    begins, fields = beginning(options)
     for precision in precisions:
         summaries, revisions[precision] = [], []
         for seed in seeds:
-            overrides = ["--precision", precision, "--seed", str(seed), *shlex.split(options)]
+            overrides = ["--precision", precision, "--seed", str(seed), *fields]
             experiment = file.experiment(overrides)
             monitor = Trainer(experiment).monitor
             origin = {"source": file.source, "file": file.file, "overrides": overrides}
-            fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None)
+            fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None, **begins)
             if fitted.stopped:
                 raise SystemExit(75)
             summaries.append(fitted.summary)
@@ -51,6 +53,15 @@ def row(
     made = provenance(patch=False)
     made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
     return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made, "git": revisions}
+
+
+def beginning(options: str) -> tuple[dict[str, Any], list[str]]:
+    """Splits options of `jaxmp train` into what a run begins with, for `fit`, and the fields of the experiment."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--init-from")
+    parser.add_argument("--init-only", nargs="+", default=())
+    begins, fields = parser.parse_known_args(shlex.split(options))
+    return {"init_from": begins.init_from, "init_only": tuple(begins.init_only)}, fields
 
 
 def main(

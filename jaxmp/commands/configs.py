@@ -148,7 +148,7 @@ def _markdown(record: str) -> str:
     """The docstring with its entries as a list; the command in code."""
     paragraphs = []
     for paragraph in record.split("\n\n"):
-        entries = re.split(r"^(Command|Hardware|Expected):\s+", paragraph, flags=re.MULTILINE)
+        entries = re.split(r"^(Command|Folder|Hardware|Expected):\s+", paragraph, flags=re.MULTILINE)
         if len(entries) == 1:
             paragraphs.append(paragraph)
             continue

@@ -279,8 +279,11 @@ class _Scale:
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         values = [(m * 10.0**e, m, e) for e in decades if e % every == 0 for m in mantissas]
         inside = [(v, m, e) for v, m, e in values if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
-        plain = all(-3 <= e <= 4 for _, _, e in inside)
-        return [(self(v), f"{v:,.{max(0, -e)}f}" if plain else _power(10, e)) for v, m, e in inside if plain or m == 1]
+        if all(-3 <= e <= 4 for _, _, e in inside):
+            return [(self(v), f"{v:,.{max(0, -e)}f}") for v, _, e in inside]
+        decades_inside = [(v, m, e) for v, m, e in inside if m == 1]
+        shown = decades_inside if len(decades_inside) > 1 else inside  # one power of ten alone is no scale
+        return [(self(v), ("" if m == 1 else f"{m}\N{MULTIPLICATION SIGN}") + _power(10, e)) for v, m, e in shown]
 
     def ticks_side_by_side(self) -> list[tuple[float, str]]:
         """Coordinates and texts of at most about 5 ticks, with a blank between their texts, on a horizontal axis."""

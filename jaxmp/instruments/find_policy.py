@@ -280,6 +280,10 @@ def find_policy(
     if not at or min(len(point.batches) for point in at) < fewest:
         raise InputError(f"find_policy: the unit {unit} takes {fewest} batches or more at each point, and one point")
     flops = _flops(loss(full if policy.recipe is None else PolicyTree((), policy)), rows, at[0], policy)
+    if not any(flops.values()):
+        raise InputError(
+            "find_policy: no module has a product or a convolution of its own, so that none can be in half"
+        )
     measure = _Measure(loss, at, loss_scale, unit)
     own = measure.of(full)
     log(f"float32: {own.error:.3g}")

@@ -60,10 +60,10 @@ def dot_flops(eqn: Any) -> int:
 def convolution_flops(eqn: Any) -> int:
     """The FLOPs of a `conv_general_dilated`, those of its padding included."""
     kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-    outputs, inputs, *window = (kernel[d] for d in spec)  # the inputs are those of a group
-    if math.prod(eqn.params["lhs_dilation"]) > 1:  # of the zeros in between nothing is computed: each number, spread
-        return 2 * eqn.invars[0].aval.size * (outputs // eqn.params["feature_group_count"]) * math.prod(window)
-    return 2 * eqn.outvars[0].aval.size * inputs * math.prod(window)
+    _, inputs, *window = (kernel[d] for d in spec)  # the inputs are those of a group
+    # Of the zeros between the numbers of a transposed convolution's input, nothing is computed.
+    spread = math.prod(eqn.params["lhs_dilation"])
+    return 2 * eqn.outvars[0].aval.size * inputs * math.prod(window) // spread
 
 
 FLOPS = {"dot_general": dot_flops, "conv_general_dilated": convolution_flops}

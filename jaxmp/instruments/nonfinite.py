@@ -222,7 +222,8 @@ class Replay:
             return None
         suspect = run.suspect({i: None for i, out in enumerate(run.out) if out.state is BAD}).suspect
         # Where no operation is suspect, what was put there came through as it was.
-        return dataclasses.replace(suspect or next(x.state.suspect for x in run.out if x.state), reaches=reaches)
+        found: Any = suspect or next(x.state.suspect for x in run.out if isinstance(x.state, _Put))
+        return dataclasses.replace(found, reaches=reaches)
 
 
 # What is known of a value: None if it is finite, BAD where some operation made it so, and `_Put` where somebody did.
@@ -513,6 +514,8 @@ def _turn_to_blame(loop: _Loop, seen: list[_Seen], places: set[int]) -> _Found:
             turn, made = t, wanted
         outside = inputs if t == 0 else inputs - {i + loop.num_consts for i in carry}
         operands |= {loop.operands[i] for i in outside}
+    if not seen:  # a loop without a turn returns what it was given
+        operands |= {loop.operands[loop.num_consts + i] for i in carry}
     return _Found(turn, made, operands)
 
 

@@ -227,18 +227,19 @@ def _difference_curves(curves: Sequence[Curve], precisions: Sequence[str]) -> li
                  if curve.group == precisions[0]}  # fmt: skip
     series = []
     for style, precision in enumerate(precisions[1:], start=1):
-        lines = []
-        for curve in (c for c in curves if c.group == precision):
+        members, lines = [c for c in curves if c.group == precision], []
+        failed = sum(curve.failed for curve in members)
+        for curve in members:
             points = [(x, y - reference[curve.seed][x]) for x, y in zip(*curve.of("loss", "validation"), strict=True)
                       if x in reference[curve.seed]]  # fmt: skip
-            lines.append(dict(points))
-            label = precision if sum(c.group == precision for c in curves) == 1 else ""
-            series.append(Series(label, list(lines[-1]), list(lines[-1].values()), style, faint=not label))
-        common = sorted(set.intersection(*map(set, lines)))
-        if len(lines) > 1:
-            series.append(
-                Series(precision, common, [float(np.mean([line[x] for line in lines])) for x in common], style)
-            )
+            lines += [] if curve.failed else [dict(points)]
+            label = precision if len(members) == 1 else ""
+            x, y = zip(*points, strict=True) if points else ((), ())
+            series.append(Series(label, x, y, style, faint=not label, failed=curve.failed))
+        if len(members) > 1:
+            common = sorted(set.intersection(*map(set, lines))) if lines else []
+            mean = [float(np.mean([line[x] for line in lines])) for x in common]
+            series.append(Series(f"{precision} ({failed} failed)" if failed else precision, common, mean, style))
     name = f"Loss, validation, difference to {precisions[0]}"
     svg = line_figure(
         Axis("step", include=(0.0,)),

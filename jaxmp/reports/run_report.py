@@ -52,9 +52,7 @@ def report(runs: Sequence[Run], *, look: bool = False) -> Page:
     page.section("Training")
     page.figures(curve_figures(curves))
     looks = [run.ranges or (run.count_ranges() if look else []) for run in runs]
-    labels = (
-        names if len(set(names)) == len(names) else [f"{n}, seed {c.seed}" for n, c in zip(names, curves, strict=True)]
-    )
+    labels = _apart(names, [f"seed {curve.seed}" for curve in curves], [str(run.path) for run in runs])
     if any(looks):
         add_ranges(page, _by_objective(dict(zip(labels, looks, strict=True))))
     _samples(page, dict(zip(labels, runs, strict=True)))
@@ -79,13 +77,34 @@ def _by_objective(looks: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, li
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """Names each run after the fields, other than the seed, in which it differs from the others."""
-    flat = [{"config": run.config["name"], **_leaves(run.config["experiment"])} for run in runs]
+    flat = [
+        {"config": run.config["name"], "from": _began(run.config), **_leaves(run.config["experiment"])} for run in runs
+    ]
     keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
     apart = [key for key in keys if key != "seed" and len({json.dumps(leaves.get(key)) for leaves in flat}) > 1]
     if not apart:
         return [run.config["experiment"]["precision"] for run in runs]
     short = {key: f"{key.rpartition('.')[2]} " if key not in ("precision", "config") else "" for key in apart}
     return [", ".join(f"{short[key]}{leaves.get(key)}" for key in apart) for leaves in flat]
+
+
+def _began(config: Mapping[str, Any]) -> str:
+    """What a run began with, in words: the same for all seeds of the run that it is from."""
+    begins = config.get("begins_with")
+    if begins is None:
+        return "new weights"
+    if "sha256" in begins:
+        return Path(config.get("weights_file", begins["sha256"][:12])).name
+    return f"{Path(config['parent']).parent.name}/{begins['hash']}@{begins['step']} ({begins['how']})"
+
+
+def _apart(names: Sequence[str], *more: Sequence[str]) -> list[str]:
+    """The names, each with as many of `more` behind it as it takes until no two are the same."""
+    found = list(names)
+    for each in more:
+        if len(set(found)) < len(found):
+            found = [f"{name}, {text}" for name, text in zip(found, each, strict=True)]
+    return found
 
 
 def _leaves(value: Any, where: str = "") -> dict[str, Any]:

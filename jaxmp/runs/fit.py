@@ -627,7 +627,7 @@ class _Session:
             if failed:
                 self._fail_in_hook(failed, step)
         counts = records.counts(step, state)
-        if not is_pruned(counts, self.trainer):
+        if not is_pruned(counts, experiment):
             skipped = counts["skipped_steps"]
             why = f"the run was stopped after step {step}" if because else f"{skipped} of the steps were skipped"
             self.log(f"pruned to {counts['sparsity']:.2%}, not {experiment.pruning.share:.2%}, since {why}")

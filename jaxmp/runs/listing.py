@@ -74,7 +74,8 @@ def list_runs(folder: str | os.PathLike[str], *, now: float) -> list[Listed]:
 def _folders(root: Path) -> Iterator[RunFolder]:
     for at, folders, files in os.walk(root):
         if "config.json" in files:
-            folders.clear()  # nothing below a run is a run
+            if {"checkpoints", "metrics.jsonl", "summary.json"} & {*folders, *files}:
+                folders.clear()  # nothing below a run is a run; another program's config.json may have runs below it
             if not at.endswith(".deleted"):
                 yield RunFolder(Path(at))
         folders.sort()
@@ -113,15 +114,16 @@ def _listed(folder: RunFolder, config: dict[str, Any] | str, differs: str, now: 
         steps=config.get("steps"),
         metric=metric,
         mode=mode,
-        best=_best(lines, metric, mode) if best is None else best,
+        best=_best(lines, metric, mode, config.get("best_since", 0)) if best is None else best,
         digits=config.get("metrics", {}).get(metric, {}).get("digits", 4),
         age=age,
         note=failure or "" if state == "failed" else "",
     )
 
 
-def _best(lines: Sequence[Mapping[str, Any]], metric: str, mode: str | None) -> float | None:
-    values = [line[metric] for line in lines if line["split"] == "validation" and line.get(metric) is not None]
+def _best(lines: Sequence[Mapping[str, Any]], metric: str, mode: str | None, since: int) -> float | None:
+    lines = [line for line in lines if line["split"] == "validation" and line["step"] > since]
+    values = [line[metric] for line in lines if line.get(metric) is not None]
     if not values or mode not in ("max", "min"):
         return None
     return max(values) if mode == "max" else min(values)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.distributed import processes
+from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import hashed_values
 from jaxmp.instruments.flops import peak_flops
 from jaxmp.instruments.ranges import StepRanges
@@ -258,7 +259,7 @@ class Records:
         kept = {name: value for name, value in readings.items() if name.partition("/")[0] in of_state}
         spent = {name: value for name, value in self.spent(step).items() if name == "epsilon"}
         self._record(step, split, values, kept | spent)
-        if split == "validation" and is_pruned(readings, self._trainer):
+        if split == "validation" and is_pruned(readings, self._trainer.experiment):
             self._evaluated.append((step, values[self._trainer.monitor.name]))
         return values
 
@@ -397,14 +398,14 @@ def counted_evaluations(
     due, name = Due(trainer.experiment.loop, trainer.batches.per_epoch, trainer.steps), trainer.monitor.name
     evaluations = [line for line in records if line["split"] == "validation" and name in line and line["step"] > since]
     last = (trainer.steps, stopped_at)
-    evaluations = [line for line in evaluations if is_pruned(line, trainer) or line["step"] in last]
+    evaluations = [line for line in evaluations if is_pruned(line, trainer.experiment) or line["step"] in last]
     steps = [(line["step"], line) for line in evaluations]
     return [(step, _number(line[name])) for step, line in steps if due.evaluation(step) or step == stopped_at]
 
 
-def is_pruned(readings: Mapping[str, Any], trainer: Trainer) -> bool:
+def is_pruned(readings: Mapping[str, Any], experiment: Experiment) -> bool:
     """Whether weights with these readings are pruned as far as the run prunes them; True without pruning."""
-    share = trainer.experiment.pruning.share
+    share = experiment.pruning.share
     return not share or readings.get("sparsity", 0.0) >= float(np.float32(share))
 
 

@@ -279,11 +279,11 @@ def all_finite(grads: Any) -> jax.Array:
     Checking the largest magnitude would not be enough: XLA:CPU's maximum over 2**12 or more float32 elements ignores
     NaN (jaxlib 0.10 to 0.12; trap T18).
     """
-    by_shape: dict[Any, list[jax.Array]] = {}
+    alike: dict[Any, list[jax.Array]] = {}
     for g in jax.tree.leaves(grads):
-        by_shape.setdefault(g.shape, []).append(g)
+        alike.setdefault((g.shape, getattr(jax.typeof(g), "sharding", None)), []).append(g)
     # Leaves of one shape are checked together, since each reduction is a kernel of its own, or two.
-    groups = [of[i : i + TOGETHER] for of in by_shape.values() for i in range(0, len(of), TOGETHER)]
+    groups = [of[i : i + TOGETHER] for of in alike.values() for i in range(0, len(of), TOGETHER)]
     found = [_all(functools.reduce(jnp.logical_and, map(jnp.isfinite, group))) for group in groups]
     return jnp.all(jnp.stack(found)) if found else jnp.bool_(True)
 

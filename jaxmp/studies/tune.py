@@ -30,6 +30,7 @@ from jaxmp.runs.folder import FolderInUse, RunFolder
 from jaxmp.runs.going_on import PLACE, refuse_other_code
 from jaxmp.runs.hooks import Evaluated, Hook, Pause, StepInfo
 from jaxmp.runs.provenance import provenance
+from jaxmp.runs.records import is_pruned
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import escaped_output
 from jaxmp.studies.seeds_together import NotTogether, Place, SeedsTogether, require_together
@@ -402,6 +403,8 @@ class _Worker:
     ) -> float | _Failure:
         """Trains one run of a trial. Returns its best value of the metric on the validation split.
 
+        Of a run with pruning, that of weights that are pruned as far as it prunes them, and of the last.
+
         Raises: _Stopped if a signal stopped it, or came before it began.
         """
         index, experiment, arguments, folder = run
@@ -473,7 +476,9 @@ class _Worker:
             if paused:
                 raise _Pruned(f"worse than other trials after {lines[-1]['step']} steps ({self.definition.pruner})")
             raise _Stopped
-        found = [line.get(self.definition.metric) for line in lines]
+        last = lines[-1]["step"] if lines else 0
+        counted = [line for line in lines if is_pruned(line, experiment) or line["step"] == last]
+        found = [line.get(self.definition.metric) for line in counted]
         values = [value for value in found if value is not None and math.isfinite(value)]
         if not values:
             return _Failure(f"no evaluation has a finite {self.definition.metric}")

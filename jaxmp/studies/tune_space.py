@@ -337,8 +337,9 @@ def _distinct(where: str, choices: Choices) -> Choices:
 
 
 def _range(where: str, path: str, kind: str, bounds: str, now: Any, subject: Subject) -> Range:
-    whole = isinstance(now, numbers.Integral)
     takes_numbers = isinstance(now, numbers.Real) and not isinstance(now, bool)
+    # A field of floats may be written as a whole number, weight_decay=0.
+    whole = takes_numbers and isinstance(now, numbers.Integral) and not _takes(subject, path, "0.5")
     try:
         low, high = map(float, bounds.split(":"))
     except ValueError:

@@ -429,9 +429,12 @@ def falls_and_recovers(subject: _Subject) -> None:
 def growth_interval(subject: _Subject) -> None:
     """The scale grows after as many finite steps in a row as the scaler claims.
 
-    torch's rule: the count begins anew after a growth and after an overflow.
+    torch's rule: the count begins anew after a growth and after an overflow. At the cap that it claims, it stays.
     """
     interval = subject.claim("growth_interval")
+    factor, most = getattr(subject.adapter, "growth_factor", None) or 1, getattr(subject.adapter, "max_scale", None)
+    if getattr(subject.adapter, "growth_factor", None) == 1:
+        raise Skipped("the scale grows by a factor of 1")
     if interval > 5000:
         raise Skipped(f"an interval of {interval} takes too long; give the laws a scaler with a shorter one")
 
@@ -446,6 +449,9 @@ def growth_interval(subject: _Subject) -> None:
 
     before = [Steps(), Steps([(False, 1)]), Steps([(True, interval)]), Steps([(True, interval // 2), (False, 1)])]
     for steps in before:
+        scale = float(subject.scale_of(subject.after(steps)))
+        if most is not None and (scale >= most or scale * factor > most):
+            continue
         count = grown(steps)
         if count != interval:
             ended = f"grew after {count} finite steps" if count else f"did not grow within {interval + 1} finite steps"
@@ -484,13 +490,18 @@ def bounds_are_reached(subject: _Subject) -> None:
 
 
 def hysteresis(subject: _Subject) -> None:
-    """The scale is lowered from as many overflows in a row on as the scaler claims, and a finite step ends the row."""
-    claimed = subject.claim("hysteresis")
+    """The scale is lowered from as many overflows in a row on as the scaler claims, and a finite step ends the row.
+
+    At the floor that it claims, it stays.
+    """
+    claimed, least = subject.claim("hysteresis"), getattr(subject.adapter, "min_scale", None)
     row = Steps([(False, claimed - 1)])
 
     def require_scale(before: Steps, steps: Steps, lower: bool) -> None:
         first = subject.scale_of(subject.after(before))
         now = subject.scale_of(functools.reduce(subject.adjust, steps, subject.after(before)))
+        if lower and least is not None and first <= least:
+            return
         if (now < first) != lower:
             words = "does not lower the scale" if lower else "lowers the scale"
             raise Broken(f"after {before}, {steps} {words}: {first:g}, then {now:g}; claimed: {claimed} in a row")

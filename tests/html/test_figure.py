@@ -26,6 +26,16 @@ def test_long_names_stay_in_their_panel_and_are_whole_where_pointed_at():
             assert left >= 0 and left + width <= WIDTH
 
 
+def test_a_logarithmic_axis_of_small_values_within_a_decade_has_a_scale():
+    def ticks(*values):
+        figure = line_figure(Axis("step"), Axis("error", "log10"), [Series("a", [1, 2], list(values))], name="a")
+        return [text.text for text in ElementTree.fromstring(figure).iter("text") if "10" in (text.text or "")]
+
+    assert ticks(2e-6, 8e-6) == ["2\N{MULTIPLICATION SIGN}10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT SIX}",
+                                 "5\N{MULTIPLICATION SIGN}10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT SIX}"]  # fmt: skip
+    assert all("\N{MULTIPLICATION SIGN}" not in text for text in ticks(2e-8, 8e-5))
+
+
 def test_points_stand_at_their_values_or_names_and_what_an_axis_cannot_show_is_left_out():
     points = [(1e-3, 0.5, 0, "first"), (1e-1, 0.25, 0, "second"), (0.0, 0.1, 0, "third"), (1e-2, float("nan"), 0, "no")]
     figure = ElementTree.fromstring(point_figure(Axis("rate", "log10"), Axis("loss"), points, name="a"))

@@ -47,6 +47,22 @@ def test_the_flops_are_those_of_the_products(function, flops):
     assert product_flops(jax.make_jaxpr(function)(X, W)) == {"bfloat16": flops}
 
 
+def test_both_gradients_of_a_transposed_convolution_have_the_flops_of_its_forward_pass():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))
+
+    def forward(x, kernel):
+        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    out = forward(x, kernel)
+    assert out.shape == (1, 8, 8, 5)
+    for function, args in (
+        (forward, (x, kernel)),
+        (jax.linear_transpose(lambda x: forward(x, kernel), x), (out,)),
+        (jax.linear_transpose(lambda kernel: forward(x, kernel), kernel), (out,)),
+    ):
+        assert sum(product_flops(jax.make_jaxpr(function)(*args)).values()) == 2 * x.size * 5 * 3 * 3
+
+
 @pytest.mark.parametrize(
     ("precision", "operands", "expected"),
     [

@@ -76,6 +76,14 @@ def test_metrics_are_named_with_their_units_and_shown_with_their_digits():
     assert "accuracy" not in text
 
 
+def test_a_run_that_failed_is_in_no_mean_of_differences_and_is_counted():
+    found = comparison([[30.0, 31.0, 32.0], [31.0, 31.5, 32.5]])
+    found["runs"][4] |= {"failed": "the loss is NaN", "metrics": []}
+    text, _ = visible(found)
+    figure = text.partition("<h3>Loss, validation, difference to float32</h3>")[2].partition("</figure>")[0]
+    assert "mixed_bfloat16 (1 failed)" in figure
+
+
 def test_the_figure_of_the_monitored_metric_is_on_top():
     text, _ = visible(comparison([[30.0, 31.0], [31.0, 31.5]]))
     top, rest = text.split("<h2>Training</h2>")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 
+from jaxmp.reports.run_report import _apart, _names
 from jaxmp.runs.curves import Curve, curve_figures, grouped_figure, metrics_of
 from jaxmp.training.metrics import MetricSpec
 
@@ -60,6 +62,23 @@ def test_a_chart_that_says_nothing_is_a_sentence():
     assert words((1.0, 1.0), (8.0, 8.0))["Loss scale"] == "the same in every line: 1 (p0); 8 (p1)."
     assert words((8.0, 4.0), (1.0, 1.0), steps=(0, 1)) == {}
     assert words((8.0, 8.0), steps=(1, 1)) == {"Loss scale": "8 in every line."}
+
+
+def test_runs_that_began_with_other_weights_are_no_seeds_of_each_other():
+    experiment = {"precision": "float32", "seed": 0}
+    new = {"name": "net", "experiment": experiment}
+    begins = {"how": "init", "hash": "abc", "seed": 0, "step": 9}
+    trained = new | {"begins_with": begins, "parent": "/runs/before/abc-s0"}
+    other_seed = new | {"begins_with": begins | {"seed": 1}, "parent": "/runs/before/abc-s1"}
+    file = new | {"begins_with": {"sha256": "f" * 64}, "weights_file": "/data/bert.safetensors"}
+    found = _names([SimpleNamespace(config=config) for config in (new, trained, other_seed, file)])
+    assert found == ["from new weights", *["from before/abc@9 (init)"] * 2, "from bert.safetensors"]
+
+
+def test_labels_are_told_apart_by_as_much_as_it_takes():
+    assert _apart(["a", "b"], ["seed 0", "seed 0"], ["p", "q"]) == ["a", "b"]
+    assert _apart(["a", "a"], ["seed 0", "seed 1"], ["p", "q"]) == ["a, seed 0", "a, seed 1"]
+    assert _apart(["a", "a"], ["seed 0", "seed 0"], ["p", "q"]) == ["a, seed 0, p", "a, seed 0, q"]
 
 
 def test_names_stand_in_one_order_wherever_lines_end():

@@ -89,6 +89,18 @@ def test_nothing_below_a_run_and_nothing_half_deleted_is_a_run(tmp_path):
     assert [run.path.name for run in list_runs(tmp_path / "deep" / "er" / "run", now=NOW)] == ["run"]
 
 
+def test_a_config_of_another_program_hides_no_run_below_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    make(tmp_path / "runs" / "net" / "a")
+    states = {run.path.name: run.state for run in list_runs(tmp_path, now=NOW)}
+    assert states == {tmp_path.name: "unreadable", "a": "unfinished"}
+
+
+def test_what_was_measured_before_the_best_began_anew_is_not_the_best(tmp_path):
+    make(tmp_path / "a", lines=[evaluated(5, 1.0), evaluated(10, 2.0)], best_since=5)
+    assert list_runs(tmp_path, now=NOW)[0].best == 2.0
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("nothing", "no such folder"), ("file", "this is a file"), ("", "path")]
 )

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxmp
 from jaxmp.scaling.scalers import DynamicScaler, NoScaler, StaticScaler
@@ -116,6 +117,16 @@ def test_an_overflow_is_seen_in_each_of_many_leaves_and_in_large_ones(value):
     for leaf, x in enumerate(jax.tree.leaves(good)):
         if x.size:
             assert not finite(inject(good, leaf, value, place=x.size // 2))
+
+
+def test_leaves_of_one_shape_may_be_spread_over_different_axes():
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = [
+        jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for spec in (P("x", None), P(None, "x"))
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert jax.eval_shape(all_finite, spread).shape == ()
 
 
 @pytest.mark.parametrize("value", BAD)

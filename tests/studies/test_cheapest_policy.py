@@ -224,6 +224,16 @@ def test_it_is_deterministic(data, found_by_hand):
     assert jaxmp.find_policy(*by_hand(data), loss_scale=1.0) == found_by_hand
 
 
+def test_a_model_without_products_is_refused():
+    class Norms(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(nn.LayerNorm()(x))[:, :3]
+
+    with pytest.raises(InputError, match="no module has a product or a convolution of its own"):
+        jaxmp.find_policy(*pieces(Norms()), loss_scale=1.0)
+
+
 @pytest.mark.slow
 def test_what_overflows_at_the_loss_scale_is_outside_the_budget(data):
     with pytest.raises(InputError, match=r"no module with FLOPs can be in half .*; all of them overflow"):

@@ -367,6 +367,18 @@ def test_the_turn_is_the_first_that_leads_to_a_result():
     assert found.turns == ((10, 12),) and 3**10 < 65504 < 3**11
 
 
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda x: lax.while_loop(jnp.isfinite, lambda c: c / 2, x),
+        lambda x: lax.scan(lambda c, _: (c / 2, None), x, None, length=0)[0],
+    ],
+)
+def test_a_loop_without_a_turn_leads_on_to_what_it_was_given(loop):
+    found = blame(lambda x: loop(jnp.log(x)), F16(0))
+    assert (found.primitive, found.value) == ("log", "-inf")
+
+
 def test_ranges_are_those_of_the_operands_and_the_limit_is_the_formats():
     found = blame(lambda x, y: x * y, half(0, 2, -3), half(1, 2, 30000))
     x, y = found.operands

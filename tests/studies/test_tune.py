@@ -43,6 +43,7 @@ from jaxmp.studies.tune_study import (
     study_to_json,
 )
 from jaxmp.training.optimizers import SGD, Adam
+from jaxmp.training.pruning import Pruning
 
 optuna = pytest.importorskip("optuna", minversion="5", reason="the extra tune is not installed")
 pytestmark = pytest.mark.xdist_group("tune")
@@ -118,6 +119,13 @@ def test_a_space_names_leaves_as_the_command_line_and_python_do():
     assert space.to_json() == {"optimizer": "SGD(),Adam()", "data.batch-size": "4,8"}
     assert [point["data.batch_size"] for point in space.points()] == ["4", "8", "4", "8"]
     assert space.point(SUBJECT, {"optimizer": "Adam()", "data.batch_size": "8"}, 0).experiment.optimizer == Adam(1e-3)
+
+
+def test_a_field_of_floats_is_one_though_it_is_written_as_a_whole_number():
+    subject = Subject(dataclasses.replace(BASE, optimizer=SGD(1, weight_decay=0)), "experiment")
+    leaves = Space.parse(["optimizer.weight-decay=log:1e-5:1e-1", "optimizer.learning-rate=linear:1:8"], subject).leaves
+    assert leaves["optimizer.weight_decay"] == Range(1e-5, 0.1, True, False)
+    assert leaves["optimizer.learning_rate"] == Range(1, 8, False, False)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +514,22 @@ def made_up(monkeypatch):
         monkeypatch.setattr("jaxmp.studies.tune.fit", fits)
 
     return use
+
+
+def test_a_trial_with_pruning_is_judged_by_pruned_weights(tmp_path, monkeypatch):
+    def fits(experiment, workdir, name, **how):
+        folder = RunFolder.of(experiment, workdir, name)
+        folder.create()
+        line = {"split": "validation", "skipped_steps": 0}
+        dense, pruned = {"step": 6, "loss": 0.1, "sparsity": 0.0}, {"step": 12, "loss": 0.7, "sparsity": 0.5}
+        folder.write_lines([line | dense, line | pruned])
+        return Fitted(folder.path, {}, stopped=False)
+
+    monkeypatch.setattr("jaxmp.studies.tune.fit", fits)
+    base = dataclasses.replace(BASE, pruning=Pruning(0.5))
+    space = {"optimizer.learning_rate": (0.1,)}
+    found = tune(base, space, sampler="grid", metric="loss", workdir=str(tmp_path), log=quiet)
+    assert found.best["value"] == 0.7
 
 
 @pytest.mark.parametrize(

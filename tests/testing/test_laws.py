@@ -140,6 +140,13 @@ def test_every_law_holds_on_every_scaler(name):
     assert not laws.broken, str(laws)
 
 
+def test_no_move_beyond_its_cap_or_floor_is_asked_of_a_scale():
+    capped = scaler_laws(scaler(DynamicScaler(init_scale=2.0**24, growth_interval=3), growth_factor=2.0, **CLAIMS))
+    floored = scaler_laws(scaler(DynamicScaler(init_scale=1.0, min_scale=1.0), hysteresis=1, min_scale=1.0))
+    assert capped["growth_interval"].verdict == "holds", capped["growth_interval"].words
+    assert floored["hysteresis"].verdict == "holds", floored["hysteresis"].words
+
+
 STEPS = {
     "mixed_float16": {"policy": "mixed_float16", "ema": False},
     "mixed_bfloat16": {"policy": "mixed_bfloat16", "ema": False},
