@@ -8,8 +8,8 @@ differ between the arms named after a format: the model and AdamW are float32 ev
 split.
 
 Arms named after a dtype compute the loss in that dtype of JAX. `11 bits` rounds the result of every operation of the
-loss and of its gradient to 11 significant bits, in float64 with 11 bits of exponent, so that no range is exceeded, and
-sums are rounded once. Float16 has these bits and less range: without a loss scale the gradient of a row, divided by the
+loss and of its gradient to 11 significant bits, with a range that nothing leaves (`jaxmp.studies.paper_losses`).
+Float16 has these bits and less range: without a loss scale the gradient of a row, divided by the
 number of rows, is subnormal or 0 in it. So `11 bits`, float32 and float64 are the doses, and float16 has a claim
 of its own.
 
@@ -22,7 +22,6 @@ epochs modulo 113, with softmax beside it. StableMax is computed in float64, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from jaxmp.html.figure import Axis
 from jaxmp.models.mlp import MLP
 from jaxmp.studies import paper_figures
 from jaxmp.studies.claims import Claim, Compute, Figure, Paper, below, higher, increasing, lower, share_above
+from jaxmp.studies.paper_losses import RowLosses, losses_in, losses_of
 from jaxmp.tasks.loss import init_model
 from jaxmp.training.metrics import Mean
 
@@ -49,45 +49,6 @@ LONG = 20_000
 DOSES: dict[str, str | int] = {"11 bits": 11, "float32": "float32", "float64": "float64"}
 """losses by their bits, 11, 24 and 53, all with a range that no gradient leaves: as `train` takes them"""
 SOURCE = "2501.04697"
-
-RowLosses = Callable[[jax.Array, jax.Array], jax.Array]
-"""maps logits, (rows, classes), and labels to the losses of the rows, in nats"""
-
-
-def losses_in(dtype: Any) -> RowLosses:
-    """Returns the softmax cross-entropy computed in a dtype of JAX."""
-
-    def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        log_probabilities = jax.nn.log_softmax(logits.astype(dtype))
-        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
-
-    return losses
-
-
-def losses_of(bits: int) -> RowLosses:
-    """Returns the softmax cross-entropy whose operations, and those of its gradient, are rounded to so many bits."""
-
-    def rounded(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_precision(x, 11, bits - 1)
-
-    def forward(logits: jax.Array, labels: jax.Array) -> Any:
-        z = rounded(logits.astype(jnp.float64))
-        shifted = rounded(z - jnp.max(z, axis=-1, keepdims=True))
-        total = rounded(jnp.sum(rounded(jnp.exp(shifted)), axis=-1, keepdims=True))
-        log_probabilities = rounded(shifted - rounded(jnp.log(total)))
-        gradient = rounded(rounded(jnp.exp(log_probabilities)) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype))
-        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0], gradient
-
-    @jax.custom_vjp
-    def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        return forward(logits, labels)[0]
-
-    def backward(gradient: jax.Array, cotangent: jax.Array) -> Any:
-        # Logits are float32, as are the model's.
-        return rounded(gradient * cotangent[:, None]).astype(jnp.float32), None
-
-    losses.defvjp(forward, backward)
-    return losses
 
 
 def stablemax_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:

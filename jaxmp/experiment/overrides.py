@@ -53,6 +53,12 @@ def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", 
         raise refused.error from None
 
 
+def named_fields(arguments: Iterable[str]) -> set[str]:
+    """The paths of the fields that arguments such as `--optimizer.learning-rate` name: `optimizer.learning_rate`."""
+    named = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {name.removeprefix("--").replace("-", "_") for name in named}
+
+
 def refuse_without_effect(experiment: Experiment, arguments: Iterable[str], *, varied: Collection[str] = ()) -> None:
     """Raises InputError if one of the arguments that changed `experiment` has no effect beside its other fields.
 

@@ -22,7 +22,7 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment, in_words
 from jaxmp.experiment.identity import HASHED, field_kinds
-from jaxmp.experiment.overrides import override, refuse_without_effect
+from jaxmp.experiment.overrides import named_fields, override, refuse_without_effect
 
 KINDS = ("log", "linear")
 """how a range is drawn: evenly in the logarithm of its values, or evenly"""
@@ -87,8 +87,7 @@ class Subject:
         if isinstance(self.source, Experiment):
             return _quietly(override, self.source, words)
         experiment = _quietly(self.source.experiment, [*self.overrides, *words])
-        varied = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
-        refuse_without_effect(experiment, [*self.overrides, *words], varied=varied)
+        refuse_without_effect(experiment, [*self.overrides, *words], varied=named_fields(words))
         return experiment
 
     def origin(self, arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -206,7 +205,7 @@ class Space:
 
     def _check(self, subject: Subject, base: Experiment) -> None:
         """Raises InputError if a leaf cannot be varied, or the experiment takes one of its values in no combination."""
-        given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in subject.overrides}
+        given = named_fields(subject.overrides)
         kinds = field_kinds(base)
         for path, of in self.leaves.items():
             whole = next((other for other in self.leaves if path.startswith(f"{other}.")), None)
