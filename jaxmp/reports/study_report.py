@@ -111,7 +111,10 @@ def page(study: Mapping[str, Any]) -> Page:
     result.section("Each field", "Every point is a trial: its value of the field, and the metric that came out.")
     result.figures(_slices(study))
     if curves := _curves(study):
-        result.section("Curves", "What the pruner saw of the first seed of each trial; a cross ends a pruned one.")
+        saw = "of the first seed of each trial; a cross ends a pruned one."
+        if definition["pruner"] == "wilcoxon":
+            saw = "of each seed of each trial, beside those of the best trial; a cross ends a pruned one."
+        result.section("Curves", f"What the pruner saw {saw}")
         result.figures(curves)
     result.section("Trials")
     result.table(*_table(study, _ranked(study)))
@@ -233,15 +236,14 @@ def _slices(study: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (trial, {name.replace("_", "-"): value for name, value in trial["params"].items()})
             for trial in _ended(study)
         ]
-        is_range = values.startswith(("log:", "linear:"))
-        names = () if is_range else values.split("|" if "|" in values else ",")
+        names = study["choices"].get(leaf, ())
         points = []
         for trial, params in ended:
             if leaf in params:
-                x = params[leaf] if is_range else names.index(params[leaf])
+                x = names.index(params[leaf]) if names else params[leaf]
                 tip = f"trial {trial['number'] + 1}: {_param(params[leaf])}, {shown(spec, trial['value'])}"
                 points.append((float(x), trial["value"] * spec.factor, 0, tip))
-        axis = Axis(leaf, "log10" if values.startswith("log:") else "linear")
+        axis = Axis(leaf, "log10" if values.startswith("log:") and not names else "linear")
         found.append((leaf, point_figure(axis, _axis(study, spec), points, names=names, name=f"slice of {leaf}"), ""))
     return found
 

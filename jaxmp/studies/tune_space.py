@@ -91,8 +91,8 @@ class Subject:
         return experiment
 
     def origin(self, arguments: Sequence[str]) -> dict[str, Any] | None:
-        """How `fit` records that a run can be made again; None for an Experiment from Python."""
-        if isinstance(self.source, Experiment):
+        """How `fit` records that a run can be made again; None where no arguments make it, see `Point`."""
+        if isinstance(self.source, Experiment) or not arguments:
             return None
         return self.source.origin([*self.overrides, *arguments])
 
@@ -102,7 +102,8 @@ class Point(NamedTuple):
 
     experiment: Experiment
     arguments: list[str]
-    """what `jaxmp train CONFIG` takes beside the study's own overrides; [] for an Experiment from Python"""
+    """what `jaxmp train CONFIG` takes beside the study's own overrides; [] for an Experiment from Python, and with a
+    value that no argument can give, such as a module"""
 
 
 @dataclass(frozen=True)
@@ -184,24 +185,20 @@ class Space:
 
         Raises: InputError if the experiment takes them in no such combination.
         """
-        words = [*self._words(subject, drawn), "--seed", str(seed)]
         values = {}
         for path, value in drawn.items():
             of = self.leaves[path]
             if isinstance(of, Choices) and of.values is not None:
                 values[path] = of.values[of.texts.index(value)]
-        experiment = replaced(subject.make(words), values)
-        return Point(experiment, words if isinstance(subject.source, ConfigFile) else [])
-
-    def _words(self, subject: Subject, drawn: Mapping[str, Any]) -> list[str]:
-        """The arguments of a command line that set those of the leaves that have one."""
-        words = []
-        for path, value in drawn.items():
-            of = self.leaves[path]
-            if isinstance(of, Choices) and of.values is not None:
-                continue
-            words += [f"--{spelled(path)}", *_split(subject.base, path, value)]
-        return words
+        from_file = isinstance(subject.source, ConfigFile)
+        if values and from_file:
+            with contextlib.suppress(InputError):
+                words = _words(subject.base, {**drawn, **values}, seed)
+                made = subject.make(words)
+                if made.hash == replaced(made, values).hash:
+                    return Point(made, words)
+        words = _words(subject.base, {path: value for path, value in drawn.items() if path not in values}, seed)
+        return Point(replaced(subject.make(words), values), words if from_file and not values else [])
 
     def _check(self, subject: Subject, base: Experiment) -> None:
         """Raises InputError if a leaf cannot be varied, or the experiment takes one of its values in no combination."""
@@ -367,11 +364,22 @@ def _takes(subject: Subject, path: str, word: str) -> bool:
     return True
 
 
-def _split(base: Experiment, path: str, value: Any) -> list[str]:
-    """The words of a value: of a field that is a text one, else as many as there are between spaces."""
-    if not isinstance(value, str):
-        return [repr(value)]
-    return [value] if isinstance(dict(fields_of(base)).get(path), str) else value.split()
+def _words(base: Experiment, values: Mapping[str, Any], seed: int) -> list[str]:
+    """The arguments of a command line that set fields to texts or values. tyro may refuse those of a value."""
+    words, fields = [], dict(fields_of(base))
+    for path, value in values.items():
+        if isinstance(fields[path], bool) and str(value) in ("True", "False"):
+            above, dot, name = spelled(path).rpartition(".")
+            words.append(f"--{above}{dot}{'' if str(value) == 'True' else 'no-'}{name}")
+            continue
+        words.append(f"--{spelled(path)}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif isinstance(value, str) and not isinstance(fields[path], str):
+            words += value.split()
+        else:
+            words.append(str(value))
+    return [*words, "--seed", str(seed)]
 
 
 def _quietly(make: Callable[..., Experiment], *arguments: Any) -> Experiment:

@@ -590,13 +590,14 @@ def study_to_json(folder: StudyFolder, storage: str | None = None, *, importance
     opened = open_storage(folder, storage or content["storage"])
     try:
         study = optuna.load_study(study_name=content["study"], storage=opened)
-        trials = [_trial(t) for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
+        kept = [t for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.FAIL]
         more = {"importance": _importance(study, definition)} if importance else {}
     except KeyError:
         raise InputError(f"{folder.path}: its storage holds no study {content['study']}") from None
     finally:
         close_storage(opened)
-    trials.sort(key=lambda trial: trial["number"])
+    trials = sorted(map(_trial, kept), key=lambda trial: trial["number"])
+    drawn = {path: of for trial in kept for path, of in trial.distributions.items()}
     best = _best(trials, definition)
     return without_nan(
         {
@@ -605,6 +606,7 @@ def study_to_json(folder: StudyFolder, storage: str | None = None, *, importance
             "folder": str(folder.path),
             "trials": trials,
             "best": best and best["number"],
+            "choices": {path.replace("_", "-"): [*of.choices] for path, of in drawn.items() if hasattr(of, "choices")},
             **more,
         }
     )
@@ -616,6 +618,8 @@ def _trial(frozen: Any) -> dict[str, Any]:
     value = frozen.value if frozen.state.name == "COMPLETE" else None
     if value is not None and not math.isfinite(value):
         state, value = "failed", None
+    elif value is not None and "reason" in kept:  # over so many of its seeds it has a value
+        state = "pruned"
     return {
         "number": kept.get("point", frozen.number),
         "state": state,

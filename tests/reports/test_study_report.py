@@ -47,8 +47,28 @@ def study():
         "folder": "runs/c/tune",
         "workdir": "runs",
         "source": "c.py",
+        "choices": {"data.batch-size": ["32", "64"]},
         **origin,
     }
+
+
+def test_a_slice_names_each_value_of_a_list_whatever_letters_it_has():
+    found = study()
+    found["definition"] = DEFINITION | {"space": {"model.features": "(4,)", "model.kind": "a|b|c,d"}}
+    found["choices"] = {"model.features": ["(4,)"], "model.kind": ["a|b", "c,d"]}
+    for trial in found["trials"]:
+        trial["params"] = {"model.features": "(4,)", "model.kind": "c,d" if trial["number"] % 2 else "a|b"}
+    (_, features, _), (_, kind, _) = study_report._slices(found)
+    assert {circle.get("data-x") for circle in circles(features, 0)} == {"0"}
+    assert {circle.get("data-x") for circle in circles(kind, 0)} == {"0", "1"}
+    assert ">a|b<" in kind and ">c,d<" in kind
+
+
+def test_the_page_of_a_study_by_the_wilcoxon_test_says_what_that_compares():
+    found = study()
+    found["definition"] = DEFINITION | {"pruner": "wilcoxon", "seeds": 8}
+    page = str(study_report.page(found))
+    assert "What the pruner saw of each seed of each trial" in page and "first seed" not in page
 
 
 def circles(svg, style):

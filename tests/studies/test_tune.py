@@ -23,6 +23,7 @@ from jaxmp.cli import main
 from jaxmp.commands.tune import READY, RESTARTS, _Workers
 from jaxmp.data.arrays import Arrays
 from jaxmp.errors import InputError, RunFailed
+from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Loop
 from jaxmp.models.mlp import MLP
@@ -576,6 +577,29 @@ def test_a_trial_that_another_worker_took_over_ends_no_worker(tmp_path, made_up)
     assert said[0] == "trial 1: another worker took it over; its run is kept"
 
 
+def test_a_config_varied_from_python_has_a_command_with_each_value_or_none(tmp_path, made_up):
+    made_up(lambda run: run.optimizer.learning_rate + len(run.model.features))
+    config = ConfigFile.find(str(write_config(tmp_path)))
+    space = {"optimizer.learning_rate": (0.2,), "model.features": ((4, 3),), "optimizer.nesterov": (False,)}
+    found = tune(config, space, sampler="grid", metric="loss", workdir=str(tmp_path / "runs"), log=quiet)
+    command = study_report.command_of(found, found.best)
+    assert "--optimizer.learning-rate 0.2 --model.features 4 3 --optimizer.no-nesterov --seed 0" in command
+    made = config.experiment(command.partition("--workdir")[0].split()[3:])
+    assert str(RunFolder.of(made, tmp_path / "runs", "blobs").path) == found.best["runs"][0]
+    assert any(">(4, 3)<" in svg for _, svg, _ in study_report._slices(found))
+
+    of_file = Subject(config, "blobs")
+    point = Space.parse({"optimizer": (Adam(1e-3),)}, of_file).point(of_file, {"optimizer": "Adam()"}, 0)
+    assert (point.experiment.optimizer, point.arguments, of_file.origin([])) == (Adam(1e-3), [], None)
+
+
+def test_a_flag_is_varied_as_the_command_line_spells_it():
+    subject = Subject(dataclasses.replace(BASE, optimizer=SGD(0.1, momentum=0.9)), "experiment")
+    space = Space.parse(["optimizer.nesterov=True,False"], subject)
+    made = [space.point(subject, point, 0).experiment.optimizer.nesterov for point in space.points()]
+    assert made == [True, False]
+
+
 @pytest.mark.slow
 def test_wilcoxon_ends_a_trial_over_paired_seeds_and_the_best_has_all_of_them(tmp_path, made_up):
     # What a seed adds is far more than what the rate does.
@@ -585,7 +609,7 @@ def test_wilcoxon_ends_a_trial_over_paired_seeds_and_the_best_has_all_of_them(tm
     found = tune(BASE, space, **how, workdir=str(tmp_path), log=quiet)
     first, worse, best = found["trials"]
     assert (len(first["seeds"]), len(worse["seeds"]), len(best["seeds"])) == (8, 5, 8) and found.best == best
-    assert worse["state"] == "done" and worse["reason"] == "worse than the best trial on the same 5 seeds (Wilcoxon)"
+    assert worse["state"] == "pruned" and worse["reason"] == "worse than the best trial on the same 5 seeds (Wilcoxon)"
     # Over four seeds it is worse by p = 1/16, but its mean of them, 1.55, would have been the best of the study.
     assert worse["value"] == pytest.approx(2 + 0.05) and best["value"] == pytest.approx(13 / 8 + 0.01)
 
