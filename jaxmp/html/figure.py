@@ -2,7 +2,7 @@
 
 Colours, dashes and text sizes are classes; the style sheet of `jaxmp.reports.page` gives them values, so that one
 drawing serves a light screen, a dark one and paper. Series differ by colour and by dashes, and are named on the
-right, in one order: nothing is told by colour alone.
+right, in one order: of up to 6, none is told by colour alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxmp.html.elements import escape as _escape
 from jaxmp.html.elements import shortened
 
 STYLES = 6
-"""Series that can be told apart; the style sheet has a colour and a dash for each."""
+"""colours, and dashes, of the style sheet; STYLES**2 lines can be told apart by both"""
 
 WIDTH, HEIGHT = 560, 290
 LEFT, TOP, BOTTOM = 66, 30, 40
@@ -44,7 +44,7 @@ class Series:
     y: Sequence[float]
     """values; NaN leaves a gap"""
     style: int = 0
-    """index of its colour and dash"""
+    """index of its look: the first six differ by colour and dash, the next have the same colours with other dashes"""
     faint: bool = False
     """whether it is drawn thin, as a single run behind the mean of several"""
     steps: bool = False
@@ -83,10 +83,11 @@ def line_figure(x: Axis, y: Axis, series: Sequence[Series], *, name: str) -> str
     parts = [_frame(across, up, LEFT, right, TOP, HEIGHT)]
     for s in drawn:
         parts += _line(s, across, up)
-    parts += _legend([s for s in drawn if s.label and _last(s)], right)
+    named = [s for s in drawn if s.label and _last(s)]
+    parts += _legend(named, right)
     if not any(_last(s) for s in drawn):
         parts.append(_text((LEFT + right) / 2, (TOP + HEIGHT - BOTTOM) / 2, "no finite value", "mute middle"))
-    return _svg(parts, name, HEIGHT)
+    return _svg(parts, name, max(HEIGHT, TOP + LABEL_HEIGHT * len(named)))
 
 
 def interval_figure(x: Axis, rows: Sequence[tuple[str, int, Sequence[float], Any]], *, name: str) -> str:
@@ -357,11 +358,10 @@ def _line(series: Series, across: _Scale, up: _Scale) -> list[str]:
     last = _last(series)
     if last is None:
         return []
-    style = f"c{series.style % STYLES}"
-    kind = "line faint" if series.faint else f"line d{series.style % STYLES}"
     data = f'data-x="{_numbers(series.x)}" data-y="{_numbers(series.y)}"'
     tip = f"<title>{_escape(series.label)}</title>" if series.label else ""
-    parts = [f'<path class="{style} {kind}" {data} d="{"".join(path)}">{tip}</path>']
+    style = f"c{series.style % STYLES}"
+    parts = [f'<path class="{_look(series)}" {data} d="{"".join(path)}">{tip}</path>']
     if not series.faint and len(series.x) <= DOTS:
         parts += [
             f'<circle class="{style} dot" cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.4"><title>{x:,g}: {y:.5g}</title>'
@@ -375,6 +375,12 @@ def _line(series: Series, across: _Scale, up: _Scale) -> list[str]:
     return parts
 
 
+def _look(series: Series) -> str:
+    """The classes of a line; faint ones have no dashes."""
+    around, style = divmod(series.style, STYLES)
+    return f"c{style} line {'faint' if series.faint else f'd{(style + around) % STYLES}'}"
+
+
 def _legend(named: Sequence[Series], edge: float) -> list[str]:
     """Draws a sample and the name of each line on the right, from top to bottom in the order of the series.
 
@@ -382,9 +388,8 @@ def _legend(named: Sequence[Series], edge: float) -> list[str]:
     """
     parts = []
     for row, series in enumerate(named):
-        y, style = TOP + 6 + LABEL_HEIGHT * row, f"c{series.style % STYLES}"
-        kind = "line faint" if series.faint else f"line d{series.style % STYLES}"
-        parts.append(f'<path class="{style} {kind}" d="M{edge + 14} {y:.1f}h20"/>')
+        y = TOP + 6 + LABEL_HEIGHT * row
+        parts.append(f'<path class="{_look(series)}" d="M{edge + 14} {y:.1f}h20"/>')
         parts.append(_name(edge + 39, y + 4, series.label, "", NAME_LETTERS))
     return parts
 

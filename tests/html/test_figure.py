@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from jaxmp.html.figure import LETTER, WIDTH, Axis, Series, bar_figure, interval_figure, line_figure, point_figure
+from jaxmp.html.figure import (
+    LETTER,
+    STYLES,
+    WIDTH,
+    Axis,
+    Series,
+    bar_figure,
+    interval_figure,
+    line_figure,
+    point_figure,
+)
 
 LONG = [f"encoder/layer_0=float32; rnn/*=mixed_float16; rnn=float32; mixed_{half}" for half in ("float16", "bfloat16")]
 
@@ -50,3 +60,13 @@ def test_points_stand_at_their_values_or_names_and_what_an_axis_cannot_show_is_l
     ticks = [text for text in figure.iter("text") if text.get("class") == "tick middle"]
     assert ticks[0].text == "32" and len(ticks[1].text) < len(LONG[0]) and ticks[1].get("x") == circle.get("cx")
     assert "no finite value" in point_figure(Axis("x"), Axis("y"), [], name="c")
+
+
+def test_every_line_looks_otherwise_than_all_others_and_its_name_is_inside():
+    lines = [Series(f"arm {i}", [0, 1], [i, i], i) for i in range(STYLES**2)]
+    figure = ElementTree.fromstring(line_figure(Axis("x"), Axis("y"), lines, name="a"))
+    paths = [path.get("class") for path in figure.iter("path") if "line" in path.get("class")]
+    drawn, legend = paths[: len(lines)], paths[len(lines) :]
+    assert drawn == legend and len(set(drawn)) == len(lines)
+    names = {text.text: float(text.get("y")) for text in figure.iter("text")}
+    assert max(names[line.label] for line in lines) <= float(figure.get("viewBox").split()[3])
