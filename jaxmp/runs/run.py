@@ -24,6 +24,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.experiment.reachable import Comparison, made_by
 from jaxmp.html.elements import Elements
+from jaxmp.modules.dropout import DropoutByExample
 from jaxmp.modules.linen import UnderPolicy
 from jaxmp.modules.model import as_model
 from jaxmp.runs.curves import Curve, curve_figures
@@ -280,10 +281,15 @@ class Run:
         """
         return self.outputs(batch_of(self.experiment.data, batch), self._chosen(state, weights))
 
-    def outputs(self, batch: dict[str, Any], state: TrainState) -> Any:
-        """The model's outputs for rows after the host transforms that are not prepared yet, with their "weight"."""
+    def outputs(self, batch: dict[str, Any], state: TrainState, *, first: int | None = None) -> Any:
+        """The model's outputs for rows after the host transforms that are not prepared yet, with their "weight".
+
+        `first` is the number of the first row in the split of which they are a batch: a model that draws in evaluation
+        then draws for a row what evaluation does.
+        """
         inputs = {name: jnp.asarray(column) for name, column in batch.items()}
-        return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state))
+        number = None if first is None else np.int32(first)
+        return self._outputs(state.averaged_params, state.model_state, inputs, evaluation_key(state), number)
 
     @functools.cached_property
     def _outputs(self) -> Callable[..., Any]:
@@ -292,9 +298,13 @@ class Run:
         prepared = experiment.data.prepare(train=False)
 
         @jax.jit
-        def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        def outputs(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array, first: Any) -> Any:
             batch = prepared(batch, None)
-            return model.apply(params, model_state, *(batch[name] for name in experiment.task.inputs), key=key)[0]
+            drawing = model
+            if first is not None:
+                index = first + jnp.arange(len(batch["weight"]), dtype=jnp.int32)
+                drawing = model.under(DropoutByExample(index, len(index)))
+            return drawing.apply(params, model_state, *(batch[name] for name in experiment.task.inputs), key=key)[0]
 
         return outputs
 
@@ -342,6 +352,8 @@ class Run:
     ) -> dict[str, np.ndarray]:
         """The model's predictions for a split or for rows of your own, as `task.predictions` gives them.
 
+        A model that draws in evaluation draws for the row of a number what evaluation does.
+
         Args:
           rows: name of a split; or arrays of shape (n, ...) by name, as the data has them, at least the task's inputs.
           state: whose weights, as in `apply`: "last", "best", the number of a step, or a state.
@@ -358,7 +370,7 @@ class Run:
         source = self.source(rows) if isinstance(rows, str) else _columns(data, rows)
         chosen = self._chosen(state, weights)
         found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        for batch in evaluation_batches(source, data.eval_batch_size):
+        for number, batch in enumerate(evaluation_batches(source, data.eval_batch_size)):
             missing = [name for name in task.inputs if name not in batch]
             if missing:
                 raise InputError(
@@ -366,7 +378,7 @@ class Run:
                     f"{', '.join(sorted(set(batch) - {'weight'}))}{nearest(missing[0], batch)}"
                 )
             there = int(np.sum(batch["weight"]))  # the last batch is filled up with rows of weight 0
-            predicted = predictions(task, self.outputs(batch, chosen))
+            predicted = predictions(task, self.outputs(batch, chosen, first=number * data.eval_batch_size))
             target = getattr(task, "target", None)
             if target in batch:
                 predicted[target] = batch[target]

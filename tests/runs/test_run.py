@@ -13,7 +13,10 @@ import pytest
 import jaxmp
 from jaxmp import Adam, Arrays, Experiment, InputError, Loop, Run, TrainState
 from jaxmp.cli import main
+from jaxmp.models.noise import Noise
 from jaxmp.tasks.classification import Classification
+from jaxmp.tasks.regression import Regression
+from jaxmp.training.metrics import compute
 
 pytestmark = pytest.mark.xdist_group("run")  # one worker: the fixtures train
 
@@ -135,6 +138,31 @@ def test_apply_gives_the_outputs_of_the_averaged_weights_under_the_policy(traine
     ]
     from_averaged, from_last = (np.abs(logits - expected).max() for expected in in_float32)
     assert 0 < from_averaged < 0.05 < from_last  # not float32, but near it
+
+
+class Drawing(nn.Module):
+    """Draws in evaluation, too."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(1)(x)) + Noise(1)(len(x))
+
+
+def test_what_is_drawn_for_a_row_is_what_evaluation_draws_whatever_the_size_of_batches(trained):
+    rows = {"x": np.linspace(-1, 1, 20, dtype=np.float32).reshape(10, 2), "y": np.ones((10, 1), np.float32)}
+
+    def predicted(size, state=None):
+        data = Arrays(lambda split: rows, batch_size=5, eval_batch_size=size, images=())
+        run = Run(trained)
+        run.experiment = Experiment(Drawing(), data, Regression(inputs=("x",)), precision="float32")
+        state = run.trainer.devices.get(run.trainer.devices.put_state(run.trainer.init())) if state is None else state
+        return run, state, run.predict(rows, state)["output"]
+
+    run, state, found = predicted(3)
+    _, _, at_once = predicted(10, state)
+    np.testing.assert_allclose(found, at_once, rtol=1e-6)
+    evaluated = compute(run.trainer.evaluation(state, run.trainer.source()))["loss"]
+    assert evaluated == pytest.approx(np.square(found - rows["y"]).mean(), rel=1e-5)
 
 
 def test_predictions_are_made_with_the_weights_that_are_named(trained):
