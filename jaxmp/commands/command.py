@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.overrides import named_fields, override, refuse_without_effect
 
 if TYPE_CHECKING:
     from jaxmp.experiment.experiment import Experiment
@@ -120,8 +121,6 @@ def parse(
       InputError: the config file fails, or a value is refused or has no effect.
       SystemExit: 0 after `--help`; 2 after a message about an argument.
     """
-    from jaxmp.experiment.overrides import override, refuse_without_effect
-
     values, given = _split(options, argv, prog)
     overrides = [*recorded, *given]
     experiment = config.experiment()
@@ -167,8 +166,7 @@ def _split(options: type, argv: Sequence[str], prog: str) -> tuple[Any, list[str
     is_own = False
     for argument in argv:
         if argument.startswith("--") or argument in HELP:
-            name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
-            is_own = name in own or name.removeprefix("no_") in own
+            is_own = not own.isdisjoint(named_fields([argument]))
         parts[is_own].append(argument)
     return _read(options, parts[True], prog=prog), parts[False]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from jaxmp.commands.command import ConfigCommand, require_path
 from jaxmp.errors import DONE, FAILED, STOPPED, InputError
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.overrides import named_fields
 
 if TYPE_CHECKING:
     from jaxmp.experiment.experiment import Experiment
@@ -44,7 +45,7 @@ class Options:
 def compare(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
     """Trains a config under several precisions and seeds, and compares them on an HTML page."""
     require_path(workdir=options.workdir, output=options.output)
-    if any(argument.partition("=")[0] == "--seed" for argument in overrides):
+    if "seed" in named_fields(overrides):
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
     from jaxmp.reports import gate_report
     from jaxmp.reports.comparison import failures, text

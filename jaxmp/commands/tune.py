@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxmp.commands.command import ConfigCommand, require_path
 from jaxmp.errors import BAD_INPUT, DONE, FAILED, STOPPED, InputError
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.overrides import field_path
 
 if TYPE_CHECKING:
     from jaxmp.experiment.experiment import Experiment
@@ -58,7 +59,7 @@ class Options:
     @property
     def varied(self) -> list[str]:
         """The fields that the study varies, by path."""
-        return [text.partition("=")[0].removeprefix("--").replace("-", "_") for text in self.space]
+        return [field_path(text) for text in self.space]
 
 
 def tune(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:

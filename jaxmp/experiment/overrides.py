@@ -1,15 +1,15 @@
-"""`override`: an experiment with fields changed by command-line arguments, read by tyro."""
+"""`override`: an experiment with fields changed by command-line arguments, read by tyro. JAX is not imported here."""
 
 from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxmp.errors import InputError
-from jaxmp.scaling.scalers import NoScaler, Scaling, StaticScaler
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -53,10 +53,22 @@ def override(experiment: Any, arguments: Sequence[str], *, prog: str = "jaxmp", 
         raise refused.error from None
 
 
+def field_path(text: str) -> str:
+    """The path of the field that the beginning of an argument or of a line of `--space` names.
+
+    >>> field_path("--optimizer.learning-rate=0.1")
+    'optimizer.learning_rate'
+    """
+    return text.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
 def named_fields(arguments: Iterable[str]) -> set[str]:
-    """The paths of the fields that arguments such as `--optimizer.learning-rate` name: `optimizer.learning_rate`."""
-    named = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return {name.removeprefix("--").replace("-", "_") for name in named}
+    """The paths of the fields that arguments name; of `--optimizer.no-nesterov`, also `optimizer.nesterov`.
+
+    Arguments that do not begin with `--` are values.
+    """
+    named = {field_path(argument) for argument in arguments if argument.startswith("--")}
+    return named | {re.sub(r"(^|\.)no_([^.]*)$", r"\1\2", path) for path in named}
 
 
 def refuse_without_effect(experiment: Experiment, arguments: Iterable[str], *, varied: Collection[str] = ()) -> None:
@@ -69,15 +81,17 @@ def refuse_without_effect(experiment: Experiment, arguments: Iterable[str], *, v
       arguments: the names of fields, with their values.
       varied: paths of fields that the command itself gives other values; what depends on one of them is not refused.
     """
-    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    from jaxmp.scaling.scalers import NoScaler, Scaling, StaticScaler
+
+    names = named_fields(arguments)
     loop, scaler = experiment.loop, experiment.scaler
-    if loop.steps is not None and "--loop.epochs" in names:
+    if loop.steps is not None and "loop.epochs" in names:
         raise InputError(
             f"--loop.epochs: without effect beside loop.steps = {loop.steps}; expected one of the two, or "
             "--loop.steps None"
         )
     in_one_part = loop.accumulate_overflow == "microbatch" and loop.accumulate_steps == 1
-    if in_one_part and "--loop.accumulate-overflow" in names and "loop.accumulate_steps" not in varied:
+    if in_one_part and "loop.accumulate_overflow" in names and "loop.accumulate_steps" not in varied:
         raise InputError(
             "--loop.accumulate-overflow microbatch: without effect where loop.accumulate_steps = 1; expected "
             "--loop.accumulate-steps 2 or more beside it"
@@ -90,10 +104,11 @@ def refuse_without_effect(experiment: Experiment, arguments: Iterable[str], *, v
         made = [*experiment.make_scalers().values()] or [experiment.make_scaler()]
         kind = {NoScaler: "none", StaticScaler: "static"}.get(type(made[0]), "dynamic")
         shown = f"auto, which is {kind} with precision {experiment.precision}"
-    takes = {"static": {"--scaler.kind", "--scaler.init-scale"}, "none": {"--scaler.kind"}}
-    idle = {name for name in names if name.startswith("--scaler.")} - takes.get(kind, names)
+    takes = {"static": {"scaler.kind", "scaler.init_scale"}, "none": {"scaler.kind"}}
+    idle = {name for name in names if name.startswith("scaler.")} - takes.get(kind, names)
     if idle:
-        raise InputError(f"{', '.join(sorted(idle))}: without effect where scaler.kind = {shown}; expected dynamic")
+        those = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
+        raise InputError(f"{those}: without effect where scaler.kind = {shown}; expected dynamic")
 
 
 class _Refused(Exception):

@@ -22,7 +22,7 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment, in_words
 from jaxmp.experiment.identity import HASHED, field_kinds
-from jaxmp.experiment.overrides import named_fields, override, refuse_without_effect
+from jaxmp.experiment.overrides import field_path, named_fields, override, refuse_without_effect
 
 KINDS = ("log", "linear")
 """how a range is drawn: evenly in the logarithm of its values, or evenly"""
@@ -137,7 +137,7 @@ class Space:
         base = subject.base
         leaves: dict[str, Range | Choices] = {}
         for name, text in given.items() if isinstance(given, Mapping) else map(_leaf_and_text, given):
-            path = str(name).replace("-", "_")
+            path = field_path(str(name))
             if path in leaves:
                 raise InputError(f"--space {spelled(path)}: given twice")
             leaves[path] = _values(path, text, base, subject)
@@ -289,7 +289,7 @@ def _leaf_and_text(given: str) -> tuple[str, str]:
     name, equals, text = given.partition("=")
     if not equals:
         raise InputError(f"--space {given}: expected LEAF=log:LOW:HIGH or LEAF=VALUE,VALUE")
-    return name.removeprefix("--"), text
+    return name, text
 
 
 def _values(path: str, given: Any, base: Experiment, subject: Subject) -> Range | Choices:

@@ -598,6 +598,11 @@ def test_a_flag_is_varied_as_the_command_line_spells_it():
     space = Space.parse(["optimizer.nesterov=True,False"], subject)
     made = [space.point(subject, point, 0).experiment.optimizer.nesterov for point in space.points()]
     assert made == [True, False]
+    config = ConfigFile(
+        "flags", CONFIG.replace("STEPS", "3").replace("SGD(0.1)", "SGD(0.1, momentum=0.9)"), "/flags.py"
+    )
+    with pytest.raises(InputError, match=r"--optimizer\.nesterov: the study varies it"):
+        Space.parse(["optimizer.nesterov=True,False"], Subject(config, "flags", ("--optimizer.no-nesterov",)))
 
 
 @pytest.mark.slow
