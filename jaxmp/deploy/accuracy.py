@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmp.data.pipeline import evaluation_batches
-from jaxmp.deploy.decisions import decisions, labels_of
+from jaxmp.deploy.decisions import decisions, labels_of, targets_of
 from jaxmp.runs.run import Run
 
 CONFIDENCE = 1.96
@@ -73,11 +73,11 @@ def trade(run: Run, source: Any, before: Callable[[Batch], Any], after: Callable
       before: the outputs of the first model for a batch of rows that are not prepared yet.
       after: those of the second.
     """
-    task, right = run.experiment.task, []
+    task, targets, right = run.experiment.task, targets_of(run.experiment), []
     for batch in evaluation_batches(source, run.experiment.data.eval_batch_size):
         there = int(np.sum(batch["weight"]))
         both = [decisions(task, outputs(batch)) for outputs in (before, after)]
-        labels = labels_of(task, batch, both[0])
+        labels = labels_of(task, targets(batch), both[0])
         if labels is None:
             return None
         counts = labels.counts[:there]

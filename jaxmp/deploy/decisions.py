@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxmp.tasks.task import predictions
@@ -25,9 +26,24 @@ def decisions(task: Any, outputs: Any) -> np.ndarray | None:
     return next((value for value in found if value.dtype.kind in "iub"), None)
 
 
-def labels_of(task: Any, batch: Mapping[str, Any], decided: np.ndarray | None) -> Labels | None:
-    """The labels that decisions are compared with; None if the data have no label for each decision.
+def targets_of(experiment: Any) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+    """A function that makes the task's target from a batch, as evaluation does, by its name; {} if there is none.
 
+    The batch is after the host transforms, and not prepared yet: the target may be what a transform on the device made.
+    """
+    name, prepared = getattr(experiment.task, "target", None), experiment.data.prepare(train=False)
+
+    @jax.jit
+    def target(batch: dict[str, Any]) -> dict[str, jax.Array]:
+        return {column: of for column, of in prepared(batch, None).items() if column == name}
+
+    return lambda batch: {column: np.asarray(of) for column, of in target(dict(batch)).items()}
+
+
+def labels_of(task: Any, batch: Mapping[str, Any], decided: np.ndarray | None) -> Labels | None:
+    """The labels in a batch that decisions are compared with; None if the data have no label for each decision.
+
+    Of a batch only the target is read: what `targets_of` makes will do.
     Decisions that hold the task's padding are sequences, as those of CTC, of which no place has a label of its own.
     """
     labels = batch.get(getattr(task, "target", ""))

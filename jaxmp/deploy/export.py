@@ -25,7 +25,7 @@ from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.data.source import Rows, Source
 from jaxmp.deploy import onnx
 from jaxmp.deploy.certificate import Deviation
-from jaxmp.deploy.decisions import compared, decisions
+from jaxmp.deploy.decisions import compared, decisions, targets_of
 from jaxmp.deploy.forward import Forward, class_names, decoder, forward
 from jaxmp.deploy.onnx_graph import interface_dtype
 from jaxmp.deploy.predict import Artefact, ArtefactError
@@ -361,7 +361,7 @@ def _certificate(artefact: Artefact, of: Forward, run: Run, state: TrainState, m
     task, data, source, decode = run.experiment.task, run.experiment.data, measured.source, bool(of.state)
     in_float32 = forward(run, state, source, precision="float32")
     program, weights = jax.jit(in_float32.function), list(in_float32.weights.values())
-    found = {"float32": Deviation(), "run": Deviation()}
+    found, targets = {"float32": Deviation(), "run": Deviation()}, targets_of(run.experiment)
     for batch in evaluation_batches(source, data.eval_batch_size):
         there = int(np.sum(batch["weight"]))
         batch = {name: np.asarray(jnp.asarray(column)) for name, column in batch.items()}  # in JAX's dtypes
@@ -375,7 +375,7 @@ def _certificate(artefact: Artefact, of: Forward, run: Run, state: TrainState, m
             others = decisions(task, of.unflatten(list(reference)))
             both = None
             if decided is not None and others is not None:
-                both = decided, others, compared(task, batch, decided, others)
+                both = decided, others, compared(task, targets(batch), decided, others)
             found[name].add(outputs, arrays, both, there)
     return {
         "split": measured.split,

@@ -20,7 +20,7 @@ from jaxmp.deploy.accuracy import Trade, trade
 from jaxmp.deploy.awq import awq
 from jaxmp.deploy.certificate import kl_divergence
 from jaxmp.deploy.contraction import matrix_axes, summed_axes
-from jaxmp.deploy.decisions import decisions, labels_of
+from jaxmp.deploy.decisions import decisions, labels_of, targets_of
 from jaxmp.deploy.export import ROWS, Measured, check, chosen_state, load, write_folder
 from jaxmp.deploy.forward import Forward, forward
 from jaxmp.deploy.gptq import check_format, gptq
@@ -478,9 +478,9 @@ def _search(
 ) -> dict[str, BlockFormat | None]:
     """The formats with the fewest bits whose accuracy is within the budget of the run's own.
 
-    Each weight is first rounded alone, which says how much it costs: the mean KL divergence of the outputs. All begin
-    in the narrowest format; then the one that costs most for the bytes that it saves goes one rung up, to 8 bits or
-    as it was, until the measured accuracy is within the budget.
+    Each weight is first rounded alone, which says how much it costs: the mean KL divergence of the classes of a
+    decision, or of each of several labels. All begin in the narrowest format; then the one that costs most for the
+    bytes that it saves goes one rung up, to 8 bits or as it was, until the measured accuracy is within the budget.
 
     Raises: InputError if it is not with all weights as they are, since rounded activations alone cost more.
     """
@@ -534,7 +534,7 @@ class _Judge:
     def __init__(self, run: Run, state: Any, of: Forward, rows: int):
         split: Split = "validation" if "validation" in run.trainer.splits else "train"
         self._run, self._state, self._of, self._measured = run, state, of, Measured.of_run(run, split, rows)
-        self._program = jax.jit(of.function)
+        self._program, self._targets = jax.jit(of.function), targets_of(run.experiment)
         self._own: list[np.ndarray] = []
         self.where = f"{split} rows"
         """the rows that it judges by, in words"""
@@ -557,6 +557,8 @@ class _Judge:
             leaves = self._program(given, [], [np.asarray(jnp.asarray(batch[name])) for name in self._of.inputs])
             right, counts = self._right(batch, self._of.unflatten(leaves))
             logits = np.asarray(leaves[0])[: len(counts)]
+            if logits.shape == counts.shape:  # one for each decision, of a sigmoid: its softmax beside a logit of 0
+                logits = np.stack([logits, np.zeros_like(logits)], axis=-1)
             if first:
                 self._own.append(logits)
             divergence = np.minimum(kl_divergence(self._own[at], logits), 1e3)
@@ -575,7 +577,7 @@ class _Judge:
         """
         task, there = self._run.experiment.task, int(np.sum(batch["weight"]))
         decided = decisions(task, outputs)
-        labels = labels_of(task, batch, decided)
+        labels = labels_of(task, self._targets(batch), decided)
         if labels is None or len(jax.tree.leaves(outputs)) != 1:
             raise InputError(
                 f"--budget: {type(task).__name__} decides nothing that the data label; expected a classification"

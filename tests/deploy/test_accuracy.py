@@ -59,8 +59,9 @@ def measured(task, labels):
     source = Columns(
         {"logits": logits, "y": labels, "task": np.arange(ROWS) % 2, "w": np.arange(ROWS, dtype=np.float32)}
     )
+    data = SimpleNamespace(eval_batch_size=4, prepare=lambda train: lambda batch, key: batch)
     run = SimpleNamespace(
-        experiment=SimpleNamespace(task=task, data=SimpleNamespace(eval_batch_size=4)),
+        experiment=SimpleNamespace(task=task, data=data),
         outputs=lambda batch, state: jnp.asarray(batch["logits"]),
         trainer=SimpleNamespace(splits={"train": source}, source=lambda split: source),
         source=lambda split: source,
@@ -93,6 +94,29 @@ def test_the_first_accuracy_of_a_trade_is_the_run_s_own(name):
     (batch,) = evaluation_batches(source, ROWS)
     decided = np.zeros(labels.shape, bool if isinstance(task, MultiLabel) else int)
     assert np.sum(compared(task, batch, decided, decided)) == found.before.rows
+
+
+def test_labels_are_those_that_the_transforms_on_the_device_leave_in_evaluation():
+    task, labels = DECIDE["classes"]
+    run, source = measured(task, labels)
+    run.experiment.data.prepare = lambda train: lambda batch, key: {**batch, "y": (batch["y"] + 1) % CLASSES}
+    outputs = lambda batch: jnp.asarray(batch["logits"])  # noqa: E731
+    (batch,) = evaluation_batches(source, ROWS)
+    right = np.mean(batch["logits"].argmax(-1) == (labels + 1) % CLASSES)
+    found = trade(run, source, outputs, outputs)
+    assert found is not None and found.before.share == judge_of(run).of_run() == right
+
+
+def test_the_divergence_of_several_labels_is_the_mean_of_that_of_each():
+    run, source = measured(*DECIDE["bool labels"])
+    judge = judge_of(run)
+    assert judge({})[1] == 0
+    judge._of.weights = {"shift": 0.5}  # of all logits of a row: no softmax shows it
+    judge._program = lambda weights, state, inputs: [inputs[0] + weights[0]]
+    (batch,) = evaluation_batches(source, ROWS)
+    p, q = (1 / (1 + np.exp(-batch["logits"].astype(np.float64) - shift)) for shift in (0, 0.5))
+    right = np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+    assert judge({})[1] == pytest.approx(right, rel=1e-5) and right > 0.01
 
 
 def test_every_task_with_an_accuracy_and_decisions_is_measured():
