@@ -8,6 +8,7 @@ and "weight" float32 (batch,): 1 for a row, 0 for padding.
 from __future__ import annotations
 
 import functools
+import gc
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,6 +211,9 @@ def _read_ahead(
     import grain
 
     if workers:
+        # The semaphores of an earlier stream are in Grain's reference cycles. Freed while Python tells its resource
+        # tracker of new ones, they would call it within a call, which it warns of, and leak.
+        gc.collect()
         source = sendable(source, workers)
     threads = READ_THREADS if getattr(source, "thread_safe", False) else 0
     # A whole batch is an element: 20 times as fast as single rows that are batched afterwards.

@@ -1,10 +1,12 @@
 """Sources that are sent to other processes, and sources that one thread alone may read."""
 
+import gc
 import os
 import signal
 import sqlite3
 import sys
 import threading
+import weakref
 
 import cloudpickle
 import numpy as np
@@ -107,6 +109,28 @@ def test_a_killed_worker_is_one_message_and_leaves_no_shared_memory(ends, messag
         list(stream(Killed((os.getpid(), ends)), Batches(10, 5, 0), 0, 20, workers=2))
     cloudpickle.unregister_pickle_by_value(module)
     assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")} == set()
+
+
+def test_what_an_earlier_stream_left_in_cycles_is_freed_before_processes_are_made(monkeypatch):
+    class Left:
+        pass
+
+    left, seen = Left(), []
+    left.itself, freed = left, weakref.ref(left)
+
+    def sends(source, workers):
+        seen.append(freed())
+        raise InputError("not sent")
+
+    monkeypatch.setattr("jaxmp.data.pipeline.sendable", sends)
+    gc.disable()
+    try:
+        del left
+        with pytest.raises(InputError, match="not sent"):
+            next(stream(Rows(None), Batches(10, 5, 0), 0, 2, workers=2))
+    finally:
+        gc.enable()
+    assert seen == [None]
 
 
 def fails(indices):
