@@ -115,19 +115,6 @@ def test_a_run_resumes_at_the_same_revision_and_command_only(run_fake):
     assert measured("9", "--rounds=3", revision="b", dirty=True) == "9", "changes of a tree are not known"
 
 
-def test_what_a_benchmark_writes_is_no_change_of_the_tree(benchmark, monkeypatch):
-    run = benchmark("run")
-    patch = "diff --git a/{0} b/{0}\n--- a/{0}\n+++ b/{0}\n".format
-    for of, untracked, dirty in (
-        ("experiments/benchmarks/README.md", ["experiments/benchmarks/results/cpu-2026-01-01.json"], False),
-        ("experiments/benchmarks/peers.py", [], True),
-        ("experiments/benchmarks/README.md", ["experiments/benchmarks/resultsx"], True),
-    ):
-        git = {"revision": "a", "patch": patch(of), "untracked": untracked}
-        monkeypatch.setattr(run, "provenance", lambda git=git: {"git": git})
-        assert run.tree() == {"revision": "a", "dirty": dirty}
-
-
 def test_a_failed_run_leaves_the_whole_result_and_is_gone_on_with(run_fake):
     whole = run_fake("1")["fake"]
     assert run_fake("2", fails=True) == {"fake": whole}, "nothing new was measured"

@@ -118,17 +118,9 @@ def device() -> str:
 
 
 def tree() -> dict[str, Any] | None:
-    """Returns this tree's git `revision`, and whether it is `dirty`; None outside a repository.
-
-    What this program itself writes, results and README.md, is no change of the tree.
-    """
-    git = provenance()["git"]
-    if git is None:
-        return None
-    folder = FOLDER.relative_to(FOLDER.parents[1]).as_posix()
-    named = [*re.findall(r"^diff --git a/(\S+)", git["patch"], re.MULTILINE), *git["untracked"]]
-    own = f"{folder}/{RESULTS.name}/", f"{folder}/{README.name}"
-    return {"revision": git["revision"], "dirty": not all(name.startswith(own) for name in named)}
+    """Returns this tree's git `revision`, and whether it is `dirty`; None outside a repository."""
+    git: dict[str, Any] | None = provenance(patch=False)["git"]
+    return git
 
 
 def is_of(result: dict[str, Any], git: dict[str, Any] | None, command: str) -> bool:

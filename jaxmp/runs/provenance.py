@@ -15,6 +15,9 @@ from jaxmp.text_table import without_password
 
 PACKAGES = "jaxmp jax jaxlib flax optax jmp orbax-checkpoint tensorflow-datasets grain numpy".split()
 
+NO_RESULT = ":(top,attr:!jaxmp-result)"
+"""what git calls the files that are no results"""
+
 
 def provenance(*, patch: bool = True) -> dict[str, Any]:
     """Collects how the current process was started, as JSON: `command`, `versions`, `git`, `devices`, `platform`.
@@ -22,10 +25,12 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
     Passwords in the URLs of `command` are left out.
 
     `git` describes the repository of the working directory: its `revision`, a `patch` with the changes to tracked files
-    ("" if there are none), and the `untracked` files that are not ignored. It is None outside a repository.
+    ("" if there are none), the `untracked` files that are not ignored, and whether it is `dirty`: whether any of those
+    files is other than a result. Results are what .gitattributes marks `jaxmp-result`: of several commands that write
+    some, one after the other, none has changed what the next one measures. It is None outside a repository.
 
     Args:
-      patch: False replaces `patch` and `untracked` by a bool, `dirty`, for results that are stored in the repository.
+      patch: False leaves `patch` and `untracked` out, for results that are stored in the repository.
     """
     git = _git()
     if not patch:
@@ -40,10 +45,13 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
 
 
 def without_patch(git: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Returns `git` of a provenance with its `revision`, and `dirty` in place of the patch; None for None."""
+    """Returns the `revision` and `dirty` of `git` of a provenance; None for None.
+
+    Of one that an earlier version recorded, any change is dirty.
+    """
     if git is None:
         return None
-    return {"revision": git["revision"], "dirty": bool(git["patch"] or git["untracked"])}
+    return {"revision": git["revision"], "dirty": git.get("dirty", bool(git["patch"] or git["untracked"]))}
 
 
 def _version(package: str) -> str | None:
@@ -63,6 +71,9 @@ def _git() -> dict[str, Any] | None:
             "revision": git("rev-parse", "HEAD").strip(),
             "patch": git("diff", "HEAD"),
             "untracked": git("ls-files", "--others", "--exclude-standard", ":/").splitlines(),
+            "dirty": bool(
+                git("--no-optional-locks", "status", "--porcelain", "--untracked-files=all", "--", NO_RESULT)
+            ),
         }
     except (OSError, subprocess.SubprocessError):
         return None
