@@ -29,7 +29,7 @@ def best_of(study: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def command_of(study: Mapping[str, Any], trial: Mapping[str, Any]) -> str | None:
-    """The command that makes the first run of a trial again; None for an experiment from Python."""
+    """The command that makes the first run of a trial again; None where no arguments make it."""
     if not trial["arguments"]:
         return None
     definition = study["definition"]

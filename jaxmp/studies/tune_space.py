@@ -3,6 +3,7 @@
 optimizer.learning-rate=log:1e-4:1e-1      a range, drawn evenly in its logarithm
 model.dropout=linear:0:0.5                 a range, drawn evenly
 data.batch-size=32,64,128                  a list; where a value has commas in it: precision=float32|p=f32,c=bf16
+optimizer.nesterov=True,False              a flag
 """
 
 from __future__ import annotations
