@@ -33,7 +33,7 @@ from jaxmp.runs.folder import FolderInUse, RunFolder
 from jaxmp.runs.run import Run
 from jaxmp.studies.tune import tune
 from jaxmp.studies.tune_compiled import shared_compiles
-from jaxmp.studies.tune_space import Range, Space, Subject
+from jaxmp.studies.tune_space import Choices, Range, Space, Subject
 from jaxmp.studies.tune_study import (
     JOURNAL_LINE,
     Definition,
@@ -580,16 +580,17 @@ def test_a_trial_that_another_worker_took_over_ends_no_worker(tmp_path, made_up)
 def test_a_config_varied_from_python_has_a_command_with_each_value_or_none(tmp_path, made_up):
     made_up(lambda run: run.optimizer.learning_rate + len(run.model.features))
     config = ConfigFile.find(str(write_config(tmp_path)))
-    space = {"optimizer.learning_rate": (0.2,), "model.features": ((4, 3),), "optimizer.nesterov": (False,)}
+    space = {"model.features": ((4, 3),), "optimizer.nesterov": (False,)}
     found = tune(config, space, sampler="grid", metric="loss", workdir=str(tmp_path / "runs"), log=quiet)
     command = study_report.command_of(found, found.best)
-    assert "--optimizer.learning-rate 0.2 --model.features 4 3 --optimizer.no-nesterov --seed 0" in command
+    assert "--model.features 4 3 --optimizer.no-nesterov --seed 0" in command
     made = config.experiment(command.partition("--workdir")[0].split()[3:])
     assert str(RunFolder.of(made, tmp_path / "runs", "blobs").path) == found.best["runs"][0]
     assert any(">(4, 3)<" in svg for _, svg, _ in study_report._slices(found))
 
     of_file = Subject(config, "blobs")
-    point = Space.parse({"optimizer": (Adam(1e-3),)}, of_file).point(of_file, {"optimizer": "Adam()"}, 0)
+    space = Space({"optimizer": Choices(("Adam()",), (Adam(1e-3),))})
+    point = space.point(of_file, {"optimizer": "Adam()"}, 0)
     assert (point.experiment.optimizer, point.arguments, of_file.origin([])) == (Adam(1e-3), [], None)
 
 
