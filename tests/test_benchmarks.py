@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -222,6 +223,20 @@ def made(benchmark, name, arguments, output):
     result = json.loads(output.read_text())
     assert benchmark("tables").__dict__[name](result).count("|") > 8
     return result["results"]
+
+
+def test_a_program_that_xla_does_not_compile_is_a_row_and_ends_no_count(benchmark, monkeypatch):
+    module = benchmark("scaling_cost")
+
+    def counted(workload, name, target):
+        if name == "float32":
+            raise jax.errors.JaxRuntimeError("INTERNAL: no tiles\nmore")
+        return {"beside": module.BESIDE[name]} | dict.fromkeys(("kernels", "selects", "temporaries", "peak"), 7)
+
+    monkeypatch.setattr(module, "counted", counted)
+    found = {name: module.counted_or_why_not(None, name, "h100") for name in ("float32", "mixed_bfloat16")}
+    rows = benchmark("tables").scaling_cost({"results": {"ViT": found}}).splitlines()
+    assert "not compiled: INTERNAL: no tiles |" in rows[2] and "| float32 | 7 | 7 | 7 | 7 |" in rows[3]
 
 
 @pytest.mark.slow

@@ -76,6 +76,14 @@ def counted(workload: Workload, name: str, target: str) -> dict[str, Any]:
     }
 
 
+def counted_or_why_not(workload: Workload, name: str, target: str) -> dict[str, Any]:
+    """Returns the figures of one program; `{"why not": ...}` if XLA does not compile it where there is no GPU."""
+    try:
+        return counted(workload, name, target)
+    except jax.errors.JaxRuntimeError as error:
+        return {"beside": BESIDE[name], "why not": str(error).splitlines()[0]}
+
+
 def main(
     output: Path | None = None,
     target: str = "h100",
@@ -97,7 +105,7 @@ def main(
     for model, workload in workloads(toys=quick).items():
         if (models and model not in models) or model in results or model == "LSTM":
             continue
-        results[model] = {name: counted(workload, name, target) for name in steps}
+        results[model] = {name: counted_or_why_not(workload, name, target) for name in steps}
         print(model, json.dumps(results[model], indent=1), flush=True)
         if output is not None:
             made = provenance(patch=False) | {"target": target, "results": results}

@@ -42,7 +42,9 @@ def timed(command: list[str], cache: str | None) -> dict[str, float]:
       command: what to run.
       cache: folder of JAX's persistent compile cache; None for none.
     """
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    # Without Python's own cache, every process would compile the source of all that it imports.
+    without = ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if name not in without}
     if cache is not None:
         env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     before, began = os.times(), time.perf_counter()

@@ -99,11 +99,12 @@ def scaling_cost(result: dict[str, Any]) -> str:
     rows = []
     for model, of in result["results"].items():
         for name, program in of.items():
-            base = of[program["beside"]] if program["beside"] else None
+            base = of[program["beside"]] if program["beside"] else {}
             cells = [
-                f"{program[key]:,}" + (f" ({program[key] / base[key] - 1:+.1%})" if base and base[key] else "")
+                f"{program[key]:,}" + (f" ({program[key] / base[key] - 1:+.1%})" if base.get(key) else "")
                 for key in ("kernels", "selects", "temporaries", "peak")
-            ]
+                if "why not" not in program
+            ] or [f"not compiled: {program['why not']}", "", "", ""]
             rows.append([model, name, program["beside"] or "", *cells])
     return markdown(
         ["model", "step", "beside", "kernels", "selects", "bytes of temporaries", "bytes at the peak"], rows

@@ -141,14 +141,14 @@ class ConfigFile:
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
         sys.path.insert(0, str(folder))
+        beside = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
         for name, imported in list(sys.modules.items()):
-            file = getattr(imported, "__file__", None)
-            top = name.partition(".")[0]
-            beside = (folder / f"{top}.py", folder / top / "__init__.py")
-            here = file is not None and Path(file).is_relative_to(folder)
-            if file is None or here or "__source__" in vars(imported) or _is_installed(file):
+            file = getattr(imported, "__file__", None) if name.partition(".")[0] in beside else None
+            if file is None or "__source__" in vars(imported) or _is_installed(file):
                 continue
-            if any(path.is_file() for path in beside):
+            if not Path(file).is_relative_to(folder):
                 del sys.modules[name]
 
     def _guarded(self, call: Any) -> Any:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxmp.modules.nnx import FromNNX
 from jaxmp.trees import path_and_above
 
 Context = nn.module.InterceptorContext
@@ -113,7 +112,7 @@ def intervene(apply: Callable[..., Any], *interventions: Intervention) -> Callab
     if not interventions:
         return apply
     model = _model_of(before.apply)
-    if isinstance(model, FromNNX):
+    if getattr(model, "is_a_whole", False):  # asked so, since to import Flax NNX takes longer than all of jaxmp
         for each in sorted(interventions, key=lambda each: -each.order):
             apply = each.call_as_a_whole(apply)
         return _remember_model(apply, model)
@@ -176,7 +175,7 @@ def _model_of(apply: Callable[..., Any]) -> Any:
     return getattr(apply, "__self__", None) if inner is apply else _model_of(inner)
 
 
-def _remember_model(apply: Callable[..., Any], model: FromNNX) -> Callable[..., Any]:
+def _remember_model(apply: Callable[..., Any], model: Any) -> Callable[..., Any]:
     def applied(*args: Any, **kwargs: Any) -> Any:
         return apply(*args, **kwargs)
 

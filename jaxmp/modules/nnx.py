@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -30,6 +30,9 @@ class FromNNX:
 
     make: Callable[..., Any]
     """`make(rngs)`, a function that constructs the module with `nnx.Rngs`"""
+
+    is_a_whole: ClassVar[bool] = True
+    """tells `jaxmp.modules.interventions` that the modules inside cannot be reached"""
 
     def __post_init__(self) -> None:
         """Refuses a module that is made already: its parameters would be no arguments."""

@@ -76,25 +76,20 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, best_of: str | None = None, mode: Literal["max", "min"] = "max"):
-        import orbax.checkpoint as ocp  # not at the top: this import would make `jaxmp --help` slow
-
         if keep < 1:
             raise InputError(f"keep={keep}: at least 1 checkpoint must be kept")
         if mode not in ("max", "min"):
             raise InputError(f"mode={mode!r}: expected 'max' or 'min'")
-        _quieten_orbax()
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.best_of = best_of
         self.mode = mode
-        self._ocp = ocp
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._made: Any = None  # see `_orbax`
         self._link: tempfile.TemporaryDirectory[str] | None = None  # see `_arrays`
         self._writing: threading.Thread | None = None
         self._saved: int | None = None  # the step last handed to `save`
         self._failure: tuple[int, Exception] | None = None
         self._corrupt: set[int] = set()  # found by `restore`, to be moved aside by the next `save`
-        _wait_before_exit(self)
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
         """Saves `tree` in the background; returns as soon as its buffers may be donated.
@@ -128,7 +123,7 @@ class Checkpoints:
             writing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint", daemon=True)
             _ORBAX.acquire()  # `_finish` releases it
             try:
-                self._orbax.save(self._arrays(partial), args=self._ocp.args.PyTreeSave(arrays))
+                self._orbax().save(self._arrays(partial), args=_ocp().args.PyTreeSave(arrays))
                 self._saved = step
                 writing.start()
             except BaseException:
@@ -244,11 +239,20 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with _ORBAX:
-                self._orbax.close()
+            if self._made is not None:
+                with _ORBAX:
+                    self._made.close()
             if self._link is not None:
                 self._link.cleanup()
                 self._link = None
+
+    def _orbax(self) -> Any:
+        """Orbax's checkpointer, made when it is first asked to save or to read."""
+        if self._made is None:
+            _quieten_orbax()
+            self._made = _ocp().AsyncCheckpointer(_ocp().PyTreeCheckpointHandler())
+            _wait_before_exit(self)
+        return self._made
 
     # Writing.
 
@@ -268,7 +272,7 @@ class Checkpoints:
         partial = self._path(step, "partial")
         try:
             try:
-                self._orbax.wait_until_finished()  # in the first process, waits for all processes
+                self._made.wait_until_finished()  # in the first process, waits for all processes
             finally:
                 _ORBAX.release()
             if processes.is_first():
@@ -398,8 +402,8 @@ class Checkpoints:
         how = {path: self._restore_args(wanted.get(path)) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
         try:
             with _ORBAX:
-                arrays = self._orbax.restore(
-                    self._arrays(self.folder / str(step)), args=self._ocp.args.PyTreeRestore(dict.fromkeys(how, 0), how)
+                arrays = self._orbax().restore(
+                    self._arrays(self.folder / str(step)), args=_ocp().args.PyTreeRestore(dict.fromkeys(how, 0), how)
                 )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own
             if processes.several():  # others may have read it, and would not use the one before
@@ -428,8 +432,15 @@ class Checkpoints:
         """Restores to host memory, so that uncommitted arrays stay so; across processes, directly to devices."""
         sharding = getattr(like, "sharding", None)
         if sharding is None or sharding.is_fully_addressable:
-            return self._ocp.RestoreArgs(restore_type=np.ndarray)
-        return self._ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+            return _ocp().RestoreArgs(restore_type=np.ndarray)
+        return _ocp().ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+
+
+def _ocp() -> Any:
+    """Orbax. Not imported at the top: `jaxmp --help` and the first step would wait for it."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
 def _wait_before_exit(checkpoints: Checkpoints) -> None:

@@ -63,7 +63,7 @@ class Case:
     def params(self) -> Any:
         """Returns new parameters of jaxmp's model, the same each time, in buffers that may be donated."""
         x = jnp.asarray(self.columns()["x"][:1])
-        return jax.jit(self.model.init)(jax.random.key(0), x)["params"]
+        return self.model.init(jax.random.key(0), x)["params"]  # under jit, XLA takes minutes for 1,000 leaves
 
 
 def cases(size: str = "small") -> dict[str, Case]:
