@@ -31,7 +31,7 @@ from jaxmp.instruments import numbers
 from jaxmp.instruments.finding import Counted, Finding, found
 from jaxmp.instruments.flops import FLOPS
 from jaxmp.instruments.numbers import Number
-from jaxmp.instruments.program import Program
+from jaxmp.instruments.program import PRODUCT_KERNELS, Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.jaxprs import (
     COLLECTIVE_SUMS,
@@ -180,7 +180,7 @@ class Audit:
         for kernel in () if self.program is None else self.program.kernels:
             path = _module_of(kernel.path)
             compute = self._lookup(policy, path).compute_dtype
-            product = kernel.kind in ("product", "convolution", "attention") and path not in traced
+            product = kernel.kind in PRODUCT_KERNELS and path not in traced
             product = product and not recipe_product(kernel.path)
             if product and compute in HALF and _is_wide(kernel.dtype):
                 what = f"compiled to {kernel.name} of {kernel.dtype} where the policy computes in {compute.name}"
