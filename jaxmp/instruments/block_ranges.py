@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxmp.instruments.product_sums import make_product_sums
-from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size
+from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size, number_of, whole
 from jaxmp.modules.products import ObservedProduct
 from jaxmp.precision.blocks import BlockFormat, BlockScales, block_scales, clips_above
 from jaxmp.precision.formats import Format
@@ -200,7 +200,7 @@ class BlockRanges:
 
 _COUNTS = encoded_size()
 _FIRST = 5  # of a block: index in two parts, amax, scale, and whether there is one
-_SIZE = 2 * _COUNTS + 2 + 2 * _FIRST + 2
+_SIZE = 2 * _COUNTS + 4 + 2 * _FIRST + 2  # and numbers of two parts each: clipped, clipped blocks; all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _measured(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) ->
     over = jnp.abs(numbers) > clipping_limit(found.limit_of_numbers, operand)  # False where a scale is NaN
     # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
     clipped = found.amax > clipping_limit(found.limit, operand)
-    totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
+    totals = jnp.concatenate([number_of(over), number_of(clipped)]).astype(jnp.float32)
     size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
     parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]
     parts += [_first(flags, found) for flags in (clipped, bad)]
@@ -268,8 +268,8 @@ def _first(flags: jax.Array, found: Any) -> jax.Array:
 def _read(path: str, operand: RecipeOperand, shape: tuple[int, ...], sums: np.ndarray) -> OperandBlocks:
     amax, scales = (Range.read(decoded(sums[i * _COUNTS : (i + 1) * _COUNTS])) for i in (0, 1))
     rest = sums[2 * _COUNTS :]
-    first = [_block(rest[2 + i * _FIRST :][:_FIRST], shape, bad=i == 1) if amax.exact else None for i in (0, 1)]
-    low, high = rest[-2:]
+    first = [_block(rest[4 + i * _FIRST :][:_FIRST], shape, bad=i == 1) if amax.exact else None for i in (0, 1)]
+    clipped, clipped_blocks, numbers = whole(np.stack([rest[:2], rest[2:4], rest[-2:]])).tolist()
     return OperandBlocks(
         path,
         operand.product,
@@ -277,9 +277,9 @@ def _read(path: str, operand: RecipeOperand, shape: tuple[int, ...], sums: np.nd
         str(operand.format),
         amax=amax,
         scales=scales,
-        numbers=int(low) + (int(high) << 12),
-        clipped=int(rest[0]),
-        clipped_blocks=int(rest[1]),
+        numbers=numbers,
+        clipped=clipped,
+        clipped_blocks=clipped_blocks,
         first_clipped=first[0],
         first_nonfinite=first[1],
     )

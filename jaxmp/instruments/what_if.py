@@ -357,8 +357,8 @@ def _by_group(x: jax.Array) -> jax.Array:
 
 
 def _count(flags: jax.Array) -> jax.Array:
-    """How many flags are set, float32."""
-    return jnp.sum(_by_group(flags.astype(jnp.int32))).astype(jnp.float32)
+    """How many flags are set, float32: exact below 2^24, from there on to 24 bits."""
+    return jnp.sum(_by_group(flags.astype(jnp.int32)).astype(jnp.float32))
 
 
 def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _Rounded:
