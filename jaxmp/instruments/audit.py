@@ -37,6 +37,7 @@ from jaxmp.jaxprs import (
     COLLECTIVE_SUMS,
     SAME_VALUES,
     bare,
+    device_count,
     interpret,
     module_path,
     quantized,
@@ -460,7 +461,7 @@ class _Walk:
             return self._while(eqn, given, place)
         if name == "cond":
             return self._cond(eqn, given, place)
-        place = dataclasses.replace(place, times=place.times * _devices(eqn))
+        place = dataclasses.replace(place, times=place.times * device_count(eqn))
         results: list[_Facts] = []
         for jaxpr in inner:
             facts = given if len(given) == len(jaxpr.invars) else [_NOTHING] * len(jaxpr.invars)
@@ -715,14 +716,6 @@ def _disjoint(eqn: Any) -> bool:
 def _is_number(v: Any, eqn: Any) -> bool:
     """Whether an operand is one number, times an array."""
     return v.aval.shape == () and eqn.outvars[0].aval.shape != ()
-
-
-def _devices(eqn: Any) -> int:
-    """On how many devices a nested function runs."""
-    if eqn.primitive.name != "shard_map":  # which pmap is as well
-        return 1
-    sizes = dict(eqn.params["mesh"].shape)
-    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _sources(jaxpr: Any, v: Any) -> set[Any]:
