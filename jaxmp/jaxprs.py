@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,6 +193,14 @@ def equations(jaxpr: Any, outer: str = "") -> Iterator[tuple[Any, str]]:
         yield eqn, names
         for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner, names)
+
+
+def device_count(eqn: Any) -> int:
+    """Returns on how many devices the jaxprs among an equation's parameters run: 1 unless it is a shard_map or pmap."""
+    if eqn.primitive.name != "shard_map":  # which pmap is as well
+        return 1
+    sizes = dict(eqn.params["mesh"].shape)
+    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:

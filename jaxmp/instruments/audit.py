@@ -31,18 +31,18 @@ from jaxmp.instruments import numbers
 from jaxmp.instruments.finding import Counted, Finding, found
 from jaxmp.instruments.flops import FLOPS
 from jaxmp.instruments.numbers import Number
-from jaxmp.instruments.program import Program
+from jaxmp.instruments.program import PRODUCT_KERNELS, Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
 from jaxmp.jaxprs import (
     COLLECTIVE_SUMS,
     SAME_VALUES,
     bare,
+    device_count,
     interpret,
     module_path,
     quantized,
     recipe_product,
     scan_counts,
-    source_line,
     tracing,
 )
 from jaxmp.precision.policy import Policy, parse_policy
@@ -56,10 +56,12 @@ if TYPE_CHECKING:
 LONG = 256
 """Terms from which on exp, softmax or log in half is reported: there a bfloat16 sum of ones stands still."""
 
-_TRANSPARENT = SAME_VALUES | {"slice", "dynamic_slice", "rev", "concatenate"}
+_TRANSPARENT = SAME_VALUES | {"slice", "dynamic_slice", "rev", "concatenate", "split", "stack", "unstack"}
 """Operations whose result holds values of their operands, and nothing else."""
 
 _CUMULATIVE = {"cumsum": "axis", "reduce_sum": "axes", "reduce_window_sum": "window_dimensions", "reduce": "dimensions"}
+_LINEAR = {"mul", "div", "neg", "select_n", "pad", "dynamic_update_slice"}
+"""Operations by which a gradient goes on from what was made of a weight (a mask, a slice) to the weight."""
 _SCATTERS = {"scatter-add", "scatter_add", "select_and_scatter_add"}
 _CALLBACKS = {
     "pure_callback",
@@ -179,7 +181,7 @@ class Audit:
         for kernel in () if self.program is None else self.program.kernels:
             path = _module_of(kernel.path)
             compute = self._lookup(policy, path).compute_dtype
-            product = kernel.kind in ("product", "convolution", "attention") and path not in traced
+            product = kernel.kind in PRODUCT_KERNELS and path not in traced
             product = product and not recipe_product(kernel.path)
             if product and compute in HALF and _is_wide(kernel.dtype):
                 what = f"compiled to {kernel.name} of {kernel.dtype} where the policy computes in {compute.name}"
@@ -334,14 +336,15 @@ def audit(
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     platform = "cuda" if target is not None else jax.default_backend()
     walk, whole = _Walk(platform), _Walk(platform)
-    constants = [_Facts(weight=True, number=numbers.of_array(x)) for x in getattr(traced.jaxpr, "consts", ())]
+    constants = [_Facts(number=numbers.of_array(x)) for x in getattr(traced.jaxpr, "consts", ())]
     whole.function(jaxpr, [_ARGUMENT] * len(jaxpr.invars), Counted(), constants)
     jaxpr = live
     out = walk.function(jaxpr, [_ARGUMENT] * len(jaxpr.invars), Counted(), constants)
+    walk.leave(out)
     boundary = [*_weak(traced, jaxpr), *_of_state(traced, jaxpr, out, jitted=jitted is fn)]
     # A loss of which only the gradient is wanted is not computed, but its dtype is that in which the gradient begins.
     losses = [f for f in whole.findings if f.rule == "half loss" and whole.differentiated]
-    findings = [*losses, *(f for f in walk.findings if f.rule != "half loss")]
+    findings = [*losses, *(f for f in walk.findings if f.rule != "half loss"), *walk.of_weights.values()]
     found = _merged([*findings, *boundary])
     program = None
     if target is not None:
@@ -356,12 +359,16 @@ def audit(
 class _Facts:
     """What is known of a value."""
 
-    weight: bool = False
-    """an argument, cast and reshaped at most"""
     kept: bool = False
     """an argument, or what a loop carries, cast and reshaped at most: it may be state"""
     product: bool = False
-    """what one use of a weight adds to its gradient: a product of two values that are no weights"""
+    """a product, cast, reshaped or added to other gradients at most"""
+    computed: bool = False
+    """depends on a product"""
+    sums: tuple[Finding, ...] = ()
+    """the additions in half of several gradients that this is the result of: faults, if it is a weight's gradient"""
+    accumulator: bool = False
+    """what a loop carries and only adds to"""
     gradient: bool = False
     """made by transposition, then cast, reshaped or summed over devices at most"""
     mask: bool = False
@@ -385,7 +392,7 @@ class _Facts:
 
 
 _NOTHING = _Facts()
-_ARGUMENT = _Facts(weight=True, kept=True, number=Number(position=True))
+_ARGUMENT = _Facts(kept=True, number=Number(position=True))
 
 
 def _literal(v: Any) -> _Facts:
@@ -400,6 +407,8 @@ class _Walk:
         self.dots: list[Dot] = []
         self.casts: list[Cast] = []
         self.findings: list[Finding] = []
+        self.of_weights: dict[int, Finding] = {}
+        """the additions of several gradients of a weight, by identity: two on one line are two"""
         self.notes: set[str] = set()
         self.differentiated = False
 
@@ -427,6 +436,8 @@ class _Walk:
         ]
         self._count(eqn, given, place)
         self._find(eqn, given, place)
+        if "transpose(" not in place.names and name not in _TRANSPARENT and name != "add_any":
+            self.leave(given)
         if not eqn.outvars:
             return []
         operands = [facts.number for facts in given]
@@ -435,6 +446,10 @@ class _Walk:
             dataclasses.replace(self._facts(eqn, v, given, place), number=numbers.follow(eqn, i, operands, place))
             for i, v in enumerate(eqn.outvars)
         ]
+
+    def leave(self, values: Iterable[_Facts]) -> None:
+        """Values that leave the backward pass: what was added up in it are gradients of weights, not of activations."""
+        self.of_weights |= {id(finding): finding for facts in values for finding in facts.sums}
 
     # Nested functions
 
@@ -446,7 +461,7 @@ class _Walk:
             return self._while(eqn, given, place)
         if name == "cond":
             return self._cond(eqn, given, place)
-        place = dataclasses.replace(place, times=place.times * _devices(eqn))
+        place = dataclasses.replace(place, times=place.times * device_count(eqn))
         results: list[_Facts] = []
         for jaxpr in inner:
             facts = given if len(given) == len(jaxpr.invars) else [_NOTHING] * len(jaxpr.invars)
@@ -473,17 +488,12 @@ class _Walk:
     def _loop(
         self, jaxpr: Any, own: list[_Facts], start: list[_Facts], rest: list[_Facts], place: Counted, adding: set[int]
     ) -> list[_Facts]:
-        """One turn. A carry is a weight in the first turn alone."""
-        carried = [dataclasses.replace(f, weight=False, kept=True, number=Number(), format="") for f in start]
-        before = len(self.findings)
-        out = self.function(jaxpr, [*own, *carried, *rest], place)
-        sums = {v for i in adding for v in _sources(jaxpr, jaxpr.outvars[i])}
-        lines = {(source_line(e) or place.source) for e in jaxpr.eqns if e.outvars and e.outvars[0] in sums}
-        # The addition of such a carry is one finding, not two.
-        self.findings[before:] = [
-            f for f in self.findings[before:] if not (f.what.startswith("gradients of a weight") and f.source in lines)
+        """One turn, with what is known of each carry before the first."""
+        carried = [
+            dataclasses.replace(f, kept=True, number=Number(), format="", accumulator=i in adding)
+            for i, f in enumerate(start)
         ]
-        return out
+        return self.function(jaxpr, [*own, *carried, *rest], place)
 
     def _carries(self, jaxpr: Any, invars: Sequence[Any], place: Counted, length: int) -> set[int]:
         """Which carries are sums over the turns and nothing else; those in half are found."""
@@ -504,6 +514,7 @@ class _Walk:
             results.append(walk.function(bare(branch), given[1:], place))
             branches.append(walk)
             self.findings += walk.findings
+            self.of_weights |= walk.of_weights
             self.notes |= walk.notes
             self.differentiated |= walk.differentiated
         largest = max(branches, key=lambda walk: sum(dot.flops for dot in walk.dots))
@@ -512,7 +523,10 @@ class _Walk:
         if len(branches) > 1 and any(walk.dots for walk in branches):
             self.notes.add("of a conditional the branch with most FLOPs is counted")
         guarded = given[0].flag
-        return [dataclasses.replace(f, guarded=f.guarded or guarded) for f in results[branches.index(largest)]]
+        return [
+            dataclasses.replace(f, guarded=f.guarded or guarded, sums=tuple(s for facts in each for s in facts.sums))
+            for f, each in zip(results[branches.index(largest)], zip(*results, strict=True), strict=True)
+        ]
 
     def _possible(self, eqn: Any) -> Sequence[Any]:
         """The branches of a conditional; of one between platforms only the one that lowering keeps."""
@@ -581,8 +595,6 @@ class _Walk:
             self._found("half accumulation", f"{name} over {_terms(eqn)} terms in {dtype.name}", dtype, place)
         elif name in _SCATTERS and not eqn.params.get("unique_indices") and not _disjoint(eqn):
             self._found("half accumulation", f"{name} in {dtype.name}", dtype, place)
-        elif name == "add_any" and any(facts.product for facts in given):
-            self._found("half accumulation", f"gradients of a weight's uses add up in {dtype.name}", dtype, place)
         elif name in ("log", "log1p") and given[0].terms >= LONG:
             what = f"{name} in {dtype.name}, of a sum over {given[0].terms} terms"
             self._found("half exponential", what, dtype, place)
@@ -593,7 +605,12 @@ class _Walk:
     def _facts(self, eqn: Any, v: Any, given: list[_Facts], place: Counted) -> _Facts:
         name, aval = eqn.primitive.name, v.aval
         format = quantized(place.names).replace("-", ":") or (given[0].format if name == "pad" else "")
-        shared: dict[str, Any] = {"guarded": any(facts.guarded for facts in given), "flag": _decides(eqn, given)}
+        shared: dict[str, Any] = {
+            "guarded": any(facts.guarded for facts in given),
+            "flag": _decides(eqn, given),
+            "computed": name in FLOPS or any(facts.computed for facts in given),
+            "sums": _sums(eqn, given, place),
+        }
         if "transpose(" in place.names:
             shared["gradient"] = True
         if format:
@@ -607,10 +624,7 @@ class _Walk:
         if name == "add_any":
             return _Facts(product=any(facts.product for facts in given), **shared)
         if name in FLOPS:
-            of_weight = not any(facts.weight for facts in given)
-            if of_recipe := recipe_product(place.names):  # its operands are rounded, which hides that one is a weight
-                of_weight = of_recipe == "wgrad"
-            return _Facts(product=of_weight, **shared)
+            return _Facts(product=True, **shared)
         if name == "select_n" and given[0].flag and not eqn.invars[0].aval.shape:
             return _Facts(**{**shared, "guarded": True})
         if name == "reduce_sum":
@@ -625,6 +639,23 @@ class _Walk:
                 what = f"{name} in {aval.dtype.name}"
                 shared["exponential"] = found("half exponential", what, aval.dtype, place)
         return _Facts(**shared)
+
+
+def _sums(eqn: Any, given: list[_Facts], place: Counted) -> tuple[Finding, ...]:
+    """The additions of gradients that a result of the backward pass still is the sum of.
+
+    An activation's gradient ends here: its next use is a product, a reduction, or depends on other activations.
+    """
+    name, dtype = eqn.primitive.name, getattr(eqn.outvars[0].aval, "dtype", FLOAT32)
+    sums = tuple({id(finding): finding for facts in given for finding in facts.sums}.values())
+    if name == "add_any":
+        of_uses = any(facts.product for facts in given) and not any(facts.accumulator for facts in given)
+        if of_uses and dtype in HALF:
+            what = f"gradients of a weight's uses add up in {dtype.name}"
+            sums += (found("half accumulation", what, dtype, place),)
+        return sums
+    goes_on = name in _LINEAR and "transpose(" in place.names and sum(facts.computed for facts in given) == 1
+    return sums if goes_on or name in _TRANSPARENT else ()
 
 
 def _decay(eqn: Any, given: list[_Facts], place: Counted) -> Finding | None:
@@ -685,14 +716,6 @@ def _disjoint(eqn: Any) -> bool:
 def _is_number(v: Any, eqn: Any) -> bool:
     """Whether an operand is one number, times an array."""
     return v.aval.shape == () and eqn.outvars[0].aval.shape != ()
-
-
-def _devices(eqn: Any) -> int:
-    """On how many devices a nested function runs."""
-    if eqn.primitive.name != "shard_map":  # which pmap is as well
-        return 1
-    sizes = dict(eqn.params["mesh"].shape)
-    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _sources(jaxpr: Any, v: Any) -> set[Any]:

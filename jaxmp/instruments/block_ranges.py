@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 
 from jaxmp.instruments.product_sums import make_product_sums
-from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size
+from jaxmp.instruments.ranges import Counts, Range, count, decoded, encoded, encoded_size, number_of, whole
 from jaxmp.modules.products import ObservedProduct
-from jaxmp.precision.blocks import BlockFormat, BlockScales, block_scales, clips_above
+from jaxmp.precision.blocks import BlockFormat, BlockScales, Element, Integer, block_scales, clips_above
 from jaxmp.precision.formats import Format
 from jaxmp.precision.product import block_axes, largest_magnitude, split_groups, transformed
 from jaxmp.precision.recipe import ROLES, Delayed, Recipe, RecipeOperand
@@ -103,18 +103,40 @@ def block_operands(recipe: Recipe | None) -> tuple[RecipeOperand, ...]:
     return tuple(operand for operand in operands if isinstance(operand.format, BlockFormat | Delayed))
 
 
+def is_clipped(x: jax.Array, nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
+    """Returns which numbers the rounding of an operand clips: bool, shape of `x`; False where a limit is NaN.
+
+    Args:
+      x: the numbers.
+      nearest: as of `clipping_limit`.
+      operand: which operand, its format and rounding.
+    """
+    limit, element = clipping_limit(nearest, operand), _element(operand)
+    if isinstance(element, Integer) and len(set(element.largest_codes)) > 1:
+        largest = element.largest_codes[1] * 2.0**-element.fraction_bits
+        highest = largest if operand.rounding == "stochastic" else clips_above(element, negative=True)
+        # Not by a rounding error of the limit.
+        below = nearest * np.float32(highest / clips_above(element) * (1 + 2.0**-20))
+        limit = jnp.where(x < 0, below, limit)
+    return jnp.abs(x) > limit
+
+
+def _element(operand: RecipeOperand) -> Element | None:
+    format = operand.format
+    return format.format if isinstance(format, Delayed) else getattr(format, "element", format)
+
+
 def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
-    """Returns the magnitudes above which the rounding of an operand clips.
+    """Returns the magnitudes above which the rounding of an operand clips positive numbers.
 
     Args:
       nearest: the magnitudes above which rounding to nearest clips, as of `BlockScales.limit`: half a step above the
         largest number. Stochastic rounding clips all that is above the largest number.
       operand: which operand, its format and rounding.
     """
-    format = operand.format
-    if operand.rounding != "stochastic" or format is None:
+    format, element = operand.format, _element(operand)
+    if operand.rounding != "stochastic" or element is None:
         return nearest
-    element = format if isinstance(format, Format) else format.format if isinstance(format, Delayed) else format.element
     highest = clips_above(element)
     if isinstance(format, Format) or (isinstance(format, BlockFormat) and format.scale == "e8m0"):
         # Both limits have one exponent, so their bits differ by a constant, whatever the power of two. A factor would
@@ -154,7 +176,8 @@ def make_block_ranges(
             return None
         arrays = {role: product.operand(role, product.result) for role in ROLES}
         shapes[path] = {
-            operand: _scales_of(arrays[operand.role], operand, product)[1].of_blocks.shape for operand in found.operands
+            operand: _scales_of(*_multiplied(arrays[operand.role], operand, product), operand, product).of_blocks.shape
+            for operand in found.operands
         }
         return found
 
@@ -200,7 +223,7 @@ class BlockRanges:
 
 _COUNTS = encoded_size()
 _FIRST = 5  # of a block: index in two parts, amax, scale, and whether there is one
-_SIZE = 2 * _COUNTS + 2 + 2 * _FIRST + 2
+_SIZE = 2 * _COUNTS + 4 + 2 * _FIRST + 2  # and numbers of two parts each: clipped, clipped blocks; all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +242,16 @@ class _Measure:
         return jnp.stack([_measured(product.operand(each.role, gradient), each, product) for each in self.operands])
 
 
-def _scales_of(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> tuple[jax.Array, BlockScales]:
-    """The numbers that are rounded, and the scales with which they are."""
+def _multiplied(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> tuple[jax.Array, tuple[int, int]]:
+    """The numbers that are rounded, and their axes."""
     x, axes = split_groups(x, product.contraction, operand.role)
-    x = transformed(x, operand, axes)
+    return transformed(x, operand, axes), axes
+
+
+def _scales_of(x: jax.Array, axes: tuple[int, int], operand: RecipeOperand, product: ObservedProduct) -> BlockScales:
+    """The scales with which the numbers are rounded."""
     if isinstance(operand.format, BlockFormat):
-        return x, block_scales(x, operand.format, axis=_axis(operand, axes, x.ndim))
+        return block_scales(x, operand.format, axis=_axis(operand, axes, x.ndim))
     amax, scale = largest_magnitude(x), 1 / product.scales[operand.role]
     finite = jnp.isfinite(amax)
     scale, amax = jnp.where(finite, scale, jnp.nan), jnp.where(finite, amax, 0)
@@ -233,7 +260,7 @@ def _scales_of(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -
         (lambda value: value.reshape((1,) * x.ndim)),
         (lambda value: jnp.broadcast_to(value, x.shape)),
     )
-    return x, BlockScales(of_block(scale), of_numbers(scale), of_block(amax), of_block(limit), of_numbers(limit))
+    return BlockScales(of_block(scale), of_numbers(scale), of_block(amax), of_block(limit), of_numbers(limit))
 
 
 def _axis(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int, ...] | None:
@@ -243,12 +270,12 @@ def _axis(operand: RecipeOperand, axes: tuple[int, int], ndim: int) -> tuple[int
 
 def _measured(x: jax.Array, operand: RecipeOperand, product: ObservedProduct) -> jax.Array:
     """The sums of one operand, float32 (_SIZE,)."""
-    numbers, found = _scales_of(x, operand, product)
+    numbers, axes = _multiplied(x, operand, product)
+    found = _scales_of(numbers, axes, operand, product)
     bad = jnp.isnan(found.of_blocks)
-    over = jnp.abs(numbers) > clipping_limit(found.limit_of_numbers, operand)  # False where a scale is NaN
-    # The largest magnitude of a block is clipped if any is, so that blocks need no sums over their numbers.
-    clipped = found.amax > clipping_limit(found.limit, operand)
-    totals = jnp.stack([jnp.sum(over, dtype=jnp.int32), jnp.sum(clipped, dtype=jnp.int32)]).astype(jnp.float32)
+    over = is_clipped(numbers, found.limit_of_numbers, operand)
+    clipped = _scales_of(over.astype(jnp.float32), axes, operand, product).amax > 0
+    totals = jnp.concatenate([number_of(over), number_of(clipped)]).astype(jnp.float32)
     size = jnp.array([x.size & 0xFFF, x.size >> 12], jnp.float32)
     parts = [encoded(count(jnp.where(bad, jnp.nan, found.amax))), encoded(count(found.of_blocks)), totals]
     parts += [_first(flags, found) for flags in (clipped, bad)]
@@ -268,8 +295,8 @@ def _first(flags: jax.Array, found: Any) -> jax.Array:
 def _read(path: str, operand: RecipeOperand, shape: tuple[int, ...], sums: np.ndarray) -> OperandBlocks:
     amax, scales = (Range.read(decoded(sums[i * _COUNTS : (i + 1) * _COUNTS])) for i in (0, 1))
     rest = sums[2 * _COUNTS :]
-    first = [_block(rest[2 + i * _FIRST :][:_FIRST], shape, bad=i == 1) if amax.exact else None for i in (0, 1)]
-    low, high = rest[-2:]
+    first = [_block(rest[4 + i * _FIRST :][:_FIRST], shape, bad=i == 1) if amax.exact else None for i in (0, 1)]
+    clipped, clipped_blocks, numbers = whole(np.stack([rest[:2], rest[2:4], rest[-2:]])).tolist()
     return OperandBlocks(
         path,
         operand.product,
@@ -277,9 +304,9 @@ def _read(path: str, operand: RecipeOperand, shape: tuple[int, ...], sums: np.nd
         str(operand.format),
         amax=amax,
         scales=scales,
-        numbers=int(low) + (int(high) << 12),
-        clipped=int(rest[0]),
-        clipped_blocks=int(rest[1]),
+        numbers=numbers,
+        clipped=clipped,
+        clipped_blocks=clipped_blocks,
         first_clipped=first[0],
         first_nonfinite=first[1],
     )

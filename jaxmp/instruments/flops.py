@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.lax import DotAlgorithm, DotAlgorithmPreset, Precision
 
-from jaxmp.jaxprs import bare, jaxprs_in
+from jaxmp.jaxprs import bare, device_count, jaxprs_in
 
 BACKWARD = 2
 """FLOPs of the backward pass by those of the forward pass: each product has two gradients as large. Source: J. Kaplan
@@ -74,6 +74,7 @@ def product_flops(jaxpr: Any) -> dict[str, int]:
     """The FLOPs of all products and convolutions of a jaxpr, by their `arithmetic`.
 
     The body of a scan counts as often as it is long, that of a while loop once, of a conditional the branch with most.
+    A function mapped over devices counts once for each.
     """
     found: collections.Counter[str] = collections.Counter()
     for eqn in bare(jaxpr).eqns:
@@ -88,7 +89,7 @@ def product_flops(jaxpr: Any) -> dict[str, int]:
             inner = [max(inner, key=lambda branch: sum(branch.values()))]
         for of_one in inner:
             for kind, flops in of_one.items():
-                found[kind] += flops * (eqn.params["length"] if name == "scan" else 1)
+                found[kind] += flops * (eqn.params["length"] if name == "scan" else device_count(eqn))
     return dict(found.most_common())
 
 

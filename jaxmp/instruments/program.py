@@ -8,6 +8,7 @@ which collectives the partitioner added, and which sums became half precision.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
 import math
@@ -20,6 +21,8 @@ from jaxmp.jaxprs import in_library
 from jaxmp.text_table import table
 
 MIB = 2**20
+PRODUCT_KERNELS = ("product", "convolution", "attention")
+"""kinds of kernels that multiply"""
 
 _DTYPES = {"pred": "bool", "bf16": "bfloat16"} | {
     f"{letter}{bits}": f"{name}{bits}"
@@ -38,7 +41,7 @@ _COLLECTIVES = {
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"),
     "ragged-all-to-all",
 }
-_CALLED = re.compile(r"\b(calls|to_apply|body|true_computation|false_computation)=%([^\s,)}]+)")
+_CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%([^\s,)}]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
@@ -59,7 +62,7 @@ class Kernel(NamedTuple):
     source: str
     """file:line of the operation, or "" """
     times: int
-    """launches in one call; a loop counts as often as it turns if XLA knows the number, else once"""
+    """launches in one call; see `Program.read`"""
 
 
 class Collective(NamedTuple):
@@ -121,6 +124,10 @@ class Program:
     @classmethod
     def read(cls, compiled: Any, target: str = "") -> Program:
         """Reads the program of a compiled function; its GPUs need not be there.
+
+        The body of a loop counts as often as it turns, and its condition not at all, if XLA knows the number; else both
+        count once. Of a conditional, the branch counts that launches most products (of equals, most kernels); the sums
+        in half are those of all branches.
 
         Args:
           compiled: the result of `jax.jit(...).lower(...).compile()`.
@@ -242,12 +249,34 @@ class _Reader:
                 continue
             if kind in _COLLECTIVES:
                 self._collective(kind, instruction, body, times, in_loop)
-            elif opcode in ("while", "call", "conditional", "async-start"):
-                turns = _turns(instruction) if opcode == "while" else 1
+            elif opcode == "while":
+                turns = _turns(instruction)
+                for inner in _called(instruction) if turns is None else _called(instruction, "body"):
+                    self.computation(inner, times * (turns or 1), in_loop=True)
+            elif opcode == "conditional":
+                self._conditional(_called(instruction), times, in_loop)
+            elif opcode in ("call", "async-start"):
                 for inner in _called(instruction):
-                    self.computation(inner, times * turns, in_loop or opcode == "while")
+                    self.computation(inner, times, in_loop)
             else:
                 self._kernel(instruction, body, times)
+
+    def _conditional(self, branches: list[str], times: int, in_loop: bool) -> None:
+        """What the branch launches that launches most products, then most of all; of all branches, the sums in half."""
+        readers = []
+        for branch in branches:
+            reader = copy.copy(self)
+            reader.kernels, reader.collectives = [], []
+            reader.computation(branch, times, in_loop)
+            readers.append(reader)
+        largest = max(readers, key=_Reader.launches)
+        self.kernels += largest.kernels
+        self.collectives += largest.collectives
+
+    def launches(self) -> tuple[int, int]:
+        """How many products were read, and how many launches of any kind."""
+        products = sum(kernel.times for kernel in self.kernels if kernel.kind in PRODUCT_KERNELS)
+        return products, sum(each.times for each in (*self.kernels, *self.collectives))
 
     def _collective(
         self, kind: str, instruction: _Instruction, body: Mapping[str, _Instruction], times: int, in_loop: bool
@@ -400,16 +429,18 @@ _MOVING = {"copy", "copy-start", "transpose", "reshape", "slice", "concatenate",
 _MOVING |= {"dynamic-update-slice", "reverse", "gather"}
 
 
-def _called(instruction: _Instruction) -> list[str]:
-    names = [name for _, name in _CALLED.findall(instruction.rest)]
+def _called(instruction: _Instruction, role: str = "") -> list[str]:
+    """The computations that an instruction runs, or those in one role, such as the body of a loop."""
+    names = [name for part, name in _CALLED.findall(instruction.rest) if role in ("", part)]
     for group in _BRANCHES.findall(instruction.rest):
         names += re.findall(r"%([^\s,]+)", group)
     return names
 
 
-def _turns(loop: _Instruction) -> int:
+def _turns(loop: _Instruction) -> int | None:
+    """How often a loop turns; None if XLA does not know, and the condition is computed in each turn."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    return int(known[1]) if known else 1
+    return int(known[1]) if known else None
 
 
 def _adds(computation: Mapping[str, _Instruction]) -> bool:

@@ -4,8 +4,8 @@
     Range.read(counts).underflow     # {"float16": 0.031, ...}: share of the non-zero numbers that would become 0
 
 Numbers are compared by their float32 bits, as integers. So float32 subnormals are counted as such, though XLA's
-arithmetic flushes them (trap T10), and a cast to half that was done is visible (T6). Counts are exact. Counting changes
-no result, and does not wait for the device.
+arithmetic flushes them (trap T10), and a cast to half that was done is visible (T6). Counts are exact, also those of
+more than 2^31 numbers. Counting changes no result, and does not wait for the device.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ LOWEST = -149
 _INFINITY = 0x7F800000
 _LARGE = 2**13
 """Arrays with at least so many elements are counted in a loop."""
+_PART = 2**30
+"""Most elements that are counted at once, as int32."""
+_LOW = 12
+"""Bits of the low part of a count: counts are pairs of int32, low + 2^12 high, as JAX without x64 has no int64."""
 
 
 class Counts(NamedTuple):
     """The magnitudes of the elements of one or more arrays, on the device."""
 
     counts: jax.Array
-    """number of elements in each bin; bin i begins at `EDGES[i]`; int32 (len(EDGES),)"""
+    """number of elements in each bin, in two parts, see `whole`; bin i begins at `EDGES[i]`; int32 (2, len(EDGES))"""
     smallest: jax.Array
     """smallest non-zero magnitude, float32 scalar; infinity if there is none"""
     largest: jax.Array
@@ -122,16 +126,32 @@ def count_lost_updates(params: Any, updates: Any) -> dict[str, jax.Array]:
     The sum is rounded to the nearest number in the dtype of p, as `apply_updates` does.
 
     Returns:
-      int32 scalars by the path of the parameter.
+      int32 (2,) by the path of the parameter: the number in two parts, see `whole`.
     """
 
     def lost_updates(param: jax.Array, update: jax.Array, new: jax.Array) -> jax.Array:
         same = float32_bits(new) == float32_bits(param)
-        return jnp.sum(same & (_magnitudes(update) != 0), dtype=jnp.int32)
+        return number_of(same & (_magnitudes(update) != 0))
 
     trees = params, updates, apply_updates(params, updates)
     found = jax.tree.map(lambda p, *rest: lost_updates(p, *rest) if is_floating(p) else None, *trees)
     return by_path(found)
+
+
+def number_of(flags: jax.Array) -> jax.Array:
+    """Counts the flags that are set, of fewer than 2^31 along any axis: int32 (2,), in two parts, see `whole`."""
+    low = flags.astype(jnp.int32)
+    high = jnp.zeros_like(low)
+    while low.ndim:
+        low, high = low.sum(-1), high.sum(-1)
+        low, high = low & (2**_LOW - 1), high + (low >> _LOW)
+    return jnp.stack([low, high])
+
+
+def whole(counts: np.ndarray, *, axis: int = -1) -> np.ndarray:
+    """Returns the counts, int64, whose two parts lie along an axis: low + 2^12 high."""
+    low, high = np.moveaxis(np.asarray(counts, np.int64), axis, 0)
+    return low + (high << _LOW)
 
 
 class ModuleCounts(NamedTuple):
@@ -259,7 +279,7 @@ class StepRanges:
     counts: Counts
     """with a leading axis, one row for each of `names`"""
     lost_updates: jax.Array
-    """of each of `updates`, int32 (updates,)"""
+    """of each of `updates`, int32 (updates, 2), see `whole`"""
     names: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
     """kind (gradients, say) and name of each row"""
     updates: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -279,7 +299,7 @@ class StepRanges:
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for (kind, name), range in zip(self.names, _ranges(*counts), strict=True):
             found.setdefault(kind, {})[name] = range.to_json()
-        for name, number in zip(self.updates, lost_updates.tolist(), strict=True):
+        for name, number in zip(self.updates, whole(lost_updates).tolist(), strict=True):
             found["updates"][name]["lost_updates"] = number
         return found
 
@@ -329,8 +349,9 @@ class Range:
 
 def _ranges(counts: np.ndarray, smallest: np.ndarray, largest: np.ndarray, uses: np.ndarray) -> Iterator[Range]:
     """One for each row; by all rows at once, as far as may be."""
+    counts = whole(counts, axis=1)
     # As many numbers as there are below each edge, and all in the end.
-    below = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1, dtype=np.int64)], axis=1)
+    below = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
     finite = below[:, _INFINITE] - below[:, 1]
     shares = {
         kind: {name: _share(below[:, end] - below[:, start], finite) for name, (start, end) in of.items()}
@@ -370,15 +391,18 @@ def _magnitudes(x: jax.Array) -> jax.Array:
 
 def _count(x: jax.Array) -> Counts:
     x = jnp.ravel(x)
-    if x.size < _LARGE or x.size % 2:
+    if x.size < _LARGE or (x.size % 2 and x.size <= _PART):
         return _count_once(x)
     # By halves in a loop, before which XLA has x in memory: else what x comes from (on a CPU the slow casts to half) is
     # computed again where it is counted, barriers notwithstanding.
-    halves = jax.lax.map(_count_once, x.reshape(2, -1))
+    parts = max(2, -(-x.size // _PART))
+    zeros = -x.size % parts
+    each = jax.lax.map(_count_once, jnp.pad(x, (0, zeros)).reshape(parts, -1))
+    counts = each.counts.sum(0).at[0, 0].add(-zeros)
     # As integers, in which float32's subnormals are not flushed.
-    smallest, largest = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in halves[1:3])
+    smallest, largest = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in each[1:3])
     extremes = jax.lax.bitcast_convert_type(jnp.stack([smallest.min(), largest.max()]), jnp.float32)
-    return Counts(halves.counts.sum(0), extremes[0], extremes[1], jnp.float32(1))
+    return Counts(counts, extremes[0], extremes[1], jnp.float32(1))
 
 
 def _count_once(x: jax.Array) -> Counts:
@@ -401,13 +425,14 @@ def _count_once(x: jax.Array) -> Counts:
         (0,),
     )
     extremes = jax.lax.bitcast_convert_type(jnp.stack([smallest, largest]), jnp.float32)
-    return Counts(counts.reshape(lanes, -1).sum(0), extremes[0], extremes[1], jnp.float32(1))
+    counts = counts.reshape(lanes, -1).sum(0)
+    return Counts(jnp.stack([counts & (2**_LOW - 1), counts >> _LOW]), extremes[0], extremes[1], jnp.float32(1))
 
 
 def _together(parts: list[Counts]) -> Counts:
     if len(parts) == 1:
         return parts[0]
-    zero = Counts(jnp.zeros(len(EDGES), jnp.int32), jnp.float32(0), jnp.float32(0), jnp.float32(0))
+    zero = Counts(jnp.zeros((2, len(EDGES)), jnp.int32), jnp.float32(0), jnp.float32(0), jnp.float32(0))
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), zero, *parts)
 
 
@@ -442,14 +467,14 @@ def encoded_size() -> int:
 
 
 def encoded(counts: Counts) -> jax.Array:
-    """Counts as float32 whose sums over up to 4096 uses are exact: low 12 bits and the rest apart."""
-    low, high = counts.counts & 0xFFF, counts.counts >> 12
+    """Counts as float32 whose sums over up to 4096 uses, and up to 2^36 numbers a bin, are exact."""
+    low, high = counts.counts
+    parts = jnp.concatenate([low & (2**_LOW - 1), high + (low >> _LOW)])
     extremes = jnp.stack([counts.smallest, counts.largest, counts.uses])
-    return jnp.concatenate([low.astype(jnp.float32), high.astype(jnp.float32), extremes])
+    return jnp.concatenate([parts.astype(jnp.float32), extremes])
 
 
 def decoded(both: Any) -> Counts:
     """Undoes `encoded`, of a sum of such arrays."""
-    bins = len(EDGES)
-    counts = both[:bins].astype(jnp.int32) + (both[bins : 2 * bins].astype(jnp.int32) << 12)
-    return Counts(counts, *both[2 * bins :])
+    counts = both[: 2 * len(EDGES)].reshape(2, -1).astype(jnp.int32)
+    return Counts(counts, *both[2 * len(EDGES) :])

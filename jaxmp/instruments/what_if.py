@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxmp.errors import InputError
-from jaxmp.instruments.block_ranges import clipping_limit
+from jaxmp.instruments.block_ranges import is_clipped
 from jaxmp.instruments.product_sums import make_product_sums
 from jaxmp.modules.products import ObservedProduct
 from jaxmp.precision.blocks import BlockFormat, clips_above, round_blocks_with_scales
@@ -357,8 +357,8 @@ def _by_group(x: jax.Array) -> jax.Array:
 
 
 def _count(flags: jax.Array) -> jax.Array:
-    """How many flags are set, float32."""
-    return jnp.sum(_by_group(flags.astype(jnp.int32))).astype(jnp.float32)
+    """How many flags are set, float32: exact below 2^24, from there on to 24 bits."""
+    return jnp.sum(_by_group(flags.astype(jnp.int32)).astype(jnp.float32))
 
 
 def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _Rounded:
@@ -381,7 +381,7 @@ def _rounded(exact: _Exact, operand: RecipeOperand, axes: tuple[int, int]) -> _R
         rounded = round_operand(x, operand, axes=axes, noise=noise)
         if isinstance(format, Format):
             nearest = jnp.float32(clips_above(format))
-    clipped = _count(jnp.abs(x) > clipping_limit(nearest, operand))
+    clipped = _count(is_clipped(x, nearest, operand))
     underflow = _count((x != 0) & (rounded == 0))
     counts = jnp.stack([jnp.float32(x.size), exact.there, underflow, clipped])
     return _Rounded(rounded, jnp.concatenate([exact.sums(rounded), counts, scales]))

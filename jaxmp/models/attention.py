@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
     Raises:
       InputError: a size is below 1, `dropout` is not in [0, 1), `kernel` is none of its values, or `heads` are no
-        multiple of `kv_heads`; when called, `width` is no multiple of `heads`, or there are more tokens than `context`.
+        multiple of `kv_heads`; when called, `width` is no multiple of `heads`, or tokens are decoded beyond `context`.
     """
 
     heads: int
@@ -73,6 +73,7 @@ class Attention(nn.Module):
             seen. With other numbers, of several texts in a row, a token sees those with its own number alone.
           start: of decoding with a cache: position of the first token, an int32 scalar. Keys and values go to the
             collection "cache", and the tokens see what is there up to their own positions. There is no `mask` then.
+            Tokens beyond `context` are refused; under jit, which does not know `start`, such a call returns NaN.
           train: whether dropout drops.
         """
         batch, length, width = x.shape
@@ -80,8 +81,8 @@ class Attention(nn.Module):
             raise InputError(f"Attention: a width of {width}: expected a multiple of heads={self.heads}")
         if start is not None and mask is not None:
             raise InputError("Attention: a mask beside start: expected none in decoding")
-        if start is not None and length > self.context:
-            raise InputError(f"Attention: {length} tokens at once: expected at most context={self.context}")
+        if start is not None:
+            check_room(self, start, length)
         head_width, kv_heads = width // self.heads, self.kv_heads or self.heads
 
         def project(name: str, heads: int) -> jax.Array:
@@ -134,6 +135,14 @@ class Attention(nn.Module):
                 "128 in a head, a multiple of 8, no dropout in attention, and with a mask an even number of tokens"
             )
         return self.kernel == "cudnn" or (self.kernel == "auto" and supported and has_cudnn_attention())
+
+
+def check_room(model: Any, start: jax.Array, length: int) -> None:
+    """Raises InputError if tokens decoded from position `start` on go beyond `context`; under jit, `start` may be 0."""
+    known = 0 if isinstance(start, jax.core.Tracer) else int(start)
+    if known + length > model.context:
+        name = type(model).__name__
+        raise InputError(f"{name}: {length} tokens from position {known} on; expected at most context={model.context}")
 
 
 def _seen(mask: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmp.errors import InputError
-from jaxmp.models.attention import Attention
+from jaxmp.models.attention import Attention, check_room
 from jaxmp.models.broadcast import Broadcast
 from jaxmp.models.sizes import check_heads, check_rates, check_sizes
 
@@ -225,7 +225,8 @@ class GPT2(nn.Module):
 
     Raises:
       InputError: a size is below 1, `dropout` is not in [0, 1), `width` is no multiple of `heads`, or, when called,
-        there are more tokens than `context`. Tokens decoded beyond `context` have logits of NaN.
+        there are more tokens than `context`, those in the cache included. jit does not know how many these are:
+        there, a call that goes beyond `context` returns NaN, and so does each after it.
     """
 
     vocabulary: int = 50257
@@ -322,7 +323,8 @@ class Llama(nn.Module):
 
     Raises:
       InputError: a size is below 1, `width` is no multiple of `heads`, `heads` none of `kv_heads`, or, when called,
-        there are more tokens than `context`. Tokens decoded beyond `context` have logits of NaN.
+        there are more tokens than `context`, those in the cache included. jit does not know how many these are:
+        there, a call that goes beyond `context` returns NaN, and so does each after it.
     """
 
     vocabulary: int = 32000
@@ -404,8 +406,12 @@ def _positions(tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
 
 
 def _advance(model: nn.Module, tokens: jax.Array) -> jax.Array:
-    """The position of the first token, int32 scalar; the next call's is that of the token after the last."""
+    """The position of the first token, int32 scalar; the next call's is that of the token after the last.
+
+    Raises InputError if there is no room, see `check_room`.
+    """
     index: Any = model.variable("cache", "index", lambda: jnp.int32(0))
     start = index.value
+    check_room(model, start, tokens.shape[1])
     index.value = start + tokens.shape[1]
     return start

@@ -523,8 +523,9 @@ class BlockScales(NamedTuple):
     amax: jax.Array
     """float32, shape of `of_blocks`: the largest finite magnitude of each block whose numbers are all finite, else 0"""
     limit: jax.Array
-    """float32, shape of `of_blocks`: the magnitude above which numbers of the block are clipped; NaN as `of_blocks`. It
-    is no product of these: where a scale is subnormal, processors take it for 0"""
+    """float32, shape of `of_blocks`: the magnitude above which positive numbers of the block are clipped (and negative
+    ones, but for integers with a fraction, which have one more); NaN as `of_blocks`. It is no product of these: where a
+    scale is subnormal, processors take it for 0"""
     limit_of_numbers: jax.Array
     """float32, shape of the array: the limit of each number's block"""
 
@@ -557,11 +558,11 @@ def _block_scales(scaling: _Scaling, layout: _Layout, format: BlockFormat) -> Bl
     )
 
 
-def clips_above(element: Element) -> float:
-    """Returns the magnitude from which an element is clipped, rather than rounded to the largest number."""
+def clips_above(element: Element, *, negative: bool = False) -> float:
+    """Returns the magnitude from which an element is clipped, rather than rounded to the largest number of its sign."""
     if isinstance(element, Format):
         return element.max + 2.0 ** (element.max_exponent - element.mantissa_bits - 1)
-    return element.max + 2.0 ** -(element.fraction_bits + 1)
+    return (element.largest_codes[negative] + 0.5) * 2.0**-element.fraction_bits
 
 
 def _e4m3_numbers(codes: jax.Array) -> jax.Array:

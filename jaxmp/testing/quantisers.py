@@ -151,6 +151,13 @@ class _Reference:
                 found.append(_E4M3.round(wanted) * tensor)
         return found
 
+    def subnormal_scales(self, x: np.ndarray) -> np.ndarray:
+        """Which numbers have a scale in e4m3 that is subnormal or 0."""
+        if isinstance(self.format, Format) or self.format.scale != "e4m3" or self.format.rule == "torchao":
+            return np.zeros(x.shape, bool)
+        amax = self.by_block(np.abs(x.astype(np.float64)), np.max)
+        return amax / amax.max() * 448 < 2.0**-6 if amax.max() else amax > 0
+
     def _exponent(self, amax: np.ndarray) -> np.ndarray:
         assert isinstance(self.format, BlockFormat)
         if self.format.rule == "even":
@@ -323,6 +330,10 @@ def _example(reference: _Reference, kind: str, exponent: int, seed: int) -> np.n
         x = random.normal(size=shape)
     elif kind == "wide":
         x = random.choice([-1, 1], shape) * np.exp2(random.uniform(-20, 0, shape))
+    elif kind == "blocks":  # of widely different sizes: scales down to the smallest of their format, and below
+        rows, columns = reference.lengths or (1, 32)
+        sizes = np.exp2(random.uniform(-24, 0, (-(-shape[0] // rows), -(-shape[1] // columns))))
+        x = random.normal(size=shape) * sizes.repeat(rows, 0)[: shape[0]].repeat(columns, 1)[:, : shape[1]]
     elif kind == "grid":  # numbers and midpoints of the element, in blocks whose scale is a power of two
         start = max(len(reference.grid) - 64, 0)
         if isinstance(reference.format, Format):
@@ -342,8 +353,8 @@ def _example(reference: _Reference, kind: str, exponent: int, seed: int) -> np.n
     return (x * 2.0**exponent).astype(np.float32)
 
 
-def _examples(reference: _Reference, kinds: tuple[str, ...] = ("normal", "wide", "grid", "near one")) -> Any:
-    return st.builds(_Numbers, st.sampled_from(kinds), st.integers(0, 20) | st.integers(-40, 40), st.integers(0, 2**16))
+def _examples(reference: _Reference, kinds: tuple[str, ...] = ("normal", "wide", "blocks", "grid", "near one")) -> Any:
+    return st.builds(_Numbers, st.sampled_from(kinds), st.integers(0, 20) | st.integers(-80, 40), st.integers(0, 2**16))
 
 
 def _first(bad: np.ndarray) -> tuple[int, int]:
@@ -482,7 +493,10 @@ def ties_to_even(subject: _Subject) -> None:
 
 
 def idempotent(subject: _Subject) -> None:
-    """Rounding what has been rounded changes nothing."""
+    """Rounding what has been rounded changes nothing, unless the scale of its block is a subnormal number.
+
+    There are few subnormal scales, so that another one may follow from the largest magnitude once that is rounded.
+    """
     subject.need_nearest()
     reference = subject.reference
 
@@ -490,7 +504,7 @@ def idempotent(subject: _Subject) -> None:
         y = subject(x)
         again = subject(y)
         bad = ~(np.abs(again - y) <= (0 if reference.exact else TOLERANCE) * np.abs(y))
-        bad &= reference.in_range(x)
+        bad &= reference.in_range(x) & ~reference.subnormal_scales(x)
         if not bad.any():
             return None
         index = _first(bad)
@@ -670,9 +684,9 @@ def scale_equivariant(subject: _Subject) -> None:
     """An array times a power of two becomes the result times that power."""
     subject.need_blocks()
 
-    def wrong(numbers: tuple[int, int]) -> str | None:
-        seed, power = numbers
-        x = _example(subject.reference, "normal", 0, seed)
+    def wrong(numbers: tuple[str, int, int]) -> str | None:
+        kind, seed, power = numbers
+        x = _example(subject.reference, kind, 0, seed)
         y, moved = subject(x), subject(x * np.float32(2.0**power))
         bad = y * 2.0**power != moved
         if not bad.any():
@@ -683,7 +697,8 @@ def scale_equivariant(subject: _Subject) -> None:
             f"{float(moved[index])!r} = {float(moved[index] / 2.0**power)!r} * 2^{power}"
         )
 
-    require(st.tuples(st.integers(0, 100), st.integers(1, 60) | st.integers(-60, -1)), wrong)
+    kinds = st.sampled_from(("normal", "blocks"))
+    require(st.tuples(kinds, st.integers(0, 100), st.integers(1, 60) | st.integers(-60, -1)), wrong)
 
 
 def blocks_are_independent(subject: _Subject) -> None:
@@ -711,7 +726,7 @@ def blocks_are_independent(subject: _Subject) -> None:
             "block at [0, 0] was made smaller"
         )
 
-    _search(subject, wrong, kinds=("normal",))
+    _search(subject, wrong, kinds=("normal", "blocks"))
 
 
 def not_finite_survives(subject: _Subject) -> None:

@@ -292,7 +292,7 @@ def bad_loss_is_skipped(trial: Trial) -> None:
 
 
 def scale_falls(trial: Trial) -> None:
-    """A skipped step lowers the loss scale, and an applied one does not.
+    """A skipped step lowers the loss scale, if it is above the floor that is claimed, and an applied one does not.
 
     Rule 8 of a step.
     """
@@ -311,7 +311,7 @@ def scale_falls(trial: Trial) -> None:
         now = trial.scale(state, scaler)
         if now < low:
             raise Broken(f"after a step that could be applied the scale fell from {low:g} to {now:g}")
-        if low == first and first != 1 and (growth := trial.growth_of(scaler)):
+        if low == first and first not in (1, trial.read("min_scale")) and (growth := trial.growth_of(scaler)):
             raise Broken(
                 f"{8 * trial.window} overflows in a row leave the scale at {first:g}; {growth} finite steps raise it"
             )

@@ -445,6 +445,62 @@ def test_the_gradient_of_a_weight_that_a_scan_uses_is_one_finding_for_each_sum()
     assert accumulations(lambda h, w: jnp.tanh((h @ w.astype(F32)).astype(F16))) == {CARRIED}
 
 
+def multiplied(w, x):
+    """A loss whose two products of one half weight both have an argument as their other operand."""
+    half = w.astype(F16)
+    return jnp.sum(((x @ half) * (x[::-1] @ half)).astype(F32))
+
+
+MADE_OF_IT = {
+    "itself": lambda w: w,
+    "a mask of it": lambda w: w.astype(F16) * jnp.tri(4, dtype=F16),
+    "a slice of it": lambda w: jnp.stack([w, w])[1],
+}
+
+
+@pytest.mark.parametrize("made", MADE_OF_IT)
+def test_a_weight_that_multiplies_the_batch_itself_twice_is_found(made):
+    report = audit(jax.grad(lambda w, x: multiplied(MADE_OF_IT[made](w), x)), of((4, 4), F32), H)
+    assert [(f.rule, f.what.split(" in ")[0], f.times) for f in report.findings] == [(*ADDED, 1)]
+
+
+def test_the_gradients_of_a_weight_that_the_smaller_branch_adds_up_are_found():
+    def loss(w, x):
+        large = lambda: jnp.sum((x @ w.astype(F16) @ jnp.ones((4, 64), F16)).astype(F32))  # noqa: E731
+        return jax.lax.cond(x[0, 0] > 0, large, lambda: multiplied(w, x))
+
+    assert [f.what.split(" in ")[0] for f in audit(jax.grad(loss), of((4, 4), F32), H).findings] == [ADDED[1]]
+
+
+def residual(w, x):
+    """The loss of a residual network in half that uses each weight once."""
+    h = x.astype(F16) @ w["in"].astype(F16)
+    for name in ("first", "second"):
+        h += jnp.tanh(h @ (w[name][0] * jnp.tri(4)).astype(F16)) @ w[name][1].astype(F16)
+    return jnp.sum(h.astype(F32) ** 2)
+
+
+def test_a_loop_over_steps_raises_no_alarm_for_residuals_and_counts_what_a_step_adds_up():
+    def trained(loss):
+        step = jax.jit(lambda w, x: jax.tree.map(lambda p, g: p - g, w, jax.grad(loss)(w, x)))
+        return lambda w, xs: jax.lax.scan(lambda w, x: (step(w, x), None), w, xs)[0]
+
+    weights = {"in": of((4, 4), F32), "first": of((2, 4, 4), F32), "second": of((2, 4, 4), F32)}
+    xs = of((3, 2, 4), F32)
+    audit(jax.grad(residual), weights, of((2, 4), F32)).assert_clean()
+    audit(trained(residual), weights, xs).assert_clean()
+    (found,) = audit(trained(multiplied), of((4, 4), F32), of((3, 2, 4))).findings
+    assert found[:2] == ("half accumulation", "gradients of a weight's uses add up in float16") and found.times == 3
+
+
+def test_the_residual_of_an_embedding_is_no_sum_of_a_weights_gradients():
+    def loss(table, w, tokens):
+        h = table[tokens].astype(F16)
+        return jnp.sum((h + jnp.tanh(h @ w.astype(F16))).astype(F32))
+
+    audit(jax.grad(loss, (0, 1)), of((9, 4), F32), of((4, 4), F32), of((2,), jnp.int32)).assert_clean()
+
+
 def test_a_state_without_any_guard_is_no_finding():
     report = audit(lambda state, x: {"a": state["a"] + x, "b": state["b"] * 2}, {"a": X, "b": X}, X)
     assert not report.findings

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import jaxmp
-from jaxmp.instruments.block_ranges import block_operands, clipping_limit, make_block_ranges
+from jaxmp.instruments.block_ranges import block_operands, clipping_limit, is_clipped, make_block_ranges
 from jaxmp.instruments.nonfinite import blame
+from jaxmp.instruments.what_if import make_what_if, recipe_of
 from jaxmp.modules.linen import init_delayed_scaling
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.recipe import RecipeOperand, parse_operand
@@ -102,6 +103,32 @@ def test_stochastic_rounding_clips_all_that_is_above_the_largest_number(format, 
         operand = RecipeOperand("dgrad", "gradients", parse_operand(format), rounding, 0)
         found = float(clipping_limit(jnp.float32(limits[0]), operand))
         assert found == pytest.approx(limit, rel=0 if format[:2] in ("mx", "in", "e5") else 1e-7, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_negative_numbers_of_mxint8_reach_one_further(rounding):
+    operand = RecipeOperand("fprop", "activations", parse_operand("mxint8"), rounding, 0)
+    x = np.float32([-1.9999, -1.5, 1.5, 1.99, 1.9999]) * np.float32(2.0**-30)
+    limit = jnp.float32(2.0**-30 * (127.5 / 64))  # of a scale of 2^-30, under which 127/64 is the largest
+    stochastic = rounding == "stochastic"
+    assert is_clipped(x, limit, operand).tolist() == [False, False, False, stochastic, True]
+    beyond = np.float32([-2.01, -2.001, -2]) * np.float32(2.0**-30)
+    assert is_clipped(beyond, limit, operand).tolist() == [True, stochastic, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_block_of_mxint8_is_clipped_by_what_is_positive(sign):
+    x = np.ones((2, 32), np.float32)
+    x[1, 3] = sign * 1.999
+    found = measured("fprop=mxint8", (x, np.ones((32, N), np.float32), np.ones((2, N), np.float32)))
+    activations = found["fprop", "activations"]
+    assert (activations.clipped, activations.clipped_blocks) == ((1, 1) if sign > 0 else (0, 0))
+    assert activations.first_clipped == (((1, 0), np.float32(1.999), 1.0) if sign > 0 else None)
+    rows = jax.jit(make_what_if(loss_of("float32"), {"mxint8": recipe_of("mxint8")}))
+    arguments = {"dense": {"kernel": jnp.ones((32, N))}}, {}, jnp.float32(1), {"x": x, "cotangent": jnp.ones((2, N))}
+    fprop = next(row for row in rows(*arguments, jax.random.key(0)).read().rows if row.product == "fprop")
+    assert fprop.operands["activations"].clipped == (1 / 64 if sign > 0 else 0)
 
 
 @pytest.mark.full_size

@@ -16,6 +16,8 @@ from jaxmp.runs.records import flops_per_second
 from jaxmp.runs.trainer import Trainer
 from jaxmp.tasks.distillation import Distillation
 
+P = jax.sharding.PartitionSpec
+MESH = jax.sharding.AbstractMesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 X, W = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((8, 8), jnp.bfloat16)
 
 
@@ -25,6 +27,13 @@ def scanned(x, w):
 
 def either(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
+
+
+def mapped(axes):
+    """A product of rows that are split over 4 of the devices of `MESH`, or over all 8 (none of them is there)."""
+    return jax.shard_map(
+        lambda x, w: x @ w, mesh=MESH, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes), check_vma=False
+    )
 
 
 def convolved(x, w):
@@ -41,6 +50,8 @@ def convolved(x, w):
         (scanned, 5 * 2 * 4 * 8 * 8),
         (either, 2 * 4 * 8 * 8),
         (convolved, 2 * 16 * 2 * 2 * 2 * 2),
+        (lambda x, w: mapped(("a",))(x, w), 2 * 4 * 8 * 8),
+        (lambda x, w: mapped(("a", "b"))(jnp.tile(x, (2, 1)), w), 2 * 8 * 8 * 8),
     ],
 )
 def test_the_flops_are_those_of_the_products(function, flops):

@@ -140,8 +140,11 @@ class Compiled:
 
     argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes, temp_size_in_bytes = 100, 50, 40, 7
 
+    def __init__(self, text=TEXT):
+        self.text = text
+
     def as_text(self):
-        return TEXT
+        return self.text
 
     def memory_analysis(self):
         return self
@@ -205,6 +208,49 @@ def test_a_program_for_a_cpu_is_read_too():
         jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x @ x), x)).lower(jnp.ones((8, 8))).compile()
     )
     assert ("product", "float32") in Program.read(compiled).launches()
+
+
+def compiled(fn):
+    return Program.read(jax.jit(fn).lower(jnp.ones((8, 8))).compile())
+
+
+def test_of_a_conditional_the_branch_with_most_products_is_counted():
+    branches = [lambda x: jnp.sin(x + 1).T, lambda x: x @ x @ x, lambda x: x @ x]
+    program = compiled(lambda x: jax.lax.switch(x[0, 0].astype(int), branches, x))
+    assert program.launches()["product", "float32"] == 2
+    assert ("elementwise", "float32") not in program.launches(), "of the first branch"
+
+
+def test_the_condition_of_a_loop_is_counted_where_it_is_computed():
+    program = compiled(lambda x: jax.lax.while_loop(lambda x: jnp.sum(x @ x) < 9, lambda x: x + x @ x, x))
+    assert program.launches()["product", "float32"] == 2
+
+
+def test_a_conditional_exchanges_what_one_branch_does_and_every_branch_is_searched_for_sums_in_half():
+    other = """%other (state.2: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %state.2 = (s32[], bf16[4]{0}) parameter(0)
+  %y.2 = bf16[4]{0} get-tuple-element(%state.2), index=1
+  %x.2 = f16[8,2]{1,0} constant({...})
+  %all-reduce.2 = bf16[4]{0} all-reduce(%y.2), to_apply=%add
+  %all-reduce.3 = bf16[4]{0} all-reduce(%all-reduce.2), to_apply=%add
+  %input_reduce_fusion.4 = f16[2]{0} fusion(%x.2), kind=kInput, calls=%fused_reduce
+  ROOT %next.2 = (s32[], bf16[4]{0}) tuple(%i.2, %all-reduce.3)
+}
+
+ENTRY"""
+    loop = 'while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    assert loop in TEXT
+
+    def with_branches(names):
+        conditional = f"conditional(%zero.1, %start, %start), branch_computations={{{names}}}"
+        return Program.read(Compiled(TEXT.replace(loop, conditional).replace("ENTRY", other)))
+
+    for names in ("%body, %other", "%other, %body"):
+        program = with_branches(names)
+        assert program.exchanged()["all-reduce", "bfloat16"] == (2, 16)
+        assert [each.terms for each in program.half_sums] == [8, 8]
+        assert sum(program.launches().values()) == 9
+    assert len(with_branches("%body, %body").half_sums) == 1
 
 
 def with_program(fn, *args, policy=None):

@@ -15,6 +15,7 @@ import pytest
 
 import jaxmp
 from jaxmp import Adam, Arrays, Experiment, Loop, Run, quantize
+from jaxmp.instruments import ranges
 from jaxmp.instruments.ranges import FORMATS, Range, count, count_each, count_lost_updates, gradients_and_module_counts
 from jaxmp.modules.linen import with_policy
 from jaxmp.training.gradients import make_gradients
@@ -136,7 +137,36 @@ def test_swallowed_updates_are_those_that_float64_says_round_to_the_same_number(
     (found,) = jax.jit(count_lost_updates)({"w": params}, {"w": updates}).values()
     assert 0 < same.sum() < 4990
     # float64's sum is rounded once, float32's twice: they part where a sum lies half-way within 2^-24 of its size.
-    assert abs(int(found) - same.sum()) <= (0 if dtype == np.float32 else 2)
+    assert abs(int(ranges.whole(found)) - same.sum()) <= (0 if dtype == np.float32 else 2)
+
+
+# More numbers than an int32 can count.
+
+
+def test_counts_of_many_arrays_and_of_many_turns_are_those_of_more_than_an_int32():
+    counts = count(jnp.ones(2**22))
+    together = Range.read(ranges._together([counts] * 600))
+    turns = Range.read(ranges.decoded(4096 * ranges.encoded(counts)))  # what a scan of 4096 turns adds up
+    assert (together.size, together.exponents) == (600 * 2**22, {0: 600 * 2**22})
+    assert (turns.size, turns.exponents) == (2**34, {0: 2**34})
+    summed = Range.read(ranges.decoded(4096 * ranges.encoded(ranges._together([counts] * 3))))
+    assert summed.exponents == {0: 3 * 2**34}
+
+
+def test_an_array_of_more_elements_than_an_int32_counts_is_counted_in_parts(monkeypatch):
+    shapes = jax.eval_shape(count, jax.ShapeDtypeStruct((2**31 + 3,), jnp.float32))
+    assert shapes.counts.shape == (2, len(ranges.EDGES))
+    x = numbers(np.float32)[: 2**13 + 5]
+    monkeypatch.setattr(ranges, "_PART", 1000)
+    assert fields(Range.read(jax.jit(count)(jnp.asarray(x)))) == reference(x)
+
+
+def test_flags_are_counted_beyond_an_int32():
+    flags = np.random.default_rng(2).random((7, 300, 11)) < 0.7
+    number_of = jax.jit(ranges.number_of)
+    assert ranges.whole(number_of(flags)) == flags.sum()
+    # As if so many flags had been set in each row.
+    assert ranges.whole(number_of(np.full((9, 1), 2**30 + 1, np.int32))) == 9 * (2**30 + 1)
 
 
 # Modules.

@@ -165,9 +165,21 @@ def test_decoding_with_a_cache_is_the_whole_forward_pass(name, policy, within):
         logits, state = decoded(decode, variables, given, parts)
         np.testing.assert_allclose(logits, whole, atol=within * largest, rtol=0)
         assert state["cache"]["index"] == 12
-    # And there it ends.
-    logits, _ = decode({**variables, **state}, given[:, :1])
-    assert np.isnan(logits).all()
+    # And there it ends, under jit with NaN.
+    for _ in range(3):
+        logits, state = decode({**variables, **state}, given[:, :1])
+        assert np.isnan(logits).all()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoding_past_the_context_is_refused_where_the_position_is_known(name):
+    cache = {"cache": {"index": jnp.int32(DECODERS[name].context - 1)}}
+    with pytest.raises(
+        InputError, match=rf"{type(DECODERS[name]).__name__}: 2 tokens from position 11 on; .*context=12"
+    ):
+        DECODERS[name].apply(cache, tokens(1, 2), decode=True, mutable=["cache"])
+    with pytest.raises(InputError, match="Attention: 3 tokens from position 2 on; expected at most context=4"):
+        Attention(2, context=4).init(jax.random.key(0), normal(0, 1, 3, 8), start=jnp.int32(2))
 
 
 @pytest.mark.slow

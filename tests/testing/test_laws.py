@@ -147,6 +147,24 @@ def test_no_move_beyond_its_cap_or_floor_is_asked_of_a_scale():
     assert floored["hysteresis"].verdict == "holds", floored["hysteresis"].words
 
 
+def test_no_fall_below_its_claimed_floor_is_asked_of_a_steps_scale():
+    def weights_and_scale(least):
+        tx = loss_scaling(optax.sgd(0.1), DynamicScaler(init_scale=8.0, min_scale=least, growth_interval=3))
+
+        def sgd(state, batch):
+            grads = jax.grad(lambda w: scale_loss(jnp.sum((w - batch["x"]) ** 2), state[1]))(state[0])
+            updates, opt_state = tx.update(grads, state[1], state[0])
+            return optax.apply_updates(state[0], updates), opt_state
+
+        return lambda: (jnp.ones(3), tx.init(jnp.ones(3))), jax.jit(sgd), {"x": jnp.zeros(3)}
+
+    floored = step_laws(StepAdapter(*weights_and_scale(8.0), min_scale=8.0))
+    assert floored["scale_falls"].verdict == "holds", floored["scale_falls"].words
+    for claimed in (None, 1.0):
+        stuck = step_laws(StepAdapter(*weights_and_scale(8.0), min_scale=claimed))["scale_falls"]
+        assert stuck.verdict == "broken" and "8 overflows in a row leave the scale at 8" in stuck.words
+
+
 STEPS = {
     "mixed_float16": {"policy": "mixed_float16", "ema": False},
     "mixed_bfloat16": {"policy": "mixed_bfloat16", "ema": False},

@@ -385,6 +385,27 @@ def test_a_scale_that_is_rounded_up_where_the_format_rounds_down_is_found():
     assert "by the rule the scale is" in quantizer_laws(nearest_as("mxfp4:ceil"), "mxfp4")["scale_by_rule"].words
 
 
+def small_scales_flushed(x):
+    """nvfp4, but a block whose scale is below e4m3's normal numbers, 2^-6, becomes zeros."""
+    amax = by_block(x, 16, lambda b: jnp.broadcast_to(jnp.abs(b).max(-1, keepdims=True), b.shape))
+    return jnp.where(amax / jnp.abs(x).max() < 2.0**-6 / 448, 0, quantize(x, "nvfp4"))
+
+
+@pytest.mark.parametrize("fn", [nearest_as("nvfp4:torchao"), small_scales_flushed], ids=["clamped", "flushed"])
+def test_scales_of_blocks_that_are_small_beside_others_are_looked_at(fn):
+    laws = quantizer_laws(fn, "nvfp4")
+    assert laws["scale_by_rule"].verdict == "broken"
+    assert laws["nearest"].verdict == "broken"
+
+
+def test_a_block_with_a_subnormal_scale_need_not_stay_as_it_is_when_it_is_rounded_again():
+    x = np.zeros((16, 32), np.float32)
+    x[0, 0], x[0, 16] = 448 * 6 * 512, 9  # in units of the smallest scale: 9 / 6 is rounded to 2, and 8 / 6 to 1
+    once = np.asarray(quantize(x, "nvfp4"))
+    assert once[0, 16] == 8 and np.asarray(quantize(once, "nvfp4"))[0, 16] == 6
+    assert quantizer_laws(nearest_as("nvfp4_16x16"), "nvfp4_16x16")["idempotent"].verdict == "holds"
+
+
 def test_what_no_laws_can_be_made_of_is_said():
     with pytest.raises(InputError, match="f32 has 32 bits; expected at most 16"):
         quantizer_laws(np.round, "float32")
