@@ -122,8 +122,8 @@ def is_clipped(x: jax.Array, nearest: jax.Array, operand: RecipeOperand) -> jax.
 
 
 def _element(operand: RecipeOperand) -> Element | None:
-    format = operand.format
-    return format.format if isinstance(format, Delayed) else getattr(format, "element", format)
+    format = operand.format.format if isinstance(operand.format, Delayed) else operand.format
+    return format.element if isinstance(format, BlockFormat) else format
 
 
 def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
