@@ -123,7 +123,9 @@ def is_clipped(x: jax.Array, nearest: jax.Array, operand: RecipeOperand) -> jax.
 
 def _element(operand: RecipeOperand) -> Element | None:
     format = operand.format
-    return format.format if isinstance(format, Delayed) else getattr(format, "element", format)
+    if isinstance(format, BlockFormat):
+        return format.element
+    return format.format if isinstance(format, Delayed) else format
 
 
 def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:
