@@ -1,10 +1,10 @@
 """`audit`: which operations of a traced function run in which dtype, and where that goes wrong.
 
 The function is traced and never run. Its jaxpr is read once, from the first operation to the last and into every
-nested function. A few facts go along with each value (`_Facts`): whether it is a parameter that was only cast and
-reshaped, a product that adds up over a batch, an exponential, a decision on finite gradients. Each rule looks at one
-operation and the facts of its operands, so that what is usual in half precision (a maximum, a residual connection, a
-sum that JAX itself runs in float32) raises no alarm.
+nested function. A few facts go along with each value (`_Facts`): whether it is a product, a sum of several gradients,
+an exponential, a decision on finite gradients. Each rule looks at one operation and the facts of its operands, so that
+what is usual in half precision (a maximum, a residual connection, a sum that JAX itself runs in float32) raises no
+alarm.
 
 The rules are the traps and defects that a jaxpr shows. It does not show what depends on values, such as an overflow.
 With a target, the function is also compiled, for GPUs that need not be there, and XLA's program is read too

@@ -122,8 +122,10 @@ def is_clipped(x: jax.Array, nearest: jax.Array, operand: RecipeOperand) -> jax.
 
 
 def _element(operand: RecipeOperand) -> Element | None:
-    format = operand.format.format if isinstance(operand.format, Delayed) else operand.format
-    return format.element if isinstance(format, BlockFormat) else format
+    format = operand.format
+    if isinstance(format, BlockFormat):
+        return format.element
+    return format.format if isinstance(format, Delayed) else format
 
 
 def clipping_limit(nearest: jax.Array, operand: RecipeOperand) -> jax.Array:

@@ -276,8 +276,7 @@ class _Reader:
     def launches(self) -> tuple[int, int]:
         """How many products were read, and how many launches of any kind."""
         products = sum(kernel.times for kernel in self.kernels if kernel.kind in PRODUCT_KERNELS)
-        collectives = sum(each.times for each in self.collectives)
-        return products, sum(kernel.times for kernel in self.kernels) + collectives
+        return products, sum(kernel.times for kernel in self.kernels) + sum(each.times for each in self.collectives)
 
     def _collective(
         self, kind: str, instruction: _Instruction, body: Mapping[str, _Instruction], times: int, in_loop: bool
