@@ -249,8 +249,9 @@ class Checkpoints:
     def _orbax(self) -> Any:
         """Orbax's checkpointer, made when it is first asked to save or to read."""
         if self._made is None:
-            _quieten_orbax()
-            self._made = _ocp().AsyncCheckpointer(_ocp().PyTreeCheckpointHandler())
+            ocp = _ocp()
+            _quieten_orbax()  # after the import, which makes the logger
+            self._made = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
             _wait_before_exit(self)
         return self._made
 
