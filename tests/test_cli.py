@@ -115,16 +115,18 @@ def test_import_and_help_of_commands_need_no_jax():
 
 
 def test_the_first_step_waits_for_no_library_that_it_does_not_need(folder):
+    (folder / "torch.py").write_text("print('torch is imported')")  # as tensorboardX does, where it is installed
     out = in_a_fresh_process(
-        "import sys; import jaxmp.runs.fit as module; from jaxmp.cli import main\n"
+        f"import sys; sys.path.append({str(folder)!r}); import jaxmp.runs.fit as module; from jaxmp.cli import main\n"
         "def first(*args, **kwargs):\n"
         "    for info in dispatches(*args, **kwargs):\n"
         "        print(info.step, {'orbax', 'flax.nnx', 'tensorflow_datasets', 'IPython'} & set(sys.modules))\n"
         "        yield info\n"
         "dispatches, module._dispatches = module._dispatches, first\n"
-        f"main(['train', {str(folder / 'my.py')!r}, '--workdir', {str(folder)!r}, '--loop.steps', '1', '--quiet'])"
+        f"main(['train', {str(folder / 'my.py')!r}, '--workdir', {str(folder)!r}, '--loop.steps', '1', '--quiet'])\n"
+        "import torch"
     )
-    assert out.splitlines() == ["1 set()"]
+    assert out.splitlines() == ["1 set()", "torch is imported"]
 
 
 def test_every_public_name_is_importable_and_known_to_type_checkers():

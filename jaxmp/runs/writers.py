@@ -187,6 +187,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
+        _import_tensorboardx()
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event = event_pb2.Event
@@ -278,6 +279,16 @@ class TensorBoard:
         with _or_input_error(self.path):
             self._file.write(length + checksums[0] + data + checksums[1])
             self._file.flush()
+
+
+def _import_tensorboardx() -> None:
+    """Imports tensorboardX without torch, which takes it a second where that is installed: for a type annotation."""
+    if not {"tensorboardX", "torch"} & sys.modules.keys():
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            import tensorboardX  # noqa: F401
+        finally:
+            del sys.modules["torch"]
 
 
 class WeightsAndBiases:
