@@ -104,7 +104,7 @@ def scaling_cost(result: dict[str, Any]) -> str:
                 f"{program[key]:,}" + (f" ({program[key] / base[key] - 1:+.1%})" if base.get(key) else "")
                 for key in ("kernels", "selects", "temporaries", "peak")
                 if "why not" not in program
-            ] or [f"not compiled: {program['why not']}", "", "", ""]
+            ] or [f"not compiled: {program['why not']:.45}", "", "", ""]
             rows.append([model, name, program["beside"] or "", *cells])
     return markdown(
         ["model", "step", "beside", "kernels", "selects", "bytes of temporaries", "bytes at the peak"], rows
