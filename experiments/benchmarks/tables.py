@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def scaling_cost(result: dict[str, Any]) -> str:
                 f"{program[key]:,}" + (f" ({program[key] / base[key] - 1:+.1%})" if base.get(key) else "")
                 for key in ("kernels", "selects", "temporaries", "peak")
                 if "why not" not in program
-            ] or [f"not compiled: {program['why not']:.45}", "", "", ""]
+            ] or [f"not compiled: {textwrap.shorten(program['why not'], 60, placeholder=' ...')}", "", "", ""]
             rows.append([model, name, program["beside"] or "", *cells])
     return markdown(
         ["model", "step", "beside", "kernels", "selects", "bytes of temporaries", "bytes at the peak"], rows
