@@ -141,9 +141,8 @@ class ConfigFile:
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
         sys.path.insert(0, str(folder))
-        beside = {path.stem for path in folder.glob("*.py")} | {
-            path.parent.name for path in folder.glob("*/__init__.py")
-        }
+        beside = {path.stem for path in folder.glob("*.py")}
+        beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
         for name, imported in list(sys.modules.items()):
             file = getattr(imported, "__file__", None) if name.partition(".")[0] in beside else None
             if file is None or "__source__" in vars(imported) or _is_installed(file):

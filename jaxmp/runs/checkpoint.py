@@ -399,11 +399,11 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), list(restored.values()))
 
     def _read_leaves(self, step: int, manifest: dict, wanted: dict[str, Any]) -> dict[str, Any]:
-        leaves = manifest["leaves"]
+        orbax, leaves = self._orbax(), manifest["leaves"]  # if Orbax cannot be imported, no checkpoint is to blame
         how = {path: self._restore_args(wanted.get(path)) for path, leaf in leaves.items() if math.prod(leaf["shape"])}
         try:
             with _ORBAX:
-                arrays = self._orbax().restore(
+                arrays = orbax.restore(
                     self._arrays(self.folder / str(step)), args=_ocp().args.PyTreeRestore(dict.fromkeys(how, 0), how)
                 )
         except Exception as error:  # Orbax, TensorStore and Zstandard each raise their own

@@ -251,6 +251,21 @@ def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path
     checkpoints.close()
 
 
+def test_no_checkpoint_is_called_damaged_where_orbax_does_not_begin(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    import orbax.checkpoint as ocp
+
+    def none_left(handler):
+        raise RuntimeError("can't start new thread")
+
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="can't start new thread"):
+        patched.setattr(ocp, "AsyncCheckpointer", none_left)
+        checkpoints.restore(TEMPLATE)
+    assert checkpoints.restore(TEMPLATE)[0] == 1
+    checkpoints.close()
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
