@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
@@ -142,23 +143,27 @@ def train_cell(
     """
     experiment, failed = cell.experiment, None
     before = _peak()
-    try:
-        fitted = fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
-    except RunFailed as error:
-        failed = str(error)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        failed = f"out of memory: {str(error).partition(chr(10))[0]}"
-    else:
-        if fitted.stopped:
+    with stop_signals() as stopped:  # `fit` looks no more after its last step: a signal in its end would be lost
+        try:
+            fitted = fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
+        except RunFailed as error:
+            failed = str(error)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            failed = f"out of memory: {str(error).partition(chr(10))[0]}"
+        else:
+            if fitted.stopped:
+                return None
+            if because := fitted.summary.get("stopped_because"):
+                raise InputError(
+                    f"{fitted.path}: a hook ended this run early, after step {fitted.summary['steps']}: {because}. It "
+                    "cannot stand beside runs of all steps; begin it anew with jaxmp train --overwrite, without the "
+                    "hook, delete its folder, or choose another --workdir"
+                )
+        if stopped():
+            log("stopped after this run; the same command goes on from there")
             return None
-        if because := fitted.summary.get("stopped_because"):
-            raise InputError(
-                f"{fitted.path}: a hook ended this run early, after step {fitted.summary['steps']}: {because}. It "
-                "cannot stand beside runs of all steps; begin it anew with jaxmp train --overwrite, without the hook, "
-                "delete its folder, or choose another --workdir"
-            )
     if failed:
         log(f"failed: {failed}")
     folder = RunFolder.of(experiment, workdir, name).path

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -22,7 +23,7 @@ from jaxmp.cli import main
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.reports.comparison import page, text
-from jaxmp.runs.fit import Fitted
+from jaxmp.runs.fit import Fitted, _Session
 from jaxmp.runs.run import Run
 from jaxmp.studies.compare import differences
 from jaxmp.studies.gradients import compare_gradients
@@ -224,6 +225,22 @@ def test_a_signal_that_stops_a_run_stops_the_comparison(folder, tmp_path, monkey
     output = tmp_path / "c.html"
     assert main(arguments(folder, "--output", str(output), "--precision", "float32", "--seeds", "5")) == 75
     assert not output.exists()
+
+
+def test_a_signal_in_the_end_of_a_run_stops_the_comparison(folder, tmp_path, monkeypatch):
+    """`fit` looked for the last time after its last step, and the run is whole: what stops is the loop of runs."""
+    finish, said = _Session._finish, []
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, *args)
+
+    monkeypatch.setattr(_Session, "_finish", interrupted)
+    config = ConfigFile.find(str(folder / "net.py"))
+    assert jaxmp.compare(config, ["float32"], [7, 8], workdir=str(tmp_path), log=said.append) is None
+    assert said[-1] == "stopped after this run; the same command goes on from there"
+    (run,) = tmp_path.glob("net/*-s*")
+    assert run.name.endswith("-s7") and Run(run).summary["steps"] == 12
 
 
 @pytest.mark.slow
