@@ -64,6 +64,9 @@ from jaxmp.trees import by_path
 SHOWN = 5
 """the most frozen parameters that are named"""
 
+FAST_COMPILE = {"xla_backend_optimization_level": 1}
+"""XLA's options for a program that runs once: a half to a third of the time to compile it, and the same bits"""
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """all splits that a dataset may have"""
 
@@ -498,8 +501,9 @@ class Trainer:
 
         key = jax.random.key(experiment.seed)
         if devices.shard == "replicated" and not devices.several_processes:
-            return jax.jit(init)(key)
-        return jax.jit(init, out_shardings=devices.shardings(jax.eval_shape(init, key)))(key)
+            return jax.jit(init, compiler_options=FAST_COMPILE)(key)
+        shardings = devices.shardings(jax.eval_shape(init, key))
+        return jax.jit(init, out_shardings=shardings, compiler_options=FAST_COMPILE)(key)
 
     @functools.cached_property
     def state_spec(self) -> TrainState:

@@ -48,7 +48,12 @@ def make_eval_step(loss_fn: LossFn | Mapping[str, LossFn]) -> EvalStep:
 
 def evaluation_key(state: TrainState) -> jax.Array:
     """The key of an evaluation of `state`: a function of its key and its step."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, EVALUATION), state.step)
+    return _evaluation_key(state.key, state.step)
+
+
+@jax.jit
+def _evaluation_key(key: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, EVALUATION), step)
 
 
 class Evaluation:

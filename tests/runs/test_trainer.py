@@ -119,3 +119,13 @@ def test_several_objectives_have_numbers_each():
     with_constants, with_arguments = (step(state, batch, *own)[0] for own in ((), (trainer.numbers,)))
     for a, b in zip(jax.tree.leaves(with_constants.params), jax.tree.leaves(with_arguments.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_state_has_the_same_bits_however_well_it_is_compiled(monkeypatch):
+    """Else the weights of the runs that are on record could not be made again."""
+    experiment = ConfigFile.find("digits_cnn").experiment()
+    fast = Trainer(experiment).init()
+    monkeypatch.setattr("jaxmp.runs.trainer.FAST_COMPILE", None)
+    well = Trainer(experiment).init()
+    for a, b in zip(jax.tree.leaves(fast.params), jax.tree.leaves(well.params), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
