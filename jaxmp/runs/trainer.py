@@ -484,31 +484,29 @@ class Trainer:
 
     def init(self) -> TrainState:
         """A fresh state, from the seed alone. Each device makes its own share of what is split."""
-        experiment, devices = self.experiment, self.devices
+        devices = self.devices
+        is_whole = devices.shard == "replicated" and not devices.several_processes
+        shardings = {} if is_whole else {"out_shardings": devices.shardings(self.state_spec)}
+        return jax.jit(self._init, **shardings, compiler_options=FAST_COMPILE)(jax.random.key(self.experiment.seed))
 
-        def init(key: jax.Array) -> TrainState:
-            params_key, step_key = jax.random.split(key)
-            params, model_state = init_model(experiment.adapted_model, experiment.task, self.batch_spec, params_key)
-            params = cast_to_param(experiment.adapted_model, experiment.policy, params, *self.inputs)
-            delayed = init_delayed_scaling(experiment.adapted_model, experiment.policy, *self.inputs)
-            return TrainState.create(
-                params,
-                self.objective,
-                key=step_key,
-                model_state={**model_state, **delayed},
-                rounding=experiment.policy.rounding,
-            )
-
-        key = jax.random.key(experiment.seed)
-        if devices.shard == "replicated" and not devices.several_processes:
-            return jax.jit(init, compiler_options=FAST_COMPILE)(key)
-        shardings = devices.shardings(jax.eval_shape(init, key))
-        return jax.jit(init, out_shardings=shardings, compiler_options=FAST_COMPILE)(key)
+    def _init(self, key: jax.Array) -> TrainState:
+        experiment = self.experiment
+        params_key, step_key = jax.random.split(key)
+        params, model_state = init_model(experiment.adapted_model, experiment.task, self.batch_spec, params_key)
+        params = cast_to_param(experiment.adapted_model, experiment.policy, params, *self.inputs)
+        delayed = init_delayed_scaling(experiment.adapted_model, experiment.policy, *self.inputs)
+        return TrainState.create(
+            params,
+            self.objective,
+            key=step_key,
+            model_state={**model_state, **delayed},
+            rounding=experiment.policy.rounding,
+        )
 
     @functools.cached_property
     def state_spec(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return jax.eval_shape(self.init)
+        return jax.eval_shape(self._init, jax.eval_shape(jax.random.key, 0))
 
     # What can be known without running a step.
 
