@@ -109,7 +109,7 @@ class Attention(nn.Module):
         else:
             weights = attention_weights(query, key, mask=seen, causal=causal).astype(value.dtype)
             weights = nn.Dropout(self.dropout, deterministic=not drops)(weights)
-            y = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+            y = weighted_values(weights, value)
         if start is not None:
             # What does not fit into the cache has overwritten the last positions: let it be seen.
             y = jnp.where(start + length <= self.context, y, jnp.nan)
@@ -163,22 +163,20 @@ def has_cudnn_attention() -> bool:
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, mask: jax.Array | None, causal: bool) -> jax.Array:
-    """The attention weights softmax(q k^T / sqrt(head_width)), float32 (batch, kv_heads, groups, length, keys).
+    """The attention weights softmax(q k^T / sqrt(head_width)), float32 (batch, heads, length, keys).
 
     The logits are summed and kept in float32. Their gradient is rounded to the dtype of the queries, so that the
     products of the backward pass are of half operands too, as in Flash attention's kernels.
 
     Args:
-      query: (batch, length, heads, head_width), with `kv_heads * groups` heads.
+      query: (batch, length, heads, head_width), with a multiple of `kv_heads` heads.
       key: (batch, keys, kv_heads, head_width).
       mask: bool, of a shape that broadcasts to (batch, 1, length, keys): False for what is not seen; or None.
       causal: whether query t sees only the keys up to t.
     """
     batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    logits = _logits(grouped, key) / math.sqrt(width)
-    seen = None if mask is None else mask[:, :, None]
+    logits = _logits(_folded(query, key.shape[2]), key).reshape(batch, heads, length, -1) / math.sqrt(width)
+    seen = mask
     if causal:
         below = jnp.arange(key.shape[1]) <= jnp.arange(length)[:, None]
         seen = below if seen is None else seen & below
@@ -187,13 +185,36 @@ def attention_weights(query: jax.Array, key: jax.Array, *, mask: jax.Array | Non
     return jax.nn.softmax(logits)
 
 
+def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """The sums (batch, length, heads, head_width) of values (batch, keys, kv_heads, head_width) under these weights."""
+    batch, heads, length, keys = weights.shape
+    kv_heads, width = value.shape[2:]
+    y = jnp.einsum("bkqs,bskh->bqkh", weights.reshape(batch, kv_heads, -1, keys), value)
+    if heads == kv_heads:
+        return y
+    return y.reshape(batch, -1, length, kv_heads, width).transpose(0, 2, 3, 1, 4).reshape(batch, length, heads, width)
+
+
+def _folded(query: jax.Array, kv_heads: int) -> jax.Array:
+    """The queries of a group, which share a head of keys, one after the other: (batch, groups * length, kv_heads, ...).
+
+    As an axis of its own the group, be it of one, makes XLA transpose the whole matrix of logits.
+    """
+    batch, length, heads, width = query.shape
+    if heads == kv_heads:
+        return query
+    return (
+        query.reshape(batch, length, kv_heads, -1, width).transpose(0, 3, 1, 2, 4).reshape(batch, -1, kv_heads, width)
+    )
+
+
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
-    """q k^T of (batch, length, kv_heads, groups, width) and (batch, keys, kv_heads, width), at least float32."""
+    """q k^T of (batch, queries, kv_heads, width) and (batch, keys, kv_heads, width), at least float32."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     return _half_products(query, key) if query.dtype != wide else jnp.einsum(_PRODUCT, query, key)
 
 
-_PRODUCT = "btkgh,bskh->bkgts"
+_PRODUCT = "bqkh,bskh->bkqs"
 
 
 @jax.custom_vjp
@@ -208,7 +229,7 @@ def _forward(query: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[jax.Arr
 def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     query, key = saved
     cotangent = cotangent.astype(query.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", cotangent, key), jnp.einsum("bkgts,btkgh->bskh", cotangent, query)
+    return jnp.einsum("bkqs,bskh->bqkh", cotangent, key), jnp.einsum("bkqs,bqkh->bskh", cotangent, query)
 
 
 _half_products.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ import pytest
 
 import jaxmp.models.attention
 from jaxmp.errors import InputError
-from jaxmp.models.attention import Attention, attention_weights, rotate
+from jaxmp.models.attention import Attention, attention_weights, rotate, weighted_values
 from jaxmp.models.transformer import BERT, GPT2, BERTMaskedLM, Llama
 from jaxmp.modules.linen import with_policy
 
@@ -32,8 +32,7 @@ def heads(dtype, kv_heads=2):
 
 
 def attend(query, key, value, **how):
-    weights = attention_weights(query, key, **how).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    return weighted_values(attention_weights(query, key, **how).astype(value.dtype), value)
 
 
 def in_float64(query, key, value, *, mask, causal):
@@ -78,7 +77,7 @@ def test_logits_in_half_are_not_rounded_before_the_softmax():
     key = jnp.array([[1.0, 0.0], [1.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     weights = attention_weights(query, key, mask=None, causal=False)
     assert weights.dtype == jnp.float32
-    ratio = float(weights[0, 0, 0, 0, 1] / weights[0, 0, 0, 0, 0])
+    ratio = float(weights[0, 0, 0, 1] / weights[0, 0, 0, 0])
     assert ratio == pytest.approx(math.exp(float(query[0, 0, 0, 1]) / math.sqrt(2)), rel=1e-4)
 
 
