@@ -484,10 +484,12 @@ class Trainer:
 
     def init(self) -> TrainState:
         """A fresh state, from the seed alone. Each device makes its own share of what is split."""
-        devices = self.devices
+        devices, key = self.devices, jax.random.key(self.experiment.seed)
         is_whole = devices.shard == "replicated" and not devices.several_processes
-        shardings = {} if is_whole else {"out_shardings": devices.shardings(self.state_spec)}
-        return jax.jit(self._init, **shardings, compiler_options=FAST_COMPILE)(jax.random.key(self.experiment.seed))
+        how: dict[str, Any] = {} if is_whole else {"out_shardings": devices.shardings(self.state_spec)}
+        if not isinstance(key, jax.core.Tracer):  # JAX takes no such options within a trace, as of `jax.eval_shape`
+            how["compiler_options"] = FAST_COMPILE
+        return jax.jit(self._init, **how)(key)
 
     def _init(self, key: jax.Array) -> TrainState:
         experiment = self.experiment
