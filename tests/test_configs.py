@@ -115,9 +115,9 @@ LONG = (
 """configs that take long to compile, or have a like one among the others"""
 
 
-def marked(names):
-    """The names for parametrize: the slow suite has those that compile in seconds."""
-    long = {name for name in names if name.startswith(LONG)}
+def marked(names, longer=()):
+    """The names for parametrize: the slow suite has those that are neither LONG nor in `longer`."""
+    long = {name for name in names if name.startswith((*LONG, *longer))}
     return [pytest.param(name, marks=pytest.mark.full_size if name in long else pytest.mark.slow) for name in names]
 
 
@@ -138,7 +138,11 @@ def test_a_config_trained_two_steps_and_resumed_to_four_ends_with_the_same_bits(
     assert bits(states[0]) == bits(states[1])
 
 
-@pytest.mark.parametrize("name", marked(CONFIGS))
+LONGER = ("mnist_vae", "shakespeare_gpt", "sst2_lstm")
+"""configs whose whole run takes a minute, beside like ones that do not"""
+
+
+@pytest.mark.parametrize("name", marked(CONFIGS, LONGER))
 def test_a_whole_run_of_a_config_is_audited_blamed_compared_with_float64_and_its_laws_hold(
     four_steps, name, tmp_path, monkeypatch
 ):
