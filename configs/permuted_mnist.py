@@ -7,10 +7,10 @@ et al. 2019, https://arxiv.org/abs/1902.10486.
 
 Command:   jaxmp data prepare mnist && jaxmp train permuted_mnist
            without replay: jaxmp train permuted_mnist --data.replay 0
-Hardware:  2 CPU cores, 2 to 5 minutes, while many other programs ran
-Expected:  average forgetting of the validation accuracy 0.0103 and 0.0112 with replay, 0.2341 and 0.2301 without, in
-           mixed_float16 with --seed 0 and 1; average accuracy over the five tasks, of the last weights on the test
-           split, 95.41 and 95.17 % with replay, 78.03 and 78.52 % without
+Hardware:  1 CPU core, 8 s after the start of Python and JAX
+Expected:  average forgetting of the validation accuracy in float32, mixed_bfloat16 and mixed_float16, 3 seeds each:
+           0.010 in each with replay, 0.247, 0.218 and 0.244 without; average accuracy over the five tasks, of the last
+           weights on the test split, 95.3 to 95.4 % with replay, 77.1 to 79.6 % without (configs/results.json)
 
 The forgetting, and the accuracy of each task after each task, are computed from the run's metrics.jsonl:
 
