@@ -8,8 +8,8 @@ doubles 4x4 four times; here it doubles 7x7 twice, with 64 and 32 channels.
 Command:   jaxmp data prepare mnist && jaxmp train mnist_dcgan && jaxmp sample runs/mnist_dcgan
 Hardware:  1 CPU core, 7 to 9 minutes, while other programs ran
 Expected:  1-nearest-neighbour accuracy of the pictures (experiments/generative; 50 % is perfect, mnist_vae has 93.2 %)
-           90.8 to 90.9 % in float32 over 3 seeds, 90.5 % in mixed_bfloat16 and 90.6 % in mixed_float16, one seed each; it
-           was 94.2 % after 860 of the 1,290 steps
+           90.8 to 90.9 % in float32 over 3 seeds, 90.5 % in mixed_bfloat16 and 90.6 % in mixed_float16, one seed each;
+           it was 94.2 % after 860 of the 1,290 steps
 """
 
 from __future__ import annotations
