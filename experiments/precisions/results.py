@@ -21,6 +21,7 @@ from typing import Any
 import tyro
 
 from jaxmp import fit
+from jaxmp.distributed.signals import stop_signals
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance, without_patch
 from jaxmp.runs.run import Run
@@ -41,8 +42,10 @@ def row(
             experiment = file.experiment(overrides)
             monitor = Trainer(experiment).monitor
             origin = {"source": file.source, "file": file.file, "overrides": overrides}
-            fitted = fit(experiment, workdir=workdir, name=file.name, origin=origin, log=lambda message: None, **begins)
-            if fitted.stopped:
+            how: dict[str, Any] = {"name": file.name, "origin": origin, "log": lambda message: None, **begins}
+            with stop_signals() as stopped:  # a signal in the end of a run as well
+                fitted = fit(experiment, workdir=workdir, **how)
+            if fitted.stopped or stopped():
                 raise SystemExit(75)
             summaries.append(fitted.summary)
             revisions[precision].append(without_patch(Run(fitted.path).config.get("git")))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,15 @@ def test_the_gradient_of_half_attention_has_half_products_and_is_that_of_float32
     exact = gradient(*(x.astype(jnp.float32) for x in arrays))
     for half, wide in zip(gradient(*arrays), exact, strict=True):
         np.testing.assert_allclose(half.astype(jnp.float32), wide, atol=0.02 * float(jnp.abs(wide).max()))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_matrix_of_logits_is_transposed(kv_heads):
+    query, key, value = normal(0, 2, 24, 4, 8), normal(1, 2, 24, kv_heads, 8), normal(2, 2, 24, kv_heads, 8)
+    gradient = jax.grad(lambda *of: jnp.sum(attend(*of, mask=None, causal=True) ** 2), (0, 1, 2))
+    lines = jax.jit(gradient).lower(query, key, value).compile().as_text().splitlines()
+    moved = [line for line in lines if re.search(r"f32\[2,[0-9,]*24,24(,1)?\]\S* (copy|transpose)\(", line)]
+    assert any(" dot(" in line for line in lines) and not moved
 
 
 @pytest.mark.slow
