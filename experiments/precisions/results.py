@@ -7,7 +7,8 @@
 The runs are those of `jaxmp train CONFIG --precision PRECISION --seed SEED`, in the same folders; a run that is already
 finished is read and not repeated. What is kept is the monitored metric, of the last weights, on the test split, and the
 git revision that trained each run. The file is written after each config, whose row takes the place of an older one of
-the same config and options; `jaxmp configs --markdown` makes a table of it.
+the same config and options; of the older one, other precisions stay if they have the same seeds, versions and devices.
+`jaxmp configs --markdown` makes a table of the file.
 """
 
 from __future__ import annotations
@@ -55,7 +56,19 @@ def row(
     found = {"config": config, "options": options, "metric": monitor.name, "seeds": list(seeds), "test": reached}
     made = provenance(patch=False)
     made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
+    made["command"] = dict.fromkeys(precisions, made["command"])
     return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made, "git": revisions}
+
+
+OF_A_PRECISION = ("test", "skipped_steps", "wall_seconds", "command", "git")
+"""the parts of a row that have an entry for each precision"""
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns the new row with the other precisions of the old one, if all that they have in common is equal."""
+    if any(old[name] != new[name] for name in new if name not in OF_A_PRECISION):
+        return new
+    return new | {name: old[name] | new[name] for name in OF_A_PRECISION}
 
 
 def beginning(options: str) -> tuple[dict[str, Any], list[str]]:
@@ -88,6 +101,9 @@ def main(
     for config in configs:
         rows = json.loads(output.read_text()) if output.exists() else []
         new = row(config, precisions, seeds, options, workdir)
+        for old in rows:
+            if (old["config"], old["options"]) == (config, options):
+                new = merged(old, new)
         kept = [old for old in rows if (old["config"], old["options"]) != (config, options)]
         rows = sorted([*kept, new], key=lambda each: (each["config"], each["options"]))
         output.write_text(json.dumps(without_nan(rows), indent=1) + "\n")

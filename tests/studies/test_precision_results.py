@@ -44,3 +44,15 @@ def test_a_row_says_which_revision_trained_each_run(results, tmp_path, monkeypat
     row = results.row("digits_mlp", ("float32",), (3, 4), "--init-from runs/a", tmp_path)
     assert row["git"] == {"float32": [{"revision": f"of seed {seed}", "dirty": True} for seed in (3, 4)]}
     assert row["test"] == {"float32": [0.9, 0.9]}
+
+
+def test_precisions_that_are_not_trained_again_stay_if_all_else_is_equal(results):
+    def row(reached, **others):
+        each = {name: {precision: [name, values] for precision, values in reached.items()} for name in parts}
+        return {"config": "a", "options": "", "seeds": [0, 1], "versions": {"jax": "1"}, **others, **each}
+
+    parts = results.OF_A_PRECISION
+    old, new = row({"float32": 1, "float16": 2}), row({"float16": 3, "bfloat16": 4})
+    assert results.merged(old, new) == row({"float32": 1, "float16": 3, "bfloat16": 4})
+    for other in ({"seeds": [0, 1, 2]}, {"versions": {"jax": "2"}}):
+        assert results.merged(old, row({"float16": 3}, **other)) == row({"float16": 3}, **other)
