@@ -1,22 +1,29 @@
-"""experiments/precisions/results.py keeps the revision that trained a run, and not that of the day it is read."""
+"""experiments/precisions keeps what runs reached: results.py of many runs, curve.py of one as it went."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "experiments" / "precisions" / "results.py"
+from jaxmp.training.metrics import MetricSpec
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "precisions"
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(f"precision_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("precision_results", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("results")
 
 
 def test_what_a_run_begins_with_is_told_from_the_fields_of_its_experiment(results):
@@ -56,3 +63,29 @@ def test_precisions_that_are_not_trained_again_stay_if_all_else_is_equal(results
     assert results.merged(old, new) == row({"float32": 1, "float16": 3, "bfloat16": 4})
     for other in ({"seeds": [0, 1, 2]}, {"versions": {"jax": "2"}}):
         assert results.merged(old, row({"float16": 3}, **other)) == row({"float16": 3}, **other)
+
+
+def test_a_curve_has_each_epoch_of_a_run_and_the_published_value_in_percent(tmp_path, monkeypatch):
+    curve = program("curve")
+    lines = [{"split": "train", "epoch": 0.5, "accuracy": 0.25, "step": 5}]
+    lines += [
+        {"split": "validation", "epoch": float(e), "accuracy": a, "step": 10 * e} for e, a in ((1, 0.5), (2, None))
+    ]
+    config = {"name": "net", "overrides": ["--loop.epochs", "2"], "git": {"revision": "r", "patch": "x"}}
+    config |= {"versions": {}, "devices": ["cpu"], "platform": "cpu"}
+    run = SimpleNamespace(
+        path=tmp_path / "net" / "abc-s0",
+        config=config,
+        summary={"test": {"accuracy": 0.75}, "wall_seconds": 1.2},
+        metrics=lines,
+        metric_specs={"accuracy": MetricSpec("max", "%")},
+    )
+    monkeypatch.setattr(curve, "Run", lambda path: run)
+    curve.main("runs/net", tmp_path / "out", published=0.9125, source="a paper")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["validation"] == {"epoch": [1.0, 2.0], "accuracy": [0.5, None]} and found["test"] == 0.75
+    assert found["trained_by"] == "jaxmp train net --loop.epochs 2" and found["git"] == {"revision": "r", "dirty": True}
+    drawn = (tmp_path / "out.svg").read_text()
+    for points in ("50 nan", "25", "91.25 91.25"):
+        assert f'data-y="{points}"' in drawn, points
+    assert "75.00 %; published: 91.25 % (a paper)" in drawn
