@@ -79,6 +79,8 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         if width % self.heads:
             raise InputError(f"Attention: a width of {width}: expected a multiple of heads={self.heads}")
+        if mask is not None and mask.shape != (batch, length):
+            raise InputError(f"Attention: a mask of {list(mask.shape)}; expected (batch, length), {[batch, length]}")
         if start is not None and mask is not None:
             raise InputError("Attention: a mask beside start: expected none in decoding")
         if start is not None:
@@ -120,8 +122,10 @@ class Attention(nn.Module):
         shape = (new.shape[0], self.context, *new.shape[2:])
         cache: Any = self.variable("cache", name, jnp.zeros, shape, new.dtype)
         # The cache keeps the dtype that it was made in (trap T21).
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new.astype(cache.value.dtype), start, axis=1)
-        return cache.value.astype(new.dtype)
+        value = jax.lax.dynamic_update_slice_in_dim(cache.value, new.astype(cache.value.dtype), start, axis=1)
+        if not self.is_initializing():
+            cache.value = value
+        return value.astype(new.dtype)
 
     def _is_cudnn(self, query: jax.Array, *, masked: bool, drops: bool) -> bool:
         """Whether cuDNN's kernel computes it; raises InputError where it is asked for and cannot."""

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from jaxmp.errors import InputError
+from jaxmp.models.sizes import check_rates, check_sizes
 
 
 class CNN(nn.Module):
@@ -32,12 +33,8 @@ class CNN(nn.Module):
     """Activation function after each convolution and hidden Dense layer."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "kernel", "dense", "classes"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
-                raise InputError(f"CNN: {name}={value}: expected 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"CNN: dropout={self.dropout}: expected 0 or more, below 1")
+        check_sizes(self, "channels", "kernel", "dense", "classes")
+        check_rates(self, "dropout")
         super().__post_init__()
 
     @nn.compact

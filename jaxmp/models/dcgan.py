@@ -87,7 +87,8 @@ class DCGAN(nn.Module):
     """A generator and a discriminator, whose parameters are below `generator` and `discriminator`.
 
     Raises:
-      InputError: a size is below 1, or height or width of the images is no multiple of 2 to the number of `channels`.
+      InputError: a size is below 1, there are no `channels`, or height or width of the images is no multiple of 2 to
+        the number of `channels`.
     """
 
     image: tuple[int, int, int] = (64, 64, 3)
@@ -101,6 +102,8 @@ class DCGAN(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "image", "channels", "noise", "kernel")
+        if not self.channels:
+            raise InputError("DCGAN: channels=(): expected one or more")
         factor = 2 ** len(self.channels)
         if self.image[0] % factor or self.image[1] % factor:
             raise InputError(

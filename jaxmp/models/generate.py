@@ -20,6 +20,7 @@ def generate(
     key: jax.Array,
     temperature: float = 1.0,
     apply: Callable[..., Any] | None = None,
+    vocabulary: int | None = None,
 ) -> jax.Array:
     """Draws the tokens that follow a prompt from a decoder, `GPT2` or `Llama`.
 
@@ -34,13 +35,17 @@ def generate(
       key: key of the draws.
       temperature: what the logits are divided by; 0: the most probable token is taken.
       apply: `with_policy(model.apply, policy)`, for a policy; by default `model.apply`.
+      vocabulary: number of tokens that there are, where the model has logits of more; None: as many as logits.
 
     Returns:
       The tokens drawn, int32 (batch, count).
 
     Raises:
-      InputError: the prompt is empty, `count` or `temperature` is out of range, or there are not enough positions.
+      InputError: the prompt is empty or no matrix, `count` or `temperature` is out of range, or there are not enough
+        positions.
     """
+    if prompt.ndim != 2:
+        raise InputError(f"generate: a prompt of {list(prompt.shape)}; expected tokens (batch, length)")
     length = prompt.shape[1]
     if not length or count < 1 or length + count > model.context:
         raise InputError(
@@ -53,7 +58,8 @@ def generate(
 
     def read(state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         logits, state = run({**variables, **state}, tokens, decode=True, mutable=["cache"])
-        return logits[:, -1].astype(jnp.float32), state
+        logits = logits[:, -1].astype(jnp.float32)
+        return logits if vocabulary is None else logits.at[:, vocabulary:].set(-jnp.inf), state
 
     def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
         if temperature == 0:

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxmp.errors import InputError
+from jaxmp.models.sizes import check_rates, check_sizes
 
 
 class MLP(nn.Module):
@@ -28,10 +28,8 @@ class MLP(nn.Module):
     """Activation function after each hidden layer."""
 
     def __post_init__(self) -> None:
-        if min((*self.features, self.classes)) < 1:
-            raise InputError(f"MLP: features={self.features}, classes={self.classes}: expected 1 or more of each")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"MLP: dropout={self.dropout}: expected 0 or more, below 1")
+        check_sizes(self, "features", "classes")
+        check_rates(self, "dropout")
         super().__post_init__()
 
     @nn.compact

@@ -60,11 +60,11 @@ class SequenceClassifier(nn.Module):
           sequence: features (batch, time, ...), the later axes flattened: an image is a sequence of its rows. With a
             `vocabulary`, tokens, int (batch, time).
           length: number of steps that count of each sequence, int (batch,); the rest is padding, which changes nothing.
-            One of no steps has the hidden state 0. None: all steps count.
+            One of no steps has the hidden state 0. None: all steps count; so they do where it is more than there are.
           train: whether dropout drops.
         """
         x = features(self, sequence, train=train)
-        count = jnp.full(x.shape[:1], x.shape[1]) if length is None else length
+        count = steps_that_count(x, length)
         x = recurrent_layers(self, x, count, train=train)
         # The last step of each direction, or zeros: one term of each sum is not zero, so that it is exact.
         step = jnp.arange(x.shape[1])
@@ -125,7 +125,7 @@ class SequenceLabeller(nn.Module):
           train: whether dropout drops.
         """
         x = features(self, sequence, train=train)
-        count = jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length.astype(jnp.int32)
+        count = steps_that_count(x, length)
         if self.stack > 1:
             x = jnp.where(jnp.arange(x.shape[1])[:, None] < count[:, None, None], x, 0)  # of a step that is not whole
             x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.stack), (0, 0)))
@@ -133,6 +133,13 @@ class SequenceLabeller(nn.Module):
             count = -(-count // self.stack)
         x = recurrent_layers(self, x, count, train=train)
         return nn.Dense(self.classes, name="head")(x), count
+
+
+def steps_that_count(x: jax.Array, length: jax.Array | None) -> jax.Array:
+    """The number of steps that count of each sequence (batch, time, ...), int32 (batch,), at most `time`."""
+    if length is None:
+        return jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+    return jnp.minimum(length, x.shape[1]).astype(jnp.int32)
 
 
 def check_fields(model: Any) -> None:
@@ -180,7 +187,13 @@ def recurrent_layers(model: Any, x: jax.Array, length: jax.Array, *, train: bool
     for index in range(model.layers):
         names = [f"forward_{index}", *([f"backward_{index}"] if model.bidirectional else [])]
         if model.kernel == "cudnn" and not model.is_initializing():
-            x = cudnn_lstm(x, length, *(model.get_variable("params", name) for name in names))
+            directions = [model.get_variable("params", name) for name in names]
+            if any(set(gate) - {"kernel", "bias"} for cell in directions for gate in cell.values()):
+                raise InputError(
+                    f"{type(model).__name__}: kernel='cudnn' has no place for adapters in {names[0]!r}; expected "
+                    "kernel='scan', or a LoRA.where that leaves out the recurrent layers"
+                )
+            x = cudnn_lstm(x, length, *directions)
         else:
             layers: list[Any] = [nn.RNN(CELLS[model.cell](model.width, name=name)) for name in names]
             outputs = [layers[0](x), *(reverse(each(reverse(x, length)), length) for each in layers[1:])]

@@ -8,9 +8,15 @@ from jaxmp.errors import InputError
 
 
 def check_sizes(model: Any, *names: str) -> None:
-    """Raises InputError if one of these fields of a model, or an entry of a tuple in one, is below 1."""
+    """Raises InputError if one of these fields of a model, or an entry of a tuple in one, is below 1.
+
+    A list becomes a tuple.
+    """
     for name in names:
         value = getattr(model, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(model, name, value)
         if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
             raise InputError(f"{type(model).__name__}: {name}={value}: expected 1 or more")
 

@@ -408,10 +408,13 @@ def _positions(tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
 def _advance(model: nn.Module, tokens: jax.Array) -> jax.Array:
     """The position of the first token, int32 scalar; the next call's is that of the token after the last.
 
+    `init` makes a cache that is not used yet.
+
     Raises InputError if there is no room, see `check_room`.
     """
     index: Any = model.variable("cache", "index", lambda: jnp.int32(0))
     start = index.value
     check_room(model, start, tokens.shape[1])
-    index.value = start + tokens.shape[1]
+    if not model.is_initializing():
+        index.value = start + tokens.shape[1]
     return start

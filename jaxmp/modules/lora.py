@@ -49,7 +49,8 @@ class LoRA(Intervention):
 
     Layers that can have one: Dense, DenseGeneral (attention's too), Einsum, Conv and ConvTranspose of one group, and
     the gates of every recurrent cell of Flax. Not: subclasses, which may compute something else; layers with batch
-    dimensions, groups or masks; an Einsum whose kernel does not begin with the contracted axes.
+    dimensions, groups or masks; layers in `nn.WeightNorm` or `nn.SpectralNorm`, which would change the adapter's
+    kernels too; an Einsum whose kernel does not begin with the contracted axes.
 
     The kernels of `nn.OptimizedLSTMCell` are joined by the cell before they meet an input; there A B is formed, in the
     compute dtype, and added to the kernel in float32.
@@ -156,6 +157,7 @@ class _Call:
         self.patterns = [Pattern(text) for text in lora.where]
         self.met = MetModules()
         self.able: list[str] = []  # the paths of the layers that can have an adapter
+        self.normalised = 0  # number of modules, of those that are running, that change the kernels within
 
     def check(self) -> None:
         """Raises InputError if a pattern names no layer that can have an adapter."""
@@ -179,7 +181,13 @@ class _Call:
             return next_fun(*args, **kwargs)
         path = "/".join(module.path)
         self.met.meet(path, module)
-        if method != "__call__" or path.rpartition("/")[2] in (A, B):
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            self.normalised += 1
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self.normalised -= 1
+        if method != "__call__" or self.normalised or path.rpartition("/")[2] in (A, B):
             return next_fun(*args, **kwargs)
         added = _added(module, self.lora, *args, **kwargs)
         if added is None:

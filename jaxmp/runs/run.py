@@ -364,7 +364,7 @@ class Run:
           is among them under its own name, where the rows have it.
 
         Raises:
-          InputError: an input is missing; of a split, as `source` does.
+          InputError: an input is missing, or a prediction is called as the target; of a split, as `source` does.
         """
         data, task = self.experiment.data, self.experiment.task
         source = self.source(rows) if isinstance(rows, str) else _columns(data, rows)
@@ -381,6 +381,11 @@ class Run:
             predicted = predictions(task, self.outputs(batch, chosen, first=number * data.eval_batch_size))
             target = getattr(task, "target", None)
             if target in batch:
+                if target in predicted:
+                    raise InputError(
+                        f"{type(task).__name__}.predictions has {target!r}, the name of the task's target, which "
+                        "stands beside them; expected another name"
+                    )
                 predicted[target] = batch[target]
             for name, values in predicted.items():
                 found[name].append(np.asarray(upcast(values))[:there])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,12 +49,12 @@ class Classification(Task):
             raise InputError(f"task.inputs = {self.inputs!r}: expected a tuple, ({self.inputs!r},)")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1")
-        if not self.mixup >= 0:
+        if not 0 <= self.mixup < math.inf:
             raise InputError(f"mixup={self.mixup}: expected 0 or more")
-        if not all(weight >= 0 for weight in self.class_weights) or (
-            self.class_weights and not any(self.class_weights)
-        ):
-            raise InputError(f"class_weights={self.class_weights}: expected numbers of at least 0, not all 0")
+        weights = tuple(map(float, self.class_weights))
+        object.__setattr__(self, "class_weights", weights)
+        if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
+            raise InputError(f"class_weights={weights}: expected numbers of at least 0, not all 0")
 
     def change(self, batch: Batch, key: jax.Array, *, train: bool) -> Batch:
         """Mixes, in training, the inputs of each two neighbours in the batch, if `mixup` is above 0.

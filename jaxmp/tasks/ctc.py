@@ -58,7 +58,7 @@ class CTC(Task):
         """
         self.check(outputs, batch)
         logits, steps = outputs
-        labels, weight = batch[self.target], batch["weight"]
+        labels, weight = batch[self.target].astype(jnp.int32), batch["weight"]  # of uint8, -1 would be a label
         counts = labels != self.padding
         number = jnp.sum(counts, axis=1)
         labels = jnp.where(counts, labels, 0)
@@ -73,13 +73,13 @@ class CTC(Task):
         }
 
     def predictions(self, outputs: Any) -> dict[str, jax.Array]:
-        """`labels`, int32 (rows, steps), the greedy decoding, filled up with `padding`; `count`, int32 (rows,)."""
+        """`prediction`, int32 (rows, steps), the greedy decoding, filled up with `padding`; `count`, int32 (rows,)."""
         labels, kept = greedy_labels(*outputs)
         count = jnp.sum(kept, axis=1)
         order = jnp.argsort(~kept, axis=1, stable=True)
         first = jnp.arange(labels.shape[1]) < count[:, None]
         return {
-            "labels": jnp.where(first, jnp.take_along_axis(labels, order, axis=1), self.padding),
+            "prediction": jnp.where(first, jnp.take_along_axis(labels, order, axis=1), self.padding),
             "count": count.astype(jnp.int32),
         }
 

@@ -66,7 +66,7 @@ class Distillation(Classification):
         soft, softened = (jax.nn.log_softmax(x / self.temperature) for x in (given, logits))
         # Where the teacher is sure, p log p is 0, and its log may be -inf.
         divergence = jnp.sum(jnp.where(soft > -jnp.inf, jnp.exp(soft) * (soft - softened), 0), axis=-1)
-        total = self.temperature**2 * jnp.sum(divergence * weight)
+        total = self.temperature**2 * Mean.of(divergence, weight).total
         loss = (1 - self.teacher_weight) * hard.total + self.teacher_weight * total
         agree = jnp.argmax(logits, axis=-1) == jnp.argmax(given, axis=-1)
         return Mean(loss, hard.weight), {

@@ -84,8 +84,8 @@ class NextToken(LanguageModel):
 
         @jax.jit
         def draw(variables: Any, prompts: jax.Array, key: jax.Array) -> jax.Array:
-            temperature, apply = sampling.temperature, trained.apply
-            return generate(model, variables, prompts, length, key=key, temperature=temperature, apply=apply)
+            how = {"temperature": sampling.temperature, "apply": trained.apply, "vocabulary": vocabulary.size}
+            return generate(model, variables, prompts, length, key=key, **how)
 
         drawn = draw(trained.variables, jnp.tile(tokens, (count, 1)), key)
         return Samples(texts=tuple(vocabulary.decode([*tokens, *row]) for row in np.asarray(drawn)))

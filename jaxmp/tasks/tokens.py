@@ -47,7 +47,7 @@ class PerToken(Task):
     def losses(self, outputs: jax.Array, batch: Batch) -> TokenLosses:
         """The softmax cross-entropy of each target, in float32. Raises InputError as `check` does."""
         self.check(outputs, batch)
-        targets = batch[self.target]
+        targets = batch[self.target].astype(jnp.int32)  # of uint8, a padding of -1 would be a class
         counts = targets != self.padding
         targets = jnp.where(counts, targets, 0)
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)

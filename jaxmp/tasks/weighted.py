@@ -43,8 +43,8 @@ class Weighted:
                 "data or a weight for each class"
             )
         object.__setattr__(self, "classes", tuple(float(weight) for weight in self.classes))
-        if not all(0 <= weight < float("inf") for weight in self.classes):
-            raise InputError(f"Weighted.classes = {self.classes}: expected finite weights of 0 or more")
+        if not all(0 <= weight < float("inf") for weight in self.classes) or (self.classes and not any(self.classes)):
+            raise InputError(f"Weighted.classes = {self.classes}: expected finite weights of 0 or more, not all 0")
         if mixup := getattr(self.task, "mixup", 0):
             raise InputError(
                 f"Weighted: task.mixup = {mixup} mixes the losses of two rows, and one weight would be that of both; "

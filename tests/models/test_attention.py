@@ -191,6 +191,13 @@ def test_decoding_past_the_context_is_refused_where_the_position_is_known(name):
         Attention(2, context=4).init(jax.random.key(0), normal(0, 1, 3, 8), start=jnp.int32(2))
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_init_makes_a_cache_that_is_not_used_yet(name):
+    cache = DECODERS[name].init(jax.random.key(0), tokens(2, 12), decode=True)["cache"]
+    assert int(cache["index"]) == 0 and len(jax.tree.leaves(cache)) > 1
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(cache))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_cache_keeps_its_dtype_whatever_the_policy_of_the_next_call_t21(name):
@@ -304,6 +311,8 @@ def test_cudnns_kernel_is_given_the_same_attention(name, monkeypatch):
             "2 tokens, heads of 4 float32s",
         ),
         (lambda: decode_with_a_mask(), "a mask beside start: expected none in decoding"),
+        (lambda: masked(1, 3, 3), "Attention: a mask of [1, 3, 3]; expected (batch, length), [1, 3]"),
+        (lambda: masked(1, 1), "Attention: a mask of [1, 1]; expected (batch, length), [1, 3]"),
         (lambda: init(Attention(2, rope=1e4), normal(0, 1, 2, 6)), "heads of 3: expected an even width"),
         (lambda: GPT2(width=100), "width=100: expected a multiple of heads=12"),
         (lambda: GPT2(dropout=1.0), "dropout=1.0"),
@@ -320,6 +329,10 @@ def test_attention_that_cannot_be_is_refused_by_name(make, names):
 
 def init(model, x):
     return jax.eval_shape(model.init, jax.random.key(0), x)
+
+
+def masked(*shape):
+    Attention(2).init(jax.random.key(0), normal(0, 1, 3, 8), jnp.ones(shape, bool))
 
 
 def decode_with_a_mask():

@@ -62,3 +62,19 @@ def test_what_cannot_be_generated_is_refused(length, count, temperature, names):
     with pytest.raises(InputError) as error:
         generate(GPT2(**SMALL), {}, jnp.zeros((1, length), jnp.int32), count, key=KEY, temperature=temperature)
     assert names in str(error.value)
+    with pytest.raises(InputError, match=r"a prompt of \[4\]; expected tokens \(batch, length\)"):
+        generate(GPT2(**SMALL), {}, jnp.zeros(4, jnp.int32), 1, key=KEY)
+
+
+def test_no_token_beyond_the_vocabulary_is_drawn():
+    logits = jnp.array([0.0, 0.0, 0.0, 50.0, 60.0])
+
+    def apply(variables, tokens, **options):
+        return jnp.broadcast_to(logits, (*tokens.shape, 5)), {}
+
+    for temperature in (0.0, 1.0):
+        how = {"key": KEY, "temperature": temperature, "apply": apply}
+        prompt = jnp.zeros((50, 2), jnp.int32)
+        assert (generate(GPT2(**SMALL), {}, prompt, 4, **how) == 4).all()
+        drawn = generate(GPT2(**SMALL), {}, prompt, 4, **how, vocabulary=3)
+        assert drawn.max() == (2 if temperature else 0)

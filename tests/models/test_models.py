@@ -7,6 +7,7 @@ import pytest
 
 from jaxmp.errors import InputError
 from jaxmp.models.cnn import CNN
+from jaxmp.models.dcgan import DCGAN
 from jaxmp.models.mlp import MLP
 
 
@@ -36,7 +37,7 @@ def conv(kernel, inputs, outputs):
             conv(5, 1, 32) + conv(5, 32, 64) + dense(7 * 7 * 64, 1024) + dense(1024, 10),
         ),
         (CNN(), (3, 32, 32, 3), conv(3, 3, 32) + conv(3, 32, 64) + dense(8 * 8 * 64, 10)),
-        (CNN(channels=(4,), classes=3), (3, 7, 9, 2), conv(3, 2, 4) + dense(3 * 4 * 4, 3)),
+        (CNN(channels=[4], classes=3), (3, 7, 9, 2), conv(3, 2, 4) + dense(3 * 4 * 4, 3)),
     ],
     ids=["linear", "mnist_mlp", "mlp", "mnist_cnn", "cifar10_cnn", "odd_sizes_round_down"],
 )
@@ -74,6 +75,8 @@ def test_dropout_is_for_training_only_and_follows_its_key(model):
         (lambda: MLP(classes=0), "classes=0"),
         (lambda: MLP(dropout=1.0), "dropout=1.0"),
         (lambda: CNN(channels=(-1,)), "channels=(-1,)"),
+        (lambda: CNN(channels=[8, 0]), "channels=(8, 0)"),
+        (lambda: DCGAN(channels=()), "DCGAN: channels=(): expected one or more"),
         (lambda: CNN(kernel=0), "kernel=0"),
         (lambda: CNN(dense=(0,)), "dense=(0,)"),
         (lambda: CNN(dropout=-0.1), "dropout=-0.1"),

@@ -8,6 +8,8 @@ import pytest
 import jaxmp.models.rnn
 from jaxmp.errors import InputError
 from jaxmp.models.rnn import SequenceClassifier, SequenceLabeller, reverse
+from jaxmp.modules.lora import LoRA
+from jaxmp.modules.model import as_model
 from jaxmp.testing.sums import terms
 
 
@@ -87,6 +89,22 @@ def test_what_cudnns_lstm_cannot_do_is_refused(fields, dtype, names):
         model = SequenceClassifier(kernel="cudnn", **fields)
         jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((2, 3, 4), dtype))
     assert names in str(error.value)
+
+
+def test_cudnns_lstm_refuses_adapters_that_it_would_not_read():
+    model, x = as_model(SequenceClassifier(width=4, kernel="cudnn")).under(LoRA(rank=2)), jnp.ones((2, 3, 4))
+    params, state = model.init(jax.random.key(0), x)
+    with pytest.raises(
+        InputError, match=r"kernel='cudnn' has no place for adapters in 'forward_0'; expected kernel='sc"
+    ):
+        model.apply(params, state, x)
+
+
+def test_a_length_beyond_the_steps_counts_all_of_them():
+    x, beyond = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.array([4, 9])
+    for model in (SequenceClassifier(width=4), SequenceLabeller(width=4, stack=2)):
+        variables = model.init(jax.random.key(1), x)
+        jax.tree.map(np.testing.assert_array_equal, model.apply(variables, x, beyond), model.apply(variables, x))
 
 
 @pytest.mark.slow

@@ -170,6 +170,26 @@ def test_a_pattern_that_names_no_such_layer_is_refused(where, message):
         as_model(Few()).under(LoRA(2, where=where)).init(jax.random.key(0), IMAGE)
 
 
+class Normalised(nn.Module):
+    """A layer whose kernel is normalised, and one whose is not."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(nn.WeightNorm(nn.Dense(3, name="inner"), name="norm")(x))
+
+
+def test_a_layer_whose_kernel_is_normalised_has_no_adapter_so_that_merged_is_unmerged():
+    x, lora = np.random.RandomState(0).standard_normal((4, 5)).astype(np.float32), LoRA(2)
+    base = as_model(Normalised())
+    params, state = base.under(lora).init(jax.random.key(0), x)
+    assert {path for path in by_path(params) if "lora" in path} == {"head/lora_a/kernel", "head/lora_b/kernel"}
+    params = with_products(params)
+    unmerged, merged = base.under(lora).apply(params, state, x)[0], base.apply(lora.merge(params), state, x)[0]
+    np.testing.assert_allclose(merged, unmerged, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="'inner' names no layer that can have an adapter"):
+        base.under(LoRA(2, where=("inner",))).init(jax.random.key(0), x)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

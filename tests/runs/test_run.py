@@ -338,3 +338,9 @@ def test_predictions_are_those_of_apply_for_every_row_in_order(trained):
     )
     with pytest.raises(InputError, match="no column 'image', an input of the model; they have imagine; did you mean"):
         run.predict({"imagine": rows["image"]})
+
+
+def test_no_prediction_is_replaced_by_the_target(trained, monkeypatch):
+    monkeypatch.setattr(Classification, "predictions", lambda task, outputs: {"label": outputs.argmax(-1)})
+    with pytest.raises(InputError, match=r"Classification\.predictions has 'label', the name of the task's target"):
+        Run(trained).predict("test")

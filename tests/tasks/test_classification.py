@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxmp.errors import InputError
 from jaxmp.tasks.classification import Classification
 from jaxmp.tasks.loss import make_loss
 from jaxmp.tasks.multilabel import MultiLabel
+from jaxmp.tasks.weighted import Weighted
 from jaxmp.training.batch import EXAMPLE_INDEX
 from jaxmp.training.metrics import compute, merge
 
@@ -127,6 +130,10 @@ LOGITS = jax.ShapeDtypeStruct((4, 3), jnp.float32)
     ("check", "names"),
     [
         (lambda: Classification(mixup=-1.0), "mixup=-1.0: expected 0 or more"),
+        (lambda: Classification(mixup=math.inf), "mixup=inf: expected 0 or more"),
+        (lambda: Classification(class_weights=np.array([math.inf, 1])), "class_weights=(inf, 1.0): expected numbers"),
+        (lambda: Classification(class_weights=np.zeros(2)), "class_weights=(0.0, 0.0): expected numbers of at least 0"),
+        (lambda: Weighted(Classification(), classes=(0, 0)), "Weighted.classes = (0.0, 0.0): expected finite weights"),
         (
             lambda: Classification(class_weights=(1.0, -1.0)),
             "class_weights=(1.0, -1.0): expected numbers of at least 0",

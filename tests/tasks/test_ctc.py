@@ -78,8 +78,17 @@ def test_greedy_decoding_and_edits_are_those_of_python_whatever_the_padding():
     edits = jax.jit(edit_distance)(found, kept, labels, number)
     assert edits.dtype == jnp.int32 and edits.tolist() == expected
     predicted = jax.device_get(jax.jit(CTC().predictions)((logits, count)))
-    assert [row[:n].tolist() for row, n in zip(predicted["labels"], predicted["count"], strict=True)] == decoded
-    assert all((row[n:] == -1).all() for row, n in zip(predicted["labels"], predicted["count"], strict=True))
+    assert [row[:n].tolist() for row, n in zip(predicted["prediction"], predicted["count"], strict=True)] == decoded
+    assert all((row[n:] == -1).all() for row, n in zip(predicted["prediction"], predicted["count"], strict=True))
+
+
+def test_255_of_uint8_is_a_label_and_no_padding():
+    batch = {"labels": np.array([[255, 3]]), "weight": jnp.ones(1)}
+    outputs = jnp.zeros((1, 5, 257)), jnp.array([5])
+    of_int, of_byte = (
+        CTC()(outputs, {**batch, "labels": jnp.asarray(batch["labels"], t)})[1] for t in ("int32", "uint8")
+    )
+    assert float(of_int["label_error_rate"].weight) == float(of_byte["label_error_rate"].weight) == 2
 
 
 @pytest.mark.slow

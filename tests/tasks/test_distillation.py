@@ -45,6 +45,13 @@ def test_the_loss_is_that_of_the_paper_in_float64():
     np.testing.assert_allclose(metrics["cross_entropy"].total, (hard * BATCH["weight"]).sum(), rtol=1e-6)
 
 
+def test_a_row_of_weight_0_counts_for_nothing_be_it_nan():
+    empty = np.flatnonzero(np.asarray(BATCH["weight"]) == 0)
+    assert len(empty)
+    task, logits = Distillation(teacher=constant), jnp.asarray(LOGITS[0])
+    assert float(task(logits.at[empty].set(jnp.nan), BATCH)[0].total) == float(task(logits, BATCH)[0].total)
+
+
 def test_no_gradient_goes_into_the_teacher_and_at_weight_0_it_is_not_called():
     def loss(scale):
         task = Distillation(teacher=lambda batch: scale * LOGITS[1])

@@ -67,6 +67,15 @@ def test_a_target_for_each_token_counts_where_it_is_no_padding(task):
     assert 0 < right < count
 
 
+def test_255_of_uint8_is_a_target_and_no_padding():
+    task, batch = NextToken(), {"weight": jnp.ones(1)}
+    of_int, of_byte = (
+        task(jnp.zeros((1, 3, 256)), {**batch, "next_tokens": jnp.array([[255, 3, 255]], dtype)})[0]
+        for dtype in ("int32", "uint8")
+    )
+    assert float(of_int.weight) == float(of_byte.weight) == 3 and float(of_int.total) == float(of_byte.total)
+
+
 @pytest.mark.slow
 def test_metrics_do_not_depend_on_how_rows_make_up_batches_and_padding_is_nothing():
     logits, batch = example()
