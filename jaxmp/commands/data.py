@@ -38,7 +38,8 @@ class DatasetOptions:
 
     name: str
     """Name of the dataset, and of its TFDS config if it has several: mnist, glue/sst2. Or a path: a folder of images,
-    with a folder in it for each split and class; a table (.csv, .jsonl, .parquet, .npz); a folder of .npy files."""
+    with a folder in it for each split and class; a table (.csv, .jsonl, .parquet, .npz); a folder of .npy files. A path
+    that is called like a dataset is ./NAME."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ def prepare(options: PrepareOptions) -> int:
 
     jaxmp itself prepares digits, and mnist and spoken_digits from the files in --manual; the others, TFDS's builders.
 
-    Files of your own need no preparing: if NAME is a path, shows what is in them.
+    Files of your own need no preparing: if NAME is a path, and --manual is not given, shows what is in them.
     """
     from jaxmp.data.catalog import prepare_dataset
 
-    if _is_path(options.name):
+    if options.manual is None and _is_path(options.name):
         return info(options)
     dataset = prepare_dataset(options.name, options.manual)
     print(f"{dataset.name} {dataset.version} in {dataset.folder}: {_rows(dataset)}")
@@ -100,10 +101,11 @@ def _print_lines(lines: dict[str, str]) -> None:
 
 
 def _is_path(name: str) -> bool:
+    from jaxmp.data.builders import VERSIONS
     from jaxmp.data.catalog import list_datasets
     from jaxmp.data.files import is_path
 
-    return is_path(name) and name not in {dataset.name for dataset in list_datasets()}
+    return is_path(name) and name not in {*VERSIONS, *(dataset.name for dataset in list_datasets())}
 
 
 def _rows(dataset: Prepared) -> str:

@@ -71,6 +71,8 @@ class Arrays(Images):
     ) -> Arrays:
         """The dataset of arrays that are there already; they, not a function, are a part of the experiment's hash.
 
+        They are copied, so that what is written to them later changes nothing; memory-mapped ones are not.
+
         Args:
           train: the training rows: arrays, lists or columns of text with one leading axis, by name; or a DataFrame.
           validation: the validation rows, if there are any; `jaxmp.random_split` takes them from `train`.
@@ -88,7 +90,7 @@ class Arrays(Images):
             if arrays is not None:
                 if not hasattr(arrays, "keys"):
                     raise InputError(f"Arrays.of: {split} is a {type(arrays).__name__}; expected arrays by name")
-                splits[split] = {str(name): as_column(name, arrays[name]) for name in arrays.keys()}
+                splits[split] = {str(name): _kept(name, arrays[name]) for name in arrays.keys()}
         return cls(load=Given.of(splits), **fields)
 
     def source(self, split: Split) -> Columns | None:
@@ -111,8 +113,8 @@ class Arrays(Images):
         if loaded is None and split != "train":
             return None
         if not isinstance(loaded, Mapping) or not loaded:
-            what = "None" if loaded is None else f"an empty {type(loaded).__name__}" if loaded == {} else None
-            what = what or f"a {type(loaded).__name__}"
+            kind = "an empty" if isinstance(loaded, Mapping) else "an" if isinstance(loaded, np.ndarray) else "a"
+            what = "None" if loaded is None else f"{kind} {type(loaded).__name__}"
             raise InputError(f"{call} returned {what}; expected a dict of arrays, {{name: array}}")
         with errors_named(call):
             columns = {str(name): as_column(name, array) for name, array in loaded.items()}
@@ -126,3 +128,8 @@ class Arrays(Images):
         if not len(next(iter(columns.values()))):
             raise InputError(f"{call} returned no rows")
         return Columns(columns, left_out={str(name): f"a {kind} without rows" for name, kind in rowless.items()})
+
+
+def _kept(name: Any, values: Any) -> np.ndarray:
+    column = as_column(name, values)
+    return column if isinstance(values, np.memmap) else column.copy()

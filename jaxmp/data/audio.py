@@ -244,9 +244,9 @@ class Recordings(Dataset):
     def prepare_ahead(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As `Dataset.prepare_ahead`: features in the place of the samples, from which a step would make them anew.
 
-        A class with a `prepare` of its own gets the samples.
+        A class with a `prepare` of its own gets the samples. What host transforms made features of stays as it is.
         """
-        if type(self).prepare is not Recordings.prepare:
+        if type(self).prepare is not Recordings.prepare or "samples" not in columns:
             return columns
         columns, made = dict(columns), jax.jit(self._features)
         samples, length = columns.pop("samples"), columns.pop("length")

@@ -104,7 +104,8 @@ class CachedColumns(Columns):
 def save_columns(folder: Path, rows: int, chunks: Iterable[dict[str, np.ndarray]]) -> None:
     """Writes `chunks`, of `rows` rows in total, into `folder`. One chunk, and all text, is in memory at a time.
 
-    Raises OSError if the disk is full: the files are plain, since writing through a memory map would be a SIGBUS.
+    Raises OSError if the disk is full: the files are plain, since writing through a memory map would be a SIGBUS. And
+    if a column has a dtype that .npy files lack, such as bfloat16.
     """
     described: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[bytes]] = {}
@@ -115,6 +116,8 @@ def save_columns(folder: Path, rows: int, chunks: Iterable[dict[str, np.ndarray]
                 if array.dtype == object:
                     texts.setdefault(name, []).extend(array)
                     continue
+                if array.dtype.isbuiltin == 2:
+                    raise OSError(f"column {name!r} is {array.dtype}, which .npy files do not hold")
                 if name not in files:
                     described[name] = {"dtype": array.dtype.str, "shape": [rows, *array.shape[1:]]}
                     files[name] = stack.enter_context(open(_file(folder, name), "wb"))

@@ -77,7 +77,7 @@ def as_texts(column: np.ndarray, what: str, *, first_row: int = 0) -> list[str |
 
     Raises: InputError if a row is no text.
     """
-    if column.dtype.kind not in "OSU" or column.ndim != 1:
+    if column.dtype.kind not in "OSTU" or column.ndim != 1:
         raise InputError(f"{what} holds {column.dtype}; expected texts")
     texts = column.tolist()
     for row, text in enumerate(texts, first_row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,9 +146,10 @@ def read_image(file: Path, size: tuple[int, int] | None, channels: int) -> np.nd
 
     try:
         with Image.open(file) as opened:
-            if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
+            mode = _stored_mode(opened)
+            if mode in ("I", "F") or ";16" in mode:
                 raise InputError(
-                    f"{file} has pixels of Pillow's mode {opened.mode}, which 8 bits do not hold; expected 8 bits a "
+                    f"{file} has pixels of Pillow's mode {mode}, which 8 bits do not hold; expected 8 bits a "
                     "channel: scale its values to 0 to 255, and save it again"
                 )
             image = opened.convert("L" if channels == 1 else "RGB")
@@ -158,3 +160,14 @@ def read_image(file: Path, size: tuple[int, int] | None, channels: int) -> np.nd
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} cannot be read as an image ({error}); copy it again, or remove it") from error
+
+
+def _stored_mode(image: Any) -> str:
+    """Pillow's mode of the pixels in a file, with ;16 where `image.mode` has several channels of 8 bits for them."""
+    for tile in image.tile:
+        codec, arguments = tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if codec.startswith("ppm") and arguments[1] > 255:
+            return f"{image.mode};16"
+        if re.search(r";16[BLN]", str(arguments[:1])):  # but "BGR;16" has 5 or 6 bits a channel
+            return arguments[0]
+    return image.mode

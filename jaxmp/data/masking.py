@@ -69,7 +69,8 @@ class Masking:
 
         Returns:
           `tokens`, int32 (length,), what the model sees; `targets`, int32, what was there at the places to predict, -1
-          elsewhere. With `most`: `targets` (most,), and `predicted`, their places, int32 (most,), all different.
+          elsewhere. With `most`: `targets` (n,), and `predicted`, their places, int32 (n,), all different, with n =
+          min(most, length).
         """
         length, tokens = tokens.shape[0], tokens.astype(jnp.int32)
         is_special = functools.reduce(jnp.logical_or, [tokens == token for token in special])

@@ -19,14 +19,14 @@ import jax
 import numpy as np
 
 from jaxmp.data.dataset import Dataset, Split
-from jaxmp.data.source import Columns, Source, as_column, for_device, is_numeric, permutation
-from jaxmp.data.transforms import apply_host_transforms, read_rows
+from jaxmp.data.source import Columns, Source, as_column, as_trained, for_device, is_numeric, permutation
+from jaxmp.data.transforms import HostTransformed, apply_host_transforms, read_rows
 from jaxmp.data.workers import sendable
 from jaxmp.errors import InputError, RunFailed
 
 READ_THREADS = 4
 READ_AHEAD = 8  # batches
-CHECKED_ROWS = 2**20  # read at a time
+CHECKED_BYTES = 2**23  # read at a time
 SAMPLED_ROWS = 256  # of a source that is no arrays
 
 
@@ -100,8 +100,16 @@ def _epoch_rows(batches: Batches, epoch: int) -> np.ndarray:
 
 
 def resident(source: Source) -> dict[str, np.ndarray]:
-    """All rows of `source` as arrays, without the columns that hold no numbers."""
-    return _numeric(read_rows(source, np.arange(len(source))))
+    """All rows of `source` as arrays, without the columns that hold no numbers in row 0.
+
+    Raises InputError if a column holds numbers of one shape in row 0 and not in all rows, or as `for_device` does.
+    """
+    return _read_numeric(source, np.arange(len(source)), first_row(source))
+
+
+def first_row(source: Source) -> dict[str, np.ndarray]:
+    """Row 0 of `source`, (1, ...): the columns that hold numbers in it, and so in every batch."""
+    return _numeric(read_rows(source, np.arange(1)))
 
 
 def prepared_ahead(data: Dataset, source: Source) -> Source:
@@ -116,7 +124,7 @@ def prepared_ahead(data: Dataset, source: Source) -> Source:
 
 def nbytes(source: Source, prepare_ahead: Callable[[dict[str, np.ndarray]], Any] = dict) -> int:
     """The size in bytes of `prepare_ahead(resident(source))`, computed from one row."""
-    row = prepare_ahead(_numeric(read_rows(source, np.arange(1))))
+    row = prepare_ahead(first_row(source))
     return sum(column.nbytes for column in row.values()) * len(source)
 
 
@@ -131,23 +139,31 @@ def check_values(source: Source) -> None:
     """Raises InputError if a column holds values that JAX cannot, see `for_device`.
 
     Args:
-      source: of `Columns`, the columns are read in parts; of any other source a sample of its rows is.
+      source: of `Columns`, the columns of large whole numbers are read in parts if they are arrays in memory or in
+        files, which have a dtype, and else at a sample of the rows; of any other source a sample of its rows is read.
     """
     if not isinstance(source, Columns):
         sample(source)
         return
     for name, column in source.columns.items():
-        if isinstance(column, np.ndarray) and column.dtype.kind in "iu" and column.dtype.itemsize > 4:
-            for start in range(0, len(column), CHECKED_ROWS):
-                for_device(name, column[start : start + CHECKED_ROWS])
+        row = np.asarray(column[np.arange(1)])
+        if row.dtype.kind not in "iu" or row.dtype.itemsize <= 4:
+            continue
+        if not hasattr(column, "dtype"):
+            sample(Columns({name: column}))
+            continue
+        size = max(1, CHECKED_BYTES // max(1, row.nbytes))
+        for start in range(0, len(column), size):
+            end = min(start + size, len(column))
+            for_device(name, column[start:end] if isinstance(column, np.ndarray) else column[np.arange(start, end)])
 
 
 def sample(source: Source) -> dict[str, np.ndarray]:
     """At most 256 rows of `source`, spread evenly, the first and the last among them: the columns that hold numbers.
 
-    Raises: InputError as `for_device` does.
+    Raises: InputError as `resident` does.
     """
-    return _numeric(read_rows(source, sampled_rows(len(source))))
+    return _read_numeric(source, sampled_rows(len(source)), first_row(source))
 
 
 def sampled_rows(rows: int) -> np.ndarray:
@@ -184,10 +200,11 @@ def stream(
       workers: processes that read; 0 reads in this one, in threads if the source is `thread_safe`.
 
     Raises:
-      InputError: whatever `source` raises as an InputError, in another process too; or it cannot be sent there.
+      InputError: whatever `source` raises as an InputError, in another process too; or it cannot be sent there; or as
+        `resident` does.
       RunFailed: a process that reads was killed.
     """
-    read = functools.partial(_read, batches=batches, global_index=global_index)
+    read = functools.partial(_read, batches=batches, global_index=global_index, first=first_row(source))
     yield from _read_ahead(source, read, range(first_step, last_step), workers)
 
 
@@ -257,11 +274,18 @@ def _number(read: Callable[..., _Batch], source: Source, number: Any) -> _Batch:
     return read(source, int(number))
 
 
-def _read(source: Source, step: int, *, batches: Batches, global_index: np.ndarray | None) -> _Batch:
+def _read(
+    source: Source,
+    step: int,
+    *,
+    batches: Batches,
+    global_index: np.ndarray | None,
+    first: Mapping[str, np.ndarray],
+) -> _Batch:
     rows, weight = batches.rows(step)
     if global_index is not None:
         rows, weight = rows[global_index], weight[global_index]
-    return _Batch(_numeric(read_rows(source, rows)) | {"weight": weight})
+    return _Batch(_read_numeric(source, rows, first) | {"weight": weight})
 
 
 def _read_part(source: Source, part: int, *, size: int) -> _Batch:
@@ -273,13 +297,14 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields all rows once, in order, in batches of one size; the last is filled up with rows of weight 0.
 
-    Of each batch only the rows at `global_index`, int (rows,), are read; all by default.
+    Of each batch only the rows at `global_index`, int (rows,), are read; all by default. Raises InputError as
+    `resident` does.
     """
-    examples = len(source)
+    examples, first = len(source), first_row(source)
     global_index = np.arange(batch_size) if global_index is None else global_index
     for start in range(0, examples, batch_size):
         rows = start + global_index
-        yield _numeric(read_rows(source, rows % examples)) | {"weight": (rows < examples).astype(np.float32)}
+        yield _read_numeric(source, rows % examples, first) | {"weight": (rows < examples).astype(np.float32)}
 
 
 def check_splits(dataset: Dataset, train: Source, others: Mapping[Split, Source], columns: Sequence[str]) -> None:
@@ -311,19 +336,26 @@ def _check_columns(split: str, found: Mapping[str, Any], train: Mapping[str, Any
             )
 
 
-def batch_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
+def batch_of(dataset: Dataset, rows: Mapping[str, Any], inputs: Sequence[str] = ()) -> dict[str, Any]:
     """A batch of rows as `dataset.source` gives them, or `dataset.encode` takes them: after the host transforms.
 
-    Each row has weight 1. The batch is not yet prepared.
+    Each row has weight 1. The batch is not yet prepared. Columns have the dtypes of the training rows where those hold
+    their values, see `as_trained`.
 
     Args:
       dataset: whose host transforms are applied.
       rows: arrays of shape (n, ...); a column "weight" that is left after the host transforms is ignored.
+      inputs: columns of which InputError is raised if they cannot have the dtype of the training rows.
     """
+    train = dataset.read("train")
+    assert train is not None  # `Dataset` refuses data without it
+    trained = read_rows(train.source if isinstance(train, HostTransformed) else train, np.arange(1))
     columns = {
         name: column if hasattr(column, "dtype") else as_column(name, column)
         for name, column in dataset.encode(rows).items()
     }
+    for name in columns.keys() & trained.keys():
+        columns[name] = as_trained(name, columns[name], trained[name], required=name in inputs)
     columns = apply_host_transforms(dataset.host_transforms, columns)
     columns.pop("weight", None)
     return _numeric(columns) | {"weight": np.ones(len(next(iter(columns.values()))), np.float32)}
@@ -334,7 +366,7 @@ def batch_shapes(dataset: Dataset, source: Source, size: int, *, train: bool) ->
 
     Raises InputError if a transform fails while it is traced.
     """
-    row = _numeric(read_rows(source, np.arange(1))) | {"weight": np.ones(1, np.float32)}
+    row = first_row(source) | {"weight": np.ones(1, np.float32)}
     raw = {
         name: jax.ShapeDtypeStruct((size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
         for name, column in row.items()
@@ -349,3 +381,28 @@ def _numeric(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             "rename the column, in a host transform for example"
         )
     return {name: for_device(name, column) for name, column in batch.items() if is_numeric(column)}
+
+
+def _read_numeric(source: Source, rows: np.ndarray, first: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows at `rows`, int (n,): the columns of `first`, row 0. Raises InputError if one holds no numbers there."""
+    batch = read_rows(source, rows)
+    for name in first.keys() & batch.keys():
+        if not is_numeric(batch[name]):
+            raise InputError(_not_as_the_first(name, batch[name], rows, first[name].shape[1:]))
+    return _numeric({name: column for name, column in batch.items() if name in first})
+
+
+def _not_as_the_first(name: str, column: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> str:
+    """What is wrong with a column of which row 0 holds numbers of this shape, and one of `rows` does not."""
+
+    def is_alike(value: Any) -> bool:
+        is_list = isinstance(value, np.ndarray) and value.dtype.kind == "O"
+        alone = as_column(name, [value.tolist() if is_list else value])
+        return is_numeric(alone) and alone.shape[1:] == shape
+
+    unlike = [row for row, value in zip(rows.tolist(), column, strict=True) if not is_alike(value)]
+    where = f"row {unlike[0]}" if unlike else "another row"
+    return (
+        f"column {name!r} holds numbers of shape {shape} in row 0, and in {where} numbers of another shape, an empty "
+        "value or none; bring its rows to one shape, or leave it out, in data.host_transforms"
+    )

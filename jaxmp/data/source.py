@@ -121,6 +121,37 @@ def for_device(name: str, column: Any) -> np.ndarray:
     return column
 
 
+def as_trained(name: str, column: Any, trained: np.ndarray, *, required: bool) -> Any:
+    """A column of rows of one's own in the dtype of the training rows, by which some are prepared: uint8 is scaled.
+
+    Whole numbers become the training rows' whole numbers or floats if those hold them, floats their floats; only uint8,
+    which may be an image, does not become float.
+
+    Args:
+      name: the column's name.
+      column: the rows of one's own, (n, ...).
+      trained: training rows, (m, ...).
+      required: whether InputError is raised if that cannot be; else the column stays as it is.
+    """
+    if not (is_numeric(column) and is_numeric(trained)):
+        return column
+    dtype = trained.dtype.newbyteorder("=")
+    if jax.dtypes.canonicalize_dtype(column.dtype.newbyteorder("=")) == jax.dtypes.canonicalize_dtype(dtype):
+        return column
+    with np.errstate(all="ignore"):
+        cast = np.asarray(column).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        is_alike = column.dtype != np.uint8 and (column.dtype.kind != "c" or dtype.kind == "c")
+        fits = is_alike and (np.isfinite(cast) | ~np.isfinite(column)).all()
+        expected = f"{dtype}, scaled as they are"
+    else:
+        fits = column.dtype.kind in "biu" and (cast == column).all()
+        expected = f"{dtype}, or whole numbers that it holds"
+    if not fits and required:
+        raise InputError(f"column {name!r} holds {column.dtype}, and {dtype} in the training rows; expected {expected}")
+    return cast if fits else column
+
+
 def _objects(values: Any) -> np.ndarray:
     column = np.empty(len(values), object)
     for index, value in enumerate(values):  # not at once: NumPy would look into values that are arrays

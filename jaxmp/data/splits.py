@@ -120,6 +120,7 @@ class RandomSplit:
                 raise InputError(
                     f"random_split: {name} = {value:g}: expected a share below 1, or a whole number of rows"
                 )
+        _check_seed(self, "random_split")
         shares = [share for share in (self.validation, self.test) if share < 1]
         if sum(shares) >= 1:
             raise InputError(f"random_split: validation = {self.validation:g} and test = {self.test:g} leave no rows")
@@ -161,6 +162,9 @@ class Fold:
     stratify: str | None = None
     """Column of labels, of which each class is dealt alike."""
 
+    def __post_init__(self) -> None:
+        _check_seed(self, "k_folds")
+
     def source(self, split: Split, open: Open) -> Source | None:
         """The rows of a split."""
         if split == "test":
@@ -185,6 +189,9 @@ class Balanced:
     """Column of labels."""
     seed: int = 0
     """Seed of the choice of the rows that come once more."""
+
+    def __post_init__(self) -> None:
+        _check_seed(self, "balanced")
 
     def source(self, split: Split, open: Open) -> Source | None:
         """The rows of a split."""
@@ -255,6 +262,10 @@ class _TakenColumn:
         return (len(self), *self._column.shape[1:])
 
 
+def _check_seed(cut: Any, function: str) -> None:
+    object.__setattr__(cut, "seed", whole_number(f"{function}: seed", cut.seed, 0))
+
+
 def _count(wanted: float, rows: int) -> int:
     return round(wanted * rows) if wanted < 1 else int(wanted)
 
@@ -290,5 +301,6 @@ def _classes(source: Source, column: str | None) -> np.ndarray:
     else:
         chunks = np.split(np.arange(rows), range(CHUNK_ROWS, rows, CHUNK_ROWS))
         labels = np.concatenate([read_rows(source, chunk)[column] for chunk in chunks])
-    labels = labels.astype(str) if labels.dtype == object else labels
+    if labels.dtype == object:  # bytes of any encoding, by a character each
+        labels = np.array([label.decode("latin-1") if isinstance(label, bytes) else str(label) for label in labels])
     return np.unique(labels, return_inverse=True)[1].reshape(rows)

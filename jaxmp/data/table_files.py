@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmp.data.dataset import Split
 from jaxmp.data.images import Images
-from jaxmp.data.source import Columns, is_numeric
+from jaxmp.data.source import Columns, as_column, is_numeric
 from jaxmp.errors import InputError, local_path, nearest
 
 
@@ -51,28 +51,57 @@ class TableFiles(Images):
     def source(self, split: Split) -> Columns | None:
         """The rows of the file of a split; None if there is no such file.
 
-        Raises InputError if the file cannot be read, lacks a column of `features` or `label`, a feature is no number,
-        or a label is none of the training rows' texts, or a text where they are numbers.
+        Raises InputError if the file cannot be read, lacks a column of `features` or `label`, or has another one called
+        `features` or `label`; a feature is no number or beyond float32; or a label is none of the training rows' texts,
+        or a text where they are numbers.
         """
         path = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         if path is None:
             return None
         columns = read_columns(path, f"data.{split}")
+        for name, made_of in (("features", self.features), ("label", self.label)):
+            if name in columns and made_of and made_of not in (name, (name,)):
+                raise InputError(
+                    f"{path} has a column {name!r}, which data.{name} = {made_of!r} would replace; rename it"
+                )
         if self.features:
-            parts = [_take(columns, name, "data.features", path) for name in self.features]
-            for name, part in zip(self.features, parts, strict=True):
-                if not is_numeric(part) or part.dtype.kind == "c":
-                    raise InputError(
-                        f"data.features names {name!r}, which in {path} holds {_kind(part)}; expected numbers"
-                    )
-            rows = len(parts[0])
-            columns["features"] = np.concatenate([part.reshape(rows, -1) for part in parts], axis=1, dtype=np.float32)
+            columns["features"] = self._joined(columns, path)
         if self.label is not None:
             labels = _take(columns, self.label, "data.label", path)
             if split == "train":
-                self.__dict__.setdefault("_classes", _class_names(labels))
+                self.__dict__.setdefault("_classes", _class_names(labels, f"{path}: {self.label}"))
             columns["label"] = self._labels(labels, path)
         return Columns(columns)
+
+    def encode(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rows of one's own: where the columns of `features`, or of `label`, are there, what `source` makes of them is.
+
+        Raises InputError as `source` does.
+        """
+        columns, where = {name: as_column(name, rows[name]) for name in rows}, "these rows"
+        if self.features and columns.keys() >= set(self.features):
+            columns["features"] = self._joined(columns, where)
+        # Rows of `source` have numbers already.
+        is_made = "label" in columns and (self.label != "label" or is_numeric(columns["label"]))
+        if self.label in columns and not is_made:
+            columns["label"] = self._labels(columns[self.label], where)
+        return columns
+
+    def _joined(self, columns: Mapping[str, Any], path: str) -> np.ndarray:
+        parts = []
+        for name in self.features:
+            part = _take(columns, name, "data.features", path)
+            if not is_numeric(part) or part.dtype.kind == "c":
+                raise InputError(f"data.features names {name!r}, which in {path} holds {_kind(part)}; expected numbers")
+            with np.errstate(over="ignore"):
+                parts.append(part.reshape(len(part), -1).astype(np.float32))
+            beyond = np.isfinite(part) & ~np.isfinite(parts[-1].reshape(part.shape))
+            if beyond.any():
+                raise InputError(
+                    f"data.features names {name!r}, which in {path} has the value {part[beyond][0]:g}, which float32 "
+                    "cannot hold; expected smaller numbers, scaled"
+                )
+        return np.concatenate(parts, axis=1)
 
     def classes(self) -> list[str] | None:
         """The classes of a `label` of text, in the order of their numbers; None for a label of numbers, or without one.
@@ -83,7 +112,7 @@ class TableFiles(Images):
             return None
         if "_classes" not in self.__dict__:
             column = _take(read_columns(self.train, "data.train"), self.label, "data.label", self.train)
-            self.__dict__["_classes"] = _class_names(column)
+            self.__dict__["_classes"] = _class_names(column, f"{self.train}: {self.label}")
         return self.__dict__["_classes"]
 
     def _labels(self, column: np.ndarray, path: str) -> np.ndarray:
@@ -112,8 +141,10 @@ class NpyFile:
     """
 
     def __init__(self, file: Path):
-        """Raises OSError, ValueError or EOFError if the file is damaged, or holds objects."""
+        """Raises ValueError, or what NumPy does, if the file is damaged, or holds objects or several arrays."""
         mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+        if not isinstance(mapped, np.memmap):
+            raise ValueError("it holds several arrays, as .npz does; expected np.save(file, array)")
         if not mapped.flags.c_contiguous or not mapped.ndim:
             raise ValueError("its rows are not one behind the other; expected an array in C order")
         self.file, self.dtype, self.shape, self.ndim = file, mapped.dtype, mapped.shape, mapped.ndim
@@ -169,7 +200,9 @@ def _open(file: Path) -> Any:
     try:
         column = NpyFile(file)
         return column[np.arange(len(column))] if column.ndim == 1 else column
-    except (OSError, ValueError, EOFError) as error:
+    except MemoryError:  # it is the machine's
+        raise
+    except Exception as error:  # NumPy passes on what reading the header raises
         raise InputError(f"{file} cannot be read as npy: {str(error).partition(chr(10))[0]:.300}") from None
 
 
@@ -180,7 +213,11 @@ def _take(columns: Mapping[str, Any], name: str, where: str, path: str) -> np.nd
     return column[np.arange(len(column))] if isinstance(column, NpyFile) else column
 
 
-def _class_names(column: np.ndarray) -> list[str] | None:
+def _class_names(column: np.ndarray, where: str) -> list[str] | None:
+    if column.dtype == object:
+        for row, value in enumerate(column):
+            if not isinstance(value, str | bytes):
+                raise InputError(f"{where} is {value!r:.60} in row {row}; expected texts, or numbers alone")
     return None if is_numeric(column) else sorted({str(value) for value in column})
 
 

@@ -8,17 +8,17 @@ import json
 import os
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
-from jaxmp.data.source import as_column
+from jaxmp.data.source import as_column, is_numeric
 from jaxmp.errors import InputError, local_path
 
 STDIN = "-"
@@ -32,7 +32,8 @@ def read_table(path: str | os.PathLike[str], where: str = "input") -> dict[str, 
     `where`.
 
     Raises:
-      InputError: there is no such file, it is of another kind or broken, or it has no rows.
+      InputError: there is no such file, it is of another kind or broken, it has no rows, or a cell is empty. A text in
+        quotes may be empty, and `nan` is a number.
     """
     if path == STDIN:
         text = sys.stdin.buffer.read()
@@ -58,8 +59,9 @@ def table_kind(path: str | os.PathLike[str], where: str) -> str:
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, np.ndarray]) -> None:
     """Writes columns with a common leading axis; the file is whole, or as it was before.
 
-    The suffix says how: .npz keeps every shape and dtype; .parquet and .jsonl write nested lists of what has more axes;
-    .csv makes a column of each number, `output_0`, `output_1`, ... Floats are written so that they are read back equal.
+    The suffix says how: .npz keeps every shape and dtype; .parquet and .jsonl write nested lists of what has more axes,
+    and .parquet keeps the dtype; .csv makes a column of each number, `output_0`, `output_1`, ... Floats are written so
+    that they are read back equal. Numbers for which NumPy has no dtype, bfloat16 say, are written as float32.
 
     Raises:
       InputError: another suffix.
@@ -70,10 +72,14 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, np.ndarray])
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            _WRITE[kind](file, dict(columns))
+            _WRITE[kind](file, {name: _of_numpy(column) for name, column in columns.items()})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _of_numpy(column: np.ndarray) -> np.ndarray:
+    return column.astype(np.float32) if column.dtype.kind == "V" and is_numeric(column) else column
 
 
 def _read(name: str, kind: str, file: IO[bytes]) -> dict[str, np.ndarray]:
@@ -94,7 +100,9 @@ def check_lengths(name: str, columns: Mapping[str, np.ndarray]) -> None:
 def _broken(name: str, kind: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError) as error:
+    except MemoryError:  # it is the machine's
+        raise
+    except Exception as error:  # pyarrow, zipfile, NumPy and json each have their own for a broken file
         why = str(error).partition("\n")[0]
         raise InputError(f"{name} cannot be read as {kind[1:]}: {why:.300}") from None
 
@@ -104,16 +112,30 @@ def _from_arrow(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _array(name: str, column: pa.ChunkedArray) -> np.ndarray:
-    if column.null_count:
-        raise ValueError(f"column {name!r} has {column.null_count} empty cells; fill them, or leave out their rows")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        return as_column(name, column.to_pylist())
-    return column.to_numpy()
+    leaves, shape = column, [len(column)]
+    _refuse_empty(name, leaves.null_count)
+    while (
+        pa.types.is_list(leaves.type) or pa.types.is_large_list(leaves.type) or pa.types.is_fixed_size_list(leaves.type)
+    ):
+        sizes = pyarrow.compute.list_value_length(leaves).unique().to_pylist()
+        shape.append(sizes[0] if len(sizes) == 1 else -1)
+        leaves = pyarrow.compute.list_flatten(leaves)
+        _refuse_empty(name, leaves.null_count)
+    return as_column(name, column.to_pylist()) if -1 in shape else leaves.to_numpy().reshape(shape)
+
+
+def _refuse_empty(name: str, count: int, where: str = "") -> None:
+    if count:
+        raise ValueError(f"column {name!r} has {count} empty cells{where}; fill them, or leave out their rows")
 
 
 def _read_csv(file: IO[bytes]) -> dict[str, np.ndarray]:
-    empty_is_null = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
-    table = pyarrow.csv.read_csv(file, convert_options=empty_is_null)
+    # Not "NA", "null" and the like, which may be texts, and not "nan".
+    empty_is_null = pyarrow.csv.ConvertOptions(
+        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+    )
+    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    table = pyarrow.csv.read_csv(file, parse_options=lines, convert_options=empty_is_null)
     for field in table.schema:
         if pa.types.is_binary(field.type):  # what pyarrow makes of other bytes
             raise ValueError(f"column {field.name!r} is not UTF-8")
@@ -126,7 +148,16 @@ def _read_json_lines(file: IO[bytes]) -> dict[str, np.ndarray]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or set(row) != set(names):
             raise ValueError(f"object {number} has other names than the first, {names}")
-    return {name: as_column(name, [row[name] for row in rows]) for name in names}
+    columns = {name: as_column(name, [row[name] for row in rows]) for name in names}
+    for name, column in columns.items():
+        if column.dtype == object:  # as every column with an empty cell is
+            empty = [number for number, row in enumerate(rows, start=1) if _has_empty(row[name])]
+            _refuse_empty(name, len(empty), f", the first in object {empty[0]}" if empty else "")
+    return columns
+
+
+def _has_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and any(map(_has_empty, value)))
 
 
 def _read_parquet(file: IO[bytes]) -> dict[str, np.ndarray]:
@@ -137,7 +168,11 @@ def _read_npz(file: IO[bytes]) -> dict[str, np.ndarray]:
     arrays = np.load(file, allow_pickle=False)
     if isinstance(arrays, np.ndarray):
         raise ValueError("it holds one array without a name; expected np.savez(file, name=array)")
-    return dict(arrays)
+    columns = dict(arrays)
+    for name, array in columns.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name!r} in it is no array; expected np.savez(file, name=array)")
+    return columns
 
 
 _READ: dict[str, Callable[[IO[bytes]], dict[str, np.ndarray]]] = {
@@ -170,7 +205,17 @@ def _write_json_lines(file: IO[bytes], columns: dict[str, np.ndarray]) -> None:
 
 
 def _write_parquet(file: IO[bytes], columns: dict[str, np.ndarray]) -> None:
-    pyarrow.parquet.write_table(pa.table({name: pa.array(values) for name, values in _lists(columns).items()}), file)
+    pyarrow.parquet.write_table(pa.table({name: _to_arrow(column) for name, column in columns.items()}), file)
+
+
+def _to_arrow(column: np.ndarray) -> pa.Array:
+    if column.dtype.char not in "?efd" + np.typecodes["AllInteger"]:
+        return pa.array(column.tolist())
+    nested = pa.array(np.ascontiguousarray(column, column.dtype.newbyteorder("=")).ravel())
+    for axis in range(column.ndim - 1, 0, -1):
+        ends = np.arange(np.prod(column.shape[:axis], dtype=np.int64) + 1) * column.shape[axis]
+        nested = pa.LargeListArray.from_arrays(pa.array(ends), nested)
+    return nested
 
 
 def _write_npz(file: IO[bytes], columns: dict[str, np.ndarray]) -> None:

@@ -21,6 +21,7 @@ from jaxmp.data.dataset import Dataset, Prepare, Split
 from jaxmp.data.encoded import Encoded, Texts, as_texts, cached_json, encode_texts
 from jaxmp.data.masking import Masking
 from jaxmp.data.source import Columns, Source, as_column
+from jaxmp.data.splits import Balanced
 from jaxmp.data.tfds import TFDS
 from jaxmp.data.tokenizer import Bytes, Tokenizer
 from jaxmp.data.transforms import apply_host_transforms, read_rows
@@ -59,6 +60,11 @@ class TextDataset(Dataset):
         if not hasattr(self.tokenizer, "vocabulary") or isinstance(self.tokenizer, type):
             raise InputError(
                 f"data.tokenizer = {self.tokenizer!r:.60}: expected Bytes(), Characters(), WordPiece(8000) or BPE(8000)"
+            )
+        if self.tokenizer.is_trained and any(not isinstance(cut, Balanced) for cut in self.cuts):
+            raise InputError(
+                f"data.cuts: the vocabulary of data.tokenizer = {self.tokenizer!r:.60} would be trained on the rows "
+                "that are cut off, too; cut data.rows instead"
             )
 
     @property
@@ -210,7 +216,7 @@ class JoinedWindows:
         self.ends = encoded.ends + (0 if end is None else np.arange(1, len(encoded) + 1))
 
     def __len__(self) -> int:
-        return int(self.ends[-1] - 1) // self.length
+        return max(0, int(self.ends[-1] - 1)) // self.length
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """See `Source`."""
@@ -409,11 +415,12 @@ class PaddedRows:
 
 
 def _cut(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
-    """The parts, the longer one cut at its end until all fit."""
-    lengths = [len(part) for part in parts]
-    while sum(lengths) > room:
-        lengths[int(np.argmax(lengths))] -= 1
-    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+    """One part or two, the longer one cut at its end until both fit; of two that are as long, first the first."""
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    first, second = parts
+    kept = min(len(first), max(room - len(second), room // 2))
+    return [first[:kept], second[: room - kept]]
 
 
 @dataclass(frozen=True)

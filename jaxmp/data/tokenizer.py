@@ -17,6 +17,7 @@ from jaxmp.data.vocabulary import (
     CharacterVocabulary,
     LibraryVocabulary,
     Vocabulary,
+    as_bytes,
     as_text,
     import_tokenizers,
 )
@@ -111,7 +112,7 @@ class WordPiece:
         tokenizer = self._tokenizer({name: number for number, name in enumerate(SPECIAL)})
         counts: collections.Counter[str] = collections.Counter()
         for text in texts:
-            counts.update(tokenizer.normalizer.normalize_str(as_text(text)))
+            counts.update(tokenizer.normalizer.normalize_str(as_text(as_bytes(text))))
         by_frequency = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
         letters = sorted(by_frequency[:MOST_CHARACTERS])
         # The trainer numbers what continues a word in the order of a hash table, another in each process, and breaks
@@ -178,7 +179,7 @@ class BPE:
             trainer = library.trainers.BpeTrainer(
                 vocab_size=self.size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
             )
-            tokenizer.train_from_iterator(map(as_text, texts), trainer)
+            tokenizer.train_from_iterator(map(as_text, map(as_bytes, texts)), trainer)
         elif tokenizer.token_to_id(END_OF_TEXT) is not None:
             tokenizer.add_special_tokens([END_OF_TEXT])
         return LibraryVocabulary(tokenizer.to_str(), {"end": END_OF_TEXT}, of_bytes=True)
@@ -210,7 +211,8 @@ def read_word_pieces(file: str) -> dict[str, int]:
 def read_byte_pairs(file: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The tokens of a BPE vocabulary with their numbers, and its merges: of vocab.json, and merges.txt beside it.
 
-    Raises: InputError if there is no such file, or it is not of that format.
+    Raises: InputError if there is no such file, it is not of that format, or a byte has no token, so that texts would
+      lose it.
     """
     merges_file = str(Path(file).with_name("merges.txt"))
     try:
@@ -230,6 +232,12 @@ def read_byte_pairs(file: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
                 "third"
             )
         merges.append((pair[0], pair[1]))
+    alphabet = import_tokenizers().pre_tokenizers.ByteLevel.alphabet()
+    if missing := sorted(set(alphabet) - numbers.keys()):
+        raise InputError(
+            f"data.tokenizer.file {file!r} has no token for {len(missing)} of the 256 bytes, {missing[0]!r} among "
+            "them, which texts would lose; expected GPT-2's vocab.json, which has all"
+        )
     return numbers, merges
 
 

@@ -70,7 +70,11 @@ def read_rows(source: Source, indices: np.ndarray) -> Rows:
                 f"{call} returned {name!r} of shape {tuple(column.shape)} for {len(indices)} indices; expected a row "
                 "for each of them"
             )
-    return dict(rows)
+    with errors_named(call):  # arrays of other libraries become NumPy's
+        return {
+            name: column if isinstance(column, np.ndarray | jax.Array) else as_column(name, column)
+            for name, column in rows.items()
+        }
 
 
 def apply_host_transforms(transforms: Sequence[HostTransform], rows: Mapping[str, Any]) -> Rows:

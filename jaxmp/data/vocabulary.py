@@ -60,7 +60,8 @@ class Vocabulary(abc.ABC):
     def encode(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """The tokens of each text, int32 (tokens,), without special tokens at its ends.
 
-        Raises: InputError if a text is no UTF-8, or has a character that is not in the vocabulary.
+        Raises: InputError if a text is no UTF-8, cannot be written as UTF-8, or has a character that is not in the
+          vocabulary.
         """
 
     @abc.abstractmethod
@@ -91,6 +92,19 @@ def as_text(text: str | bytes) -> str:
         ) from None
 
 
+def as_bytes(text: str | bytes) -> bytes:
+    """The UTF-8 of a text; bytes as they are. Raises InputError for a lone surrogate, which UTF-8 does not have."""
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"a text that begins with {text[:40]!r} has half a surrogate pair, {text[error.start]!r}, at character "
+            f"{error.start}; expected text that can be written as UTF-8"
+        ) from None
+
+
 class ByteVocabulary(Vocabulary):
     """The 256 bytes, and behind them, with `special`, the special tokens of BERT."""
 
@@ -102,10 +116,7 @@ class ByteVocabulary(Vocabulary):
 
     def encode(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """See `Vocabulary.encode`; takes any bytes."""
-        return [
-            np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8).astype(np.int32)
-            for text in texts
-        ]
+        return [np.frombuffer(as_bytes(text), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """See `Vocabulary.decode`; bytes that are no UTF-8 become the replacement character."""
@@ -166,7 +177,7 @@ class LibraryVocabulary(Vocabulary):
 
     def encode(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """See `Vocabulary.encode`; a special token that a text spells out, such as [MASK], is taken for one."""
-        encodings = self._tokenizer.encode_batch([as_text(text) for text in texts], add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch([as_text(as_bytes(text)) for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,7 +279,9 @@ class Run:
           weights: "evaluated", which evaluation uses: the moving average where the run keeps one; "ema", the average,
             or an InputError where there is none; "raw", the weights as they were trained.
         """
-        return self.outputs(batch_of(self.experiment.data, batch), self._chosen(state, weights))
+        return self.outputs(
+            batch_of(self.experiment.data, batch, self.experiment.task.inputs), self._chosen(state, weights)
+        )
 
     def outputs(self, batch: dict[str, Any], state: TrainState, *, first: int | None = None) -> Any:
         """The model's outputs for rows after the host transforms that are not prepared yet, with their "weight".
@@ -364,10 +366,11 @@ class Run:
           is among them under its own name, where the rows have it.
 
         Raises:
-          InputError: an input is missing, or a prediction is called as the target; of a split, as `source` does.
+          InputError: an input is missing, or has numbers that its dtype in the training rows does not hold; a prediction
+            is called as the target; of a split, as `source` does.
         """
         data, task = self.experiment.data, self.experiment.task
-        source = self.source(rows) if isinstance(rows, str) else _columns(data, rows)
+        source = self.source(rows) if isinstance(rows, str) else _columns(data, rows, task.inputs)
         chosen = self._chosen(state, weights)
         found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         for number, batch in enumerate(evaluation_batches(source, data.eval_batch_size)):
@@ -404,9 +407,9 @@ class Run:
         return compute(trainer.evaluation(placed, trainer.evaluated(split)))
 
 
-def _columns(data: Dataset, rows: Mapping[str, Any]) -> Columns:
-    """Rows of one's own as a source, after the host transforms of the data."""
-    batch = batch_of(data, rows)
+def _columns(data: Dataset, rows: Mapping[str, Any], inputs: Sequence[str]) -> Columns:
+    """Rows of one's own as a source, after the host transforms of the data; see `batch_of`."""
+    batch = batch_of(data, rows, inputs)
     return Columns({name: column for name, column in batch.items() if name != "weight"})
 
 

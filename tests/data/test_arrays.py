@@ -51,6 +51,7 @@ def raising(split):
     "load, message",
     [
         (lambda split: [1, 2], r"returned a list; expected a dict of arrays"),
+        (lambda split: np.zeros(3), r"returned an ndarray; expected a dict of arrays"),
         (lambda split: {}, r"expected a dict of arrays"),
         (lambda split: {"a": np.zeros(3), "b": np.zeros(4)}, r"shapes \{'a': \(3,\), 'b': \(4,\)\}; expected one lead"),
         (lambda split: {"a": 1.0}, r"returned no arrays, only {'a': 'float'}; expected a dict of arrays"),
@@ -67,3 +68,14 @@ def test_a_load_that_returns_no_rows_is_bad_input(load, message):
 def test_an_impossible_setting_is_bad_input(field, value):
     with pytest.raises(InputError, match=rf"data\.{field} (is|=) .*expected"):
         Arrays(rows, **{field: value})
+
+
+def test_arrays_that_are_given_are_not_those_that_are_written_to_later(tmp_path):
+    x, text = np.zeros(3), np.array(["a", "b", "c"], object)
+    data = Arrays.of({"x": x, "text": text})
+    x[:], text[0] = 1, "z"
+    assert data.read("train")[np.arange(3)]["x"].tolist() == [0, 0, 0]
+    assert data.read("train")[np.arange(3)]["text"].tolist() == ["a", "b", "c"]
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert np.shares_memory(Arrays.of({"x": mapped}).source("train").columns["x"], mapped)

@@ -154,6 +154,8 @@ def test_features_are_made_once_where_the_recordings_stay_in_memory():
     np.testing.assert_allclose(anew["features"], kept["features"], rtol=0, atol=1e-5)  # of a standard deviation
     np.testing.assert_array_equal(anew["frames"], kept["frames"])
     assert "samples" in Louder().prepare_ahead(columns)
+    # Features that a host transform made stay as they are.
+    assert Two().prepare_ahead({"features": once["features"]}) == {"features": once["features"]}
 
 
 @pytest.mark.slow

@@ -184,6 +184,28 @@ def test_a_corrupt_recording_in_the_archive_leaves_nothing_prepared(folders):
         catalog.prepare_dataset("spoken_digits", folders)
 
 
+def test_a_name_is_a_datasets_though_a_folder_is_called_so_too(folders, monkeypatch, capsys):
+    from jaxmp.cli import main
+
+    write_mnist(folders)
+    monkeypatch.chdir(folders.parent)
+    Path("mnist").mkdir()
+    assert main(["data", "prepare", "mnist", "--manual", "manual"]) == 0
+    assert capsys.readouterr().out.startswith("mnist 3.0.1 in ")
+    Path("mnits").mkdir()
+    assert main(["data", "prepare", "mnits", "--manual", "manual"]) == 2
+    assert "did you mean 'mnist'?" in capsys.readouterr().err
+
+
+def test_without_manual_files_a_builders_name_is_no_path(folders, monkeypatch, capsys):
+    from jaxmp.cli import main
+
+    monkeypatch.chdir(folders.parent)
+    Path("spoken_digits").mkdir()
+    assert main(["data", "prepare", "spoken_digits"]) == 2
+    assert "has none of fsdd_recordings.tar.gz" in capsys.readouterr().err
+
+
 def test_a_manual_folder_without_the_files_is_bad_input(folders):
     with pytest.raises(InputError, match=r"manual has none of train-images-idx3-ubyte, .*the four files of"):
         catalog.prepare_dataset("mnist", folders)

@@ -66,6 +66,51 @@ def test_values_that_jax_would_wrap_are_refused_by_name_and_value(column, value)
         check_values(Streamed(source))
 
 
+class Lazy:
+    """A column that is read where it is indexed, by arrays alone."""
+
+    def __init__(self, values, *, has_dtype):
+        self.values = values
+        if has_dtype:
+            self.dtype, self.ndim, self.shape = values.dtype, values.ndim, values.shape
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, indices):
+        assert isinstance(indices, np.ndarray) and len(indices) < len(self), "not all at once"
+        return self.values[indices]
+
+
+@pytest.mark.parametrize(("has_dtype", "at"), [(True, 1234), (False, 0), (False, 1999)])
+def test_a_column_that_is_read_later_is_checked_too(has_dtype, at, monkeypatch):
+    monkeypatch.setattr("jaxmp.data.pipeline.CHECKED_BYTES", 1600)
+    values = np.zeros((2000, 2), np.int64)
+    check_values(Columns({"x": Lazy(values, has_dtype=has_dtype)}))
+    values[at, 1] = 2**40
+    with pytest.raises(InputError, match="1099511627776"):
+        check_values(Columns({"x": Lazy(values, has_dtype=has_dtype)}))
+
+
+class Foreign:
+    """An array of another library: NumPy reads it, and its dtype is none of NumPy's."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, "torch.float32"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_a_source_may_return_arrays_of_another_library():
+    class Source(Streamed):
+        def __getitem__(self, indices):
+            return {name: Foreign(column) for name, column in self.rows[indices].items()}
+
+    found = resident(Source(Columns({"x": np.arange(3.0), "label": np.arange(3)})))
+    assert {name: column.tolist() for name, column in found.items()} == {"x": [0, 1, 2], "label": [0, 1, 2]}
+
+
 class Streamed:
     """A source of one's own, which is read by rows."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -14,9 +17,9 @@ from jaxmp.data.augment import RandomResizedCrop
 from jaxmp.data.fingerprint import fingerprint
 from jaxmp.data.hugging_face import HuggingFace, _pixels
 from jaxmp.data.image_folder import ImageFolder, read_image
-from jaxmp.data.pipeline import nbytes, resident
+from jaxmp.data.pipeline import batch_of, nbytes, resident
 from jaxmp.data.table_files import TableFiles
-from jaxmp.data.tables import write_table
+from jaxmp.data.tables import read_table, write_table
 from jaxmp.errors import InputError
 
 
@@ -95,6 +98,42 @@ def test_an_image_of_more_than_8_bits_is_refused_with_its_name(dtype, mode, fold
     save(folder / "train/dog/3.tiff", np.full((6, 4), 300, dtype))
     with pytest.raises(InputError, match=rf"dog/3.tiff has pixels of Pillow's mode {mode}, which 8 bits do not hold"):
         everything(ImageFolder(folder=str(folder)).source("train"))
+
+
+def png(colour, channels, bits):
+    """A PNG of 4 x 6 black pixels of a colour type, as Pillow does not write those of 16 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(4 * channels * bits // 8)) * 6
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 6, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [
+        (png(2, 3, 16), "RGB;16B"),
+        (png(4, 2, 16), "LA;16B"),
+        (png(6, 4, 16), "RGBA;16B"),
+        (b"P6\n4 6\n65535\n" + bytes(6 * 24), "RGB;16"),
+        (png(2, 3, 8), None),
+        (png(6, 4, 8), None),
+        (b"P6\n4 6\n255\n" + bytes(3 * 24), None),
+    ],
+    ids=["RGB 16", "LA 16", "RGBA 16", "PPM 16", "RGB 8", "RGBA 8", "PPM 8"],
+)
+def test_an_image_of_several_channels_of_more_than_8_bits_is_refused(content, mode, folder):
+    (folder / "train/dog/2.png").write_bytes(content)
+    source = ImageFolder(folder=str(folder)).source("train")
+    if mode is None:
+        assert not everything(source)["image"][-1].any()
+    else:
+        with pytest.raises(
+            InputError, match=rf"dog/2.png has pixels of Pillow's mode {mode}, which 8 bits do not hold"
+        ):
+            everything(source)
 
 
 @pytest.mark.parametrize("mode", ["P", "PA"])
@@ -183,6 +222,54 @@ def test_only_labels_of_text_have_names_and_all_splits_have_labels_of_one_kind(t
     assert TableFiles(train=str(tmp_path / "text.csv")).classes() is None
 
 
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_a_feature_beyond_float32_is_refused(value, tmp_path):
+    write_table(tmp_path / "t.npz", {"a": np.array([1.0, np.inf]), "b": np.array([[1.0, 2.0], [3.0, value]])})
+    with pytest.raises(InputError) as error:
+        TableFiles(train=str(tmp_path / "t.npz"), features=("a", "b")).source("train")
+    assert f"'b', which in {tmp_path / 't.npz'} has the value {value:g}, which float32" in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"label": "species"}, {"features": ("length", "width")}])
+def test_a_column_that_would_be_replaced_is_refused(fields, tmp_path):
+    path, (name, value) = str(tmp_path / "t.csv"), *fields.items()
+    write_table(path, {**FLOWERS, name: np.arange(4)})
+    with pytest.raises(InputError) as error:
+        TableFiles(train=path, **fields).source("train")
+    assert f"t.csv has a column {name!r}, which data.{name} = {value!r} would replace; rename it" in str(error.value)
+    columns = TableFiles(train=path, **{name: name if name == "label" else (name,)}).source("train").columns
+    assert columns[name].tolist() == ([0, 1, 2, 3] if name == "label" else [[0], [1], [2], [3]])
+
+
+def test_labels_that_are_no_text_have_no_names(tmp_path):
+    import decimal
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = str(tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(pa.table({"n": pa.array([decimal.Decimal(2), decimal.Decimal(10)])}), path)
+    with pytest.raises(InputError, match=r"t\.parquet: n is Decimal\('2'\) in row 0; expected texts, or numbers alone"):
+        TableFiles(train=path, label="n").source("train")
+
+
+@pytest.mark.parametrize("label", ["species", "label"])
+def test_rows_of_a_file_become_what_training_rows_are(label, tmp_path):
+    path = str(tmp_path / "t.csv")
+    write_table(path, {name if name != "species" else label: column for name, column in FLOWERS.items()})
+    data = TableFiles(train=path, features=("length", "width"), label=label, images=())
+    rows = everything(data.source("train"))
+    for given in (read_table(path), rows, {name: column.tolist() for name, column in read_table(path).items()}):
+        batch = batch_of(data, given, ("features",))
+        np.testing.assert_array_equal(batch["features"], rows["features"])
+        assert batch["label"].tolist() == [0, 2, 0, 1]
+    # Columns that the model does not take have any dtype.
+    few = batch_of(data, {"length": [5], "width": [0.5]}, ("features",))
+    assert few["features"].tolist() == [[5, 0.5]] and "label" not in few
+    with pytest.raises(InputError, match=rf"these rows, row 0: {label} is 'setoza', .*did you mean 'setosa'"):
+        batch_of(data, {label: ["setoza"]})
+
+
 def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12.0, dtype=np.float32).reshape(4, 3))
     np.save(tmp_path / "label.npy", np.arange(4))
@@ -197,8 +284,14 @@ def test_npy_files_in_a_folder_are_columns_that_stay_on_the_disk(tmp_path):
     with pytest.raises(InputError, match="has columns of lengths"):
         TableFiles(train=str(tmp_path)).source("train")
     os.truncate(tmp_path / "x.npy", 150)
-    with pytest.raises(InputError, match=r"x\.npy cannot be read as npy"):
-        TableFiles(train=str(tmp_path)).source("train")
+    several, header = io.BytesIO(), b"{'descr': (\n"
+    np.savez(several, x=np.zeros(4))
+    bad = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+    for content in (None, several.getvalue(), bad):
+        if content is not None:
+            (tmp_path / "x.npy").write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.npy cannot be read as npy"):
+            TableFiles(train=str(tmp_path)).source("train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"data\.train '.*empty': the folder has no \.npy files"):
         TableFiles(train=str(tmp_path / "empty")).source("train")
@@ -269,7 +362,7 @@ def test_a_dataset_of_hugging_face_has_its_rows(tmp_path):
             "label": [0, 1, 1, 0, 2],
             "text": ["a", "b", "", "é", "e"],
             "vector": [[row, 0.5] for row in range(5)],
-            "ragged": [[0] * row for row in range(5)],
+            "ragged": [None, *([0] * row for row in range(4))],
             "image": [Image.fromarray(image) for image in pixels],
         },
         features=datasets.Features(
@@ -285,7 +378,7 @@ def test_a_dataset_of_hugging_face_has_its_rows(tmp_path):
     source = HuggingFace(lambda split: made if split == "train" else None).source("train")
     rows = source[np.array([4, 0])]
     assert rows["label"].tolist() == [2, 0] and rows["text"].tolist() == ["e", "a"]
-    assert rows["vector"].tolist() == [[4, 0.5], [0, 0.5]] and rows["ragged"].tolist() == [[0, 0, 0, 0], []]
+    assert rows["vector"].tolist() == [[4, 0.5], [0, 0.5]] and rows["ragged"].tolist() == [[0, 0, 0], None]
     np.testing.assert_array_equal(rows["image"], pixels[[4, 0]])
     assert isinstance(source.columns["label"], np.ndarray) and set(resident(source)) == {"label", "vector", "image"}
     both = datasets.DatasetDict({"train": made})

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxmp.data.arrays import Arrays
-from jaxmp.data.pipeline import Batches, epoch_order, evaluation_batches, nbytes, resident, stream
+from jaxmp.data.pipeline import Batches, epoch_order, evaluation_batches, nbytes, resident, sample, stream
+from jaxmp.data.source import Columns, as_column
 from jaxmp.errors import InputError
 
 BATCHES = Batches(examples=23, batch_size=5, seed=3)
@@ -144,3 +145,35 @@ def test_a_column_named_weight_is_bad_input():
     source = Arrays(lambda split: {"weight": np.ones(3)}).source("train")
     with pytest.raises(InputError, match="column 'weight'"):
         resident(source)
+
+
+class Lists:
+    """A column of lists that are stacked when they are read, as those of Hugging Face are."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        return as_column("x", [self.rows[index] for index in indices])
+
+
+@pytest.mark.parametrize(
+    "odd", [[1], [1, None], None, np.zeros((2, 2))], ids=["shorter", "empty value", "empty", "array"]
+)
+@pytest.mark.parametrize(
+    "read",
+    [resident, sample, lambda source: list(evaluation_batches(source, 3)), lambda s: list(stream(s, BATCHES, 0, 5))],
+)
+def test_a_column_of_which_a_row_is_unlike_the_first_is_refused_and_never_left_out(odd, read):
+    source = Columns({"x": Lists([*([row, 2] for row in range(17)), odd, *([0, 1] for _ in range(5))])})
+    with pytest.raises(
+        InputError, match=r"column 'x' holds numbers of shape \(2,\) in row 0, and in row 17 numbers of"
+    ):
+        read(source)
+    # What holds no numbers in row 0 is in no batch.
+    source = Columns({"y": np.arange(23), "x": Lists([[0, None], *([row, 2] for row in range(22))])})
+    found = read(source)
+    assert all(set(batch) - {"weight"} == {"y"} for batch in (found if isinstance(found, list) else [found]))

@@ -160,6 +160,9 @@ def test_cuts_are_a_part_of_the_hash_and_the_command_line_leaves_them():
         (lambda: random_split(ARRAYS, test=0.004).read("test"), "test = 0.004 of 103 rows is none"),
         (lambda: random_split(ARRAYS, stratify="labels").read("train"), "no column 'labels'.*did you mean 'label'"),
         (lambda: random_split({"x": np.ones((4, 2))}, stratify="x").read("train"), "expected one label a row"),
+        (lambda: random_split(ARRAYS, seed=None), "random_split: seed = None: expected a whole number of at least 0"),
+        (lambda: k_folds(ARRAYS, seed=1.5), "k_folds: seed = 1.5: expected a whole number of at least 0"),
+        (lambda: balanced(ARRAYS, "label", seed=True), "balanced: seed = True: expected a whole number of at least 0"),
         (lambda: k_folds(ARRAYS, 1), "k = 1: expected a whole number of at least 2"),
         (lambda: k_folds(ARRAYS, 104)[0].read("train"), "104 folds of 103 rows"),
         (lambda: Arrays.of([1, 2]), "train is a list; expected arrays by name"),
@@ -169,3 +172,11 @@ def test_cuts_are_a_part_of_the_hash_and_the_command_line_leaves_them():
 def test_what_cannot_be_split_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("names", [(b"\xff\xfe", b"caf\xc3\xa9"), ("\u00e9", "\u20ac"), (b"a", b"b")], ids=str)
+def test_classes_may_be_texts_of_any_bytes(names):
+    rows = {"x": np.arange(40), "label": np.array([names[row % 4 == 0] for row in range(40)], object)}
+    assert np.sum(rows_of(random_split(rows, validation=0.5, stratify="label"), "validation") % 4 == 0) == 5
+    assert all(np.sum(rows_of(f, "validation") % 4 == 0) == 2 for f in k_folds(rows, stratify="label"))
+    assert len(rows_of(balanced(rows, "label"), "train")) == 60

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
+import zipfile
 
+import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from jaxmp import InputError
@@ -50,6 +55,28 @@ def corrupt():
 CORRUPT = corrupt()
 
 
+def npy(header=b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }\n"):
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + np.zeros(3).tobytes()
+
+
+def npz(content=None, name="x.npy", *, flags=0, method=0):
+    """An npz file of one member, with the flags and the compression method that its directory says it has."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, npy() if content is None else content)
+    whole = bytearray(file.getvalue())
+    for start, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        place = whole.index(start) + at
+        whole[place : place + 4] = struct.pack("<HH", flags, method)
+    return bytes(whole)
+
+
+def parquet(values, kind):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"y": pa.array(values, kind)}), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -59,6 +86,19 @@ CORRUPT = corrupt()
         ("t.csv", b"x,y\n", "at least one row"),
         ("t.csv", b"x,y\n1,2\n3\n", "as csv: .*Expected 2 columns"),
         ("t.csv", b"x,y\n1,\n2,3\n", "column 'y' has 1 empty cells"),
+        ("t.csv", b"x,y\n1,\n2,a\n", "column 'y' has 1 empty cells"),
+        ("t.jsonl", b'{"y": "a"}\n{"y": null}\n', "column 'y' has 1 empty cells, the first in object 2; fill"),
+        (
+            "t.jsonl",
+            b'{"y": [[1], [2]]}\n{"y": [[1], [null]]}\n',
+            "column 'y' has 1 empty cells, the first in object 2",
+        ),
+        pytest.param(
+            "t.parquet", parquet([[1, 2], [3, None]], pa.list_(pa.int8())), "'y' has 1 empty cells;", id="lists"
+        ),
+        pytest.param(
+            "t.parquet", parquet([[1], [3, None]], pa.list_(pa.int8())), "'y' has 1 empty cells;", id="ragged"
+        ),
         ("t.csv", b"x,y\n\xff\xfe,3\n", "column 'x' is not UTF-8"),
         ("t.jsonl", b'{"x": 1}\n{"z": 1}\n', "object 2 has other names"),
         ("t.jsonl", b"[1]\n", "object 1"),
@@ -67,6 +107,13 @@ CORRUPT = corrupt()
         ("t.npz", b"PK\x03\x04", "as npz: "),
         ("t.npz", b"nothing", "as npz: "),
         pytest.param("t.npz", CORRUPT, "as npz: .*decompressing", id="corrupt"),
+        pytest.param("t.npz", npz(npy(b"{'descr': (\n")), "as npz: ", id="a header that is no Python"),
+        pytest.param(
+            "t.npz", npz(b"text", "x.txt"), "as npz: 'x.txt' in it is no array", id="a member that is no array"
+        ),
+        pytest.param("t.npz", npz(method=97), "as npz: .*compression method", id="an unknown compression"),
+        pytest.param("t.npz", npz(flags=1), "as npz: .*encrypted", id="encrypted"),
+        pytest.param("t.jsonl", b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "as jsonl: ", id="nested"),
     ],
 )
 def test_what_cannot_be_read_is_one_message(tmp_path, name, content, expected):
@@ -102,3 +149,49 @@ def test_a_file_that_the_system_cannot_read_is_one_message(tmp_path, monkeypatch
     monkeypatch.setattr("pyarrow.parquet.read_table", fails)
     with pytest.raises(InputError, match=r"t\.parquet cannot be read as parquet: .*Input/output error"):
         read_table(tmp_path / "t.parquet")
+
+
+DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16", "float32", "float64", ">f4", "bfloat16"])
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+def test_a_parquet_or_npz_file_keeps_dtype_and_shape(tmp_path, kind, dtype):
+    grid = np.arange(24).reshape(2, 3, 4).astype(jnp.dtype(dtype))
+    columns = {"grid": grid, "flat": grid[:, 0, 0]}
+    write_table(tmp_path / f"t.{kind}", columns)
+    read = read_table(tmp_path / f"t.{kind}")
+    expected = np.dtype("float32" if dtype == "bfloat16" else dtype)
+    for name, column in columns.items():
+        assert read[name].dtype.newbyteorder("=") == expected.newbyteorder("="), name
+        np.testing.assert_array_equal(read[name], column.astype(expected))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.uint8()), pa.large_list(pa.uint8()), pa.list_(pa.uint8(), 2)])
+def test_lists_of_parquet_have_the_dtype_of_their_numbers(tmp_path, kind):
+    (tmp_path / "t.parquet").write_bytes(parquet([[1, 2], [3, 255]], kind))
+    read = read_table(tmp_path / "t.parquet")["y"]
+    assert read.dtype == np.uint8 and read.tolist() == [[1, 2], [3, 255]]
+    (tmp_path / "t.parquet").write_bytes(parquet([[1], [3, 255], []], pa.list_(pa.uint8())))
+    assert read_table(tmp_path / "t.parquet")["y"].tolist() == [[1], [3, 255], []]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_numbers_that_are_not_finite_and_texts_that_look_empty_are_read_back(tmp_path, kind):
+    columns = {
+        "x": np.array([np.nan, np.inf, -np.inf, 1.5]),
+        "nan": np.full(4, np.nan),
+        "text": np.array(["NA", "null", "nan", ""], object),
+    }
+    write_table(tmp_path / f"t.{kind}", columns)
+    read = read_table(tmp_path / f"t.{kind}")
+    np.testing.assert_array_equal(read["x"], columns["x"])
+    np.testing.assert_array_equal(read["nan"], columns["nan"])
+    assert read["text"].tolist() == columns["text"].tolist()
+
+
+def test_a_large_csv_file_may_have_lines_in_its_texts(tmp_path):
+    texts = ["a\n" * 200 + str(row) for row in range(4000)]
+    write_table(tmp_path / "t.csv", {"text": np.array(texts, object)})
+    assert (tmp_path / "t.csv").stat().st_size > 2**20
+    assert read_table(tmp_path / "t.csv")["text"].tolist() == texts

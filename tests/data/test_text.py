@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jaxmp.data.catalog import Description, Prepared
 from jaxmp.data.fingerprint import changed_rows, fingerprint
 from jaxmp.data.masking import Masking
 from jaxmp.data.pipeline import batch_of
+from jaxmp.data.splits import balanced, k_folds, random_split
 from jaxmp.data.text import PackedTexts, TextRows, TextWindows, describe_texts, pack, windows
 from jaxmp.data.tokenizer import Bytes, Characters, WordPiece
 from jaxmp.errors import InputError
@@ -96,6 +98,35 @@ def test_of_a_pair_the_longer_text_is_cut_and_the_segments_are_told_apart():
         [CLS, a, SEP, x - 2, x - 1, x, x + 1, SEP],
     ]
     assert rows["segments"].tolist() == [[0] * 5 + [1] * 3, [0] * 3 + [1] * 5]
+
+
+def one_by_one(lengths, room):
+    lengths = list(lengths)
+    while sum(lengths) > room:
+        lengths[int(np.argmax(lengths))] -= 1
+    return lengths
+
+
+def test_texts_are_cut_as_if_one_token_was_taken_after_the_other():
+    for room in range(1, 9):
+        for lengths in [*itertools.product(range(10), range(10)), *((length,) for length in range(10))]:
+            found = text._cut([np.arange(length) for length in lengths], room)
+            assert [part.tolist() for part in found] == [list(range(kept)) for kept in one_by_one(lengths, room)]
+
+
+def test_only_a_vocabulary_that_needs_no_training_rows_lets_texts_be_cut():
+    texts = {"text": list("abcdefgh"), "label": [0, 0, 0, 1] * 2}
+    rows = Arrays(lambda split: texts if split == "train" else None)
+    assert len(k_folds(TextRows(rows, length=2), 2)[0].read("train")) == 4
+    inner = TextRows(random_split(rows, validation=2), tokenizer=Characters(), length=2)
+    assert len(inner.vocabulary.tokens) == 6
+    assert len(balanced(TextRows(rows, tokenizer=Characters(), length=2), "label").read("train")) == 12
+
+
+@pytest.mark.parametrize("dtype", [object, "U9", np.dtypes.StringDType()])
+def test_texts_may_be_arrays_of_any_kind_of_text(dtype):
+    rows = Arrays(lambda split: {"text": np.array(["ab", "c"], dtype)})
+    assert TextRows(rows, length=2).read("train").columns["tokens"].tolist() == [[97, 98], [99, 0]]
 
 
 @pytest.mark.slow
@@ -293,6 +324,12 @@ def train(data):
         (lambda: TextWindows(of(TEXTS, n=[1, 2, 3]), column="n"), "column is 'n', which holds int64; expected texts"),
         (lambda: TextWindows(of(["a", "b"])), "no text of 'text' has two tokens or more"),
         (lambda: TextWindows(of(["ab"]), joined=True), "2 tokens; expected at least data.length + 1 = 65"),
+        (lambda: TextWindows(of(["", ""]), joined=True), "0 tokens; expected at least data.length + 1 = 65"),
+        (
+            lambda: random_split(TextRows(of(TEXTS), tokenizer=Characters(), length=5), validation=1),
+            "data.cuts: the vocabulary of data.tokenizer = Characters(special=False) would be trained on the rows that "
+            "are cut off, too; cut data.rows instead",
+        ),
         (lambda: TextRows(of(TEXTS), length=4), "text 0 of 'text' in train has 5 tokens; expected at most 4"),
         (lambda: PackedTexts(of(TEXTS), tokenizer=Bytes(special=True), length=6), "data.length = 6"),
         (lambda: TextRows(of(TEXTS), tokenizer=Bytes(special=True), length=2, overlong="cut"), "expected at most -0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -473,3 +475,15 @@ def test_text_comes_as_bytes(monkeypatch):
     rows = everything(TFDS("glue/sst2").source("validation"))
     assert len(rows["sentence"]) == 872
     assert all(isinstance(sentence, bytes) and sentence for sentence in rows["sentence"])
+
+
+def test_a_column_that_npy_files_do_not_hold_is_no_cache_but_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    column = np.arange(3).astype(jnp.bfloat16)
+    with pytest.raises(OSError, match=r"column 'x' is bfloat16, which \.npy files do not hold"):
+        save_columns(tmp_path, 3, [{"x": column}])
+    file = dataclasses.make_dataclass("File", ["take"])(3)
+    monkeypatch.setattr("jaxmp.data.tfds._open", lambda *_: (None, [file]))
+    monkeypatch.setattr("jaxmp.data.tfds._chunks", lambda *_: iter([{"x": column}]))
+    found = TFDS("digits").source("train").columns["x"]
+    assert found.dtype == jnp.bfloat16 and found.tolist() == [0, 1, 2]

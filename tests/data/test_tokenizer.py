@@ -73,6 +73,26 @@ def test_byte_pairs_are_the_same_each_time_spell_any_text_and_count_its_bytes(tm
     assert read.special == {"end": 0}
 
 
+def test_a_file_of_byte_pairs_that_lacks_a_byte_is_refused(tmp_path):
+    needs_the_library()
+    model = json.loads(BPE(280).vocabulary(TEXTS).definition)["model"]
+    tokens = [token for token in model["vocab"] if token != "\u0120"]  # the space
+    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(InputError, match=r"vocab\.json' has no token for 1 of the 256 bytes, '\u0120' among them"):
+        BPE(file=str(tmp_path / "vocab.json")).vocabulary([])
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), WordPiece(100), BPE(280)])
+def test_a_text_that_is_no_utf_8_is_one_message(tokenizer):
+    needs_the_library()
+    with pytest.raises(InputError, match=r"half a surrogate pair, '\\ud800', at character 1; expected text that can"):
+        tokenizer.vocabulary(TEXTS).encode(["a\ud800"])
+    if tokenizer.is_trained:
+        with pytest.raises(InputError, match="half a surrogate pair"):
+            tokenizer.vocabulary([*TEXTS, "a\ud800"])
+
+
 def test_characters_are_sorted_and_others_are_unknown():
     vocabulary = Characters(special=True).vocabulary(["b\u20aca", b"ab"])
     assert vocabulary.tokens == (*SPECIAL, "a", "b", "\u20ac") and vocabulary.byte_counts.tolist() == [0] * 5 + [

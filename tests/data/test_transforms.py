@@ -13,6 +13,7 @@ from jaxmp.data.arrays import Arrays
 from jaxmp.data.pipeline import batch_of, batch_shapes, check_splits, evaluation_batches, nbytes, resident
 from jaxmp.data.transforms import FIRST_STREAM
 from jaxmp.errors import InputError
+from jaxmp.runs.run import _columns
 
 KEY = jax.random.key(0)
 WORDS = ["a", "bb", "ccc", "dd", "e"]
@@ -177,6 +178,65 @@ def test_a_transform_that_makes_other_columns_in_evaluation_is_found_before_trai
     with pytest.raises(InputError, match=r"'x' of the test split is float32\[2\]; expected float32\[1\]"):
         check_splits(data, data.read("train"), others, ["x"])
     check_splits(data, data.read("train"), others, ["weight"])
+
+
+TRAINED = {
+    "image": np.zeros((4, 2), np.uint8),
+    "signed": np.zeros(4, np.int32),
+    "float": np.zeros((4, 2), np.float32),
+    "half": np.zeros(4, np.float16),
+    "flag": np.zeros(4, bool),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("image", [[0, 255]], "uint8"),
+        ("image", np.array([[0, 255]], np.int16), "uint8"),
+        ("signed", np.array([3], np.uint8), "int32"),
+        ("signed", np.array([3], np.int64), "int64"),  # which JAX makes int32 of
+        ("float", [[1, 2]], "float32"),
+        ("float", [[1.5, 2]], "float64"),
+        ("half", [0.1], "float16"),
+        ("flag", [0], "bool"),
+    ],
+)
+def test_rows_at_hand_have_the_dtype_of_the_training_rows(name, values, dtype):
+    seen = []
+
+    def look(rows):
+        seen.append(rows[name].dtype.name)
+        return rows
+
+    data = Arrays(lambda split: TRAINED, images=(), host_transforms=(look,))
+    batch = batch_of(data, {name: values}, (name,))
+    assert batch[name].dtype.name == seen[-1] == dtype
+    np.testing.assert_array_equal(batch[name], np.asarray(values).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("image", [[0, 256]], "'image' holds int64, and uint8 in the training rows; expected uint8, or whole numbers"),
+        ("image", [[0, -1]], "holds int64, and uint8"),
+        ("image", [[0.5, 1.0]], "holds float64, and uint8"),
+        (
+            "float",
+            np.zeros((1, 2), np.uint8),
+            "holds uint8, and float32 in the training rows; expected float32, scaled",
+        ),
+        ("half", [1e6], "holds float64, and float16"),
+        ("flag", [2], "holds int64, and bool"),
+    ],
+)
+def test_rows_at_hand_whose_numbers_the_training_rows_could_not_have_are_refused(name, values, message):
+    data = Arrays(lambda split: TRAINED, images=())
+    with pytest.raises(InputError, match=message):
+        batch_of(data, {name: values}, (name,))
+    with pytest.raises(InputError, match=message):
+        _columns(data, {name: values}, (name,))  # of Run.predict
+    assert batch_of(data, {name: values})[name].dtype == np.asarray(values).dtype  # the model does not take it
 
 
 def test_rows_at_hand_become_a_batch_of_weight_1():
