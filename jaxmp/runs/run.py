@@ -366,8 +366,8 @@ class Run:
           is among them under its own name, where the rows have it.
 
         Raises:
-          InputError: an input is missing, or has numbers that its dtype in the training rows does not hold; a prediction
-            is called as the target; of a split, as `source` does.
+          InputError: an input is missing, or has numbers that its dtype in the training rows does not hold; a
+            prediction is called as the target; of a split, as `source` does.
         """
         data, task = self.experiment.data, self.experiment.task
         source = self.source(rows) if isinstance(rows, str) else _columns(data, rows, task.inputs)
