@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -84,8 +85,8 @@ class NextToken(LanguageModel):
 
         @jax.jit
         def draw(variables: Any, prompts: jax.Array, key: jax.Array) -> jax.Array:
-            how = {"temperature": sampling.temperature, "apply": trained.apply, "vocabulary": vocabulary.size}
-            return generate(model, variables, prompts, length, key=key, **how)
+            how = functools.partial(generate, temperature=sampling.temperature, apply=trained.apply)
+            return how(model, variables, prompts, length, key=key, vocabulary=vocabulary.size)
 
         drawn = draw(trained.variables, jnp.tile(tokens, (count, 1)), key)
         return Samples(texts=tuple(vocabulary.decode([*tokens, *row]) for row in np.asarray(drawn)))
