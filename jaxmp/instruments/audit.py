@@ -299,6 +299,9 @@ def audit(
     - unguarded state: a float of the state that is replaced even if a gradient is not finite, when the rest is kept
     - host callback: an operation that waits for Python
 
+    A weight that is made of others by a product, such as W + A B of LoRA, is not told from an activation: a sum of its
+    gradients in half is not found.
+
     Args:
       fn: any function that JAX traces. A jitted one keeps its own static and donated arguments.
       args: its arguments, arrays or `jax.ShapeDtypeStruct`.

@@ -151,7 +151,7 @@ def initializing(apply: Callable[..., Any]) -> Iterator[None]:
         found = [stack.enter_context(each.initializing()) for each in _intervened(apply).interventions]
         interceptors = tuple(each for each in found if each is not None)
         if interceptors:
-            stack.enter_context(nn.intercept_methods(_in_turn(interceptors)))
+            stack.enter_context(nn.intercept_methods(in_turn(interceptors)))
         yield
 
 
@@ -194,7 +194,7 @@ def _call(
 ) -> Any:
     """Calls the model: each intervention in turn does what it does around the call, and gives its interceptor."""
     if not interventions:
-        with nn.intercept_methods(_in_turn(interceptors)):
+        with nn.intercept_methods(in_turn(interceptors)):
             return apply(variables, *args, **kwargs)
     first, *rest = interventions
 
@@ -204,10 +204,11 @@ def _call(
     return first.call(run, model, variables, args, kwargs)
 
 
-def _in_turn(interceptors: tuple[Interceptor, ...]) -> Interceptor:
-    """One interceptor that runs several, the first of them outermost."""
+def in_turn(interceptors: tuple[Interceptor, ...]) -> Interceptor:
+    """One interceptor that runs several, the first of them outermost, with arguments as `by_position` has them."""
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
+        args, kwargs = by_position(context.orig_method, args, kwargs)
         for each in reversed(interceptors):
             next_fun = functools.partial(_step, each, next_fun, context)
         return next_fun(*args, **kwargs)
@@ -219,6 +220,24 @@ def _step(
     interceptor: Interceptor, next_fun: Callable[..., Any], context: Context, /, *args: Any, **kwargs: Any
 ) -> Any:
     return interceptor(next_fun, args, kwargs, context)
+
+
+def by_position(method: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, those given by name that come next by position among `args`; the method gets the same.
+
+    >>> by_position(lambda carry, inputs, *, train: None, (), {"train": True, "inputs": 2, "carry": 1})
+    ((1, 2), {'train': True})
+    """
+    if not kwargs:
+        return args, kwargs
+    kwargs = dict(kwargs)
+    # Of the function itself, not of what it wraps: a decorator may look for an argument by its name.
+    parameters = inspect.signature(method, follow_wrapped=False).parameters.values()
+    for parameter in [*parameters][len(args) :]:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name not in kwargs:
+            break
+        args = (*args, kwargs.pop(parameter.name))
+    return args, kwargs
 
 
 class MetModules:

@@ -26,7 +26,17 @@ from jaxmp.errors import InputError, nearest
 from jaxmp.html.elements import cell_of
 from jaxmp.jaxprs import bare
 from jaxmp.modules.functions import by_operations
-from jaxmp.modules.interventions import LIFTED, Context, Intervention, MetModules, Order, Run, intervene, trace_apart
+from jaxmp.modules.interventions import (
+    LIFTED,
+    Context,
+    Intervention,
+    MetModules,
+    Order,
+    Run,
+    in_turn,
+    intervene,
+    trace_apart,
+)
 from jaxmp.modules.linen_layers import is_complex, knows_dtype, run_method
 from jaxmp.modules.model import as_model, mode_argument, module_of
 from jaxmp.modules.recipe_layers import PRODUCT_LAYERS, RecipeCall, Spread, with_stream
@@ -36,7 +46,7 @@ from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree, Rule, as_tree
 from jaxmp.precision.recipe import GRADIENT_AMAX, HISTORIES
 from jaxmp.text_table import table
-from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_name
+from jaxmp.trees import FLOAT32, HALF, by_path, cast_floats, is_castable, is_inexact, path_and_above, path_name
 
 
 def with_policy(
@@ -61,7 +71,7 @@ def with_policy(
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
 
     Raises: InputError if `policy` is none, or `apply` is the model itself; when called, where a rule names nothing in
-    the model, or nothing in it is a float.
+    the model (without `method=`), or nothing in it is a float.
 
     >>> model = nn.Dense(3)
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
@@ -126,9 +136,8 @@ class UnderPolicy(Intervention):
         call.remember((args, kwargs), (cast_args, cast_kwargs))
         with _matmul_precision(whole):
             out = run(call.intercept, variables, cast_args, cast_kwargs)
-        call.check(variables, args)
         if kwargs.get("method") is None:
-            call.check_products()
+            call.check(variables, args)
         return _handed_on(whole, variables, out, mutable=kwargs.get("mutable", False) is not False)
 
     def _products(self) -> RecipeCall:
@@ -157,7 +166,7 @@ class UnderPolicy(Intervention):
             # Where that can be, without the other interventions: an observer counts the calls that it sees.
             if not isinstance(model, nn.Module):
                 return run(call.intercept, variables, args, kwargs)
-            with nn.intercept_methods(call.intercept):
+            with nn.intercept_methods(in_turn((call.intercept,))):
                 return model.apply(variables, *args, **kwargs)
 
         def traced(arrays: dict[int, Any]) -> Any:
@@ -198,9 +207,8 @@ class UnderPolicy(Intervention):
 
             with _matmul_precision(whole):
                 out = between_layers(called, dtype=whole.compute_dtype)(variables, args, kwargs)
-            call.check(variables, args)
             if kwargs.get("method") is None:
-                call.check_products()
+                call.check(variables, args)
             return out
 
         try:
@@ -483,9 +491,13 @@ class _Call:
                 self.inputs[id(after)] = after, before
 
     def check(self, variables: Any, args: Any) -> None:
-        """Raises InputError if a rule names no module: neither one with parameters nor one that can be called."""
+        """Raises InputError if a rule names no module, or there is a recipe and no layer has a product for it.
+
+        A rule may name what holds parameters, or can be called. Not for a call of another method than `__call__`, which
+        need not reach what rules and recipes are for.
+        """
         params = by_path(nn.unbox(dict(variables).get("params", {})))
-        above = {path.rpartition("/")[0] for path in params}
+        above = {at for path in params for at in path_and_above(path)[:-1]}
         known = {path: self.modules.classes.get(path, frozenset()) for path in (*self.modules.classes, *above)}
         if any(not any(rule.names(path, known) for path in known) for rule in self.tree.rules):
             if isinstance(self.model, nn.Module):
@@ -493,9 +505,6 @@ class _Call:
                 explain(self.model, self.tree, args)
             else:
                 self.tree.require_match(known)
-
-    def check_products(self) -> None:
-        """Raises InputError if there is a recipe, and no layer has a product for it."""
         recipes = [policy for policy in self.tree.policies if policy.recipe is not None]
         if recipes and not self.products.calls:
             classes = sorted({type(module).__name__ for module in self.called.values()})
@@ -578,7 +587,7 @@ class _Between(_Call):
         if method == LIFTED:
             return next_fun(*args, **kwargs)
         path, rule, policy = self.meet(module)
-        if is_complex(module, args):
+        if is_complex(module, (args, kwargs)):
             return next_fun(*args, **kwargs)
         layer = _is_layer(module) and not self.opened
         wide = dataclasses.replace(policy, compute_dtype=FLOAT32, operands=None, cotangents=None)

@@ -48,7 +48,7 @@ def run_method(
             return next_fun(*args, **kwargs)
 
     has_dtype = knows_dtype(module)
-    if is_complex(module, args):
+    if is_complex(module, (args, kwargs)):
         return next_fun(*args, **kwargs)
     if method == "setup":
         # An embedding's own methods get the masters below; what others read of it (`embed.embedding.T`) is cast.

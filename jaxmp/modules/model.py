@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 
 from jaxmp.errors import InputError, nearest
-from jaxmp.modules.interventions import Intervention, initializing, intervene
+from jaxmp.modules.interventions import Context, Intervention, attributes, initializing, intervene, trace_apart
+from jaxmp.trees import same_structure
 
 
 @runtime_checkable
@@ -92,10 +93,17 @@ class FlaxModel:
     def init(self, key: jax.Array, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See `Model`. Further arguments of the module's `__call__` may be given; by default it does not train."""
         mode = mode_argument(self.module, False, "init")
+
+        def init() -> dict[str, Any]:
+            return dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
+
         with initializing(self.run):
-            variables = dict(self.module.init(key, *inputs, **{**mode, **kwargs}))
+            state = variables = init()
+            if any(isinstance(x, tuple) for x in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, tuple))):
+                with trace_apart(), nn.intercept_methods(_sowing_nothing):
+                    state = jax.eval_shape(init)
         params = variables.pop("params", {})
-        return params, _without_sown(variables)
+        return params, _without_sown(variables, state)
 
     def apply(
         self,
@@ -119,8 +127,8 @@ class FlaxModel:
         run = functools.partial(self.run, {"params": params, **model_state}, *inputs, **arguments)
         if not train:
             return run(), model_state
-        outputs, model_state = run(mutable=list(model_state))
-        return outputs, _without_sown(model_state)
+        outputs, new = run(mutable=list(model_state))
+        return outputs, _without_sown(new, model_state)
 
     def under(self, *interventions: Intervention) -> FlaxModel:
         """See `Model`."""
@@ -164,7 +172,20 @@ def mode_argument(model: Any, train: bool, method: Literal["init", "apply"] = "a
     return {}
 
 
-def _without_sown(variables: dict[str, Any]) -> dict[str, Any]:
-    """The collections without what the model sows, which is no state: Flax keeps it in tuples."""
-    kept = {name: _without_sown(v) if isinstance(v, dict) else v for name, v in variables.items()}
-    return {name: v for name, v in kept.items() if not isinstance(v, tuple) and not (isinstance(v, dict) and not v)}
+def _sowing_nothing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
+    with attributes(context.module, sow=lambda *_, **__: False):
+        return next_fun(*args, **kwargs)
+
+
+def _without_sown(variables: Any, state: Any) -> dict[str, Any]:
+    """The collections without what the model sows, which is no state: the tuples that are not, so long, in `state`."""
+    kept = {}
+    for name, value in variables.items():
+        known = state.get(name) if isinstance(state, Mapping) else None
+        if isinstance(value, dict):
+            value = _without_sown(value, known)
+            if not value:
+                continue
+        if not isinstance(value, tuple) or same_structure(value, known):
+            kept[name] = value
+    return kept

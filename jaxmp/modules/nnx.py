@@ -99,7 +99,7 @@ def from_nnx(make: Callable[..., Any]) -> FromNNX:
 
 
 def _split(module: Any) -> tuple[Any, Any]:
-    """The parameters, and the state that is neither a parameter nor a random stream."""
-    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
-    _, params, _, state = parts
+    """The parameters, and the state that is neither a parameter, nor a random stream, nor sown."""
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
+    _, params, _, _, state = parts
     return params, state

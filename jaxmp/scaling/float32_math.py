@@ -20,6 +20,7 @@ import optax
 
 from jaxmp.errors import InputError, nearest
 from jaxmp.precision.formats import quantize
+from jaxmp.scaling.state_format import PackedArray, map_with_fields
 from jaxmp.trees import HALF, has_gradient, is_castable, strongly_typed, upcast
 
 
@@ -53,7 +54,8 @@ def float32_math(
     Args:
       inner: any optax transformation.
       store: dtype in which the arrays of the state are stored between steps, except scalars: float32, bfloat16 or
-        float16. A mapping from names of state fields, such as `mu`, to dtypes applies to these fields only.
+        float16. A mapping from names of state fields, such as `mu`, to dtypes applies to these fields only. Attributes
+        of the parameters are no such fields, and what `state_format` has packed stays as it is.
       seed: with a seed, state in half precision is rounded stochastically, without bias. The random bits depend only on
         the seed, the step and the position in the state, so that replicas agree. Without a seed, it is rounded to
         nearest.
@@ -76,13 +78,14 @@ def float32_math(
         state = inner.init(_upcast_tree(params))
         seen: set[str] = set()
 
-        def stored(path: Any, x: Any) -> Any:
-            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]  # parameters have DictKeys
+        def stored(fields: list[str], x: Any) -> Any:
             seen.update(fields)
             dtype = next((dtypes[name] for name in ("", *fields) if name in dtypes), None)
+            if isinstance(x, PackedArray):
+                return x
             return strongly_typed(x) if dtype is None or not is_castable(x) or x.ndim == 0 else x.astype(dtype)
 
-        state = jax.tree_util.tree_map_with_path(stored, state)
+        state = map_with_fields(stored, state, params)
         for name in dtypes.keys() - seen - {""}:
             raise InputError(
                 f"float32_math: store names {name!r}, which the state of the optimizer does not have"

@@ -155,7 +155,7 @@ def state_format(
             packed.add(name)
             return _pack(x, parsed[name], rounding, next_key(), expand_range)
 
-        state = _map_with_fields(stored, inner.init(_upcast_all(params)), params)
+        state = map_with_fields(stored, inner.init(_upcast_all(params)), params)
         # Without parameters, as where a step is checked before there are any, there is nothing to look for.
         for name in parsed.keys() - packed if jax.tree.leaves(params) else ():
             raise InputError(
@@ -239,7 +239,7 @@ def _is_packed(x: Any) -> bool:
     return isinstance(x, PackedArray)
 
 
-def _map_with_fields(function: Callable[[list[str], Any], Any], state: Any, params: Any) -> Any:
+def map_with_fields(function: Callable[[list[str], Any], Any], state: Any, params: Any) -> Any:
     """Maps `function(fields, leaf)` over the state of an optimizer; a `PackedArray` is a leaf.
 
     `fields` are the names of the attributes on the path of the leaf, but for attributes of nodes that come from the

@@ -19,6 +19,7 @@ batch; of a batch of an evaluation, in all rows that are evaluated"""
 LossFn = Callable[[Any, Any, Batch, Any], tuple[jax.Array, tuple[jax.Array, Metrics, Any]]]
 """`loss_fn(params, model_state, batch, key) -> (loss_sum, (weight, metrics, model_state))`.
 
-A sum and a weight rather than a mean, both float32 scalars: masked losses, a smaller last batch and replicas then agree
-to rounding. The key is the same for all parts of a batch: fold `batch[PLACE]` in, where there is one, for noise that
-differs between them. Where a batch comes in microbatches, the weight must not depend on the parameters."""
+The metrics have any names but `loss`. A sum and a weight rather than a mean, both float32 scalars: masked losses, a
+smaller last batch and replicas then agree to rounding. The key is the same for all parts of a batch: fold
+`batch[PLACE]` in, where there is one, for noise that differs between them. Where a batch comes in microbatches, the
+weight must not depend on the parameters."""

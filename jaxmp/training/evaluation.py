@@ -13,7 +13,7 @@ from jaxmp.data.dataset import Dataset
 from jaxmp.data.pipeline import evaluation_batches
 from jaxmp.data.source import Source
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
-from jaxmp.training.metrics import Mean, Metrics, merge
+from jaxmp.training.metrics import Mean, Metrics, merge, with_loss
 from jaxmp.training.parallel import Devices
 from jaxmp.training.state import TrainState
 
@@ -41,7 +41,7 @@ def make_eval_step(loss_fn: LossFn | Mapping[str, LossFn]) -> EvalStep:
 
     def eval_step(params: Any, model_state: Any, batch: Batch, key: jax.Array | None = None) -> Metrics:
         total, (weight, metrics, _) = loss_fn(params, model_state, batch, key)
-        return {"loss": Mean(total.astype(jnp.float32), weight.astype(jnp.float32)), **metrics}
+        return with_loss(Mean(total.astype(jnp.float32), weight.astype(jnp.float32)), metrics)
 
     return eval_step
 

@@ -6,7 +6,7 @@ The train step, ranges, blame, find_policy, memory and comparisons all different
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxmp.errors import InputError
 from jaxmp.precision.recipe import GRADIENT_AMAX
 from jaxmp.scaling.transform import all_finite, inner_view
 from jaxmp.training.batch import EXAMPLE_INDEX, Batch, LossFn
-from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics
+from jaxmp.training.metrics import DROPPED_EXAMPLES, Mean, Metrics, with_loss
 from jaxmp.training.objective import EVERYTHING, fill, trained_view
 from jaxmp.training.parallel import Replicas, single
 from jaxmp.training.privacy import Privacy, refuse_model_state
@@ -63,7 +63,7 @@ def _differentiate(
     Where the model state has magnitudes of gradients (`GRADIENT_AMAX`), the new ones are the gradients by these inputs
     (the convention of Flax's fp8 layers, "overwrite with gradient").
     """
-    if GRADIENT_AMAX not in model_state:
+    if not isinstance(model_state, Mapping) or GRADIENT_AMAX not in model_state:
         return differentiate(lambda trained: scaled_mean(fill(trained, params), model_state, *args), trained)
 
     def loss(both: tuple[Any, Any]) -> tuple[jax.Array, Any]:
@@ -93,7 +93,7 @@ def scaled_mean_loss(loss_fn: LossFn, replicas: Replicas = single) -> Callable[.
         loss = total / jnp.where(whole == 0, 1, whole)
         with jax.named_scope("loss_scale"):  # the name that `blame` knows it by
             scaled = loss * scale
-        return scaled, (loss, {"loss": Mean(total, own_weight), **metrics}, model_state)
+        return scaled, (loss, with_loss(Mean(total, own_weight), metrics), model_state)
 
     return scaled_mean
 
@@ -121,7 +121,8 @@ def make_gradients(
 
     Raises:
       InputError: no such way to accumulate. When traced: a batch that does not divide into its microbatches, a
-        pattern in `trains` that matches no parameter, or, with `private`, a model that keeps a state.
+        pattern in `trains` that matches no parameter, a metric `loss` of the loss function's own, or, with `private`, a
+        model that keeps a state.
     """
     if accumulate_steps < 1:
         raise InputError(f"accumulate_steps={accumulate_steps}: expected a whole number of at least 1")
@@ -160,6 +161,10 @@ def make_gradients(
             # Still scaled: S stands still meanwhile and is a power of two, so that unscaling the sum gives the same
             # bits as unscaling each, but for those that float32 would flush to zero (trap T10).
             new = [s + g.astype(s.dtype) for s, g in zip(sums, _with_gradient(own, grads), strict=True)]
+            # As `commit` does with that of one batch.
+            new_model_state = jax.tree.map(
+                lambda x, old: x if x.dtype == old.dtype else x.astype(old.dtype), new_model_state, model_state
+            )
             carry_on, kept = (new, new_model_state), jnp.bool_(True)
             if accumulate_overflow == "microbatch":
                 kept = all_finite(inner_view(grads)) | jnp.isnan(loss)

@@ -203,6 +203,15 @@ def merge(first: Metrics, second: Metrics) -> Metrics:
     return jax.tree.map(jnp.add, first, second)
 
 
+def with_loss(loss: Mean, metrics: Metrics) -> Metrics:
+    """The metrics of a loss function, and `loss`. Raises InputError if it has a metric of that name."""
+    if "loss" in metrics:
+        raise InputError(
+            "the loss function returns a metric 'loss', which is the mean of the loss; expected another name"
+        )
+    return {"loss": loss, **metrics}
+
+
 def zeros_like(metrics: Any) -> Metrics:
     """Makes metrics of weight 0, as NumPy arrays; `metrics` holds arrays or `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)

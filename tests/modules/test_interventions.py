@@ -69,8 +69,70 @@ def test_one_interceptor_runs_all_interventions(monkeypatch):
     with observed_modules(lambda path, out: out):
         jax.eval_shape(apply, variables, X)
     # Before it, the policy alone looks at what the model does.
-    look, every = opened
-    assert look.__qualname__ == "_Call.intercept" and every.__qualname__ == "_in_turn.<locals>.intercept"
+    assert [interceptor.__qualname__ for interceptor in opened] == ["in_turn.<locals>.intercept"] * 2
+
+
+class Called(nn.Module):
+    """A layer, called by position or by name."""
+
+    layer: nn.Module
+    method: str
+    names: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, *args):
+        method = getattr(self.layer, self.method)
+        return method(**dict(zip(self.names, args, strict=True))) if self.names else method(*args)
+
+
+ROW = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+IMAGE = jax.ShapeDtypeStruct((4, 8, 8), jnp.float32)
+LAYERS = {
+    "complex": (nn.Dense(3), "__call__", {"inputs": jax.ShapeDtypeStruct((4, 8), jnp.complex64)}, "mixed_bfloat16"),
+    "cell": (nn.GRUCell(8), "__call__", {"carry": ROW, "inputs": ROW}, "mixed_bfloat16"),
+    "cell of a rule": (nn.GRUCell(8), "__call__", {"carry": ROW, "inputs": ROW}, "layer=mixed_float16; float32"),
+    "dropout": (nn.Dropout(0.5, deterministic=False), "__call__", {"inputs": ROW}, "mixed_bfloat16"),
+    "attend": (nn.Embed(5, 8), "attend", {"query": ROW}, "nvfp4"),
+    "transposed": (nn.ConvTranspose(3, (3,)), "__call__", {"inputs": IMAGE}, "nvfp4"),
+    "grouped": (nn.Conv(8, (3,), feature_group_count=2), "__call__", {"inputs": IMAGE}, "nvfp4"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_that_is_called_by_name_computes_what_it_does_by_position(name):
+    layer, method, arguments, policy = LAYERS[name]
+
+    def traced(names):
+        model = Called(layer, method, names)
+        variables = jax.eval_shape(model.init, {"params": jax.random.key(0)}, *arguments.values())
+        apply = intervene(model.apply, UnderPolicy(policy), DropoutByExample(None, 4))
+        return str(
+            jax.make_jaxpr(functools.partial(apply, rngs={"params": jax.random.key(0)}))(variables, *arguments.values())
+        )
+
+    assert traced(tuple(arguments)) == traced(())
+
+
+def test_what_a_decorated_method_is_given_by_name_stays_so():
+    def named(method):
+        @functools.wraps(method)
+        def wrapper(self, *args, **kwargs):
+            assert not args and set(kwargs) == {"x"}
+            return method(self, **kwargs)
+
+        return wrapper
+
+    class Decorated(nn.Module):
+        @named
+        def __call__(self, x):
+            return x
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Decorated()(x=x)
+
+    assert intervene(Outer().apply, DropoutByExample(None, 4))({}, X) is X
 
 
 def test_a_function_that_wraps_an_intervened_one_keeps_its_own_code():

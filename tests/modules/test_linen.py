@@ -555,6 +555,24 @@ def test_methods_other_than_call_run_under_the_policy():
     assert operand_dtypes(attend, variables, jnp.ones((2, 4))) == {jnp.dtype("float16")}
 
 
+@pytest.mark.parametrize("policy", ["encoder=float32; mixed_float16", "@Compact=float32; mixed_float16"])
+def test_a_rule_may_name_what_another_method_does_not_call(policy):
+    class Coder(nn.Module):
+        def setup(self):
+            self.encoder, self.decoder = nn.Sequential([Compact()]), nn.Dense(3)
+
+        def __call__(self, x):
+            return self.decode(self.encoder(x.reshape(-1, 6)))
+
+        def decode(self, code):
+            return self.decoder(code)
+
+    model, code = Coder(), jnp.ones((2, 2))
+    variables = jax.eval_shape(model.init, KEY, jnp.ones((2, 2, 3)))
+    decode = functools.partial(with_policy(model.apply, policy), method="decode")
+    assert operand_dtypes(decode, variables, code) == {jnp.dtype("float16")}
+
+
 def test_parameters_may_be_made_under_the_policy():
     for name in ("compact", "embed_attend", "einsum", "lstm"):
         model, x = MODELS[name]

@@ -82,6 +82,48 @@ def test_a_module_without_state_has_an_empty_one():
         assert state == {} == new and out.shape == (4, 2)
 
 
+@nn.jit
+class Sower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("memory", "sown", x)
+        return x
+
+
+class Remembering(nn.Module):
+    """An LSTM whose carry, a tuple, is state, beside values that are sown into the same collection."""
+
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.LSTMCell(5)
+        carry = self.variable("memory", "carry", lambda: cell.initialize_carry(KEY, x.shape))
+        carry.value, y = cell(carry.value, x)
+        self.sow("memory", "sown", y)
+        return Sower()(y)
+
+
+class NnxRemembering(nnx.Module):
+    def __init__(self, rngs):
+        self.cell = nnx.LSTMCell(5, 5, rngs=rngs)
+        self.carry = nnx.Variable((jnp.zeros((4, 5)), jnp.zeros((4, 5))))
+
+    def __call__(self, x):
+        carry, y = self.cell(self.carry.get_value(), x)
+        self.carry.set_value(carry)
+        self.seen = nnx.Intermediate(y)  # as `sow` leaves it
+        return y
+
+
+@pytest.mark.parametrize("module", [Remembering(), from_nnx(NnxRemembering)], ids=["linen", "nnx"])
+def test_a_tuple_is_state_and_what_is_sown_is_not(module):
+    model = as_model(module)
+    for _ in range(2):  # of which the second finds what nn.jit has traced
+        params, state = jax.eval_shape(model.init, KEY, X)
+        assert [x.shape for x in jax.tree.leaves(state)] == [(4, 5)] * 2
+    _, new = jax.eval_shape(lambda *args: model.apply(*args, train=True, key=KEY), params, state, X)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
 @pytest.mark.slow
 def test_module_outputs_are_those_of_each_module_in_training():
     class Twice(nn.Module):

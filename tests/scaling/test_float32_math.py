@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import jaxmp
 from jaxmp.errors import InputError
 from jaxmp.scaling.float32_math import Float32MathState, clip_by_global_norm, float32_math, global_norm
 from jaxmp.scaling.scalers import DynamicScaler
+from jaxmp.scaling.state_format import state_format
 from jaxmp.scaling.transform import loss_scaling
 
 HALF = [jnp.float16, jnp.bfloat16]
@@ -359,6 +361,24 @@ def test_a_parameter_may_be_called_like_a_field_of_the_state():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.nu)} == {"float32"}
     with pytest.raises(InputError, match="store names 'sigma'"):
         float32_math(optax.adam(1e-3), store={"sigma": jnp.bfloat16}).init(params)
+
+
+def test_an_attribute_of_the_parameters_is_no_field_of_the_state():
+    class Normal(NamedTuple):
+        mu: jax.Array
+        sigma: jax.Array
+
+    adam = float32_math(optax.adam(1e-3), store={"mu": jnp.bfloat16}).init(Normal(jnp.ones(3), jnp.ones(3)))
+    assert [x.dtype.name for x in jax.tree.leaves(adam.inner_state[0].mu)] == ["bfloat16"] * 2
+    assert [x.dtype.name for x in jax.tree.leaves(adam.inner_state[0].nu)] == ["float32"] * 2
+
+
+def test_what_is_packed_inside_keeps_its_dtypes():
+    inner = state_format(optax.adam(1e-3), mu="e4m3:block128")
+    params = {"w": jnp.ones((4, 128))}
+    stored = [float32_math(inner, store).init(params).inner_state.inner_state[0] for store in (None, jnp.bfloat16)]
+    assert len({str(jax.tree.map(lambda x: x.dtype, adam.mu)) for adam in stored}) == 1
+    assert stored[1].nu["w"].dtype == jnp.bfloat16
 
 
 def test_the_norm_of_a_python_number_is_its_magnitude():
