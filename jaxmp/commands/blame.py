@@ -33,11 +33,14 @@ def blame(options: Options) -> int:
     from jaxmp.reports.page import write
     from jaxmp.runs.run import Run
     from jaxmp.studies.overflow import blame_run
+    from jaxmp.text_table import without_nan
 
     found = blame_run(Run(options.run), options.step, objective=options.objective)
     print(found)
     if options.json is not None:
-        write(Path(options.json).expanduser(), json.dumps(found.to_json(), indent=1) + "\n")
+        write(
+            Path(options.json).expanduser(), json.dumps(without_nan(found.to_json()), indent=1, allow_nan=False) + "\n"
+        )
     return DONE
 
 

@@ -49,11 +49,14 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
         raise InputError("--seed: a comparison has several; expected --seeds 0 1 2")
     from jaxmp.reports import gate_report
     from jaxmp.reports.comparison import failures, text
+    from jaxmp.reports.page import require_html
     from jaxmp.studies import compare as study
     from jaxmp.studies.gate import Gate, gate
 
     seeds: Sequence[int] = (0, 1, 2) if options.seeds is None else options.seeds
     study.require_gradients(options.gradients)
+    output = Path(options.output or Path(options.workdir) / config.name / "compare.html").expanduser()
+    require_html("output", output)
     found: Gate | None = None
     if options.margin is None:
         for name in ("metric", "looks"):
@@ -86,7 +89,6 @@ def compare(config: ConfigFile, options: Options, experiment: Experiment, overri
         return STOPPED
     if found is not None:
         comparison["gate"] = dict(found)
-    output = Path(options.output or Path(options.workdir) / config.name / "compare.html").expanduser()
     study.save(comparison, output)
     print(text(comparison))
     print(f"{'report':<16} {output}")

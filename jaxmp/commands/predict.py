@@ -45,7 +45,8 @@ def predict(options: Options) -> int:
     predicted = run.predict(rows, None if step == "last" else run.state(step))
     write_table(options.output, predicted)
     print(f"{'rows':<16} {len(next(iter(predicted.values()))):,}")
-    for text in confusion(predicted, getattr(run.experiment.task, "target", None)):
+    task = run.experiment.task
+    for text in confusion(predicted, getattr(task, "target", None), getattr(task, "padding", None)):
         print(f"\n{text}")
     print(f"{'predictions':<16} {options.output}")
     return DONE

@@ -515,10 +515,11 @@ def _pool(graph: Graph, eqn: Any, operands: list[str], place: Place) -> str:
         y = graph.add("Mul", mean, graph.constant(math.prod(window), dtype))
     else:
         how |= {"dilations": [dilations[axis] for axis in pooled]} if dilated else {}
-        if name == "max":
-            y = graph.add("MaxPool", x, **how)
-        else:
-            y = graph.add("Neg", graph.add("MaxPool", graph.add("Neg", x), **how))
+        y = graph.add("MaxPool", x if name == "max" else graph.add("Neg", x), **how)
+        if len(pooled) == 3:  # where ONNX Runtime's maximum begins with the least finite number
+            least = graph.add("LessOrEqual", y, graph.constant(np.finfo(dtype).min, dtype))
+            y = graph.add("Where", least, graph.constant(-np.inf, dtype), y)
+        y = y if name == "max" else graph.add("Neg", y)
         # MaxPool takes no notice of a NaN.
         bad = graph.cast(graph.add("MaxPool", _nans(graph, x), **how), np.uint8, bool)
         y = graph.add("Where", bad, graph.constant(np.nan, dtype), y)

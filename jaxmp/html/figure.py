@@ -317,7 +317,8 @@ def _linear_ticks(low: float, high: float, count: int, whole: bool = False) -> l
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     if max(abs(low), abs(high)) >= 1e6:  # the room on the left is for 7 letters
-        return [(k * step, f"{k * step / 1e6:g}M".replace("-", "\N{MINUS SIGN}")) for k in multiples]
+        digits = max(6, math.floor(math.log10(max(abs(low), abs(high)))) - math.floor(math.log10(step) + 1e-9) + 1)
+        return [(k * step, f"{k * step / 1e6:.{digits}g}M".replace("-", "\N{MINUS SIGN}")) for k in multiples]
     return [(k * step, f"{k * step:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")) for k in multiples]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -260,7 +262,7 @@ def _cost(result: Page, comparison: dict[str, Any]) -> None:
         runs = [r for r in comparison["runs"] if r["precision"] == precision]
         seconds = [r["seconds_per_step"] for r in runs if r["seconds_per_step"] is not None]
         median = statistics.median(seconds) if seconds else None
-        base = median if base is None else base
+        base = median if precision == comparison["precisions"][0] else base
         peaks = [r["device_peak_bytes"] for r in runs if r["device_peak_bytes"] is not None]
         sizes = measured["memory"]
         rate = (
@@ -364,7 +366,7 @@ def _origin(
                 *(shown(spec_of(specs, m), test.get(m)) for m in metrics),
                 f"{_skipped(r):,}",
                 loss_scales(r["summary"]),
-                Link(r["run"], reports[r["run"]]) if r["run"] in reports else r["run"],
+                Link(r["run"], urllib.parse.quote(os.fsencode(reports[r["run"]]))) if r["run"] in reports else r["run"],
                 "failed" if _failure(r) else "",
             ]
         )

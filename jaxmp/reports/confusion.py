@@ -12,19 +12,23 @@ MOST_CLASSES = 30
 """number of classes up to which the confusion matrix is shown; more do not fit a terminal"""
 
 
-def confusion(predicted: Mapping[str, np.ndarray], target: str | None) -> list[str]:
+def confusion(predicted: Mapping[str, np.ndarray], target: str | None, padding: int | None = None) -> list[str]:
     """The confusion matrix and the precision, recall and F1 of each class, as blocks of text; none without labels.
 
     Args:
       predicted: `prediction`, int (rows, ...), and under the name `target` the labels, of the same shape.
       target: name of the labels.
+      padding: the label of places that do not count; None if all do.
     """
     classes, labels = predicted.get("prediction"), predicted.get(target or "")
     if classes is None or labels is None or classes.shape != labels.shape or labels.dtype.kind not in "iu":
         return []
     from sklearn.metrics import classification_report, confusion_matrix
 
-    labels, classes = labels.ravel(), classes.ravel()
+    counts = np.full(labels.shape, True) if padding is None else labels != padding
+    labels, classes = labels[counts], classes[counts]
+    if not labels.size:
+        return []
     names = sorted({*labels.tolist(), *classes.tolist()})
     blocks: list[str] = []
     if len(names) <= MOST_CLASSES:

@@ -63,6 +63,12 @@ def write(path: Path, text: str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}; choose another file") from error
 
 
+def require_html(where: str, path: Path) -> None:
+    """Raises InputError if a page has the name of the JSON file that is written beside it, with the suffix .json."""
+    if path.suffix == ".json":
+        raise InputError(f"{where} {str(path)!r}: the page would replace the JSON beside it; expected a name in .html")
+
+
 def command() -> str:
     """The command line of this process, with the program's name without its folder, and without passwords."""
     words = [Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])]

@@ -141,12 +141,13 @@ def _revision(git: Mapping[str, Any]) -> str:
 
 def _figure(claim: Mapping[str, Any]) -> str:
     """`0.0123 (0.0100 to 0.0146)`: our figure, its interval if there is one, and a level other than 95 %."""
-    # 4e-17 is 0 but for the rounding of a mean.
-    mean, low, high = (None if claim[end] is None else round(claim[end], 12) for end in ("mean", "low", "high"))
+    mean, low, high = (claim[end] for end in ("mean", "low", "high"))
     if mean is None:
         return "none"
     if low is None:
         return f"{mean:.4g}"
+    # 4e-17 in an interval of 0.01 is 0 but for the rounding of a mean.
+    mean, low, high = (value * (abs(value) >= 1e-12 * (high - low)) for value in (mean, low, high))
     level = 100 * claim["confidence"]
     return f"{mean:.4g} ({low:.4g} to {high:.4g}{'' if math.isclose(level, 95) else f', {level:.4g} %'})"
 

@@ -1,7 +1,7 @@
 """`compare`: trains one experiment under several precisions, paired by seed, and measures what sets them apart.
 
 Every cell of the grid has a run folder of its own, that of `jaxmp train CONFIG --precision P --seed S`. So the same
-command resumes a comparison that was killed, and finished runs are only read.
+command resumes a comparison that was killed, and runs that are finished or failed are only read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
-from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.audit import audit
 from jaxmp.reports import comparison as pages
-from jaxmp.reports.page import command, write
+from jaxmp.reports.page import command, require_html, write
 from jaxmp.reports.run_report import report
 from jaxmp.runs.curves import examples_per_second, steps_per_second
 from jaxmp.runs.fit import fit
@@ -33,6 +32,7 @@ from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.gradients import compare_gradients
 from jaxmp.studies.grid import Cell, grid
+from jaxmp.studies.outcome import recorded_failure, require_all_steps
 from jaxmp.studies.paired import method, paired
 from jaxmp.text_table import without_nan
 from jaxmp.training.metrics import specs_to_json
@@ -100,7 +100,7 @@ def compare(
         if result is None:
             return None
         results.append(result)
-    first = Run(results[0]["run"])
+    trainer = Trainer(cells[0].experiment)
     log("measuring memory and operations")
     of_precision = [_of_precision(cell) for cell in cells[: len(precisions)]]
     errors = None
@@ -116,8 +116,8 @@ def compare(
         "seeds": list(seeds),
         "command": command(),
         **{name: value for name, value in provenance(patch=False).items() if name != "command"},
-        "metrics": specs_to_json(first.metric_specs),
-        "monitor": first.config.get("monitor", "loss"),
+        "metrics": specs_to_json(trainer.metric_specs),
+        "monitor": trainer.monitor.name,
         "interval": method(len(seeds)),
         "differences": differences(results, precisions),
         "measured": of_precision,
@@ -136,16 +136,17 @@ def require_gradients(steps: int) -> None:
 def train_cell(
     cell: Cell, workdir: str, name: str, origin: dict[str, Any] | None, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Trains one run of a grid, unless it is finished, and returns it as JSON; None if a signal stopped it.
+    """Trains one run of a grid, unless it is finished or failed, and returns it as JSON; None if a signal stopped it.
 
-    A run that failed has the message under `failed`. Raises: InputError as `fit` does, and for a run that a hook ended
-    early, which is no run of the grid: the others have all their steps.
+    A run that failed has the message under `failed`, and no metrics or devices if it failed before it had a folder.
+    Raises: InputError as `fit` does, and for a run that a hook ended early.
     """
-    experiment, failed = cell.experiment, None
-    before = _peak()
+    experiment = cell.experiment
+    folder = RunFolder.of(experiment, workdir, name)
+    before, failed = _peak(), recorded_failure(folder, experiment, log)
     with stop_signals() as stopped:  # `fit` looks no more after its last step: a signal in its end would be lost
         try:
-            fitted = fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
+            fitted = None if failed else fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
         except RunFailed as error:
             failed = str(error)
         except jax.errors.JaxRuntimeError as error:
@@ -153,35 +154,30 @@ def train_cell(
                 raise
             failed = f"out of memory: {str(error).partition(chr(10))[0]}"
         else:
-            if fitted.stopped:
-                return None
-            if because := fitted.summary.get("stopped_because"):
-                raise InputError(
-                    f"{fitted.path}: a hook ended this run early, after step {fitted.summary['steps']}: {because}. It "
-                    "cannot stand beside runs of all steps; begin it anew with jaxmp train --overwrite, without the "
-                    "hook, delete its folder, or choose another --workdir"
-                )
+            if fitted is not None:
+                if fitted.stopped:
+                    return None
+                require_all_steps(fitted)
         if stopped():
             log("stopped after this run; the same command goes on from there")
             return None
     if failed:
         log(f"failed: {failed}")
-    folder = RunFolder.of(experiment, workdir, name).path
-    run = Run(folder)
-    summary = {} if failed else run.summary
+    run = None if folder.is_unused() else Run(folder.path)
+    metrics = [] if run is None else run.metrics
     after = _peak()
     return {
         "precision": cell.precision,
         "seed": cell.seed,
-        "run": str(folder),
+        "run": str(folder.path),
         "failed": failed,
-        "summary": summary,
-        "examples_per_second": without_nan(examples_per_second(run.metrics)),
-        "seconds_per_step": without_nan(1 / steps_per_second(run.metrics)),
+        "summary": {} if run is None or failed else run.summary,
+        "examples_per_second": without_nan(examples_per_second(metrics)),
+        "seconds_per_step": without_nan(1 / steps_per_second(metrics)),
         # A process has one peak, for all that it ran: only a run that raised it is known by it.
         "device_peak_bytes": after if after is not None and after > (before or 0) else None,
-        "devices": run.config["devices"],
-        "metrics": run.metrics,
+        "devices": [] if run is None else run.config["devices"],
+        "metrics": metrics,
     }
 
 
@@ -194,7 +190,8 @@ def _peak() -> int | None:
 def _of_precision(cell: Cell) -> dict[str, Any]:
     """Memory, operations and audit findings of a precision's step, which do not depend on the seed."""
     # pmap runs the same step, which wants its arrays stacked.
-    trainer = Trainer(dataclasses.replace(cell.experiment, parallel=Parallel("jit")))
+    parallel = dataclasses.replace(cell.experiment.parallel, mode="jit")
+    trainer = Trainer(dataclasses.replace(cell.experiment, parallel=parallel))
     step, arguments = trainer.program()
     memory = step.lower(*arguments).compile().memory_analysis()
     seen = audit(step, *arguments, policy=cell.experiment.policy, modules=trainer.explain())
@@ -255,8 +252,10 @@ def differences(results: Sequence[dict[str, Any]], precisions: Sequence[str]) ->
 def save(comparison: dict[str, Any], output: Path) -> None:
     """Writes the page to `output`, the JSON beside it, and the report of each run in its folder.
 
-    A run folder that is not there any more is left out. Raises InputError if a file cannot be written.
+    A run folder that is not there any more is left out. Raises InputError if a file cannot be written, or `output` is
+    that of the JSON.
     """
+    require_html("output", output)
     reports = {}
     for path in dict.fromkeys(result["run"] for result in comparison["runs"]):
         folder = RunFolder(Path(path))

@@ -6,9 +6,12 @@ python -c "import jaxmp.studies.forgetting as f, sys; print(f.forgetting(sys.arg
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
+
+import numpy as np
 
 from jaxmp.errors import InputError
 from jaxmp.runs.folder import RunFolder
@@ -22,7 +25,7 @@ class Forgetting:
     metric: str
     """the metric, such as accuracy"""
     after: tuple[tuple[float, ...], ...]
-    """`after[k][j]`: the metric of task j on the validation split, after task k was learned"""
+    """`after[k][j]`: the metric of task j on the validation split after task k was learned, NaN if not finite"""
 
     @property
     def average_metric(self) -> float:
@@ -32,7 +35,8 @@ class Forgetting:
     @property
     def of_tasks(self) -> tuple[float, ...]:
         """What was lost of each task but the last: its best before the last task was learned, less that after it."""
-        return tuple(max(row[j] for row in self.after[:-1]) - self.after[-1][j] for j in range(len(self.after) - 1))
+        best = np.max(self.after[:-1], axis=0, initial=-np.inf)
+        return tuple(float(best[j]) - self.after[-1][j] for j in range(len(self.after) - 1))
 
     @property
     def average_forgetting(self) -> float:
@@ -77,4 +81,5 @@ def forgetting(run: str | os.PathLike[str], metric: str = "accuracy") -> Forgett
                 f"{folder.path}: no evaluation after epoch {epoch}, at the end of task {epoch - 1}; expected a "
                 "finished run without loop.eval_every"
             )
-    return Forgetting(metric, tuple(tuple(by_epoch[k + 1][name] for name in order) for k in range(len(order))))
+    values = ((by_epoch[k + 1][name] for name in order) for k in range(len(order)))
+    return Forgetting(metric, tuple(tuple(math.nan if value is None else value for value in row) for row in values))

@@ -2,8 +2,8 @@
 
 A precision is not inferior if the mean of its paired differences is shown to be less than a margin worse. How many
 pairs there are is fixed before the first, or the looks are: to look after every pair until one is content accepts far
-more than 5 % of what it should not. So a file keeps the plan and every look, and seeds that were looked at are not used
-for another plan.
+more than 5 % of what it should not. So a file keeps the plan and every look, and seeds at which a precision was looked
+at are not used for another plan of it, whatever else is compared along with it.
 
 A run that diverged is never left out: a precision that fails where the first does not is not accepted, and is inferior
 if it fails so often that chance does not explain it. A pair in which both fail says nothing of either, so that with any
@@ -198,19 +198,21 @@ def gate(
       looks: whether to decide after 5, 10 and 20 pairs instead of after all; what is decided is trained no further.
       name: of the experiment, as `jaxmp.fit` takes it; a config file has its own.
       overrides: for a config file, further arguments of `jaxmp train` for all runs.
-      workdir: folder of all runs; the file `gate-<hash>.json` of this question is in `workdir/name`.
+      workdir: folder of all runs; the file `gate-<hash>.json` of all plans with this metric and first precision is in
+        `workdir/name`.
       log: takes each message to the user.
 
     Returns:
       The gate, a dict for JSON; None if a signal stopped a run, after saving it.
 
-    Raises: InputError as `grid` and `fit` do, for a margin that is not positive, and for seeds that were looked at by
-      another plan for the same question.
+    Raises: InputError as `grid` and `fit` do, for a margin that is not positive, and for seeds at which one of the
+      precisions was looked at by another plan: other seeds, looks, p or margin.
     """
     plan, cells = _plan(subject, precisions, margin, metric, seeds, looks, overrides)
     name = subject.name if isinstance(subject, ConfigFile) else name
-    path = local_path("workdir", workdir) / name / f"gate-{_question(plan, cells)}.json"
-    _keep(path, plan)  # before the first run
+    experiments = [cell.experiment.hash for cell in cells[: len(plan.precisions)]]
+    path = local_path("workdir", workdir) / name / f"gate-{_question(experiments[0], plan.metric)}.json"
+    _keep(path, plan, experiments)  # before the first run
     log(_power(plan))
     results: dict[tuple[str, int], dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
@@ -228,7 +230,7 @@ def gate(
             results[cell.precision, cell.seed] = result
         for each in left:
             verdicts[each] = without_nan(_decide(plan, results, each, plan.seeds[:pairs])._asdict())
-        taken = _keep(path, plan, {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}})
+        taken = _keep(path, plan, experiments, {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}})
         if not any(_answer(verdicts, each) == UNDECIDED for each in plan.precisions[1:]):
             break
     return Gate(file=str(path), **plan._asdict(), used=pairs, taken=taken, verdicts=verdicts)
@@ -272,18 +274,23 @@ def _plan(
     return Plan(list(precisions), metric, str(specs[metric].best), float(margin), chosen, numbers, p), cells
 
 
-def _question(plan: Plan, cells: Sequence[Cell]) -> str:
-    """A hash of what is asked: the experiments and the metric, however precisions and overrides are spelled."""
-    question = [*(cell.experiment.hash for cell in cells if cell.seed == plan.seeds[0]), plan.metric]
-    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
+def _question(first: str, metric: str) -> str:
+    """A hash of what others are compared with: the first experiment's hash, however it is spelled, and the metric."""
+    return hashlib.sha256(json.dumps([first, metric]).encode()).hexdigest()[:12]
 
 
-def _keep(path: Path, plan: Plan, look: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def _keep(path: Path, plan: Plan, experiments: list[str], look: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Adds a plan, or a look of it, to the file of its question, and returns the looks that the plan has there.
 
     The file is locked and read again, so that two gates at once keep all plans and looks of both.
 
-    Raises: InputError if a seed of the plan was looked at by another plan in the file.
+    Args:
+      path: the file.
+      plan: what is asked.
+      experiments: the hash of the experiment under each of the plan's precisions.
+      look: of the plan.
+
+    Raises: InputError if a seed of the plan was looked at by another plan with one of its experiments.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,39 +300,56 @@ def _keep(path: Path, plan: Plan, look: dict[str, Any] | None = None) -> list[di
     with lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        studies = _read(path, plan)
-        study = next((each for each in studies if each["plan"] == plan._asdict()), None)
+        studies, asked = _read(path, plan, experiments), {"plan": plan._asdict(), "experiments": experiments}
+        study = next((each for each in studies if asked.items() <= each.items()), None)
         if study is None:
-            studies.append(study := {"plan": plan._asdict(), "looks": []})
+            studies.append(study := {**asked, "looks": []})
         if look is not None and look not in study["looks"]:
             study["looks"].append(look)
         write(path, json.dumps({"studies": studies}, indent=1) + "\n")
     return list(study["looks"])
 
 
-def _read(path: Path, plan: Plan) -> list[dict[str, Any]]:
-    """The studies that were made of a question. Raises InputError if another one looked at a seed of the plan."""
-    if not path.exists():
-        return []
-    try:
-        studies = json.loads(path.read_text())["studies"]
-        others = [Plan(**study["plan"]) for study in studies if study["plan"] != plan._asdict() and study["looks"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} was not written by this version of jaxmp ({error})") from error
-    for other in others:
-        if again := sorted({*other.seeds} & {*plan.seeds}):
-            said = ", ".join(
-                f"{field} {now} (was {was})"
-                for field, was, now in zip(Plan._fields, other, plan, strict=True)
-                if was != now
+def _read(path: Path, plan: Plan, experiments: list[str]) -> list[dict[str, Any]]:
+    """The studies in the file of a question.
+
+    Raises: InputError if another plan looked at a seed of this one with one of its experiments; or if a file of an
+      earlier version, which does not say with which, may have.
+    """
+    studies = []
+    for file in sorted(path.parent.glob("gate-*.json")):
+        try:
+            found = json.loads(file.read_text())["studies"]
+            looked = [(Plan(**study["plan"]), study.get("experiments")) for study in found if study["looks"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{file} was not written by this version of jaxmp ({error})") from error
+        if any(of is None and other.metric == plan.metric and {*other.seeds} & {*plan.seeds} for other, of in looked):
+            raise InputError(
+                f"--seeds: {file} has looks at some of them by an earlier jaxmp, which does not say of which "
+                "experiments; expected fresh seeds, or the file moved away"
             )
+        if file == path:
+            studies = found
+            _refuse_seeds_looked_at(file, plan, [other for other, of in looked if {*of[1:]} & {*experiments[1:]}])
+    return studies
+
+
+def _refuse_seeds_looked_at(path: Path, plan: Plan, others: Sequence[Plan]) -> None:
+    """Raises InputError if one of `others`, which looked at a precision of the plan, did so by another plan."""
+    for other in others:
+        changed = [
+            f"{field} {now} (was {was})"
+            for field, was, now in zip(Plan._fields, other, plan, strict=True)
+            if was != now and field != "precisions"
+        ]
+        again = {*other.seeds} & {*plan.seeds}
+        if changed and again:
             fresh = max(seed for each in (*others, plan) for seed in each.seeds) + 1
             raise InputError(
-                f"--seeds: {len(again)} of them were looked at before, by another plan: {said}. Another plan needs "
-                f"fresh seeds, from {fresh} on say, or what is accepted is no longer right in 95 % of cases; {path} "
-                "has every look"
+                f"--seeds: {len(again)} of them were looked at before, by another plan: {', '.join(changed)}. Another "
+                f"plan needs fresh seeds, from {fresh} on say, or what is accepted is no longer right in 95 % of "
+                f"cases; {path} has every look"
             )
-    return studies
 
 
 def _decide(

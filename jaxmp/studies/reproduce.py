@@ -26,6 +26,7 @@ from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.reachable import made_by_function
 from jaxmp.reports import paper_report
 from jaxmp.reports.page import write
+from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance, without_patch
 from jaxmp.runs.run import Run
 from jaxmp.studies.claims import Compute, Paper, Results, Train
@@ -258,11 +259,13 @@ def _trained(
     result = train_cell(Cell("", seed, experiment, overrides), workdir, name, origin, log)
     if result is None:
         return None
-    run = Run(result["run"], experiment)
-    lines = result["metrics"]
-    found: dict[str, Any] = {"run": Path(result["run"]).relative_to(workdir).as_posix()}
-    found["git"] = without_patch(run.config.get("git"))
+    lines, path = result["metrics"], Path(result["run"])
+    found: dict[str, Any] = {"run": path.relative_to(workdir).as_posix()}
     found["seconds"] = max((line["wall_seconds"] for line in lines if "wall_seconds" in line), default=0.0)
+    if RunFolder(path).is_unused():  # it failed before it had a folder
+        return {**found, "git": provenance(patch=False)["git"], "failed": result["failed"]}
+    run = Run(path, experiment)
+    found["git"] = without_patch(run.config.get("git"))
     if result["failed"]:
         return {**found, "failed": result["failed"]}
     summary = result["summary"]

@@ -23,7 +23,7 @@ from jaxmp.experiment.config_file import ConfigFile, available
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.reachable import made_by
 from jaxmp.reports import study_report as pages
-from jaxmp.reports.page import command, write
+from jaxmp.reports.page import command, require_html, write
 from jaxmp.runs.checks import check
 from jaxmp.runs.fit import fit
 from jaxmp.runs.folder import FolderInUse, RunFolder
@@ -33,6 +33,7 @@ from jaxmp.runs.provenance import provenance
 from jaxmp.runs.records import is_pruned
 from jaxmp.runs.trainer import Trainer
 from jaxmp.runs.writers import escaped_output
+from jaxmp.studies.outcome import recorded_failure, require_all_steps
 from jaxmp.studies.seeds_together import NotTogether, Place, SeedsTogether, require_together
 from jaxmp.studies.tune_compiled import shared_compiles
 from jaxmp.studies.tune_space import Space, Subject, spelled
@@ -94,8 +95,10 @@ class Tuning(dict[str, Any]):
         return pages.best_of(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes the page, and the JSON beside it. Raises InputError if a file cannot be written."""
-        output, _ = Path(path).expanduser(), self["importance"]
+        """Writes the page, and the JSON beside it. Raises InputError if a file cannot be written, or ends in .json."""
+        output = Path(path).expanduser()
+        require_html("save", output)
+        _ = self["importance"]
         write(output.with_suffix(".json"), json.dumps(self, indent=1, allow_nan=False) + "\n")
         pages.page(self).write(output)
 
@@ -405,7 +408,9 @@ class _Worker:
 
         Of a run with pruning, that of weights that are pruned as far as it prunes them, and of the last.
 
-        Raises: _Stopped if a signal stopped it, or came before it began.
+        Raises:
+          _Stopped: a signal stopped it, or came before it began.
+          InputError: as `fit` does once the run has begun; or a hook ended it early.
         """
         index, experiment, arguments, folder = run
         watches, paused = self.definition.pruner in ("median", "hyperband") and index == 0, False
@@ -433,6 +438,8 @@ class _Worker:
         while True:
             if stopped() or (place is not None and place.has_ended):
                 raise _Stopped
+            if (failed := recorded_failure(folder, experiment, _silent)) is not None:
+                return _Failure(failed)
             try:
                 fitted = fit(
                     experiment,
@@ -467,6 +474,7 @@ class _Worker:
             break
         if trouble is not None:
             raise trouble
+        require_all_steps(fitted)
         lines = [line for line in folder.read_lines() if line["split"] == "validation"]
         if watches:  # of a run that had ended before, which calls no hook
             steps = folder.read_config()["steps"]

@@ -110,7 +110,7 @@ def _past(subject: Experiment | Run, step: int | None, objective: str | None, lo
     if isinstance(subject, Run):
         lines = [line["step"] for line in subject.metrics]
         last = max([*subject.checkpoint_steps(), *lines], default=0)
-        return Past(subject, log).step(step or last, objective)
+        return Past(subject, log).step(last if step is None else step, objective)
     steps = Trainer(subject).steps
     wanted = 1 if step is None else step
     if not 1 <= wanted <= steps:

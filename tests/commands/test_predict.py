@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -86,3 +88,12 @@ def test_bad_input_is_one_message_and_nothing_is_written(trained, tmp_path, monk
     assert main(["predict", str(trained / "runs"), *argv]) == 2
     assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["points.csv"]
+
+
+def test_padding_of_the_task_is_no_class(tmp_path, monkeypatch, capsys):
+    task = SimpleNamespace(target="tag", padding=-1)
+    predicted = {"prediction": np.array([[0, 1, 1]]), "tag": np.array([[0, 1, -1]])}
+    run = SimpleNamespace(experiment=SimpleNamespace(task=task), predict=lambda rows, state: predicted)
+    monkeypatch.setattr("jaxmp.runs.run.Run", lambda path: run)
+    assert main(["predict", "a", "--output", str(tmp_path / "p.npz")]) == 0
+    assert "label, predicted:  0  1" in capsys.readouterr().out

@@ -445,6 +445,22 @@ def test_a_maximum_over_a_window_with_a_nan_is_nan():
     np.testing.assert_array_equal(least[0, :, :, 0], [[np.nan, 2], [8, np.nan]])
 
 
+def test_a_maximum_over_infinities_alone_is_one_over_any_number_of_axes():
+    x = np.full((2, 4, 4, 4, 1), -np.inf, np.float32)
+    x[0, 3, 3, 3, 0] = 1
+    for axes in (1, 2, 3):
+        window = (2,) * axes + (1,) * (3 - axes)
+        both = converted(lambda x, w=window: (nn.max_pool(x, w, w), -nn.max_pool(-x, w, w), -nn.max_pool(x, w, w)), x)(
+            x
+        )
+        expected = nn.max_pool(x, window, window), -nn.max_pool(-x, window, window), -nn.max_pool(x, window, window)
+        for mine, right in zip(both, expected, strict=True):
+            np.testing.assert_array_equal(mine, right)
+    least = converted(lambda x: lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 2, 1), (1, 2, 2, 2, 1), "VALID"), x)
+    np.testing.assert_array_equal(least(-x)[0][0, 1, 1, 1], -1)
+    np.testing.assert_array_equal(least(-x)[0][1], np.inf)
+
+
 def test_the_tail_of_erfc_is_that_of_float64():
     x = np.concatenate([np.linspace(-4, 9, 500), [0, 1e-20, 40, np.inf, -np.inf]]).astype(np.float32)[None]
     erfc, logcdf = converted(lambda x: (lax.erfc(x), jax.scipy.stats.norm.logcdf(-x)), x)(x)

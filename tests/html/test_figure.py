@@ -70,3 +70,12 @@ def test_every_line_looks_otherwise_than_all_others_and_its_name_is_inside():
     assert drawn == legend and len(set(drawn)) == len(lines)
     names = {text.text: float(text.get("y")) for text in figure.iter("text")}
     assert max(names[line.label] for line in lines) <= float(figure.get("viewBox").split()[3])
+
+
+def test_no_two_ticks_of_large_numbers_have_one_text():
+    for low, high in ((1_234_560, 1_234_569), (999_999_990.0, 1_000_000_010.0), (-2e6, -1.99999e6)):
+        figure = line_figure(Axis("x"), Axis("y"), [Series("a", [0, 1], [low, high])], name="a")
+        texts = [text.text for text in ElementTree.fromstring(figure).iter("text") if (text.text or "").endswith("M")]
+        assert len(set(texts)) == len(texts) >= 3, texts
+    huge = line_figure(Axis("x"), Axis("y"), [Series("a", [0, 1], [0.0, 8e14])], name="a")
+    assert ">8e+08M</text>" in huge

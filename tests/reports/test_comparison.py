@@ -163,3 +163,17 @@ def test_a_run_that_ended_without_a_finite_metric_counts_as_failed_and_the_pairs
     assert "2 of 3" in row and row.endswith("1 of 3")
     shown, cells = visible(found)
     assert "Failed: mixed_bfloat16, seed 1: not finite" in shown and cells.count("failed") >= 2
+
+
+def test_relative_time_is_that_to_the_first_precision_or_none():
+    found, dash = comparison([[30.0], [31.0]]), "\N{EN DASH}"
+    for first, expected in ((0.2, ["1.00", "0.50"]), (None, [dash, dash])):
+        found["runs"][0]["seconds_per_step"] = first
+        cells = visible(found)[1]
+        place, columns = cells.index("relative time"), 7
+        assert [cells[place + columns], cells[place + 2 * columns]] == expected
+
+
+def test_a_link_to_a_report_is_percent_encoded():
+    shown = str(page(comparison([[30.0], [31.0]]), {"runs/float32-0": "a b#1/50%?/report.html"}))
+    assert '<a href="a%20b%231/50%25%3F/report.html">runs/float32-0</a>' in shown

@@ -33,3 +33,11 @@ def test_many_classes_have_scores_and_no_matrix():
 )
 def test_without_classes_and_labels_there_is_nothing_to_show(predicted, target):
     assert confusion(predicted, target) == []
+
+
+def test_padding_is_no_class():
+    predicted = {"prediction": np.array([[0, 1, 1], [1, 0, 0]]), "tag": np.array([[0, 1, -1], [1, -1, -1]])}
+    matrix, scores = confusion(predicted, "tag", -1)
+    assert [line.split() for line in matrix.splitlines()[1:]] == [["0", "1", "0"], ["1", "0", "2"]]
+    assert "-1" not in scores and "1.0000" in scores
+    assert confusion(predicted | {"tag": np.full((2, 3), -1)}, "tag", -1) == []

@@ -71,3 +71,17 @@ def test_a_block_says_at_which_revisions_the_runs_were_measured_and_which_runs_d
     assert "Measured at 0123456 (1 runs), abcdef0 with uncommitted changes (1 runs)." in shown([CLAIM], arms)[1]
     arms["b"] = {"how": "b", "seeds": {"0": {"loss": 1.0}}}
     assert "(1 runs), an unknown revision (1 runs)." in shown([CLAIM], arms)[1]
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ((3.4e-13, 1.2e-13, 5.6e-13), "3.4e-13 (1.2e-13 to 5.6e-13)"),
+        ((4e-17, -0.01, 0.01), "0 (-0.01 to 0.01)"),
+        ((4e-17, None, None), "4e-17"),
+        ((1.23456e-10, 1.23456e-10, 1.23456e-10), "1.235e-10 (1.235e-10 to 1.235e-10)"),
+    ],
+)
+def test_a_small_figure_is_0_only_beside_the_size_of_its_interval(figures, said):
+    claim = CLAIM | dict(zip(("mean", "low", "high"), figures, strict=True))
+    assert paper_report._figure(claim) == said

@@ -220,6 +220,13 @@ def test_a_run_that_a_hook_ended_early_is_refused_with_its_folder(folder, tmp_pa
     assert "--overwrite" in said and not (tmp_path / "c.html").exists()
 
 
+def test_a_page_with_the_name_of_its_json_is_refused_before_anything_is_trained(folder, tmp_path, capsys):
+    more = ["--output", str(tmp_path / "c.json"), "--precision", "float32", "--seeds", "6"]
+    assert main(arguments(folder, *more)) == 2
+    assert "c.json': the page would replace the JSON beside it" in capsys.readouterr().err
+    assert not list(folder.glob("runs/net/*-s6"))
+
+
 def test_a_signal_that_stops_a_run_stops_the_comparison(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmp.studies.compare.fit", lambda *args, **kwargs: Fitted(tmp_path, {}, stopped=True))
     output = tmp_path / "c.html"

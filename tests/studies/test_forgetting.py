@@ -59,3 +59,16 @@ def test_replay_forgets_less(tmp_path):
     assert without.average_forgetting > 0.1, str(without)
     assert replayed.average_forgetting < 0.7 * without.average_forgetting, str(replayed)
     assert min(row[k] for k, row in enumerate(replayed.after)) > 0.85
+
+
+def test_a_metric_that_was_not_finite_is_nan_and_so_is_what_it_is_needed_for(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    after = [[0.9, 0.1, 0.2], [None, 0.8, 0.1], [0.6, 0.7, 0.95]]
+    lines = [
+        {"step": k, "split": "validation", "epoch": k + 1.0, **{f"accuracy_{j}": x for j, x in enumerate(row)}}
+        for k, row in enumerate(after)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = forgetting(tmp_path)
+    np.testing.assert_allclose(found.of_tasks, [np.nan, 0.8 - 0.7])
+    assert np.isclose(found.average_metric, 0.75) and np.isnan(found.average_forgetting) and "nan" in str(found)

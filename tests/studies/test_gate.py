@@ -169,17 +169,58 @@ def test_no_spelling_of_the_same_question_makes_seeds_fresh(tmp_path, made_up):
 
 
 def test_two_gates_at_once_keep_the_plans_and_looks_of_both(tmp_path):
-    path = tmp_path / "gate.json"
+    path, hashes = tmp_path / "gate-x.json", ["1", "2", "3"]
     a = gates.Plan(list(PRECISIONS), "loss", "min", 0.1, [0, 1, 2], [3], 0.05)
     b, c = a._replace(seeds=[3, 4, 5]), a._replace(margin=0.2)
     look = {"pairs": 3, "verdicts": {}}
     for plan in (a, b, c):
-        assert gates._keep(path, plan) == []
-    assert gates._keep(path, a, look) == gates._keep(path, a, look) == gates._keep(path, b, look) == [look]
+        assert gates._keep(path, plan, hashes) == []
+    for plan in (a, a, b):
+        assert gates._keep(path, plan, hashes, look) == [look]
     kept = [(study["plan"]["seeds"], len(study["looks"])) for study in json.loads(path.read_text())["studies"]]
     assert kept == [([0, 1, 2], 1), ([3, 4, 5], 1), ([0, 1, 2], 0)]
     with pytest.raises(InputError, match=r"by another plan: margin 0.2 \(was 0.1\)"):  # it was planned, not looked at
-        gates._keep(path, c, look)
+        gates._keep(path, c, hashes, look)
+
+
+def test_seeds_are_looked_at_whatever_else_is_compared_along(tmp_path, blobs, made_up):
+    made_up(noise)
+    first, half, brain = "float32", "mixed_float16", "mixed_bfloat16"
+    how = {"metric": "loss", "workdir": str(tmp_path), "seeds": range(5), "log": len}
+    assert gate(blobs, (first, half), margin=0.1, **how) is not None
+    for precisions in ((first, half, brain), (first, brain, half), (first, "p=f32,c=f16,o=f32")):
+        with pytest.raises(InputError, match=r"by another plan: margin 0.2 \(was 0.1\)\. Another"):
+            gate(blobs, precisions, margin=0.2, **how)
+    # By the same plan, along with another one, it is the same look; and the other one was not looked at before.
+    assert gate(blobs, (first, brain, half), margin=0.1, **how)["verdicts"][half]["pairs"] == 5
+    with pytest.raises(InputError, match=r"by another plan: margin 0.2 \(was 0.1\)"):
+        gate(blobs, (first, brain), margin=0.2, **how)
+    # Compared with another first one, or by another metric, it is another question.
+    assert gate(blobs, (half, first), margin=0.2, **how) is not None
+    assert gate(blobs, (first, half), margin=0.2, **how | {"metric": "accuracy"}) is not None
+    assert len(list(tmp_path.rglob("gate-*.json"))) == 3
+
+
+def test_a_precision_that_was_not_looked_at_has_all_seeds(tmp_path, blobs, made_up):
+    made_up(noise)
+    how = {"metric": "loss", "workdir": str(tmp_path), "seeds": range(5), "log": len}
+    assert gate(blobs, ("float32", "mixed_float16"), margin=0.1, **how) is not None
+    assert gate(blobs, ("float32", "mixed_bfloat16"), margin=0.2, **how) is not None
+    (file,) = tmp_path.rglob("gate-*.json")
+    assert len(json.loads(file.read_text())["studies"]) == 2
+
+
+def test_looks_of_an_earlier_version_which_say_no_experiments_are_refused(tmp_path, blobs, made_up):
+    made_up(noise)
+    found, _ = run(blobs, tmp_path)
+    kept = json.loads(Path(found["file"]).read_text())
+    del kept["studies"][0]["experiments"]
+    earlier = Path(found["file"]).rename(tmp_path / "experiment" / "gate-0123456789ab.json")
+    earlier.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"gate-0123456789ab\.json has looks at some of them by an earlier jaxmp"):
+        run(blobs, tmp_path)
+    assert run(blobs, tmp_path, seeds=range(100, 110))[0] is not None
+    assert run(blobs, tmp_path, metric="accuracy")[0] is not None
 
 
 def test_what_is_decided_at_a_look_is_trained_no_further(tmp_path, blobs, made_up):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -480,6 +481,14 @@ def skipped_at(experiment):
     """The steps, counted from 1, that a run skips."""
     one_by_one = dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, steps_per_dispatch=1))
     return [info.step for info in jaxmp.steps(one_by_one) if not last_step_finite(info.state.opt_state)]
+
+
+def test_what_is_written_is_json_though_a_number_is_not_finite(tmp_path, monkeypatch):
+    found = SimpleNamespace(to_json=lambda: {"largest": float("inf"), "of": [float("nan"), 1.0]})
+    monkeypatch.setattr("jaxmp.runs.run.Run", lambda path: path)
+    monkeypatch.setattr("jaxmp.studies.overflow.blame_run", lambda *args, **how: found)
+    assert main(["blame", "a", "--json", str(tmp_path / "b.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text()) == {"largest": None, "of": [None, 1.0]}
 
 
 @pytest.mark.slow

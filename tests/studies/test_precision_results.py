@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from jaxmp.errors import InputError, RunFailed
+from jaxmp.runs.folder import RunFolder
 from jaxmp.training.metrics import MetricSpec
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "precisions"
@@ -35,34 +37,106 @@ def test_what_a_run_begins_with_is_told_from_the_fields_of_its_experiment(result
     assert results.beginning("") == ({"init_from": None, "init_only": ()}, [])
 
 
-def test_a_row_says_which_revision_trained_each_run(results, tmp_path, monkeypatch):
-    def fit(experiment, **options):  # what is finished is read, and how it was made is in its folder
-        summary = {"test": {"accuracy": 0.9}, "skipped_steps": 0, "wall_seconds": 1.0}
-        return SimpleNamespace(path=experiment.seed, summary=summary, stopped=False)
+@pytest.fixture
+def made_up(results, monkeypatch):
+    """`made_up(fit)` lets `fit(experiment, **how)` stand for training, and a run's seed for its git revision."""
 
-    def run(seed):
-        return SimpleNamespace(config={"git": {"revision": f"of seed {seed}", "patch": "", "untracked": ["x"]}})
+    def use(fit):
+        def run(path):
+            seed = Path(path).name.rpartition("-s")[2]
+            return SimpleNamespace(config={"git": {"revision": f"of seed {seed}", "patch": "", "untracked": ["x"]}})
 
-    monkeypatch.setattr(results, "fit", fit)
-    monkeypatch.setattr(results, "Run", run, raising=False)
-    monkeypatch.setattr(
-        results, "Trainer", lambda experiment: SimpleNamespace(monitor=SimpleNamespace(name="accuracy"))
-    )
-    row = results.row("digits_mlp", ("float32",), (3, 4), "--init-from runs/a", tmp_path)
-    assert row["git"] == {"float32": [{"revision": f"of seed {seed}", "dirty": True} for seed in (3, 4)]}
-    assert row["test"] == {"float32": [0.9, 0.9]}
+        monkeypatch.setattr(results, "fit", fit)
+        monkeypatch.setattr(results, "Run", run)
+
+    return use
+
+
+def reached(accuracy, **more):
+    summary = {"test": {"accuracy": accuracy}, "skipped_steps": 0, "wall_seconds": 1.0, **more}
+    return SimpleNamespace(path=Path("a"), summary=summary, stopped=False)
+
+
+def test_a_row_says_which_revision_trained_each_run_and_what_can_make_it_again(results, made_up, tmp_path):
+    origins = []
+
+    def fit(experiment, origin, **how):  # what is finished is read, and how it was made is in its folder
+        origins.append(origin)
+        return reached(0.9)
+
+    made_up(fit)
+    row = results.row("digits_mlp", ("float32", "mixed_float16"), (3, 4), "--optimizer.learning-rate 0.01", tmp_path)
+    assert row["git"]["float32"] == [{"revision": f"of seed {seed}", "dirty": True} for seed in (3, 4)]
+    assert row["test"] == {"float32": [0.9, 0.9], "mixed_float16": [0.9, 0.9]}
+    assert {*origins[0]} == {"source", "file", "imports", "overrides"}
+    other = results.row("digits_mlp", ("mixed_float16",), (3, 4), "--optimizer.learning-rate 0.01", tmp_path)
+    assert other["identity"] == row["identity"]
+    assert results.row("digits_mlp", ("float32",), (3,), "", tmp_path)["identity"] != row["identity"]
+
+
+def test_a_run_that_failed_has_no_metric_and_one_that_a_hook_ended_is_refused(results, made_up, tmp_path):
+    def fit(experiment, workdir, name, **how):
+        if experiment.seed == 0:
+            return reached(0.9)
+        folder = RunFolder.of(experiment, workdir, name)
+        folder.create()
+        folder.write_lines(
+            [{"step": s, "split": "train", "skipped_steps": s, "wall_seconds": 2.06 * s} for s in (1, 2)]
+        )
+        raise RunFailed("the loss is NaN, at or before step 2")
+
+    made_up(fit)
+    row = results.row("digits_mlp", ("float32",), (0, 1), "", tmp_path)
+    assert row["test"] == {"float32": [0.9, None]}
+    assert (row["skipped_steps"], row["wall_seconds"]) == ({"float32": [0, 2]}, {"float32": [1.0, 4.1]})
+
+    made_up(lambda experiment, **how: reached(0.9, steps=3, stopped_because="enough"))
+    with pytest.raises(InputError, match="a hook ended this run early, after step 3"):
+        results.row("digits_mlp", ("float32",), (0,), "", tmp_path)
+
+
+def test_a_run_that_failed_before_is_not_trained_on(results, made_up, tmp_path, monkeypatch):
+    made_up(lambda experiment, **how: pytest.fail("it was trained on"))
+    monkeypatch.setattr(results, "recorded_failure", lambda folder, experiment, log: "the loss is NaN")
+    monkeypatch.setattr(RunFolder, "read_lines", lambda folder: [])
+    assert results.row("digits_mlp", ("float32",), (0,), "", tmp_path)["test"] == {"float32": [None]}
 
 
 def test_precisions_that_are_not_trained_again_stay_if_all_else_is_equal(results):
     def row(reached, **others):
         each = {name: {precision: [name, values] for precision, values in reached.items()} for name in parts}
-        return {"config": "a", "options": "", "seeds": [0, 1], "versions": {"jax": "1"}, **others, **each}
+        return (
+            {"config": "a", "options": "", "identity": "x", "seeds": [0, 1], "versions": {"jax": "1"}} | others | each
+        )
 
     parts = results.OF_A_PRECISION
     old, new = row({"float32": 1, "float16": 2}), row({"float16": 3, "bfloat16": 4})
     assert results.merged(old, new) == row({"float32": 1, "float16": 3, "bfloat16": 4})
-    for other in ({"seeds": [0, 1, 2]}, {"versions": {"jax": "2"}}):
+    for other in ({"seeds": [0, 1, 2]}, {"versions": {"jax": "2"}}, {"identity": "y"}):
         assert results.merged(old, row({"float16": 3}, **other)) == row({"float16": 3}, **other)
+    del old["identity"]  # of before there was one
+    assert results.merged(old, new) == new
+
+
+def test_rows_that_another_process_wrote_meanwhile_are_kept_and_none_is_lost_in_writing(results, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "results.json"
+
+    def row(config, *how):
+        if config == "b":  # trained for hours, in which another process writes
+            results.main(("a",), output=output)
+        each = {name: {"float32": [1]} for name in results.OF_A_PRECISION}
+        return {"config": config, "options": "", "metric": "accuracy", "seeds": [0], **each}
+
+    monkeypatch.setattr(results, "row", row)
+    results.main(("b", "c"), output=output)
+    assert [row["config"] for row in json.loads(output.read_text())] == ["a", "b", "c"]
+    assert list(output.parent.iterdir()) == [output]  # an untracked file would make the next revision dirty
+
+    before = output.read_text()
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="No space left"):
+        results.main(("c",), output=output)
+    assert output.read_text() == before
 
 
 def test_a_curve_has_each_epoch_of_a_run_and_the_published_value_in_percent(tmp_path, monkeypatch):

@@ -361,6 +361,20 @@ def test_what_fit_raises_is_a_result_or_a_reason_and_no_end_of_the_study(tmp_pat
     assert study_to_json(StudyFolder(tmp_path / "experiment/other"))["trials"][0]["state"] == "running"
 
 
+def test_a_run_that_failed_before_is_not_trained_on_and_one_that_a_hook_ended_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmp.studies.tune.recorded_failure", lambda folder, experiment, log: "the loss is NaN")
+    monkeypatch.setattr("jaxmp.studies.tune.fit", lambda *args, **how: pytest.fail("it was trained on"))
+    how = {"sampler": "grid", "workdir": str(tmp_path), "log": quiet}
+    (trial,) = tune(BASE, {"optimizer.learning_rate": (0.1,)}, **how)["trials"]
+    assert (trial["state"], trial["reason"]) == ("failed", "seed 0: the loss is NaN")
+
+    ended = Fitted(tmp_path, {"steps": 3, "stopped_because": "enough (hook early)"}, stopped=False)
+    monkeypatch.setattr("jaxmp.studies.tune.recorded_failure", lambda folder, experiment, log: None)
+    monkeypatch.setattr("jaxmp.studies.tune.fit", lambda *args, **how: ended)
+    with pytest.raises(InputError, match="a hook ended this run early, after step 3: enough"):
+        tune(BASE, {"optimizer.learning_rate": (0.2,)}, study="other", **how)
+
+
 # The processes of `--jobs`.
 
 
