@@ -193,7 +193,7 @@ def test_decoding_past_the_context_is_refused_where_the_position_is_known(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_init_makes_a_cache_that_is_not_used_yet(name):
-    cache = DECODERS[name].init(jax.random.key(0), tokens(2, 12), decode=True)["cache"]
+    cache = jax.jit(lambda: DECODERS[name].init(jax.random.key(0), tokens(2, 12), decode=True)["cache"])()
     assert int(cache["index"]) == 0 and len(jax.tree.leaves(cache)) > 1
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(cache))
 

@@ -103,8 +103,8 @@ def test_cudnns_lstm_refuses_adapters_that_it_would_not_read():
 def test_a_length_beyond_the_steps_counts_all_of_them():
     x, beyond = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.array([4, 9])
     for model in (SequenceClassifier(width=4), SequenceLabeller(width=4, stack=2)):
-        variables = model.init(jax.random.key(1), x)
-        jax.tree.map(np.testing.assert_array_equal, model.apply(variables, x, beyond), model.apply(variables, x))
+        variables, apply = jax.jit(model.init)(jax.random.key(1), x), jax.jit(model.apply)
+        jax.tree.map(np.testing.assert_array_equal, apply(variables, x, beyond), apply(variables, x))
 
 
 @pytest.mark.slow
