@@ -102,8 +102,8 @@ def test_cudnns_lstm_refuses_adapters_that_it_would_not_read():
 
 def test_a_length_beyond_the_steps_counts_all_of_them():
     x, beyond = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.array([4, 9])
-    for model in (SequenceClassifier(width=4), SequenceLabeller(width=4, stack=2)):
-        variables, apply = jax.jit(model.init)(jax.random.key(1), x), jax.jit(model.apply)
+    for model in (SequenceClassifier("simple", 4), SequenceLabeller("simple", 4, stack=2)):
+        variables, apply = model.init(jax.random.key(1), x), jax.jit(model.apply)
         jax.tree.map(np.testing.assert_array_equal, apply(variables, x, beyond), apply(variables, x))
 
 
