@@ -12,8 +12,8 @@ Command:   jaxmp data prepare tiny_shakespeare && jaxmp train shakespeare_gpt
 Hardware:  1 CPU core, 1.6 minutes; 49 minutes for the larger one, of 3.2 million parameters
 Expected:  validation loss 1.864, 1.865 and 1.878 nats with seeds 0, 1 and 2 in float32; 1.864, 1.862 and 1.874 in
            mixed_bfloat16, 1.864, 1.864 and 1.877 in mixed_float16, no step skipped. The test split is the other half of
-           the 10 %: 1.90 ± 0.01 in each precision (configs/results.json), so that both together are at 1.883. The larger
-           one: 1.477, and 1.611 on the test split, in float32, one seed (experiments/precisions/README.md)
+           the 10 %: 1.90 ± 0.01 in each precision (configs/results.json), so that both together are at 1.883. The
+           larger one: 1.477, and 1.611 on the test split, in float32, one seed (experiments/precisions/README.md)
 """
 
 from __future__ import annotations
