@@ -26,79 +26,61 @@ from typing import Any
 
 import tyro
 
-from jaxmp import fit
-from jaxmp.distributed.signals import stop_signals
-from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
-from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.reports.page import write
-from jaxmp.runs.folder import RunFolder
-from jaxmp.runs.going_on import Parent
+from jaxmp.runs.fit import parent_of
 from jaxmp.runs.provenance import provenance, without_patch
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
-from jaxmp.runs.weights_file import WeightsFile
-from jaxmp.studies.outcome import recorded_failure, require_all_steps
+from jaxmp.studies.compare import train_cell
+from jaxmp.studies.grid import Cell
 from jaxmp.text_table import without_nan
 
 
 def row(
     config: str, precisions: tuple[str, ...], seeds: tuple[int, ...], options: str, workdir: Path
 ) -> dict[str, Any]:
-    """Returns what a config reached; trains the runs that do not exist yet."""
+    """Returns what a config reached; trains the runs that do not exist yet. Raises SystemExit after a signal."""
     file, reached, skipped, seconds = ConfigFile.find(config), {}, {}, {}
     revisions: dict[str, list[Any]] = {}
     begins, fields = beginning(options)
-    origin = identity_of_beginning(**begins)
     of_all = dataclasses.replace(file.experiment(fields), precision="float32", seed=0)
+    monitor = Trainer(of_all).monitor.name
     for precision in precisions:
         summaries, revisions[precision] = [], []
         for seed in seeds:
             overrides = ["--precision", precision, "--seed", str(seed), *fields]
-            experiment = file.experiment(overrides)
-            monitor = Trainer(experiment).monitor
-            folder = RunFolder.of(experiment, workdir, file.name, origin)
-            how = {"workdir": workdir, "name": file.name, "origin": file.origin(overrides), **begins}
-            summaries.append(summary_of(experiment, folder, how) or failed_summary(folder, monitor.name))
-            revisions[precision].append(without_patch(Run(folder.path).config.get("git")))
-        reached[precision] = [summary["test"][monitor.name] for summary in summaries]
+            cell = Cell(precision, seed, file.experiment(overrides), overrides)
+            result = train_cell(cell, str(workdir), file.name, file.origin(overrides), why_failed, **begins)
+            if result is None:
+                raise SystemExit(75)
+            summaries.append(summary_of(result, monitor))
+            revisions[precision].append(without_patch(Run(result["run"]).config.get("git")))
+        reached[precision] = [summary["test"][monitor] for summary in summaries]
         skipped[precision] = [summary["skipped_steps"] for summary in summaries]
         seconds[precision] = [round(summary["wall_seconds"], 1) for summary in summaries]
-    found: dict[str, Any] = {"config": config, "options": options, "identity": identity_hash(of_all, origin)}
-    found |= {"metric": monitor.name, "seeds": list(seeds), "test": reached}
+    parent = parent_of(**begins)
+    found: dict[str, Any] = {"config": config, "options": options}
+    found["identity"] = identity_hash(of_all, None if parent is None else parent.begins_with)
+    found |= {"metric": monitor, "seeds": list(seeds), "test": reached}
     made = provenance(patch=False)
     made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
     made["command"] = dict.fromkeys(precisions, made["command"])
     return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made, "git": revisions}
 
 
-def summary_of(experiment: Experiment, folder: RunFolder, how: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the summary of a run, trained by `fit(experiment, **how)` unless it is finished; None if it failed.
-
-    Raises SystemExit after a signal.
-    """
-    if recorded_failure(folder, experiment, print) is not None:
-        return None
-    with stop_signals() as stopped:  # a signal in the end of a run as well
-        try:
-            fitted = fit(experiment, **how, log=lambda message: None)
-        except RunFailed as error:
-            print(f"failed: {error}", flush=True)
-            fitted = None
-    if stopped() or (fitted is not None and fitted.stopped):
-        raise SystemExit(75)
-    if fitted is None:
-        return None
-    require_all_steps(fitted)
-    return fitted.summary
+def why_failed(message: str) -> None:
+    """The log of the runs: only why one failed."""
+    if message.startswith("failed: "):
+        print(message, flush=True)
 
 
-def failed_summary(folder: RunFolder, metric: str) -> dict[str, Any]:
-    """What stands for the summary of a run that failed: no metric, and the steps skipped and seconds so far."""
-    lines = folder.read_lines()
-    so_far = {name: max((line.get(name, 0) for line in lines), default=0) for name in ("skipped_steps", "wall_seconds")}
-    return {"test": {metric: None}, **so_far}
+def summary_of(result: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Returns the summary of a run; of one that failed no metric, and the steps skipped and seconds until then."""
+    names = ("skipped_steps", "wall_seconds")
+    so_far = {name: max((line.get(name, 0) for line in result["metrics"]), default=0) for name in names}
+    return {"test": {metric: None}, **so_far, **result["summary"]}
 
 
 OF_A_PRECISION = ("test", "skipped_steps", "wall_seconds", "command", "git")
@@ -122,15 +104,6 @@ def beginning(options: str) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--init-only", nargs="+", default=())
     begins, fields = parser.parse_known_args(shlex.split(options))
     return {"init_from": begins.init_from, "init_only": tuple(begins.init_only)}, fields
-
-
-def identity_of_beginning(init_from: str | None, init_only: tuple[str, ...]) -> dict[str, Any] | None:
-    """What identifies the weights that a run begins with, as its folder's name has it; None if it begins afresh."""
-    if init_from is None:
-        return None
-    if WeightsFile.is_named_by(init_from):
-        return WeightsFile.find(init_from, init_only).begins_with
-    return Parent.find(init_from, "init", init_only).begins_with
 
 
 @contextlib.contextmanager

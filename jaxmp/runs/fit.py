@@ -242,7 +242,7 @@ def _fit(
     """`fit`, with what shows its progress; None for nothing."""
     began, doing = time.monotonic(), _silent if console is None else console.doing
     doing("reading data")
-    parent = processes.from_first(lambda: _parent(continue_from, init_from, init_only))
+    parent = processes.from_first(lambda: parent_of(continue_from, init_from, init_only))
     begins_with = None if parent is None else parent.begins_with
     folder = RunFolder.of(experiment, workdir, name, begins_with)
     place = None if shared is None else shared.text
@@ -372,8 +372,10 @@ def _silent(message: str) -> None:
     """The log of a process that is not the first."""
 
 
-def _parent(
-    continue_from: str | os.PathLike[str] | None, init_from: str | os.PathLike[str] | None, init_only: Sequence[str]
+def parent_of(
+    continue_from: str | os.PathLike[str] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    init_only: Sequence[str] = (),
 ) -> Parent | WeightsFile | None:
     """What a run begins with: the state or weights of another, or weights of a file; None if it begins afresh."""
     if continue_from is not None and init_from is not None:

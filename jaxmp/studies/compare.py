@@ -25,7 +25,7 @@ from jaxmp.reports import comparison as pages
 from jaxmp.reports.page import command, require_html, write
 from jaxmp.reports.run_report import report
 from jaxmp.runs.curves import examples_per_second, steps_per_second
-from jaxmp.runs.fit import fit
+from jaxmp.runs.fit import fit, parent_of
 from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.run import Run
@@ -134,19 +134,20 @@ def require_gradients(steps: int) -> None:
 
 
 def train_cell(
-    cell: Cell, workdir: str, name: str, origin: dict[str, Any] | None, log: Callable[[str], None]
+    cell: Cell, workdir: str, name: str, origin: dict[str, Any] | None, log: Callable[[str], None], **begins: Any
 ) -> dict[str, Any] | None:
     """Trains one run of a grid, unless it is finished or failed, and returns it as JSON; None if a signal stopped it.
 
     A run that failed has the message under `failed`, and no metrics or devices if it failed before it had a folder.
-    Raises: InputError as `fit` does, and for a run that a hook ended early.
+    `begins` is what `fit` takes for the weights that it begins with. Raises: InputError as `fit` does, and for a run
+    that a hook ended early.
     """
-    experiment = cell.experiment
-    folder = RunFolder.of(experiment, workdir, name)
+    experiment, parent = cell.experiment, parent_of(**begins)
+    folder = RunFolder.of(experiment, workdir, name, None if parent is None else parent.begins_with)
     before, failed = _peak(), recorded_failure(folder, experiment, log)
     with stop_signals() as stopped:  # `fit` looks no more after its last step: a signal in its end would be lost
         try:
-            fitted = None if failed else fit(experiment, workdir=workdir, name=name, origin=origin, log=log)
+            fitted = None if failed else fit(experiment, workdir=workdir, name=name, origin=origin, log=log, **begins)
         except RunFailed as error:
             failed = str(error)
         except jax.errors.JaxRuntimeError as error:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxmp.errors import InputError, RunFailed
-from jaxmp.runs.folder import RunFolder
+from jaxmp.errors import InputError
 from jaxmp.training.metrics import MetricSpec
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "precisions"
@@ -39,32 +38,27 @@ def test_what_a_run_begins_with_is_told_from_the_fields_of_its_experiment(result
 
 @pytest.fixture
 def made_up(results, monkeypatch):
-    """`made_up(fit)` lets `fit(experiment, **how)` stand for training, and a run's seed for its git revision."""
+    """`made_up(train)` lets `train(cell, **more)` stand for training, and a run's seed for its git revision."""
 
-    def use(fit):
-        def run(path):
-            seed = Path(path).name.rpartition("-s")[2]
-            return SimpleNamespace(config={"git": {"revision": f"of seed {seed}", "patch": "", "untracked": ["x"]}})
+    def use(train):
+        def train_cell(cell, workdir, name, origin, log, **begins):
+            summary = {"test": {"accuracy": 0.9}, "skipped_steps": 0, "wall_seconds": 1.0}
+            run = {"run": str(cell.seed), "failed": None, "summary": summary, "metrics": []}
+            changed = train(cell, origin=origin, **begins)
+            return None if changed is None else run | changed
 
-        monkeypatch.setattr(results, "fit", fit)
-        monkeypatch.setattr(results, "Run", run)
+        git = {"patch": "", "untracked": ["x"]}
+        monkeypatch.setattr(results, "train_cell", train_cell)
+        monkeypatch.setattr(
+            results, "Run", lambda path: SimpleNamespace(config={"git": {"revision": f"of seed {path}", **git}})
+        )
 
     return use
 
 
-def reached(accuracy, **more):
-    summary = {"test": {"accuracy": accuracy}, "skipped_steps": 0, "wall_seconds": 1.0, **more}
-    return SimpleNamespace(path=Path("a"), summary=summary, stopped=False)
-
-
 def test_a_row_says_which_revision_trained_each_run_and_what_can_make_it_again(results, made_up, tmp_path):
     origins = []
-
-    def fit(experiment, origin, **how):  # what is finished is read, and how it was made is in its folder
-        origins.append(origin)
-        return reached(0.9)
-
-    made_up(fit)
+    made_up(lambda cell, origin, **begins: origins.append(origin) or {})
     row = results.row("digits_mlp", ("float32", "mixed_float16"), (3, 4), "--optimizer.learning-rate 0.01", tmp_path)
     assert row["git"]["float32"] == [{"revision": f"of seed {seed}", "dirty": True} for seed in (3, 4)]
     assert row["test"] == {"float32": [0.9, 0.9], "mixed_float16": [0.9, 0.9]}
@@ -74,32 +68,17 @@ def test_a_row_says_which_revision_trained_each_run_and_what_can_make_it_again(r
     assert results.row("digits_mlp", ("float32",), (3,), "", tmp_path)["identity"] != row["identity"]
 
 
-def test_a_run_that_failed_has_no_metric_and_one_that_a_hook_ended_is_refused(results, made_up, tmp_path):
-    def fit(experiment, workdir, name, **how):
-        if experiment.seed == 0:
-            return reached(0.9)
-        folder = RunFolder.of(experiment, workdir, name)
-        folder.create()
-        folder.write_lines(
-            [{"step": s, "split": "train", "skipped_steps": s, "wall_seconds": 2.06 * s} for s in (1, 2)]
-        )
-        raise RunFailed("the loss is NaN, at or before step 2")
-
-    made_up(fit)
+def test_a_run_that_failed_has_no_metric_and_a_signal_ends_it_all(results, made_up, tmp_path):
+    lines = [{"step": s, "split": "train", "skipped_steps": s, "wall_seconds": 2.06 * s} for s in (1, 2)]
+    failed = {"failed": "the loss is NaN", "summary": {}, "metrics": lines}
+    made_up(lambda cell, **more: failed if cell.seed else {})
     row = results.row("digits_mlp", ("float32",), (0, 1), "", tmp_path)
     assert row["test"] == {"float32": [0.9, None]}
     assert (row["skipped_steps"], row["wall_seconds"]) == ({"float32": [0, 2]}, {"float32": [1.0, 4.1]})
 
-    made_up(lambda experiment, **how: reached(0.9, steps=3, stopped_because="enough"))
-    with pytest.raises(InputError, match="a hook ended this run early, after step 3"):
+    made_up(lambda cell, **more: None)
+    with pytest.raises(SystemExit, match="75"):
         results.row("digits_mlp", ("float32",), (0,), "", tmp_path)
-
-
-def test_a_run_that_failed_before_is_not_trained_on(results, made_up, tmp_path, monkeypatch):
-    made_up(lambda experiment, **how: pytest.fail("it was trained on"))
-    monkeypatch.setattr(results, "recorded_failure", lambda folder, experiment, log: "the loss is NaN")
-    monkeypatch.setattr(RunFolder, "read_lines", lambda folder: [])
-    assert results.row("digits_mlp", ("float32",), (0,), "", tmp_path)["test"] == {"float32": [None]}
 
 
 def test_precisions_that_are_not_trained_again_stay_if_all_else_is_equal(results):
