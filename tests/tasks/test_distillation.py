@@ -102,13 +102,19 @@ def get_config():
 """
 
 
+def trained(text, tmp_path):
+    """The run of a config file with this text, its experiment, and how it was trained."""
+    (tmp_path / "teacher.py").write_text(text)
+    config, how = (
+        ConfigFile.find(str(tmp_path / "teacher.py")),
+        {"workdir": tmp_path / "runs", "log": lambda text: None},
+    )
+    return fit(config.experiment(), name="teacher", origin=config.origin([]), **how).path, config.experiment(), how
+
+
 @pytest.mark.slow
 def test_a_teacher_is_a_run_of_its_own_policy_and_part_of_the_identity(tmp_path):
-    (tmp_path / "teacher.py").write_text(TEACHER)
-    config = ConfigFile.find(str(tmp_path / "teacher.py"))
-    how = {"workdir": tmp_path / "runs", "log": lambda text: None}
-    run = fit(config.experiment(), name="teacher", origin=config.origin([]), **how).path
-    base = config.experiment()
+    run, base, how = trained(TEACHER, tmp_path)
     student = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, features=(4,)),
@@ -138,3 +144,33 @@ def test_a_teacher_is_a_run_of_its_own_policy_and_part_of_the_identity(tmp_path)
     other = dataclasses.replace(moved, model=dataclasses.replace(moved.model, classes=4))
     with pytest.raises(InputError, match=r"the teacher's outputs are \[32, 3\] beside logits of \[32, 4\]"):
         fit(other, name="student", **how)
+
+
+DRAWS = """
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxmp import Arrays, Experiment, Loop
+
+
+class Draws(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        key = self.variable("key", "own", lambda: jax.random.key(1))
+        return nn.Dense(2)(x + jax.random.normal(key.value, x.shape))
+
+
+def load(split):
+    return {"image": np.ones((8, 3), np.float32), "label": np.zeros(8, np.int64)}
+
+
+def get_config():
+    return Experiment(model=Draws(), data=Arrays(load, batch_size=8, images=()), loop=Loop(steps=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_teacher_may_keep_a_key_in_its_model_state(tmp_path):
+    run, base, _ = trained(DRAWS, tmp_path)
+    rows = base.data.source("test")[np.arange(8)]
+    np.testing.assert_allclose(jax.jit(Teacher(str(run), "last"))(rows), Run(run).apply(rows), rtol=1e-5)
