@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxmp.html.elements import NO_VALUE
@@ -28,7 +29,7 @@ def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> Non
         "Gradients of what each module hands on, under the loss scale that they were computed with, by power of two. "
         "Shaded: what float16 makes 0, keeps with fewer bits (subnormal), or cannot hold.",
     )
-    page.figures([(f"Activation gradients, {name}", *_histogram(lines, name)) for name, lines in looks.items()])
+    page.figures([(f"Activation gradients, {name}", *gradient_histogram(lines, name)) for name, lines in looks.items()])
     for name, lines in looks.items():
         last = lines[-1]
         page.paragraph(f"{name}, step {last['step']}, loss scale {last['loss_scale']:g}; shares of non-zero numbers:")
@@ -37,17 +38,14 @@ def add_ranges(page: Page, looks: Mapping[str, Sequence[dict[str, Any]]]) -> Non
         page.table(*_table(last["ranges"]))
 
 
-def _histogram(lines: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
-    """The histogram of activation gradients, and its caption."""
-    counts: dict[int, int] = {}
-    zeros = size = 0
-    for line in lines:
-        for seen in line["ranges"]["output_gradients"].values():
-            size += seen["size"]
-            zeros += seen["zeros"]
-            for i, n in enumerate(seen["counts"]):
-                counts[seen["lowest_exponent"] + i] = counts.get(seen["lowest_exponent"] + i, 0) + n
-    bars = [(float(e), 100 * n / size) for e, n in sorted(counts.items()) if n]
+def gradient_histogram(lines: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
+    """Draws the histogram of the activation gradients of lines of `Run.ranges`, as an `<svg>` element.
+
+    Returns: the element, and its caption.
+    """
+    of = [seen for line in lines for seen in line["ranges"]["output_gradients"].values()]
+    size, zeros = sum(seen["size"] for seen in of), sum(seen["zeros"] for seen in of)
+    bars = [(float(e), 100 * n / size) for e, n in sorted(by_exponent(of).items()) if n]
     half = parse_format("float16")
     least, normal = math.log2(half.smallest_subnormal) - 1, float(half.min_exponent)
     top = float(half.max_exponent + 1)
@@ -68,6 +66,14 @@ def _histogram(lines: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
     steps = f"step {lines[0]['step']}" if len(lines) == 1 else f"{len(lines)} steps from {lines[0]['step']} on"
     under = " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1])))
     return svg, f"{size:,} values of {steps}, loss scale {under}. Bar on the left: zeros."
+
+
+def by_exponent(ranges: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Adds up `Range.to_json`s: the number of elements with a magnitude in [2^e, 2^(e+1)), by e."""
+    counts: collections.Counter[int] = collections.Counter()
+    for seen in ranges:
+        counts.update({seen["lowest_exponent"] + i: n for i, n in enumerate(seen["counts"])})
+    return dict(counts)
 
 
 def _table(ranges: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
