@@ -2,36 +2,100 @@
 
     jaxmp reproduce mixed_precision_training [--quick]
 
-Micikevicius et al. 2018, Mixed Precision Training, 1710.03740. Trained is `digits_mlp`. For loss scaling it is trained
-with a loss in a unit 2^19 as large, and a learning rate 2^19 as large: in float32 that changes no update but by
-rounding, and in float16 the gradients are at the bottom of the range. Those of digits itself are not, and need no
-scale; the paper's own example is an object detector.
+Micikevicius et al. 2018, Mixed Precision Training, 1710.03740. Equality is tested on `digits_mlp` and on five tasks in
+the manner of the paper's own, each trained for a minute; their data has to be prepared first:
+
+    jaxmp data prepare mnist cifar10 glue/sst2 tiny_shakespeare && jaxmp data prepare spoken_digits --manual RECORDINGS
+
+For loss scaling `digits_mlp` is trained with a loss in a unit 2^19 as large, and a learning rate 2^19 as large: in
+float32 that changes no update but by rounding, and in float16 the gradients are at the bottom of the range. Those of
+digits itself are not, and need no scale; the paper's own example is an object detector.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import SGD, FunctionTask, Mean, NoScaler, StaticScaler
+from jaxmp import SGD, FunctionTask, Mean, NoScaler, Run, StaticScaler
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.precision.rounding import apply_updates
+from jaxmp.reports.ranges import by_exponent, gradient_histogram
 from jaxmp.studies import paper_figures
 from jaxmp.studies.claims import Claim, Compute, Figure, Paper, Results, Train, above, below, higher, lower, within
 
 POINT = 0.01
-"""the margin of equality: 1 point of test accuracy, 2.7 of the 269 test images"""
+"""the margin of equality: 1 point of test accuracy, 2.7 of the 269 test images of digits; or a hundredth of a nat"""
 UNIT = 2.0**-19
 """the largest unit in which float16 loses the gradients of a whole batch without a scale: a batch of 64 divides them by
 2^6, and 2^-25 is half of float16's smallest number"""
+LOST = -25
+"""float16 makes 0 of magnitudes up to 2^-25, half of its smallest number"""
 RATIOS = (1024, 1536, 2047, 2304, 2560, 3072, 3584, 4096, 8192)
 SOURCE = "1710.03740"
+
+
+class Task(NamedTuple):
+    """A task in which mixed float16 is compared with float32."""
+
+    config: str
+    options: tuple[str, ...]
+    """of `jaxmp train`: what makes it short"""
+    published: str
+    """the paper's figures of the task that is most like it: float32, then mixed"""
+    source: str
+    metric: str = "accuracy"
+    unit: str = "test accuracy, as a share"
+    """what the metric is, with its unit"""
+
+
+TASKS = {
+    "MNIST": Task("mnist_mlp", ("--loop.epochs", "2"), "56.77 and 56.93 % (AlexNet on ILSVRC12)", "table 1"),
+    "CIFAR-10": Task("cifar10_cnn", ("--loop.epochs", "1"), "75.92 and 76.04 % (ResNet-50 on ILSVRC12)", "table 1"),
+    "spoken digits": Task(
+        "spoken_digits_lstm",
+        ("--loop.epochs", "8"),
+        "character error rates of 2.20 and 1.99 % (English speech)",
+        "table 3",
+    ),
+    "SST-2": Task(
+        "sst2_lstm",
+        ("--loop.steps", "256"),
+        "the same quality of an LSTM's English to French translation, shown as curves",
+        "section 4.4",
+        unit="accuracy on the published validation split, as a share",
+    ),
+    "characters": Task(
+        "shakespeare_gpt",
+        ("--loop.steps", "500"),
+        "the same perplexity of the bigLSTM language model, shown as curves",
+        "section 4.5",
+        "loss",
+        "test loss, nats a character",
+    ),
+}
+
+
+def magnitudes(run: Run) -> dict[str, Any]:
+    """Returns how large the activation gradients of a run without a loss scale were, in all steps that it looked at.
+
+    `lost_gradients`: share of the non-zero ones below 2^-25, of which float16 makes 0; `saved_gradients`: of those from
+    2^-28 on, which a scale of 8 saves; `lines`: all together, as one of `Run.ranges`.
+    """
+    seen = [of for line in run.ranges for of in line["ranges"]["output_gradients"].values()]
+    counts = by_exponent(seen)
+    lowest, number = min(counts), sum(counts.values())
+    together = {name: sum(of[name] for of in seen) for name in ("size", "zeros")}
+    together |= {"lowest_exponent": lowest, "counts": [counts.get(e, 0) for e in range(lowest, max(counts) + 1)]}
+    lost, under_8 = (sum(n for e, n in counts.items() if e < LOST - shift) / number for shift in (0, 3))
+    line = {"step": run.ranges[0]["step"], "loss_scale": 1.0, "ranges": {"output_gradients": {"all": together}}}
+    return {"lost_gradients": lost, "saved_gradients": lost - under_8, "lines": [line]}
 
 
 def lost_updates(seed: int, *, ratio: float) -> dict[str, float]:
@@ -85,15 +149,28 @@ def get_paper(quick: bool = False) -> Paper:
         "float32": trained("float32"),
         "mixed_float16": trained("mixed_float16"),
         "float16 master weights": trained("float16"),
-        "small loss, float32": Train(dataclasses.replace(small, precision="float32", scaler=NoScaler())),
+        "small loss, float32": Train(
+            dataclasses.replace(
+                small, precision="float32", scaler=NoScaler(), loop=dataclasses.replace(small.loop, ranges_every=60)
+            ),
+            measure=magnitudes,
+        ),
         "small loss, S = 1": scaled(NoScaler()),
         "small loss, S = 8": scaled(StaticScaler(8.0)),
         "small loss, S = 1024": scaled(StaticScaler(1024.0)),
         "summed in float16": Compute(accumulated, {"dtype": "float16", "length": length}),
         "summed in float32": Compute(accumulated, {"dtype": "float32", "length": length}),
     }
+    for task, of in TASKS.items():
+        for precision in ("float32", "mixed_float16"):
+            measure = magnitudes if (task, precision) == ("characters", "float32") else None
+            looks = ("--loop.ranges-every", "100") if measure is magnitudes else ()
+            given = ("--precision", precision, *of.options, *looks)
+            arms[f"{task}, {precision}"] = Train(of.config, given, measure)
     arms |= {f"ratio {ratio}": Compute(lost_updates, {"ratio": ratio}) for ratio in RATIOS}
     if quick:
+        of_tasks = tuple(f"{task}, " for task in TASKS)
+        arms = {name: arms[name] for name in arms if not name.startswith(of_tasks)}
         arms = {name: arms[name] for name in arms if not name.endswith(("weights", "8", "1024")) or "ratio" in name}
     accuracy = "test accuracy, as a share: "
 
@@ -114,6 +191,19 @@ def get_paper(quick: bool = False) -> Paper:
             "runs in other units, which are not in results.json.",
         )
 
+    def task_claim(name: str, task: Task) -> Claim:
+        return Claim(
+            id=f"{name.lower().replace(' ', '-')}-equals-float32",
+            says=f"Mixed float16 is as good as float32: {name}",
+            published=task.published,
+            source=f"{SOURCE}, {task.source}",
+            checked=False,
+            arms=(f"{name}, mixed_float16", f"{name}, float32"),
+            metric=task.metric,
+            measured=f"{task.unit}: mixed_float16 minus float32; within {POINT}",
+            judge=within(POINT),
+        )
+
     claims = (
         Claim(
             id="mixed-equals-float32",
@@ -126,6 +216,7 @@ def get_paper(quick: bool = False) -> Paper:
             measured=f"{accuracy}mixed_float16 minus float32; within 0.01",
             judge=within(POINT),
         ),
+        *(task_claim(name, task) for name, task in TASKS.items()),
         Claim(
             id="no-update-lost-below-2048",
             says="An update of more than 1/2048 of its float16 weight is not lost",
@@ -178,6 +269,17 @@ def get_paper(quick: bool = False) -> Paper:
         scale_claim(8),
         scale_claim(1024),
         Claim(
+            id="scale-saves-gradients",
+            says="A scale of 8 keeps activation gradients that float16 makes 0 without one",
+            published="magnitudes from 2^-27 to 2^-24 had to be kept in the Multibox SSD detector",
+            source=f"{SOURCE}, section 3.2",
+            checked=False,
+            arms=("small loss, float32",),
+            metric="saved_gradients",
+            measured="share of the non-zero activation gradients from 2^-28 to 2^-25, every 60th step in float32",
+            judge=above(0.0),
+        ),
+        Claim(
             id="float16-sums-lose",
             says="Dot products of float16 vectors have to be summed in float32",
             published="some networks need it, without a figure",
@@ -193,10 +295,10 @@ def get_paper(quick: bool = False) -> Paper:
         title="Mixed Precision Training",
         authors="Micikevicius et al. 2018",
         url="https://arxiv.org/abs/1710.03740",
-        seeds=(0, 1) if quick else (0, 1, 2, 3, 4),
+        seeds=(0, 1) if quick else (0, 1, 2, 3, 4, 5),
         arms=arms,
         claims=tuple(claim for claim in claims if set(claim.arms) <= set(arms)),
-        tables=("accuracy", "error", "lost"),
+        tables=("accuracy", "loss", "lost_gradients", "error", "lost", "skipped_steps"),
         figures=(
             Figure(
                 "lost_updates",
@@ -204,6 +306,22 @@ def get_paper(quick: bool = False) -> Paper:
                 "Share of updates that leave a float16 weight as it was, by how many times as large as its update the "
                 "weight is; mean over the seeds. The paper's threshold is 2,048.",
                 _lost,
+            ),
+            *(
+                Figure(
+                    f"gradients_{name}",
+                    f"Activation gradients, {title}",
+                    "Magnitudes in float32, of all modules and seeds, in some steps of the whole training; the bar on "
+                    "the left has the zeros. The paper's figure 3 shows those of its detector.",
+                    lambda results, arm=arm: gradient_histogram(
+                        [line for of in results[arm].values() for line in of["lines"]], arm
+                    )[0],
+                )
+                for name, title, arm in (
+                    ("digits", "a loss in a large unit", "small loss, float32"),
+                    ("characters", "the character LM", "characters, float32"),
+                )
+                if arm in arms
             ),
             Figure(
                 "scaling",
