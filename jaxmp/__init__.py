@@ -125,6 +125,10 @@ def __getattr__(name: str) -> Any:
     """A public name, or a submodule such as `jaxmp.models`, imported when it is first asked for (PEP 562)."""
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        if isinstance(value, type):
+            from jaxmp.field_docs import with_fields
+
+            with_fields(value)
         globals()[name] = value
         return value
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):

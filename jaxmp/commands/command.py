@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from jaxmp.errors import InputError, local_path
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.overrides import named_fields, override, refuse_without_effect
+from jaxmp.field_docs import with_fields
 
 if TYPE_CHECKING:
     from jaxmp.experiment.experiment import Experiment
@@ -175,6 +176,7 @@ def _read(options: type, argv: Sequence[str], *, prog: str, description: str = "
     import tyro
 
     positional = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+    options = with_fields(options)  # the strings under the fields, whose lines tyro would break as the source does
     read: Any = tyro.cli(_spelled(options), args=argv, prog=prog, description=description, config=positional)
     return options(**vars(read))
 

@@ -277,30 +277,7 @@ def audit(
 ) -> Audit:
     """Finds in which dtypes `fn(*args, **kwargs)` runs, and where that goes wrong. Traces `fn`; runs nothing.
 
-    The rules; each is the `rule` of its findings:
-
-    - half accumulation: a sum, cumulative sum, scatter-add, carry of a loop, or sum of a weight's gradients in half
-    - half collective: a sum over devices in float16, or in bfloat16 unless the policy's `reduce` says so
-    - half exponential: exp, softmax or log in half over 256 terms or more
-    - half unscaling: a gradient in float16 multiplied or divided by one number, such as 1 / loss scale
-    - half loss: a differentiated loss narrower than float32
-    - float32 dot: a product in float32 where the policy computes in half
-    - half position: positions, or other whole numbers, in half above those that it can count
-    - half count: the number of elements of a mask in half, above those that it can count
-    - half angle: the sine of an angle that is too large for the half that it was rounded to
-    - half whole number: whole numbers made of what was rounded to half
-    - half probability: log(p) or log(1 - p) of a sigmoid or softmax p that was rounded to half, and its kin
-    - half random draw: random numbers drawn in half
-    - vanished constant: a constant that is 0 in half and guards a divisor (eps) or is a factor, a bound or a decay that
-      is 1, or a constant that vanishes beside another
-    - weakly typed: an argument or result whose dtype is that of a Python number
-    - compiles twice: a state that comes out with another dtype or weak type than it went in
-    - not donated: a state that a jitted function replaces but does not donate
-    - unguarded state: a float of the state that is replaced even if a gradient is not finite, when the rest is kept
-    - host callback: an operation that waits for Python
-
-    A weight that is made of others by a product, such as W + A B of LoRA, is not told from an activation: a sum of its
-    gradients in half is not found.
+    `help(jaxmp.audit)` lists the rules.
 
     Args:
       fn: any function that JAX traces. A jitted one keeps its own static and donated arguments.

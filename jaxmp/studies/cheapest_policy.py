@@ -3,45 +3,121 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, nearest
 from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments import find_policy as instrument
 from jaxmp.instruments.find_policy import FoundPolicy, Point
-from jaxmp.modules.linen import explain
+from jaxmp.modules.linen import ModulePolicy, explain
+from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.reports.page import command, write
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.replay import states_at
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.subject import require_call
 from jaxmp.tasks.loss import make_loss
 from jaxmp.tasks.task import require_objective
 from jaxmp.training.gradients import scaled_mean_loss
 from jaxmp.training.objective import trained_view
 from jaxmp.training.state import TrainState
 
+Loss = Callable[[PolicyTree], Callable[..., jax.Array]]
+"""`loss(tree)` is the loss under a tree: `loss(tree)(params, *batch)`, a scalar, a mean over the batch"""
 
-def find_policy(subject: Any, *args: Any, **how: Any) -> FoundPolicy:
+
+@overload
+def find_policy(
+    subject: Experiment,
+    *,
+    half: str = ...,
+    budget: float = ...,
+    unit: str = ...,
+    batches: int = ...,
+    warmup_steps: int = ...,
+    run: str | Path | Run | None = ...,
+    loss_scale: float | None = ...,
+    objective: str | None = ...,
+    log: Callable[[str], None] = ...,
+) -> FoundPolicy: ...
+@overload
+def find_policy(
+    subject: Loss,
+    explain: Callable[[PolicyTree], Iterable[ModulePolicy]],
+    points: Iterable[Point | tuple[Any, Sequence[tuple[Any, ...]]]],
+    *,
+    half: Policy | str = ...,
+    budget: float = ...,
+    unit: str = ...,
+    loss_scale: float | None = ...,
+    log: Callable[[str], None] = ...,
+) -> FoundPolicy: ...
+def find_policy(subject: Loss | Experiment, *args: Any, **how: Any) -> FoundPolicy:
     """Finds the PolicyTree with the most FLOPs in half precision whose gradients stay within a budget of error.
 
+        jaxmp.find_policy(experiment, half="mixed_float16", budget=0.1, unit="noise", batches=4, warmup_steps=100)
+
+        loss = lambda tree: lambda params, x, y: cross_entropy(jaxmp.with_policy(model.apply, tree)(params, x), y)
+        explain = lambda tree: jaxmp.explain(model, tree, x)
+        jaxmp.find_policy(loss, explain, [(params, [(x, y), (x2, y2), ...])], half="mixed_float16", budget=0.1)
+
+    The search is greedy, by error for FLOPs, and compiles the gradient about once for each module. Errors are those of
+    each parameter's gradient beside the gradient in float64. Of an experiment, gradients are those of the training
+    loss, with one key for all random draws: the same masks and noise under each tree and in float64. Its own precision
+    is ignored.
+
     Args:
-      subject: an Experiment, see `find_policy_of`; or a function that makes a loss of a PolicyTree, see
-        `jaxmp.instruments.find_policy.find_policy`.
-      args: for a function, its further positional arguments: `explain` and `points`.
-      how: the keyword arguments of either.
+      subject: an Experiment; or `loss`: `loss(tree)` is the loss under a tree, `loss(tree)(params, *batch)`, a scalar,
+        a mean over the batch.
+      args: after `loss`: `explain`, such that `explain(tree)` returns the modules and the policy of each; and `points`,
+        where gradients are taken: float32 parameters, with at least two batches for each.
+      how: of both:
+        half: the policy of modules in half: mixed_float16, the default, mixed_bfloat16, or another with float32
+          parameters, or with a recipe, such as nvfp4.
+        budget: the largest error allowed, in units, of any parameter's gradient at any point; 0.1 by default.
+        unit: of the error of a parameter's gradient, at each point: "noise", the default, the standard deviation of the
+          exact gradient over the batches; "gradient", its root mean square; "float32", the error of float32.
+        loss_scale: the factor of the loss, a power of two; by default the initial scale of the experiment's scaler, or
+          2**15 for float16, else 1. A gradient that overflows at this scale exceeds any budget.
+        log: takes each message.
+        Of an experiment alone:
+        batches: number of gradients at each state, on the batches of the steps from there on; 4 by default.
+        warmup_steps: gradients are taken at the fresh state, and at the state after this many float32 steps, by default
+          100; 0: at the fresh state only.
+        run: a run of the same model. Gradients are taken at its checkpoints instead of after warm-up steps.
+        objective: which of several objectives, whose trained parameters are judged, at states between two steps.
+
+    Returns:
+      The tree and the measurements: `.precision`, what `--precision` takes, `.modules`, `.trials`, `.gap`. Its rules
+      name paths.
+
+    Raises:
+      InputError: the subject is neither; `budget` is not positive, or below the error of float32; `half` is not a half
+        policy; there are too few batches or modules; no module with FLOPs can be in half; or the run is of another
+        model.
     """
     if isinstance(subject, Experiment):
-        return find_policy_of(subject, *args, **how)
-    return instrument.find_policy(subject, *args, **how)
+        if args:
+            raise InputError("find_policy: explain and points are those of a loss; an experiment has its own")
+        takes = inspect.signature(find_policy_of).parameters
+        for name in how:
+            if name not in takes:
+                raise InputError(f"find_policy: an experiment takes no {name!r}{nearest(name, takes)}")
+        return find_policy_of(subject, **how)
+    find = instrument.find_policy
+    require_call("find_policy", "an Experiment", subject, (None,), {})
+    require_call("find_policy", "an Experiment", find, (subject, *args), how, tuple(inspect.signature(find).parameters))
+    return find(subject, *args, **how)
 
 
 def find_policy_of(

@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxmp.precision.recipe import Delayed
 from jaxmp.runs.replay import Past, PastStep
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
+from jaxmp.studies.subject import require_call
 from jaxmp.text_table import table
 from jaxmp.training.gradients import make_gradients
 from jaxmp.training.objective import objective_key
@@ -199,17 +200,46 @@ class StepBlame:
             yield "float32", f"beside float32 on the same batch, nothing is worse than rounding; most is the {largest}"
 
 
-def blame(subject: Any, *args: Any, **how: Any) -> StepBlame | Blame | None:
+@overload
+def blame(
+    subject: Run, step: int | None = None, *, objective: str | None = None, log: Callable[[str], None] = ...
+) -> StepBlame: ...
+@overload
+def blame(subject: Callable[..., Any], *args: Any, **kwargs: Any) -> Blame | None: ...
+def blame(subject: Callable[..., Any] | Run, *args: Any, **kwargs: Any) -> StepBlame | Blame | None:
     """Finds what overflowed in a step of a run, or in a call of any function.
 
+        jaxmp.blame(jaxmp.Run("runs/digits_mlp"), step=None, objective=None, log=print)
+        jaxmp.blame(function, *args, **kwargs)
+
+    A step of a run is repeated on one device from the checkpoint before it, with the same batch, key and loss scale,
+    operation by operation. The first value that was not finite is named with its line, module, direction and operands;
+    then the step is repeated under smaller loss scales, under rules that keep the module or what is around it in
+    float32, and under float32, and what makes it finite is said. If the step is finite, its values are compared with
+    those of float32, and the first that is worse than rounding is named.
+
+    A function is evaluated once, operation by operation, inside scans, loops, remat and branches too.
+
     Args:
-      subject: a `Run`, see `blame_run`; or a function, see `jaxmp.instruments.nonfinite.blame`.
-      args: for a run, the number of the step; for a function, its arguments.
-      how: the keyword arguments of either.
+      subject: a Run; or any function that JAX traces: a loss, `jax.grad` of one, a train step. A Pallas kernel, a
+        callback, or a function that is mapped over devices runs as one operation.
+      args: of a run, `step`: which step, counted from 1, by default the last that was skipped. Of a function, its
+        arguments, arrays and Python numbers.
+      kwargs: of a run, `objective`: which of several objectives, by default, without `step`, the one that was skipped
+        last; and `log`, which takes each message about progress. Of a function, its further arguments.
+
+    Returns:
+      For a run a `StepBlame`, which shows all that was found. For a function the operation or argument that made the
+      first inf or NaN of its results, and where it stands; None if all results are finite.
+
+    Raises:
+      InputError: the subject is neither; the run has no such step, or, without `step`, has skipped none; its optimizer
+        is private; its folder or experiment cannot be read (see `Run`); or the function does not take these arguments,
+        or does not trace with them.
     """
     if isinstance(subject, Run):
-        return blame_run(subject, *args, **how)
-    return nonfinite.blame(subject, *args, **how)
+        return blame_run(subject, *args, **kwargs)
+    return nonfinite.blame(require_call("blame", "a Run", subject, args, kwargs), *args, **kwargs)
 
 
 def blame_run(

@@ -23,7 +23,9 @@ from jaxmp.runs.replay import Past, PastStep, states_at
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
+from jaxmp.studies.subject import require_alone, require_call
 from jaxmp.tasks.task import require_objective
+from jaxmp.training.objective import EVERYTHING
 
 RECIPES = ("mxfp8", "mxfp4", "nvfp4", "block128", "fp8_current")
 """the recipes that are measured by default"""
@@ -33,26 +35,51 @@ Recipes = Mapping[str, Recipe] | Sequence[str]
 
 
 def what_if(
-    subject: Callable[..., Any] | Experiment | Run, *args: Any, recipes: Recipes = RECIPES, **how: Any
+    subject: Callable[..., Any] | Experiment | Run,
+    *args: Any,
+    recipes: Recipes = RECIPES,
+    step: int | None = None,
+    objective: str | None = None,
+    accumulate_steps: int | None = None,
+    trains: tuple[str, ...] | None = None,
+    log: Callable[[str], None] = print,
 ) -> WhatIf:
     """Measures what recipes would do to each layer's three products in one step, which is not changed.
 
+    Measured are Dense, DenseGeneral and Conv layers without groups, also within attention, scan, remat and vmap, and if
+    the step runs under a recipe, the other layers that it rounds. The step of an experiment or a run is run under its
+    own precision, on one device, with the loss scale, batch and key of that step.
+
     Args:
-      subject: an Experiment or a Run, see `what_if_of`; or a loss function, see
-        `jaxmp.instruments.what_if.make_what_if`.
-      args: for a loss function `params, model_state, scale, batch, key`.
+      subject: an Experiment, which is trained up to the step; a Run, which is only read; or a loss function that runs
+        Linen modules under `jaxmp.with_policy`, as `jaxmp.make_loss` makes them.
+      args: for a loss function `params, model_state, scale, batch, key`; none for the others.
       recipes: what to measure: texts such as `nvfp4`, `mxfp4,hadamard=none` or `e4m3:block32`, or recipes by name.
-      how: further keyword arguments of either.
+      step: of an experiment or a run, which step, from 1. By default the first of an experiment, and the last of a run.
+      objective: of an experiment or a run, which of several objectives.
+      accumulate_steps: of a loss function, number of microbatches of a batch; 1 by default.
+      trains: of a loss function, the parameters that it is differentiated by, see `jaxmp.Objective`; all by default.
+      log: takes each message to the user.
 
     Returns:
       The losses of operands and products, by recipe, layer and product.
 
     Raises:
-      InputError: a recipe is unknown; or as `what_if_of` and `make_what_if` do.
+      InputError: the subject is none of these; a recipe, the step or the objective is unknown; the loss function does
+        not take these arguments; or it runs no layer that is measured.
     """
     if isinstance(subject, Experiment | Run):
-        return what_if_of(subject, recipes=recipes, **how)
-    return jax.jit(instrument.make_what_if(subject, _by_name(recipes), **how))(*args).read()
+        require_alone("what_if", {"arguments": args, "accumulate_steps": accumulate_steps, "trains": trains})
+        return what_if_of(subject, recipes=recipes, step=step, objective=objective, log=log)
+    loss = require_call("what_if", "an Experiment, a Run", subject, (None,) * 4, {})
+    if len(args) != 5:
+        raise InputError(
+            f"what_if: {len(args)} arguments after the loss; expected params, model_state, scale, batch, key"
+        )
+    measure = instrument.make_what_if(
+        loss, _by_name(recipes), accumulate_steps=accumulate_steps or 1, trains=EVERYTHING if trains is None else trains
+    )
+    return jax.jit(measure)(*args).read()
 
 
 def what_if_of(
