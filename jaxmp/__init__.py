@@ -1,4 +1,4 @@
-"""jaxmp: training in mixed precision that runs any experiment under any precision, and proves what it did.
+"""jaxmp: training in mixed precision that runs any experiment under any precision, and checks what it did.
 
 Each public name has its own help, as in `help(jaxmp.loss_scaling)`: shapes, dtypes, errors and source.
 
@@ -10,9 +10,9 @@ Loss scaling: loss_scaling wraps an optax optimizer, scale_loss scales the loss.
 StaticScaler, NoScaler; those of other frameworks are in jaxmp.scaling.historical. Read the state by loss_scale,
 last_step_finite, skipped_steps, consecutive_skips.
 
-Rounding and formats: apply_updates (to nearest, stochastic, Kahan); Format, parse_format, fake_quantize,
-DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks, from_ml_dtypes. A Recipe
-is the formats of a layer's three products.
+Rounding and formats: apply_updates (to nearest, stochastic, Kahan with init_compensation); Format, parse_format,
+fake_quantize, DelayedScaling; quantize, and for blocks BlockFormat, parse_block_format, pack, PackedBlocks,
+from_ml_dtypes. A Recipe is the formats of a layer's three products.
 
 Optimizer numerics: float32_math, global_norm, clip_by_global_norm; state_format keeps the state in few bits, in arrays
 of PackedArray.
@@ -27,8 +27,9 @@ optimizer: SGD, Adam, AdamW, LAMB, Lion, or one of optax; private: DPSGD, DPAdam
 schedule: ConstantRate, CosineDecay, LinearDecay, StepDecay; and Loop, Scaling, Parallel, Pruning (magnitude_pruning in
 a loop of your own).
 
-Runs: fit, steps, Run, compare, gate, tune; they raise InputError and RunFailed. Hooks of fit take a StepInfo or an
-Evaluated, and may return Stop or Pause. export writes a run as a folder that predicts without jaxmp, load reads it.
+Runs: fit, which returns a Fitted, steps, Run, compare, gate, tune; ConfigFile.find reads a config by name. They raise
+InputError and RunFailed. Hooks of fit take a StepInfo or an Evaluated, and may return Stop or Pause. export writes a
+run as a folder that predicts without jaxmp, load reads it.
 
 Instruments: audit, blame, memory, find_policy, what_if. Laws: jaxmp.testing.
 """
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.data.tfds import TFDS
     from jaxmp.deploy.export import export, load
     from jaxmp.errors import InputError, RunFailed
+    from jaxmp.experiment.config_file import ConfigFile
     from jaxmp.experiment.experiment import Experiment
     from jaxmp.experiment.settings import Loop, Parallel
     from jaxmp.modules.functions import apply_policy
@@ -66,8 +68,8 @@ if TYPE_CHECKING:  # the one list: editors and type checkers read it as code, `_
     from jaxmp.precision.policy import Policy, parse_policy
     from jaxmp.precision.policy_tree import PolicyTree
     from jaxmp.precision.recipe import Recipe
-    from jaxmp.precision.rounding import apply_updates
-    from jaxmp.runs.fit import fit, steps
+    from jaxmp.precision.rounding import apply_updates, init_compensation
+    from jaxmp.runs.fit import Fitted, fit, steps
     from jaxmp.runs.hooks import Evaluated, Pause, StepInfo, Stop
     from jaxmp.runs.run import Run
     from jaxmp.scaling.float32_math import clip_by_global_norm, float32_math, global_norm

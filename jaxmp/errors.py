@@ -34,8 +34,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
     >>> nearest("mixed_flaot16", ["float32", "mixed_float16"])
     "; did you mean 'mixed_float16'?"
+    >>> nearest("amp", ["mxfp8"])
+    ''
     """
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    # Half of the letters in common are chance, but for the shortest names, in which one wrong letter is half of all.
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5 if len(name) < 3 else 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

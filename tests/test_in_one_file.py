@@ -18,6 +18,8 @@ from jaxmp.cli import main
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.reports.run_report import report
 
+pytestmark = pytest.mark.xdist_group("in one file")  # one worker: the fixture trains
+
 LINE = """
     class Line(nn.Module):
         @nn.compact

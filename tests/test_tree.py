@@ -11,7 +11,7 @@ import pytest
 import jaxmp
 
 PACKAGE = Path(jaxmp.__file__).parent
-GROUND = ("errors", "trees", "jaxprs", "text_table")
+GROUND = ("errors", "field_docs", "trees", "jaxprs", "text_table")
 ROOMS = (
     *("html", "precision", "data", "models", "modules", "scaling", "training", "tasks", "instruments", "testing"),
     *("experiment", "distributed", "runs", "deploy", "reports", "studies", "commands"),

@@ -26,8 +26,8 @@ class Options:
     seeds: tuple[int, ...] | None = None
     """Seeds to train with, under every precision; by default 0 1 2, and with --margin 0 to 9."""
     margin: float | None = None
-    """Be a gate: exit code 0 only if each precision is shown to be less than this worse than the first, on the test
-    split. The seeds are planned before the first run."""
+    """Non-inferiority test: exit code 0 only if every precision is shown to be worse than the first by less than this,
+    on the test split. The seeds are planned before the first run."""
     metric: str | None = None
     """With --margin: the metric that it is about; by default the one that the config monitors."""
     looks: bool = False

@@ -73,9 +73,9 @@ def k_folds(data: Dataset | Mapping[str, Any], k: int = 5, *, seed: int = 0, str
 def balanced(data: Dataset | Mapping[str, Any], by: str, *, seed: int = 0) -> Any:
     """The dataset whose training rows come as often from each class: rows of rarer ones come several times an epoch.
 
-    An epoch has as many rows of each class as the largest has. Validation and test stay as they are. Of a class whose
-    number does not divide the largest, which rows come once more is drawn by the seed. To weigh the loss instead, see
-    `jaxmp.Weighted`.
+    An epoch has as many rows of each class as the largest has. Validation and test stay as they are. Where the size of
+    a class does not divide that of the largest, the rows that come once more are drawn at random, by the seed. To weigh
+    the loss instead, see `jaxmp.Weighted`.
 
     Args:
       data: a dataset, or arrays by name, as for `Arrays.of`. Split it first: `balanced(random_split(data), by)`.

@@ -70,8 +70,8 @@ def with_policy(
         without a precision of its own.
       axis_name: mapped axis over which BatchNorm layers that name none take their statistics.
 
-    Raises: InputError if `policy` is none, or `apply` is the model itself; when called, where a rule names nothing in
-    the model (without `method=`), or nothing in it is a float.
+    Raises: InputError if `policy` is no policy, or `apply` is the model itself; when called, where a rule names nothing
+    in the model (without `method=`), or nothing in it is a float.
 
     >>> model = nn.Dense(3)
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))

@@ -200,6 +200,17 @@ PRESETS = {
 """Policies by name: Keras's names, Lightning's for the mixed ones, and recipes, with everything but their products in
 float32. `float32` is true float32 on every device."""
 
+_HALF = "'mixed_float16', with float32 master weights, or 'float16', without"
+_MEANT = {
+    **dict.fromkeys(("fp16", "amp", "mixed", "mixed_precision"), _HALF),
+    "bfp16": "'mixed_bfloat16', with float32 master weights, or 'bfloat16', without",
+    "fp32": "'float32'",
+    "tf32": "'tensorfloat32'",
+    "fp8": "'mxfp8' or 'fp8_current'",
+    "fp4": "'mxfp4' or 'nvfp4'",
+}
+"""what other names of precisions are here: the nearest by its letters, f16 of fp16, is another policy"""
+
 
 def parse_policy(text: str) -> Policy:
     """Parses a policy.
@@ -207,7 +218,8 @@ def parse_policy(text: str) -> Policy:
     `text` is one of:
 
     - a preset, such as `mixed_float16`;
-    - one dtype for everything, such as `bf16`;
+    - one dtype for everything, such as `bf16`. `f32` leaves the products of float32 to JAX's default, which is TF32 on
+      GPUs that have it, where the preset `float32` is true float32 on every device;
     - jmp's notation, such as `p=f32,c=bf16,o=f32`: `p` is the parameter dtype (default: float32), `c` the compute dtype
       (default: that of the parameters), `o` the output dtype (default: the compute dtype).
 
@@ -243,19 +255,21 @@ def parse_policy(text: str) -> Policy:
     elif head in _DTYPES or head == "half":
         base = _pure(_dtype(head, text))
     else:
-        names = [*PRESETS, *_DTYPES, "half"]
+        meant = _MEANT.get(head.lower())
+        hint = f"; did you mean {meant}?" if meant else nearest(head, [*PRESETS, *_DTYPES, "half"])
         raise InputError(
             f"precision {text!r}: {head!r} is no preset, dtype or field; expected one of {', '.join(PRESETS)}, "
-            f"or a policy such as p=f32,c=bf16,o=f32{nearest(head, names)}"
+            f"or a policy such as p=f32,c=bf16,o=f32{hint}"
         )
     fields: dict[str, Any] = {}
     recipe: dict[str, str] = {}
     for part in parts:
         key, sign, value = (word.strip() for word in part.partition("="))
         if not sign or key not in _KEYS:
+            hint = "; rules for modules end with ;" if value in PRESETS or key in PRESETS else nearest(key, _KEYS)
             raise InputError(
                 f"precision {text!r}: {part!r} is not a field; expected KEY=VALUE with KEY one of p, c, o, grad, "
-                f"reduce, matmul, rounding, {', '.join(RECIPE_KEYS)}{nearest(key, _KEYS)}"
+                f"reduce, matmul, rounding, {', '.join(RECIPE_KEYS)}{hint}"
             )
         if _KEYS[key] in fields or key in recipe:
             raise InputError(f"precision {text!r}: {key!r} is given twice")

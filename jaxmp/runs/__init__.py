@@ -1,1 +1,1 @@
-"""What runs left behind."""
+"""Training a run, and reading it back."""

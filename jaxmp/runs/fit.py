@@ -194,6 +194,9 @@ def fit(
       shared: the run's place in a program that trains several seeds together; by default it has a program of its own.
       log: takes each message to the user.
 
+    Returns:
+      `Fitted`: the run's folder, its summary, whether it was stopped before its end, and whether this call trained it.
+
     Raises:
       InputError: the experiment, its data or the folder cannot be used, or `profile` names steps that this session does
         not make; nothing was written or lost.
@@ -425,7 +428,8 @@ def _log_particulars(trainer: Trainer, log: Callable[[str], None]) -> None:
     """Says what the user should know before the first step."""
     experiment = trainer.experiment
     if outside := left_out(trainer.source()):
-        log(f"left out, since JAX has no such numbers: {', '.join(f'{name} ({of})' for name, of in outside.items())}")
+        columns = ", ".join(f"{name} ({of})" for name, of in outside.items())
+        log(f"columns left out, as JAX does not support their dtypes: {columns}")
     for split in SPLITS:
         if split not in trainer.splits:
             chosen = "the last weights are the best" if split == "validation" else "the summary has no test metrics"

@@ -62,15 +62,15 @@ def refuse_other_code(folder: RunFolder, config: Mapping[str, Any], now: Mapping
         )
     if found.changed:
         raise InputError(
-            f"{_listed(found.changed)} has changed since {folder.path} began: it is never gone on with by other code; "
-            "take back the change, choose another --workdir (workdir=), or begin again with --overwrite "
-            "(overwrite=True)"
+            f"{_listed(found.changed)} has changed since {folder.path} began, and a run is resumed only with the code "
+            "that it began with; take back the change, choose another --workdir (workdir=), or begin again with "
+            "--overwrite (overwrite=True)"
         )
     if found.packages and not folder.has_ended:
         raise InputError(
-            f"{_listed(found.packages)}: {folder.path} began with another version, and is never gone on with by other "
-            "code; install that version, choose another --workdir (workdir=), or begin again with --overwrite "
-            "(overwrite=True)"
+            f"{_listed(found.packages)}: {folder.path} began with another version, and a run is resumed only with the "
+            "code that it began with; install that version, choose another --workdir (workdir=), or begin again with "
+            "--overwrite (overwrite=True)"
         )
 
 
@@ -79,9 +79,9 @@ def refuse_other_rows(folder: RunFolder, config: Mapping[str, Any], now: Mapping
     found = other_rows(config, now)
     if found:
         raise InputError(
-            f"the data have changed since {folder.path} began: {_listed(found)}. It is never gone on with over other "
-            "data (a load that draws without a seed makes others in each process); bring them back, choose another "
-            "--workdir (workdir=), or begin again with --overwrite (overwrite=True)"
+            f"the data have changed since {folder.path} began: {_listed(found)}. A run is resumed only over the data "
+            "that it began with (a load that draws without a seed makes others in each process); bring them back, "
+            "choose another --workdir (workdir=), or begin again with --overwrite (overwrite=True)"
         )
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
+from jaxmp.errors import InputError
 from jaxmp.scaling.scalers import DynamicScaler, Scaler
 from jaxmp.trees import has_gradient, strongly_typed, tree_where, upcast
 
@@ -82,11 +83,16 @@ def loss_scaling(
       An optax transformation; its state is a `LossScalingState`.
 
     Raises:
-      ValueError: in `init`, `inner` already contains a `loss_scaling`.
+      InputError: `inner` is no optax transformation, or `scaler` no Scaler; in `init`, `inner` already contains a
+        `loss_scaling`.
 
     Source: the order of operations is Micikevicius et al. 2018, section 3.2.
     """
     scaler = DynamicScaler() if scaler is None else scaler
+    if isinstance(scaler, type) or not all(callable(getattr(scaler, name, None)) for name in ("init", "update")):
+        raise InputError(f"loss_scaling: scaler = {scaler!r:.60}: expected a Scaler, such as DynamicScaler()")
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise InputError(f"loss_scaling: {inner!r:.60}: expected an optax transformation, such as optax.adam(1e-3)")
     if not isinstance(inner, optax.GradientTransformation):  # optax.MultiSteps has init and update, and is none
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
@@ -94,7 +100,7 @@ def loss_scaling(
     def init(params: Any) -> LossScalingState:
         inner_state = jax.tree.map(strongly_typed, inner.init(inner_view(params)))
         if find_state(inner_state) is not None:
-            raise ValueError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
+            raise InputError("loss_scaling inside loss_scaling: gradients would be unscaled twice; use one")
         scaler_state = scaler.init()
         return LossScalingState(
             inner_state=inner_state,
@@ -168,7 +174,7 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
       The scaled loss, float32.
 
     Raises:
-      ValueError: `opt_state` is that of several objectives; expected the state of one.
+      InputError: `opt_state` is that of several objectives; expected the state of one.
     """
     loss = jnp.asarray(loss, jnp.float32)
     state = find_state(opt_state)
@@ -179,7 +185,7 @@ def loss_scale(opt_state: Any) -> jax.Array:
     """Returns the loss scale of the next step, float32 scalar; 1 if `opt_state` holds no scaler.
 
     Raises:
-      ValueError: `opt_state` is that of several objectives, which have a scale each: expected `opt_state[name]`.
+      InputError: `opt_state` is that of several objectives, which have a scale each: expected `opt_state[name]`.
     """
     state = find_state(opt_state)
     return jnp.float32(1) if state is None else state.scaler.scale
@@ -230,17 +236,17 @@ def find_state(opt_state: Any) -> LossScalingState | None:
     """Finds the `LossScalingState` anywhere inside `opt_state`; returns None if there is none.
 
     Raises:
-      ValueError: `opt_state` holds several of them, so that the loss has no single scale.
+      InputError: `opt_state` holds several of them, so that the loss has no single scale.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScalingState))
     found = [leaf for leaf in leaves if isinstance(leaf, LossScalingState)]
     if has_objectives(opt_state):
         names = ", ".join(map(repr, opt_state))
-        raise ValueError(
+        raise InputError(
             f"opt_state holds the states of several objectives: {names}; expected that of one, opt_state[name]"
         )
     if len(found) > 1:
-        raise ValueError(f"opt_state holds {len(found)} loss scalers; a loss has one scale: use one loss_scaling")
+        raise InputError(f"opt_state holds {len(found)} loss scalers; a loss has one scale: use one loss_scaling")
     return found[0] if found else None
 
 

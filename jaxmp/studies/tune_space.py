@@ -233,7 +233,8 @@ class Space:
         if isinstance(alone, NoValue):
             now = dict(fields_of(base))[path]
             raise NoValue(
-                f"--space {spelled(path)}: {value!r} is no value of this field, which is {now!r:.60}"
+                f"--space {spelled(path)}: {value!r} is no value of this field, which is {now!r:.60}; expected values "
+                "such as A,B,C, or a range, log:LOW:HIGH or linear:LOW:HIGH"
             ) from None
         others = [(other, end) for other, of in self.leaves.items() if other != path for end in of.ends]
         for other, end in others:

@@ -142,7 +142,9 @@ def make_gradients(
     def of_microbatches(params: Any, model_state: Any, scale: jax.Array, batch: Batch, key: jax.Array) -> Any:
         rows, own = _rows(batch), trained_view(params, trains)
         if rows % accumulate_steps:
-            raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
+            raise InputError(
+                f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal microbatches"
+            )
         index = replicas.global_index(rows, accumulate_steps)
         parts = {**replicas.microbatches(batch, accumulate_steps), EXAMPLE_INDEX: index}
 
@@ -193,7 +195,9 @@ def make_gradients(
         refuse_model_state(model_state)
         rows, own = _rows(batch), trained_view(params, trains)
         if rows % accumulate_steps:
-            raise InputError(f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal parts")
+            raise InputError(
+                f"accumulate_steps={accumulate_steps}: a batch of {rows} rows has no so many equal microbatches"
+            )
         index = replicas.global_index(rows, accumulate_steps)
         parts = {**replicas.microbatches(batch, accumulate_steps), EXAMPLE_INDEX: index}
 

@@ -40,7 +40,7 @@ class Objective:
     """the parameters that it trains: patterns of their paths (*: part of a name, **: any names), or of modules, which
     cover all parameters below. The others are neither differentiated nor changed, and cost no optimizer state"""
     every: int = 1
-    """it runs at the steps that this divides, from step 0 on"""
+    """it runs in every step whose number, from 0 on, this divides"""
     ema_decay: float | None = None
     """decay of the moving average of the parameters that it trains, for a state that keeps one"""
     private: Privacy | None = None
@@ -65,7 +65,7 @@ class ObjectiveSpec:
     trains: tuple[str, ...] = EVERYTHING
     """the parameters that it trains, see `Objective.trains`"""
     every: int = 1
-    """it runs at the steps that this divides, from step 0 on"""
+    """it runs in every step whose number, from 0 on, this divides"""
     ema_decay: float | None = None
     """decay of the moving average of the parameters that it trains; None: `loop.ema_decay`"""
     method: str | None = None

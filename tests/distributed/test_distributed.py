@@ -307,6 +307,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 def test_two_processes_of_four_devices_have_the_losses_of_one_device(undisturbed, folder):
     """The other numbers of devices, in one process, are test_sharding.py's."""
     alone = start(folder, (*JAXMP, "train", "digits_mlp", *DIGITS), devices=1)
@@ -336,6 +337,7 @@ def test_so_they_have_with_a_transformer_in_shards_and_microbatches(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 def test_a_stopped_and_a_killed_job_end_as_an_undisturbed_one(undisturbed, folder):
     """A signal to one process stops all after the same step; SIGKILL to one ends the others, with a message."""
     two = launched(folder, LAUNCH / "slurm.sh", "digits_mlp", *DIGITS)

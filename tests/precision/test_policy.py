@@ -126,6 +126,9 @@ def test_dtypes_of_numpy_jax_and_strings_are_one_policy_b6():
     [
         ("mixed_flaot16", ["'mixed_flaot16'", "did you mean 'mixed_float16'?"]),
         ("flaot32", ["did you mean 'float32'?"]),
+        ("fp16", ["did you mean 'mixed_float16', with float32 master weights, or 'float16', without?"]),
+        ("AMP", ["did you mean 'mixed_float16', with float32 master weights"]),
+        ("p=f32, mixed_float16", ["'mixed_float16' is not a field", "rules for modules end with ;"]),
         ("p=f32,c=bf17", ["'bf17' is no dtype", "did you mean 'bf16'?"]),
         ("p=f32,compte=f16", ["'compte=f16'", "did you mean 'compute'?"]),
         ("mixed_float16, reduc=f32", ["did you mean 'reduce'?"]),

@@ -26,6 +26,8 @@ from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.product import Draws, matrix_product
 from jaxmp.precision.recipe import PRODUCTS
 
+pytestmark = pytest.mark.xdist_group("product mutants")  # one worker: it forgets what it has compiled
+
 KEY = jax.random.key(0)
 NEAREST = parse_policy("fprop=mxfp4:rceil,dgrad=mxfp4:rceil,wgrad=mxfp4:rceil").recipe
 GRADIENTS = dataclasses.replace(NEAREST, stochastic=("gradients",))

@@ -285,44 +285,54 @@ def test_a_finished_run_is_read_on_any_number_of_devices(copied, finished):
 
 
 ON_TWO_DEVICES = """
+import json
 import sys
 import jax
 from jaxmp.cli import main
 
 if __name__ == "__main__":
     assert jax.device_count() == 2
-    sys.exit(main(sys.argv[1:]))
+    for arguments in json.loads(sys.argv[1]):
+        print("exit code", main(arguments))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--parallel.shard", "zero1"), ("--parallel.shard", "fsdp")])
-def test_on_another_number_of_devices_a_run_goes_on_in_its_folder_within_rounding(tmp_path, options):
+def test_on_another_number_of_devices_a_run_goes_on_in_its_folder_within_rounding(tmp_path):
     file, script = tmp_path / "net.py", tmp_path / "two.py"
     file.write_text(PROGRAM)
     script.write_text(ON_TWO_DEVICES)
     command = ["train", str(file), "--loop.steps", "8", "--loop.save-every", "4", "--workdir"]
-    assert main([*command, str(tmp_path / "runs")]) == 0
-    run = RunFolder.find(tmp_path / "runs")
-    summary, state = run.read_summary(), leaves(Run(run.path).state())
+    finished = tmp_path / "finished"
+    assert main([*command, str(finished)]) == 0
+    summary, state = RunFolder.find(finished).read_summary(), leaves(Run(finished).state())
+    halves = {"plain": [], "zero1": ["--parallel.shard", "zero1"], "fsdp": ["--parallel.shard", "fsdp"]}
+    for name in halves:
+        half = RunFolder.find(shutil.copytree(finished, tmp_path / name))
+        (half.path / "summary.json").unlink()
+        shutil.rmtree(half.path / "checkpoints/8")
 
-    def again():
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        done = [sys.executable, str(script), *command, str(tmp_path / "runs"), *options]
-        found = subprocess.run(done, env=environment, capture_output=True, text=True, timeout=300)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    assert "devices = 2 (was 1) has no effect: the run is finished" in again()
-    assert run.read_summary() == summary
-    (run.path / "summary.json").unlink()
-    shutil.rmtree(run.path / "checkpoints/8")
-    assert "this run goes on on 2 devices, after 1: sums are rounded in another order" in again()
-    assert config(run.path)["sessions"][0]["changed"]["devices"] == {"was": 1, "is": 2}
-    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
-    for mine, theirs in zip(leaves(Run(run.path).state()), state, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    commands = [[*command, str(finished)], *([*command, str(tmp_path / name), *halves[name]] for name in halves)]
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(commands)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split("exit code 0\n")
+    assert len(said) == 5, done.stdout + done.stderr
+    assert "devices = 2 (was 1) has no effect: the run is finished" in said[0]
+    assert RunFolder.find(finished).read_summary() == summary
+    for name, printed in zip(halves, said[1:], strict=False):
+        assert "this run goes on on 2 devices, after 1: sums are rounded in another order" in printed
+        (path,) = (tmp_path / name / "net").iterdir()
+        assert config(path)["sessions"][0]["changed"]["devices"] == {"was": 1, "is": 2}
+        for mine, theirs in zip(leaves(Run(path).state()), state, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -903,7 +913,11 @@ NOW = {"net.f": {"bytecode": "1", "python": PYTHON}, "net.K": {"value": 1}, "fla
     ("was", "finished", "message"),
     [
         ({"net.f": {"bytecode": "0", "python": "3.9"}}, False, None),
-        ({"net.f": {"bytecode": "0", "python": PYTHON}}, True, r"net\.f has changed since .* other code"),
+        (
+            {"net.f": {"bytecode": "0", "python": PYTHON}},
+            True,
+            r"net\.f has changed since .* the code that it began with",
+        ),
         ({"net.f": {"syntax": "0"}, "net.K": {"value": 2}}, False, r"net\.K, net\.f has changed since"),
         ({"net.g": {"syntax": "0"}}, False, r"net\.g \(not reached any more\)"),
         ({"flax": {"version": "1"}}, False, r"flax 2 \(was 1\): .* install that version"),
@@ -965,7 +979,7 @@ def test_fit_and_the_command_line_refuse_other_code_by_the_same_rule(tmp_path, c
     with pytest.raises(InputError) as refused:
         from_python()
     for text in (message, str(refused.value)):
-        assert "Net.__call__" in text and "SHIFT" in text and "other code" in text
+        assert "Net.__call__" in text and "SHIFT" in text and "the code that it began with" in text
 
 
 def test_other_data_is_refused_and_named(tmp_path):
@@ -976,7 +990,7 @@ def test_other_data_is_refused_and_named(tmp_path):
     stopped = fit(loaded(), workdir=tmp_path, name="small")
     (stopped.path / "summary.json").unlink()
     np.save(tmp_path / "rows.npy", 39)
-    with pytest.raises(InputError, match=r"train has 39 rows \(was 40\).*other data"):
+    with pytest.raises(InputError, match=r"train has 39 rows \(was 40\).*the data that it began with"):
         fit(loaded(), workdir=tmp_path, name="small")
 
 

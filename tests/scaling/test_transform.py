@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmp
+from jaxmp.errors import InputError
 from jaxmp.scaling.scalers import DynamicScaler, NoScaler, StaticScaler
 from jaxmp.scaling.transform import TOGETHER, LossScalingState, all_finite, find_state, loss_scaling
 from jaxmp.trees import tree_where
@@ -491,3 +492,16 @@ def test_a_skipped_step_leaves_the_signs_of_complex_zeros():
     updates, _ = tx.update({"z": jnp.array([jnp.inf, 1j], jnp.complex64)}, tx.init(params), params)
     for new in (optax.apply_updates(params, updates), jaxmp.apply_updates(params, updates)):
         assert np.asarray(new["z"]).tobytes() == np.asarray(params["z"]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("adam",), r"loss_scaling: 'adam': expected an optax transformation, such as optax\.adam"),
+        ((optax.sgd(0.1), "dynamic"), r"scaler = 'dynamic': expected a Scaler, such as DynamicScaler\(\)"),
+        ((optax.sgd(0.1), DynamicScaler), "expected a Scaler"),
+    ],
+)
+def test_what_is_no_optimizer_or_scaler_is_refused_at_once(arguments, said):
+    with pytest.raises(InputError, match=said):
+        loss_scaling(*arguments)

@@ -22,6 +22,8 @@ from jaxmp.modules.linen import ModulePolicy
 from jaxmp.precision.policy import parse_policy
 from jaxmp.precision.policy_tree import PolicyTree
 
+pytestmark = pytest.mark.xdist_group("cheapest policy")  # one worker: the fixtures search
+
 HALF, FULL = parse_policy("mixed_float16"), parse_policy("float32")
 
 

@@ -18,6 +18,8 @@ from jaxmp.scaling.transform import loss_scaling
 from jaxmp.testing import StepAdapter, step_laws
 from jaxmp.trees import tree_where
 
+pytestmark = pytest.mark.xdist_group("laws of objectives")  # one worker: the right step is compiled once
+
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 NAMES = CRITIC, ACTOR = "critic", "actor"
 SCALERS = {

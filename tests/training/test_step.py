@@ -414,7 +414,10 @@ def test_fp8_leaves_are_set_aside_and_a_batch_needs_no_weight(accumulate_steps):
     ("options", "words"),
     [
         ({"accumulate_steps": 0}, "accumulate_steps=0: expected a whole number of at least 1"),
-        ({"accumulate_steps": 3}, "accumulate_steps=3: a batch of 4 rows has no so many equal parts"),
+        (
+            {"accumulate_steps": 3},
+            "accumulate_steps=3: a batch of 4 rows has no so many equal microbatches",
+        ),
         ({"accumulate_overflow": "typo"}, "accumulate_overflow='typo': expected window or microbatch"),
     ],
 )
