@@ -1,6 +1,7 @@
 """jaxmp: training in mixed precision that runs any experiment under any precision, and checks what it did.
 
-Each public name has its own help, as in `help(jaxmp.loss_scaling)`: shapes, dtypes, errors and source.
+Each public name has its own help, as in `help(jaxmp.loss_scaling)`: shapes, dtypes, errors and source. Traps T1 to T27
+and defects B1 to B18, which docstrings name, are those of experiments/conformance/traps.md.
 
 Policies: Policy, parse_policy, PolicyTree. with_policy applies one to a Flax Linen module, from_nnx to an NNX module,
 apply_policy to a function; explain shows what each module computes in. autocast runs any function in mixed precision,

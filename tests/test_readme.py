@@ -258,6 +258,13 @@ def test_conformance_has_its_table():
     assert "| jaxmp, DynamicScaler |" in readme
 
 
+def test_the_traps_and_defects_that_code_names_are_listed():
+    listed = set(re.findall(r"^\| ([TB]\d+) \|", (ROOT / "experiments/conformance/traps.md").read_text(), re.M))
+    code = [path.read_text() for folder in ("jaxmp", "tests") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for text in code for name in re.findall(r"\b(?:[Tt]rap|[Dd]efect) ([TB]\d+)\b", text)}
+    assert named and named <= listed
+
+
 def test_help_names_every_public_name():
     named = set(re.findall(r"\w+", jaxmp.__doc__))
     assert set(jaxmp.__all__) <= named

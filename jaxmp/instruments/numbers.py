@@ -2,7 +2,7 @@
 
 A `Number` goes along with each value of a jaxpr: bounds, whether it is whole, how far the roundings to half precision
 may have moved it. `find` looks at one operation and the numbers of its operands, `follow` says what its result is. They
-are the part of `audit` that knows traps T19, T20 and T23 of the numerics contract, and constants that vanish (T14).
+are the part of `audit` that knows traps T19, T20 and T23, and constants that vanish (T14).
 
 What is unknown is taken to be of order one: an activation in half is no large angle. Sums of activations stay of that
 order.

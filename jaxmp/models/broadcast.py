@@ -12,7 +12,7 @@ import jax.numpy as jnp
 class Broadcast(nn.Module):
     """A learned array, broadcast first and then cast: position embeddings, a class token, the bias of tied logits.
 
-    Cast first, its gradient would be summed over the batch in half (trap T2 of the numerics contract).
+    Cast first, its gradient would be summed over the batch in half (trap T2).
     """
 
     shape: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 Parameters stay in their own dtype (float32 master weights) until the very operation that uses them. The cast therefore
 sits inside the body of a scan, of a rematerialised block and of each use of a tied weight, and the gradients of all
-uses meet in float32 (trap T1 of the numerics contract: cast once outside, a bfloat16 weight used 1000 times gets 256
+uses meet in float32 (trap T1: cast once outside, a bfloat16 weight used 1000 times gets 256
 for a gradient of 1000). Two gradients would still be summed in half inside one layer, so these layers get help: a bias
 is broadcast in float32 and then cast (T2), an embedding is gathered in float32 and its rows are cast (T15).
 """

@@ -1,6 +1,6 @@
 """What each Flax Linen layer needs under a policy, beside a `dtype` that is set for the length of its call.
 
-A bias is broadcast in float32 and then cast (trap T2 of the numerics contract), an embedding is gathered in float32 and
+A bias is broadcast in float32 and then cast (trap T2), an embedding is gathered in float32 and
 its rows are cast (T15), attention takes its softmax in float32 (T4), a recurrent cell keeps the dtype of its carry.
 """
 

@@ -541,7 +541,7 @@ def factors(subject: _Subject) -> None:
 def loss_in_float32(subject: _Subject) -> None:
     """The loss is scaled in float32, whatever its dtype.
 
-    Defect B11, rule 1: the product of a float16 loss and the scale would overflow.
+    Defect B11: the product of a float16 loss and the scale would overflow.
     """
 
     def counterexample(pair: tuple[str, float]) -> str | None:
