@@ -42,6 +42,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def install(extra: str) -> str:
+    """How the packages of an extra of jaxmp are installed. Ends an error message.
+
+    >>> install("tune")
+    "`uv sync --extra tune`, or `pip install 'jaxmp[tune]'`"
+    """
+    return f"`uv sync --extra {extra}`, or `pip install 'jaxmp[{extra}]'`"
+
+
 def require(owner: object, field: str, valid: bool, expected: str) -> None:
     """Raises an InputError that names `owner.field`, its value and what was expected, unless `valid`."""
     if not valid:

@@ -277,7 +277,7 @@ def test_doctor_says_what_is_here_and_how_to_get_what_is_missing(capsys, monkeyp
     out, _ = printed(capsys)
     assert f"jax {jax.__version__}" in out
     assert f"{jax.local_device_count()} x cpu" in out
-    assert "no_such_module (metrics elsewhere): uv sync --extra wandb, or pip install 'jaxmp[wandb]'" in out
+    assert "no_such_module (metrics elsewhere): `uv sync --extra wandb`, or `pip install 'jaxmp[wandb]'`" in out
     assert "jaxmp data prepare mnist" in out
 
 

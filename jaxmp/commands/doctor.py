@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmp.commands.command import Command
-from jaxmp.errors import DONE, InputError
+from jaxmp.errors import DONE, InputError, install
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 
@@ -157,10 +157,10 @@ def _data() -> Iterator[str]:
 def _missing() -> list[str]:
     lines = []
     if Path("/proc/driver/nvidia/version").exists() and not _sees_gpu():
-        lines.append("JAX does not see the NVIDIA GPU of this machine: " + _install("cuda12") + " (or cuda13)")
+        lines.append("JAX does not see the NVIDIA GPU of this machine: " + install("cuda12") + " (or cuda13)")
     for extra, (module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
-            lines.append(f"{module} ({purpose}): {_install(extra)}")
+            lines.append(f"{module} ({purpose}): {install(extra)}")
     prepared = _prepared()
     for name in ("mnist", "cifar10"):
         if name not in prepared:
@@ -184,10 +184,6 @@ def _prepared() -> set[str]:
         return {dataset.name for dataset in list_datasets()}
     except InputError:  # no home folder; the section on data says so
         return set()
-
-
-def _install(extra: str) -> str:
-    return f"uv sync --extra {extra}, or pip install 'jaxmp[{extra}]'"
 
 
 def _cpu_flags() -> set[str]:

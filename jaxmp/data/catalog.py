@@ -23,7 +23,7 @@ import numpy as np
 from jaxmp.data import builders
 from jaxmp.data.cache import cache_folder, prepare_once
 from jaxmp.data.records import flatten
-from jaxmp.errors import InputError, local_path, nearest
+from jaxmp.errors import InputError, install, local_path, nearest
 
 FORMAT = "array_record"  # the one of TFDS's formats that is read at random and without TensorFlow
 
@@ -161,7 +161,7 @@ def prepare_dataset(name: str, manual: str | os.PathLike[str] | None = None) -> 
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
             f"preparing {name!r} runs TFDS's own builder, which imports TensorFlow, and that is not installed: "
-            "`uv sync --extra prepare`, or `pip install 'jaxmp[prepare]'` (reading what is prepared needs none)"
+            f"{install('prepare')} (reading what is prepared needs none)"
             + (f"; or, without TensorFlow, {_from_files(name)}" if name in builders.MANUAL else "")
         )
     try:

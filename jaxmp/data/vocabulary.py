@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, install
 
 ROLES: Mapping[str, str] = {
     "padding": "[PAD]",
@@ -195,6 +195,6 @@ def import_tokenizers() -> Any:
     except ImportError as error:
         raise InputError(
             f"data.tokenizer: WordPiece and BPE need the library tokenizers, which cannot be imported ({error}): "
-            "`uv sync --extra text`, or `pip install 'jaxmp[text]'`"
+            f"{install('text')}"
         ) from error
     return tokenizers

@@ -29,7 +29,7 @@ from jaxmp.deploy.decisions import compared, decisions, targets_of
 from jaxmp.deploy.forward import Forward, class_names, decoder, forward
 from jaxmp.deploy.onnx_graph import interface_dtype
 from jaxmp.deploy.predict import Artefact, ArtefactError
-from jaxmp.errors import InputError, local_path, nearest
+from jaxmp.errors import InputError, install, local_path, nearest
 from jaxmp.jaxprs import tracing
 from jaxmp.models.pretrained import write_safetensors
 from jaxmp.modules.linen import explain
@@ -297,7 +297,7 @@ def _require_flatbuffers() -> None:
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
-        raise InputError("exporting needs flatbuffers: pip install 'jaxmp[export]'") from None
+        raise InputError(f"exporting needs flatbuffers: {install('export')}") from None
 
 
 def chosen_state(run: Run, weights: str, *, option: str = "weights") -> TrainState:

@@ -23,7 +23,7 @@ from jaxmp.deploy.forward import Forward
 from jaxmp.deploy.onnx_graph import Graph, interface_dtype, kept_dtype, onnx_type, refused, whole_dtype
 from jaxmp.deploy.onnx_rounding import parse_scope, rounded, unpacked
 from jaxmp.deploy.packed_weight import PackedWeight
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, install
 from jaxmp.jaxprs import Place, called, equations, opened, quantiser, scan_counts, tracing
 from jaxmp.precision.blocks import BlockFormat
 from jaxmp.trees import is_floating
@@ -82,7 +82,7 @@ def require_packages() -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise InputError(f"format onnx needs {error.name}: pip install 'jaxmp[onnx]'") from None
+        raise InputError(f"format onnx needs {error.name}: {install('onnx')}") from None
 
 
 def files(of: Forward, packed: Mapping[str, PackedWeight] = {}) -> dict[str, bytes]:  # only read

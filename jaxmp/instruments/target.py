@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmp.errors import InputError, nearest
+from jaxmp.errors import InputError, install, nearest
 
 GPUS = {"h100": Path(__file__).with_name("h100.txtpb")}
 """XLA's description of each GPU, by name"""
@@ -99,5 +99,5 @@ def _remedy() -> str:
         return "JAX could not load its CUDA build; without a GPU that takes JAX_PLATFORMS=cpu in the environment"
     return (
         "compiling for a GPU takes the CUDA build of JAX (4.5 GB), but no GPU; expected it installed, by "
-        "`uv sync --extra cuda12` or pip install 'jaxmp[cuda12]' (or cuda13)"
+        f"{install('cuda12')} (or cuda13)"
     )

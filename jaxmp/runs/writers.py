@@ -45,7 +45,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, install
 from jaxmp.text_table import without_nan
 
 Record = Mapping[str, Any]
@@ -319,9 +319,7 @@ class WeightsAndBiases:
 
             wandb.init  # noqa: B018  without the package, a folder called wandb can be imported all the same
         except (ImportError, AttributeError):
-            raise InputError(
-                "Weights & Biases is not installed: `uv sync --extra wandb`, or `pip install 'jaxmp[wandb]'`"
-            ) from None
+            raise InputError(f"Weights & Biases is not installed: {install('wandb')}") from None
         identity = Path(folder) / "wandb" / "run_id"
         with _or_input_error(identity):
             identity.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmp.errors import InputError, local_path
+from jaxmp.errors import InputError, install, local_path
 from jaxmp.text_table import without_nan, without_password
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def require_optuna(sampler: str = "tpe") -> None:
     """Raises InputError if the packages of the extra `tune` are not installed."""
     for package in ("optuna", *(("cmaes",) if sampler == "cmaes" else ())):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"jaxmp tune needs {package}, which is not installed: pip install 'jaxmp[tune]'")
+            raise InputError(f"jaxmp tune needs {package}, which is not installed: {install('tune')}")
 
 
 def open_storage(folder: StudyFolder, url: str | None, heartbeat: float | None = None) -> Any:

@@ -15,11 +15,13 @@ Needs hypothesis: `pip install jaxmp[testing]`. This module registers two hypoth
 and run `pytest --hypothesis-profile=jaxmp-thorough`.
 """
 
+from jaxmp.errors import install as _install
+
 try:
     import hypothesis as _hypothesis
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "jaxmp.testing needs hypothesis, which is not installed: pip install 'jaxmp[testing]'", name="hypothesis"
+        f"jaxmp.testing needs hypothesis, which is not installed: {_install('testing')}", name="hypothesis"
     ) from None
 
 from jaxmp.testing.laws import Broken, LawResult, Laws

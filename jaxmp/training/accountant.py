@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxmp.data.poisson import OVERFULL
-from jaxmp.errors import InputError
+from jaxmp.errors import InputError, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,6 @@ def import_accounting() -> Any:
     except ImportError as error:
         raise InputError(
             f"a private optimizer: epsilon needs the library dp_accounting, which cannot be imported ({error}): "
-            "`uv sync --extra private`, or `pip install 'jaxmp[private]'`"
+            f"{install('private')}"
         ) from error
     return dp_accounting

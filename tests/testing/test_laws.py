@@ -260,7 +260,10 @@ def test_without_hypothesis_the_import_says_how_to_install_it():
     code = "import sys; sys.modules['hypothesis'] = None; import jaxmp.testing"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert process.returncode == 1
-    last = "ModuleNotFoundError: jaxmp.testing needs hypothesis, which is not installed: pip install 'jaxmp[testing]'"
+    last = (
+        "ModuleNotFoundError: jaxmp.testing needs hypothesis, which is not installed: `uv sync --extra testing`, "
+        "or `pip install 'jaxmp[testing]'`"
+    )
     assert process.stderr.splitlines()[-1] == last
 
 
