@@ -10,8 +10,19 @@ LEAST_NAME = 16
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Prints one line for each number; a nested mapping's name goes before its own names. Lists are left out."""
-    rows = list(_rows(summary, ""))
+    """Prints one line for each number; a nested mapping's name goes before its own names. Lists are left out.
+
+    What is under `best` is of two splits: the metric by which the step was chosen, of validation, and those of test.
+    """
+    shown: dict[str, Any] = {}
+    for name, value in summary.items():
+        if name == "best" and isinstance(value, Mapping):
+            of_test = value.get("test") or {}
+            shown[name] = {n if n == "step" else f"validation {n}": of for n, of in value.items() if n != "test"}
+            shown["at best step,"] = {f"test {n}": of for n, of in of_test.items()}
+        else:
+            shown[name] = value
+    rows = list(_rows(shown, ""))
     width = max([LEAST_NAME, *(len(name) for name, _ in rows)])
     for name, text in rows:
         print(f"{name:<{width}} {text}")

@@ -6,6 +6,13 @@ from jaxmp.commands.summary import print_summary
 
 
 def test_values_stand_in_one_column_however_long_their_names_are(capsys):
-    print_summary({"steps": 120, "best": {"test": {"accuracy": 0.9739776951}}, "skipped": [1], "run": "runs/a"})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["steps              120", "best test accuracy 0.973978", "run                runs/a"]
+    best = {"step": 100, "accuracy": 0.975, "test": {"accuracy": 0.9739776951}}
+    print_summary({"steps": 120, "test": {"accuracy": 0.97}, "best": best, "skipped": [1], "run": "runs/a"})
+    assert capsys.readouterr().out.splitlines() == [
+        "steps                       120",
+        "test accuracy               0.97",
+        "best step                   100",
+        "best validation accuracy    0.975",
+        "at best step, test accuracy 0.973978",
+        "run                         runs/a",
+    ]
