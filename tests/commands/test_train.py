@@ -87,8 +87,8 @@ def test_the_same_batches_over_and_over_are_learned_by_heart(train, capsys):
 
 
 def test_a_run_out_of_minutes_is_saved_and_the_same_command_goes_on(train, capsys):
-    options = ("--loop.max-minutes", "1e-6", "--loop.log-every", "50", "--loop.epochs", "4")
-    assert [train(*options) for _ in range(5)] == [STOPPED] * 3 + [DONE] * 2  # an epoch a session
+    options = ("--loop.max-minutes", "1e-6", "--loop.log-every", "50", "--loop.epochs", "5")
+    assert [train(*options) for _ in range(6)] == [STOPPED] * 4 + [DONE] * 2  # an epoch a session
     assert "stopped at step 10 after 1e-06 minutes (loop.max_minutes) and saved" in capsys.readouterr().out
 
 
