@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jaxmp.commands import (
     audit,
@@ -80,18 +81,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises: any exception that is a bug, of jaxmp or of the user's model; its traceback is what helps.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    return _ended(lambda: _run(given))
+
+
+def script(function: Callable[..., object]) -> int:
+    """Runs a script, by `sys.exit(script(main))`: it ends as a command does, bad input with one message and code 2.
+
+    Args:
+      function: its parameters are the options of the command line, read by tyro; without any it reads them itself.
+    """
+    import tyro
+
+    def run() -> int:
+        tyro.cli(function) if inspect.signature(function).parameters else function()
+        return DONE
+
+    return _ended(run)
+
+
+def _ended(run: Callable[[], int]) -> int:
+    """Calls `run`, and returns its exit code, or that of the error with which it ended, after its message."""
     for stream in (sys.stdout, sys.stderr):  # an output in ASCII, and paths that are not UTF-8, are no errors
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with _exit_on_interrupt():
         try:
-            code = _run(argv)
+            code = run()
             if sys.stdout is not None:  # `jaxmp ... >&-`
                 sys.stdout.flush()  # a closed pipe raises here
             return code
         except SystemExit as stop:  # by tyro: 0 after --help, 2 after its message about an argument
-            return stop.code if isinstance(stop.code, int) else DONE
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+                return FAILED
+            return DONE if stop.code is None else int(stop.code)
         except BrokenPipeError:  # `jaxmp configs | head`
             sys.stdout = None
             return DONE

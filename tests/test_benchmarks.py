@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tyro
 
+from jaxmp.errors import InputError
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
 
@@ -143,7 +145,7 @@ def test_each_extra_is_handed_on_and_recorded(benchmark, run_fake, monkeypatch, 
 
 
 def test_only_what_is_a_benchmark_is_run(benchmark):
-    with pytest.raises(SystemExit, match="startt: there is no such benchmark; there are peers, start"):
+    with pytest.raises(InputError, match="startt: there is no such benchmark; there are peers, start"):
         benchmark("run").main(("peers", "startt"))
 
 

@@ -590,6 +590,37 @@ def test_expected_ends_are_a_message_and_a_code(error, code, message, monkeypatc
     assert re.search(message, printed(capsys)[1])
 
 
+def test_a_script_ends_as_a_command_does(monkeypatch, capsys):
+    def measure(rows: int = 3) -> None:
+        """Measures.
+
+        Args:
+            rows: How many.
+        """
+        if rows < 0:
+            raise InputError(f"rows {rows}: expected 0 or more")
+        if rows == 0:
+            raise SystemExit("nothing was measured")
+        print(rows)
+
+    def alone() -> None:
+        print(sys.argv[1:])
+
+    for arguments, code, said in (
+        ([], 0, "3"),
+        (["--rows", "2"], 0, "2"),
+        (["--rows", "-1"], 2, "jaxmp: rows -1: expected 0 or more"),
+        (["--rows", "0"], 1, "nothing was measured"),
+        (["--rwos", "0"], 2, "--rwos"),
+        (["--help"], 0, "How many."),
+    ):
+        monkeypatch.setattr(sys, "argv", ["measure.py", *arguments])
+        assert cli.script(measure) == code
+        assert said in "".join(printed(capsys))
+    monkeypatch.setattr(sys, "argv", ["alone.py", "--own"])
+    assert cli.script(alone) == 0 and printed(capsys)[0] == "['--own']\n"
+
+
 def test_bugs_show_their_traceback(monkeypatch):
     def fail(argv):
         raise TypeError("a bug")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from jaxmp import TrainState, audit, loss_scaling, make_loss, make_train_step
+from jaxmp.cli import script
 from jaxmp.runs.provenance import provenance
 from jaxmp.training.metrics import Mean
 
@@ -141,4 +142,4 @@ def measure(layers: int = 12, batch_size: int = 8, rounds: int = 5, output: Path
 
 
 if __name__ == "__main__":
-    tyro.cli(measure)
+    sys.exit(script(measure))

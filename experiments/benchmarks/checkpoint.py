@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
 from interleaved import load
 
+from jaxmp.cli import script
 from jaxmp.runs.checkpoint import Checkpoints
 from jaxmp.runs.provenance import provenance
 
@@ -126,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

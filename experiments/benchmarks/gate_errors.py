@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tyro
 from scipy import stats
 
+from jaxmp.cli import script
 from jaxmp.runs.provenance import provenance
 from jaxmp.studies.gate import LOOKS, NOT_INFERIOR, P_OF_LOOKS, P, decidable_margin, decide
 
@@ -76,4 +77,4 @@ def main(studies: int = 20_000, output: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -15,6 +15,7 @@ true one. torch runs with autocast, compiled; its float32 is TF32.
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside JAX
 
@@ -29,12 +30,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from interleaved import Run, interleave, load, runs_here, timed
 from jax.lax import Precision
 from large_models import Workload, workloads
 
 from jaxmp import DynamicScaler, TrainState, fit, loss_scaling, make_train_step
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.flops import BACKWARD, peak_flops, product_flops
 from jaxmp.instruments.program import Program
@@ -280,4 +281,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

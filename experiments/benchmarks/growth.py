@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from interleaved import Run, interleave, load
 from peer_steps import hand_written, jaxmp_itself
 from peer_steps.cases import FIRST_SCALE, Case, loss_and_accuracy, optimizer
 from peers import singly
 
 from jaxmp import Adam, Arrays, Experiment, Loop
+from jaxmp.cli import script
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
@@ -277,4 +277,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

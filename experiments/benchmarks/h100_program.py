@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.target import Target
@@ -71,4 +71,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    tyro.cli(measure)
+    sys.exit(script(measure))

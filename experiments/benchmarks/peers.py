@@ -20,17 +20,18 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from interleaved import Run, interleave, load, runs_here, summary, timed
 from peer_steps import hand_written, jaxmp_itself
 from peer_steps.cases import Case, cases
 
+from jaxmp.cli import script
 from jaxmp.runs.provenance import provenance
 from jaxmp.text_table import table
 
@@ -286,4 +287,4 @@ def report(key: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from interleaved import load
 
 from jaxmp import TFDS, Arrays, InputError, Parallel, TrainState
+from jaxmp.cli import script
 from jaxmp.data.pipeline import Batches, stream
 from jaxmp.data.table_files import TableFiles
 from jaxmp.runs.provenance import provenance
@@ -191,4 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 
 from jaxmp import Experiment, InputError
+from jaxmp.cli import script
 from jaxmp.data.image_folder import ImageFolder
 from jaxmp.data.pipeline import Batches, prepared_ahead, resident, stream
 from jaxmp.data.table_files import TableFiles
@@ -171,4 +172,4 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -12,6 +12,7 @@ fetching and writing overlap with the computation of the device.)
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
@@ -89,4 +90,4 @@ def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, output: Path | No
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from interleaved import Run, interleave
 
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.what_if import make_what_if, recipe_of
@@ -114,4 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -31,6 +31,8 @@ import jax
 import tables
 import tyro
 
+from jaxmp.cli import script
+from jaxmp.errors import InputError
 from jaxmp.runs.provenance import provenance
 
 FOLDER = Path(__file__).parent
@@ -251,7 +253,7 @@ def main(
     """
     for name in names:
         if name not in BENCHMARKS:
-            raise SystemExit(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
+            raise InputError(f"{name}: there is no such benchmark; there are {', '.join(BENCHMARKS)}")
     for name in names:
         apart = quick or "--toys" in extra
         stem = f"{'quick-' if apart else ''}{device()}-{datetime.date.today().isoformat()}"
@@ -262,4 +264,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

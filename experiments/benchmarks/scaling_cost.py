@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from large_models import Workload, spec_of, workloads
 
 from jaxmp import DynamicScaler, TrainState, loss_scaling, make_train_step
+from jaxmp.cli import script
 from jaxmp.instruments.audit import audit
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
@@ -113,4 +114,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

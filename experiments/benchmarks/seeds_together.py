@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import tempfile
 import time
 
-import tyro
-
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.studies.tune import tune
 
@@ -49,4 +49,4 @@ def main(seeds: int = 3, rounds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
 from interleaved import load
 
+from jaxmp.cli import script
 from jaxmp.runs.provenance import provenance
 
 PROGRAMS = Path(__file__).parent / "start_programs"
@@ -141,4 +141,4 @@ def main(output: Path | None = None, rounds: int = 7, steps: int = 1000, quick: 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax.training.dynamic_scale import DynamicScale
 
 from jaxmp import Arrays, Classification, Experiment, TrainState, loss_scaling, make_loss, make_train_step
+from jaxmp.cli import script
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.trainer import Trainer
@@ -293,4 +294,4 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

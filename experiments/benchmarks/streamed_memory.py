@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -18,9 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from jaxmp import Adam, Classification, Experiment, Loop, fit
+from jaxmp.cli import script
 from jaxmp.data.table_files import TableFiles
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
@@ -109,4 +110,4 @@ def main(output: Path | None = None, size: int = 4096, steps: int = 1024, batch_
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -24,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.fit import fit
 from jaxmp.runs.provenance import provenance
@@ -131,4 +130,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

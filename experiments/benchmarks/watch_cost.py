@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.hooks import Hooks, StepInfo
 from jaxmp.runs.provenance import provenance
@@ -117,4 +118,4 @@ def main(config: str = "digits_cnn", rounds: int = 15, output: Path | None = Non
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import jaxmp
+from jaxmp.cli import script
 from jaxmp.models.mlp import MLP
 from jaxmp.runs.provenance import provenance
 from jaxmp.runs.teacher import Teacher
@@ -69,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script(main))

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import jaxmp
+from jaxmp.cli import script
 from jaxmp.deploy.quantise import FORMATS, quantise
 from jaxmp.runs.provenance import provenance
 
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script(main))

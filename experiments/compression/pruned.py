@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
 import jaxmp
+from jaxmp.cli import script
 from jaxmp.deploy.accuracy import Trade, trade
 from jaxmp.deploy.export import ROWS, Measured
 from jaxmp.deploy.prune import prune
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script(main))

@@ -22,9 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
 from subject import Subject
 
+from jaxmp.cli import script
+from jaxmp.errors import InputError
 from jaxmp.runs.provenance import provenance
 
 SYSTEMS = (
@@ -108,7 +109,7 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
     """
     for system in systems:
         if system not in SYSTEMS:
-            raise SystemExit(f"--systems {system}: there is no such file; there are {', '.join(SYSTEMS)}")
+            raise InputError(f"--systems {system}: there is no such file; there are {', '.join(SYSTEMS)}")
     # A process for each: Haiku and Keras keep policies for the whole process.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, max_tasks_per_child=1) as pool:
@@ -128,4 +129,4 @@ def main(systems: tuple[str, ...] = SYSTEMS, processes: int = 2, output: Path | 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -15,6 +15,7 @@ https://arxiv.org/abs/1806.07755, section 2, for the two parts and the features 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ import tyro
 from sklearn.neighbors import NearestNeighbors
 
 from jaxmp import Run, with_policy
+from jaxmp.cli import script
 from jaxmp.runs.folder import parse_step
 from jaxmp.runs.provenance import provenance
 from jaxmp.tasks.samples import Sampling
@@ -121,4 +123,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

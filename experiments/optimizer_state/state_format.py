@@ -15,12 +15,12 @@ make large updates. On a CPU, the emulation needs more temporary memory than thi
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from jaxmp import fit
+from jaxmp.cli import script
 from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
@@ -111,4 +111,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

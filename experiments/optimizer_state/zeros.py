@@ -18,6 +18,7 @@ the mean and as large updates in the worst case.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from jaxmp import steps
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 from jaxmp.scaling.state_format import state_format
@@ -108,4 +109,4 @@ def main(config: str = "digits_mlp", count: int = 100, output: Path | None = Non
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -18,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import optax
 
 from jaxmp import AdamW, Arrays, Experiment, Loop
+from jaxmp.cli import script
 from jaxmp.experiment.settings import Parallel
 from jaxmp.instruments.program import Program
 from jaxmp.instruments.target import COMPILER_OPTIONS, Target
@@ -157,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script(main))

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from jaxmp import fit
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.runs.provenance import provenance
 
@@ -90,4 +90,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from jaxmp.cli import script
 from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.reports.page import write
 from jaxmp.reports.paper_report import plot
@@ -91,4 +92,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -20,12 +20,14 @@ import fcntl
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from jaxmp.cli import script
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.identity import identity_hash
 from jaxmp.reports.page import write
@@ -151,4 +153,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
 from jaxmp import fit
+from jaxmp.cli import script
 from jaxmp.errors import RunFailed
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.precision.recipe import RECIPES
@@ -116,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(script(main))
