@@ -145,7 +145,8 @@ def _figure(claim: Mapping[str, Any]) -> str:
     if mean is None:
         return "none"
     if low is None:
-        return f"{mean:.12g}" if claim["note"].startswith("exact") else f"{mean:.4g}"
+        whole = f"{mean:.12g}"  # 0.015625, say, which an exact claim is about
+        return whole if claim["note"].startswith("exact") and float(whole) == mean else f"{mean:.4g}"
     # 4e-17 in an interval of 0.01 is 0 but for the rounding of a mean.
     mean, low, high = (value * (abs(value) >= 1e-12 * (high - low)) + 0.0 for value in (mean, low, high))
     level = 100 * claim["confidence"]
