@@ -65,8 +65,8 @@ TASKS = {
         ("--loop.epochs", "8"),
         "character error rates of 2.20 and 1.99 % (English speech)",
         "table 3",
-        remark="One of the 300 test recordings is a third of a point. After 8 of the config's 30 epochs the two runs of "
-        "a seed differ in at most four of them, which leaves more than a point open; after all 30, the means of 3 seeds "
+        remark="One of the 300 test recordings is a third of a point. After 8 of the config's 30 epochs the two runs "
+        "of a seed differ in at most four of them, which leaves more than a point open; after all 30, means of 3 seeds "
         "differ by a third of a point (configs/README.md).",
     ),
     "SST-2": Task(
