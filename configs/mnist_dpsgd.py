@@ -6,8 +6,8 @@ at epsilon 2 and 97 % at epsilon 8 with 1,000 hidden units on 60 principal compo
 Command:   jaxmp data prepare mnist && jaxmp train mnist_dpsgd
            at epsilon 8: jaxmp train mnist_dpsgd --optimizer.noise-multiplier 0.69
 Hardware:  1 CPU core, 1 to 2 minutes
-Expected:  test accuracy 94.2 ± 0.2 % at epsilon 2.96, delta 1e-5, in each of float32, mixed_bfloat16 and mixed_float16,
-           and 95.0 ± 0.2 % at epsilon 7.74 in float32, over 3 seeds (configs/results.json)
+Expected:  test accuracy 94.2 ± 0.2 % at epsilon 2.96 and 95.0 ± 0.2 % at epsilon 7.74, delta 1e-5, in each of float32,
+           mixed_bfloat16 and mixed_float16, over 3 seeds (configs/results.json)
 
 Needs the extra `private`. Epsilon is for the 55,000 training images, one more or less; the two noise multipliers are
 rounded up from those that give 3 and 8.
