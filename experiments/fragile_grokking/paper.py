@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import jaxmp
-from jaxmp import FunctionTask, NoScaler, TrainState, loss_scaling, make_loss, make_train_step, parse_policy
+from jaxmp import FunctionTask, InputError, NoScaler, TrainState, loss_scaling, make_loss, make_train_step, parse_policy
 from jaxmp.models.transformer import Llama
 from jaxmp.studies import paper_figures
 from jaxmp.studies.claims import Claim, Compute, Figure, Paper, below, differing, within
@@ -153,15 +153,16 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(seed: int, *, threads: int, seeds: int, on_cpus: int = 1, **settings: Any) -> dict[str, Any]:
+def run(seed: int, *, threads: int, seeds: int, **settings: Any) -> dict[str, Any]:
     """Returns what `train_all` finds of a seed, which is trained together with its neighbours of `seeds` in a child.
 
-    `cpus` is the number of CPUs that were there. `on_cpus` is that of an arm of several threads, of which it is a part:
-    below 2 the run counts as failed, for on one CPU threads test nothing, and no claim about them is judged.
+    `cpus` is the number of CPUs that were there.
+
+    Raises: InputError for several threads on one CPU, where they test nothing.
     """
     assert train_all is not None  # what the child calls is part of this function's identity
-    if threads > 1 and on_cpus < 2:
-        return {"failed": f"{threads} threads on {on_cpus} CPU test nothing; expected 2 CPUs or more", "cpus": on_cpus}
+    if threads > 1 and cpus() < 2:
+        raise InputError(f"fragile_grokking: {threads} threads on one CPU test nothing; expected 2 CPUs or more")
     first = seed - seed % SEEDS_A_CHILD
     block = tuple(range(first, min(first + SEEDS_A_CHILD, seeds)))
     return {**_in_child(block, threads, json.dumps(settings))[seed - first], "cpus": cpus()}
@@ -173,9 +174,8 @@ def get_paper(quick: bool = False) -> Paper:
 
     def arm(precision: str = "float32", *, threads: int = 1, **changed: bool) -> Compute:
         settings = {"reverse": False, "ulp": False, "other_weights": False, **changed}
-        several = {"on_cpus": cpus()} if threads > 1 else {}
         common = {"precision": precision, "epochs": epochs, "threads": threads, "seeds": seeds}
-        return Compute(run, {**common, **several, **settings})
+        return Compute(run, {**common, **settings})
 
     arms = {
         "float32": arm(),

@@ -138,7 +138,7 @@ def get_paper(quick: bool = False) -> Paper:
             lower,
             "growths 21 finite steps apart, for an interval of 20",
             "flax, `DynamicScale`",
-            "In so few steps that is one growth fewer, at most.",
+            "In so few steps few growths come: the two rules skip equally often in most seeds.",
         ),
         skips("jmp-is-torch", "jmp's rule is torch's", "jmp", within(0.0), "0", "jmp, `DynamicLossScale.adjust`"),
         skips(

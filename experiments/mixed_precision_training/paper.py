@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmp import SGD, FunctionTask, Mean, NoScaler, Run, StaticScaler
+from jaxmp import SGD, FunctionTask, InputError, Mean, NoScaler, Run, StaticScaler
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.html.figure import Axis, Series, line_figure
 from jaxmp.precision.rounding import apply_updates
@@ -93,6 +93,10 @@ def magnitudes(run: Run) -> dict[str, Any]:
     `lost_gradients`: share of the non-zero ones below 2^-25, of which float16 makes 0; `saved_gradients`: of those from
     2^-28 on, which a scale of 8 saves; `lines`: all together, as one of `Run.ranges`.
     """
+    if not run.ranges:
+        raise InputError(
+            f"{run.path}: its ranges were not counted; delete the folder, which this study then trains again"
+        )
     seen = [of for line in run.ranges for of in line["ranges"]["output_gradients"].values()]
     counts = by_exponent(seen)
     lowest, number = min(counts), sum(counts.values())
@@ -280,10 +284,12 @@ def get_paper(quick: bool = False) -> Paper:
             published="magnitudes from 2^-27 to 2^-24 had to be kept in the Multibox SSD detector",
             source=f"{SOURCE}, section 3.2",
             checked=False,
-            arms=("small loss, float32",),
+            arms=("characters, float32",),
             metric="saved_gradients",
-            measured="share of the non-zero activation gradients from 2^-28 to 2^-25, every 60th step in float32",
-            judge=above(0.0),
+            measured="share of the non-zero activation gradients of the character LM from 2^-28 to 2^-25, every 100th "
+            "step in float32; above 0.001",
+            judge=above(0.001),
+            remark="Whether training needs them is not tested: `characters-equals-float32` has a scale of 2^15.",
         ),
         Claim(
             id="float16-sums-lose",

@@ -104,8 +104,8 @@ def get_paper(quick: bool = False) -> Paper:
             metric="ratio",
             measured="bytes kept for the backward pass (ViT-Ti, batch of 256) by those of float32; below 1",
             judge=exact(lambda ratio: ratio < 1),
-            remark="Predicted from shapes. Kernels and time of a program compiled for an H100 are those of "
-            "`experiments/benchmarks/scaling_cost.py`."
+            remark="Predicted from shapes, for what is kept alone. Time, and kernels of this model on a GPU, are not "
+            "measured."
             if name == "float16"
             else "",
         )

@@ -328,14 +328,17 @@ def get_paper(quick: bool = False) -> Paper:
     claims = (
         Claim(
             id="unit-variance",
-            says="Weights, activations and their gradients begin with unit variance: deviations of 1, to a factor of 2",
+            says="Weights, products and their gradients begin with unit variance: deviations of 1, to a factor of 2",
             published="unit variance of all weights, activations and gradients at initialisation",
             source=ABSTRACT,
             checked=True,
             arms=("at the start, unit-scaled",),
             metric="farthest",
-            measured="largest base 2 logarithm of a standard deviation, in magnitude; below 1",
+            measured="largest base 2 logarithm of a standard deviation, in magnitude, of 4 products; below 1",
             judge=below(1.0),
+            remark="Of the depth that is trained here, 4 products, and before the activation: the factor of ReLU makes "
+            "the variance 1, but leaves a mean, which the next product adds up, so that deviations grow from layer to "
+            "layer, and in deeper networks beyond the factor of 2.",
         ),
         Claim(
             id="unit-variance-of-weight-gradients",

@@ -43,7 +43,7 @@ def reproduce(options: Options) -> int:
         kept = study.committed(folder)
         if kept is None:
             raise InputError(f"--tables: no {study.RESULTS} in {folder}; expected jaxmp reproduce {folder.name} first")
-        results: dict[str, Any] | None = study.judged(study.load(folder, quick=False), kept)
+        results: dict[str, Any] | None = study.judged(study.load(folder, quick=False), folder, kept)
     else:
         results = study.reproduce(folder, quick=options.quick, workdir=options.workdir)
     if results is None:

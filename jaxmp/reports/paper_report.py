@@ -53,7 +53,7 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
         f"    {results['command']}\n",
         f"{seeds} seeds, {results['seconds']:.0f} s of runs on {counted} ({results['platform']}); {versions}.",
         _revisions(results),
-        "Intervals have 95 %, if no other level is said.\n" if seeds > 1 else "One seed has no interval.\n",
+        _confidence(results, seeds),
         _markdown(("claim", "paper", "ours", "verdict"), claims),
     ]
     remarks = [f"- `{claim['id']}`: {claim['remark']}" for claim in results["claims"] if claim["remark"]]
@@ -69,6 +69,17 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
     return "\n".join(parts)
 
 
+def _confidence(results: Mapping[str, Any], seeds: int) -> str:
+    """What the intervals of a paper's claims are, and how many of them chance may decide."""
+    if seeds == 1:
+        return "One seed has no interval.\n"
+    counted = [claim for claim in results["claims"] if not claim["note"].startswith("exact")]
+    return (
+        f"Intervals have 95 %, if no other level is said, each by itself: of {len(counted)} claims that are judged by "
+        f"them, chance may decide {0.05 * len(counted):.1g}.\n"
+    )
+
+
 def overview(papers: Sequence[Mapping[str, Any]]) -> str:
     """Returns one table of papers, claims and verdicts, as Markdown."""
     rows = [
@@ -76,8 +87,11 @@ def overview(papers: Sequence[Mapping[str, Any]]) -> str:
             f"[{of['title']}]({of['paper']}/README.md)" if i == 0 else "",
             f"`{claim['id']}`: {claim['says']}",
             _published(claim),
-            _with_note(f"{_figure(claim)}, {claim['measured']}", claim),
-            claim["verdict"],
+            *(
+                (_with_note(f"{_figure(claim)}, {claim['measured']}", claim), claim["verdict"])
+                if "verdict" in claim
+                else ("", "not run yet")
+            ),
         )
         for of in papers
         for i, claim in enumerate(of["claims"])

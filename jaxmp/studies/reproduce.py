@@ -17,12 +17,14 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmp.distributed.signals import stop_signals
 from jaxmp.errors import InputError, local_path, nearest
 from jaxmp.experiment.config_file import ConfigFile
+from jaxmp.experiment.experiment import Experiment
 from jaxmp.experiment.reachable import made_by_function
 from jaxmp.reports import paper_report
 from jaxmp.reports.page import write
@@ -129,7 +131,7 @@ def reproduce(
             if isinstance(how, Train):
                 found = _trained(how, folder, name, seed, workdir, log)
             else:
-                found = _computed(how, arm, seed, Path(workdir) / name / "computed")
+                found = _computed_to_its_end(how, arm, seed, Path(workdir) / name / "computed", log)
             if found is None:  # stopped by a signal
                 return None
             arms[arm][seed] = without_nan(found)
@@ -146,15 +148,17 @@ def reproduce(
         "method": method(len(paper.seeds)),
         "arms": {arm: {"how": _described(how), "seeds": arms[arm]} for arm, how in paper.arms.items()},
     }
-    return judged(paper, results)
+    return judged(paper, folder, results)
 
 
-def judged(paper: Paper, results: Mapping[str, Any]) -> dict[str, Any]:
+def judged(paper: Paper, folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `results` with the paper's claims, judged by the metrics that the results hold.
+
+    `folder` is the paper's, beside whose file its configs are.
 
     Raises: InputError if they are of other arms, other settings of an arm, or other seeds than the paper has.
     """
-    _require_same(paper, results)
+    _require_same(paper, folder, results)
     found = results_of(results)
     claims = []
     for claim in paper.claims:
@@ -164,11 +168,15 @@ def judged(paper: Paper, results: Mapping[str, Any]) -> dict[str, Any]:
     return {**results, "claims": claims}
 
 
-def _require_same(paper: Paper, results: Mapping[str, Any]) -> None:
+def _require_same(paper: Paper, folder: Path, results: Mapping[str, Any]) -> None:
     now = {"seeds": str(list(paper.seeds)), **{f"arm {arm!r}": _described(how) for arm, how in paper.arms.items()}}
     then = {"seeds": str(list(results["seeds"]))}
     then |= {f"arm {arm!r}": of["how"] for arm, of in results["arms"].items()}
     changed = [what for what in {**now, **then} if now.get(what) != then.get(what)]
+    if not changed:
+        changed = list(_other_experiments(paper, folder, results))
+        now |= dict.fromkeys(changed, "other settings")
+        then |= dict.fromkeys(changed, "those of its runs")
     if changed:
         what = changed[0]
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -176,6 +184,16 @@ def _require_same(paper: Paper, results: Mapping[str, Any]) -> None:
             f"{results['paper']}: {RESULTS} was made by another paper.py: {what}: {now.get(what, 'none')} (was "
             f"{then.get(what, 'none')}){more}; expected jaxmp reproduce {results['paper']} again"
         )
+
+
+def _other_experiments(paper: Paper, folder: Path, results: Mapping[str, Any]) -> Iterator[str]:
+    """The arms whose runs were of another experiment: a run's folder has the hash of its experiment in its name."""
+    for arm, how in paper.arms.items():
+        seed, metrics = next(iter(results["arms"][arm]["seeds"].items()))
+        if isinstance(how, Train) and "run" in metrics:
+            experiment, _, _ = _subject(how, folder, "", int(seed))
+            if RunFolder.of(experiment, "runs", "").path.name != Path(metrics["run"]).name:
+                yield f"arm {arm!r}"
 
 
 def results_of(results: Mapping[str, Any]) -> Results:
@@ -234,8 +252,16 @@ def overview(experiments: Path) -> str:
     """Returns the README.md of a folder of papers, with its table of papers, claims and verdicts made anew."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(experiments.glob(f"*/{RESULTS}"))]
     papers = [of for of in found if "paper" in of and "claims" in of]
+    papers += [_unrun(path.parent) for path in sorted(experiments.glob("*/paper.py")) if committed(path.parent) is None]
     text = (experiments / "README.md").read_text(encoding="utf-8")
     return paper_report.between_marks(text, paper_report.overview(papers))
+
+
+def _unrun(folder: Path) -> dict[str, Any]:
+    """What an overview says of a paper without results: its claims, not run yet."""
+    paper = load(folder, quick=False)
+    claims = [{"id": of.id, "says": of.says, "published": of.published, "checked": of.checked} for of in paper.claims]
+    return {"paper": folder.name, "title": paper.title, "claims": claims}
 
 
 def committed(folder: Path) -> dict[str, Any] | None:
@@ -248,15 +274,8 @@ def _trained(
     how: Train, folder: Path, name: str, seed: int, workdir: str, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """The metrics of one run, trained if it is not finished; None if a signal stopped it."""
-    overrides = [*how.options, "--seed", str(seed)]
-    origin = None
-    if isinstance(how.subject, str):
-        file = _config(how.subject, folder)
-        experiment, name = file.experiment(overrides), file.name
-        origin = file.origin(overrides)
-    else:
-        experiment = dataclasses.replace(how.subject, seed=seed)
-    result = train_cell(Cell("", seed, experiment, overrides), workdir, name, origin, log)
+    experiment, name, origin = _subject(how, folder, name, seed)
+    result = train_cell(Cell("", seed, experiment, []), workdir, name, origin, log)
     if result is None:
         return None
     lines, path = result["metrics"], Path(result["run"])
@@ -273,9 +292,33 @@ def _trained(
     return {**found, **(how.measure(run) if how.measure else {})}
 
 
+def _subject(how: Train, folder: Path, name: str, seed: int) -> tuple[Experiment, str, dict[str, Any] | None]:
+    """What an arm trains with a seed, the name of its runs (by default the paper's), and how to make it again."""
+    if not isinstance(how.subject, str):
+        return dataclasses.replace(how.subject, seed=seed), name, None
+    file, overrides = _config(how.subject, folder), [*how.options, "--seed", str(seed)]
+    return file.experiment(overrides), file.name, file.origin(overrides)
+
+
 def _config(name: str, folder: Path) -> ConfigFile:
     beside = folder / name
     return ConfigFile.find(str(beside) if name.endswith(".py") and beside.is_file() else name)
+
+
+def _computed_to_its_end(
+    how: Compute, arm: str, seed: int, folder: Path, log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """`_computed`; None if a signal came meanwhile, after keeping what was computed."""
+    with stop_signals() as stopped:
+        try:
+            found = _computed(how, arm, seed, folder)
+        except Exception:
+            if not stopped():  # a child process that got the signal too
+                raise
+        if not stopped():
+            return found
+    log("stopped after this arm; the same command goes on from there")
+    return None
 
 
 def _computed(how: Compute, arm: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxmp.cli import main
+from jaxmp.errors import InputError
 from jaxmp.modules.linen import with_policy
 from jaxmp.studies import claims, reproduce
 
@@ -176,10 +178,30 @@ def test_tables_plots_and_verdicts_are_those_of_the_committed_results(name):
     """No figure is typed by hand: after an edit of a paper's claims, run `jaxmp reproduce PAPER` again."""
     folder = EXPERIMENTS / name
     results = reproduce.committed(folder)
-    again = reproduce.judged(reproduce.load(folder, quick=False), results)
+    again = reproduce.judged(reproduce.load(folder, quick=False), folder, results)
     readme = (folder / "README.md").read_text()
     for path, text in reproduce.written(folder, again, folder, readme).items():
         assert path.read_text() == text, f"{path} is not what its results.json makes"
+
+
+def test_a_signal_stops_a_study_after_the_arm_that_it_came_in(paper, tmp_path, capsys):
+    paper(edit=" + (__import__('signal').raise_signal(15) or 0)")
+    for number in (1, 2):
+        assert main(["reproduce", "bits"]) == 75
+        assert "stopped after this arm; the same command goes on from there" in capsys.readouterr().out
+        assert len((tmp_path / "calls").read_text().splitlines()) == number, "what was computed is kept"
+
+
+def test_results_of_other_settings_are_refused(monkeypatch):
+    """The settings of an experiment of paper.py stand in no line of results.json: its runs' folders have their hash."""
+    name = "loss_scalers"
+    folder, paper = EXPERIMENTS / name, reproduce.load(EXPERIMENTS / name, quick=False)
+    results = reproduce.committed(folder)
+    arm, how = next((arm, how) for arm, how in paper.arms.items() if not isinstance(how.subject, str))
+    slower = dataclasses.replace(how.subject, loop=dataclasses.replace(how.subject.loop, epochs=3))
+    other = dataclasses.replace(paper, arms={**paper.arms, arm: dataclasses.replace(how, subject=slower)})
+    with pytest.raises(InputError, match=f"made by another paper.py: arm '{arm}': other settings"):
+        reproduce.judged(other, folder, results)
 
 
 def test_the_table_of_all_papers_is_that_of_the_committed_results():
@@ -300,12 +322,11 @@ def test_a_share_of_seeds_is_judged_by_its_exact_interval():
     assert claims.share_above(0.5)([{0: None}]).verdict == claims.NOT_AT_THIS_SIZE
 
 
-def test_threads_on_one_cpu_are_no_test_of_them():
+def test_threads_on_one_cpu_are_no_test_of_them(monkeypatch):
     fragile = module_of("fragile_grokking")
-    found = fragile.run(0, threads=fragile.THREADS, seeds=1, on_cpus=1)
-    assert "on 1 CPU" in found["failed"]
-    values = [{0: None}, {0: 1.0}]
-    assert claims.differing(0.05)(values).verdict == claims.NOT_AT_THIS_SIZE
+    monkeypatch.setattr(fragile, "cpus", lambda: 1)
+    with pytest.raises(InputError, match="4 threads on one CPU test nothing"):
+        fragile.run(0, threads=fragile.THREADS, seeds=1)
 
 
 def test_equal_differences_below_the_least_effect_contradict_it():
