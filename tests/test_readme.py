@@ -97,7 +97,7 @@ def test_every_command_and_snippet_runs_in_order(tmp_path, monkeypatch):
             assert place in printed, f"{command} shows {place}, and printed\n{printed}"
     sys.modules.pop("wine", None)
     assert [command.split()[0] for command in commands] == [
-        *("train", "doctor", "train", "train", "compare", "train", "train", "train", "blame", "audit", "find-policy"),
+        *("train", "doctor", "train", "train", "compare", "train", "train", "blame", "audit", "find-policy"),
         *("train", "what-if", "tune", "export"),
     ]
     assert Run(tmp_path / "runs" / "wine").summary["test"]["accuracy"] > 0.9
