@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmp.html.elements import NO_VALUE
@@ -46,6 +46,14 @@ def add(page: Page, gate: Mapping[str, Any]) -> None:
     )
 
 
+def trained_before(seeds: Sequence[int]) -> str:
+    """What is said of seeds that had runs before the plan was made."""
+    return (
+        f"seeds {' '.join(map(str, seeds))} had finished runs before this plan: if they were looked at, the margin may "
+        "have been chosen to fit; fresh --seeds decide without that doubt"
+    )
+
+
 def _warnings(gate: Mapping[str, Any]) -> list[str]:
     """A line for each precision with pairs that say nothing, or whose differences are not as the test wants them."""
     without = [
@@ -61,7 +69,8 @@ def _warnings(gate: Mapping[str, Any]) -> list[str]:
         if verdict["skewness"] is not None and verdict["skewness"] > SKEWED
     ]
     accepted = any(verdict["answer"] == "not inferior" for verdict in gate["verdicts"].values())
-    return [*without, *skewed, *([RISK] if accepted else [])]
+    before = [trained_before(gate["before"])] if gate["before"] else []
+    return [*without, *skewed, *before, *([RISK] if accepted else [])]
 
 
 def _asked(gate: Mapping[str, Any]) -> str:

@@ -26,8 +26,10 @@ import numpy as np
 from jaxmp.errors import InputError, local_path, nearest, number
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.experiment.experiment import Experiment
+from jaxmp.reports.gate_report import trained_before
 from jaxmp.reports.page import write
 from jaxmp.runs.checks import check
+from jaxmp.runs.folder import RunFolder
 from jaxmp.runs.trainer import Trainer
 from jaxmp.studies.compare import train_cell
 from jaxmp.studies.grid import Cell, grid
@@ -194,7 +196,8 @@ def gate(
       precisions: what `--precision` takes; all others are compared with the first.
       margin: by how much the metric may be worse, in its unit (an accuracy as a share).
       metric: of the last weights on the test split; by default the one that the experiment monitors.
-      seeds: the pairs, planned before the first; by default 0 to 9, or to 19 with `looks`.
+      seeds: the pairs, planned before the first; by default 0 to 9, or to 19 with `looks`. Those that have finished
+        runs already are named with every answer: they may have been looked at.
       looks: whether to decide after 5, 10 and 20 pairs instead of after all; what is decided is trained no further.
       name: of the experiment, as `jaxmp.fit` takes it; a config file has its own.
       overrides: for a config file, further arguments of `jaxmp train` for all runs.
@@ -212,11 +215,14 @@ def gate(
     name = subject.name if isinstance(subject, ConfigFile) else name
     experiments = [cell.experiment.hash for cell in cells[: len(plan.precisions)]]
     path = local_path("workdir", workdir) / name / f"gate-{_question(experiments[0], plan.metric)}.json"
-    _keep(path, plan, experiments)  # before the first run
+    there = {cell.seed for cell in cells if RunFolder.of(cell.experiment, workdir, name).has_ended}
+    before = _keep(path, plan, experiments, before=sorted(there))["before"]  # before the first run
+    if before:
+        log(trained_before(before))
     log(_power(plan))
     results: dict[tuple[str, int], dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
-    taken: list[dict[str, Any]] = []
+    study: dict[str, Any] = {}
     for done, pairs in zip([0, *plan.looks], plan.looks, strict=False):
         left = [each for each in plan.precisions[1:] if _answer(verdicts, each) == UNDECIDED]
         for cell in cells:
@@ -230,10 +236,10 @@ def gate(
             results[cell.precision, cell.seed] = result
         for each in left:
             verdicts[each] = without_nan(_decide(plan, results, each, plan.seeds[:pairs])._asdict())
-        taken = _keep(path, plan, experiments, {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}})
+        study = _keep(path, plan, experiments, {"pairs": pairs, "verdicts": {each: verdicts[each] for each in left}})
         if not any(_answer(verdicts, each) == UNDECIDED for each in plan.precisions[1:]):
             break
-    return Gate(file=str(path), **plan._asdict(), used=pairs, taken=taken, verdicts=verdicts)
+    return Gate(file=str(path), **plan._asdict(), used=pairs, taken=study["looks"], before=before, verdicts=verdicts)
 
 
 def _answer(verdicts: dict[str, dict[str, Any]], precision: str) -> str:
@@ -279,8 +285,10 @@ def _question(first: str, metric: str) -> str:
     return hashlib.sha256(json.dumps([first, metric]).encode()).hexdigest()[:12]
 
 
-def _keep(path: Path, plan: Plan, experiments: list[str], look: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Adds a plan, or a look of it, to the file of its question, and returns the looks that the plan has there.
+def _keep(
+    path: Path, plan: Plan, experiments: list[str], look: dict[str, Any] | None = None, before: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Adds a plan, or a look of it, to the file of its question, and returns the plan with its looks as it is there.
 
     The file is locked and read again, so that two gates at once keep all plans and looks of both.
 
@@ -289,6 +297,7 @@ def _keep(path: Path, plan: Plan, experiments: list[str], look: dict[str, Any] |
       plan: what is asked.
       experiments: the hash of the experiment under each of the plan's precisions.
       look: of the plan.
+      before: the seeds with runs that had ended when the plan was made, for one that is not there yet.
 
     Raises: InputError if a seed of the plan was looked at by another plan with one of its experiments.
     """
@@ -303,11 +312,11 @@ def _keep(path: Path, plan: Plan, experiments: list[str], look: dict[str, Any] |
         studies, asked = _read(path, plan, experiments), {"plan": plan._asdict(), "experiments": experiments}
         study = next((each for each in studies if asked.items() <= each.items()), None)
         if study is None:
-            studies.append(study := {**asked, "looks": []})
+            studies.append(study := {**asked, "before": list(before), "looks": []})
         if look is not None and look not in study["looks"]:
             study["looks"].append(look)
         write(path, json.dumps({"studies": studies}, indent=1) + "\n")
-    return list(study["looks"])
+    return {"before": [], **study}
 
 
 def _read(path: Path, plan: Plan, experiments: list[str]) -> list[dict[str, Any]]:

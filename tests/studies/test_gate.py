@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxmp.errors import InputError
 from jaxmp.experiment.config_file import ConfigFile
 from jaxmp.reports import gate_report
 from jaxmp.reports.page import Page
+from jaxmp.runs.folder import RunFolder
 from jaxmp.studies import gate as gates
 from jaxmp.studies.gate import INFERIOR, LOOKS, NOT_INFERIOR, UNDECIDED, decidable_margin, decide, gate
 
@@ -130,6 +132,22 @@ def run(subject, folder, margin=0.1, metric="loss", **how):
     return found, said
 
 
+def test_seeds_that_had_runs_before_the_plan_are_named_with_the_answer(tmp_path, blobs, made_up):
+    """Whoever has seen them may have chosen the margin to fit."""
+    made_up(noise)
+    for seed in (0, 2):
+        folder = RunFolder.of(dataclasses.replace(blobs, precision=PRECISIONS[1], seed=seed), tmp_path, "experiment")
+        folder.path.mkdir(parents=True)
+        (folder.path / "summary.json").write_text("{}")
+    found, said = run(blobs, tmp_path)
+    assert found["before"] == [0, 2] and said[0].startswith("seeds 0 2 had finished runs before this plan")
+    assert said[0] in gate_report.text(found)
+    again, _ = run(blobs, tmp_path)
+    assert again["before"] == [0, 2], "not those that the plan itself has trained"
+    fresh, said = run(blobs, tmp_path, seeds=range(100, 110))
+    assert fresh["before"] == [] and "had finished runs" not in gate_report.text(fresh)
+
+
 def test_pairs_are_planned_and_every_look_is_kept(tmp_path, blobs, made_up):
     trained = made_up(noise)
     found, said = run(blobs, tmp_path)
@@ -174,9 +192,9 @@ def test_two_gates_at_once_keep_the_plans_and_looks_of_both(tmp_path):
     b, c = a._replace(seeds=[3, 4, 5]), a._replace(margin=0.2)
     look = {"pairs": 3, "verdicts": {}}
     for plan in (a, b, c):
-        assert gates._keep(path, plan, hashes) == []
+        assert gates._keep(path, plan, hashes)["looks"] == []
     for plan in (a, a, b):
-        assert gates._keep(path, plan, hashes, look) == [look]
+        assert gates._keep(path, plan, hashes, look)["looks"] == [look]
     kept = [(study["plan"]["seeds"], len(study["looks"])) for study in json.loads(path.read_text())["studies"]]
     assert kept == [([0, 1, 2], 1), ([3, 4, 5], 1), ([0, 1, 2], 0)]
     with pytest.raises(InputError, match=r"by another plan: margin 0.2 \(was 0.1\)"):  # it was planned, not looked at
