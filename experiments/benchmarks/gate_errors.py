@@ -20,7 +20,7 @@ from scipy import stats
 
 from jaxmp.cli import script
 from jaxmp.runs.provenance import provenance
-from jaxmp.studies.gate import LOOKS, NOT_INFERIOR, P_OF_LOOKS, P, decidable_margin, decide
+from jaxmp.studies.gate import LEAST_PAIRS, LOOKS, NOT_INFERIOR, P_OF_LOOKS, P, decidable_margin, decide
 
 Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
@@ -33,8 +33,18 @@ DISTRIBUTIONS: dict[str, Draw] = {
     "1 seed in 10 worse by 10 standard deviations": lambda rng, shape: (
         rng.normal(size=shape) + 10 * (rng.random(shape) < 0.1) - 1
     ),
+    "normal, and 1 seed in 20 fails": lambda rng, shape: _failing(rng, shape, FAILED),
+    "normal, and 1 seed in 20 fails under the first alone": lambda rng, shape: _failing(rng, shape, FIRST_FAILED),
 }
 """differences of pairs, of mean 0; positive ones are worse"""
+
+FAILED, FIRST_FAILED = math.inf, math.nan
+"""what stands for the difference of a pair in which the precision alone, or the first alone, failed"""
+
+
+def _failing(rng: np.random.Generator, shape: tuple[int, int], how: float) -> np.ndarray:
+    return np.where(rng.random(shape) < 0.05, how, rng.normal(size=shape))
+
 
 PLANS: dict[str, tuple[tuple[int, ...], float]] = {
     **{f"{n} pairs": ((n,), P) for n in (3, 5, 10, 20)},
@@ -51,10 +61,19 @@ def accepted(draw: Draw, looks: tuple[int, ...], p: float, studies: int, seed: i
     worse = 1.0 + draw(np.random.default_rng(seed), (studies, looks[-1]))
     found = np.zeros(studies, bool)
     for n in looks:
-        found |= stats.ttest_1samp(worse[:, :n], 1.0, axis=1, alternative="less").pvalue < p
+        ended = np.ma.masked_invalid(worse[:, :n])
+        pairs = ended.count(axis=1)
+        t = (ended.mean(axis=1) - 1.0) / (ended.std(axis=1, ddof=1) / np.sqrt(pairs))
+        accepts = stats.t.cdf(t.filled(np.nan), pairs - 1) < p
+        found |= accepts & (pairs >= LEAST_PAIRS) & ~np.isinf(worse[:, :n]).any(axis=1)
     for row, answer in zip(worse[:100], found, strict=False):
-        assert any(decide(row[:n], 1.0, p).answer == NOT_INFERIOR for n in looks) == answer
+        assert any(_decided(row[:n], p) == NOT_INFERIOR for n in looks) == answer
     return float(np.mean(found))
+
+
+def _decided(worse: np.ndarray, p: float) -> str:
+    failed, first_failed = int(np.isinf(worse).sum()), int(np.isnan(worse).sum())
+    return decide(worse[np.isfinite(worse)], 1.0, p, failed, first_failed).answer
 
 
 def main(studies: int = 20_000, output: Path | None = None) -> None:
