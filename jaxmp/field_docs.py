@@ -78,7 +78,7 @@ def _said(cls: type) -> dict[str, tuple[str, str]]:
 
 def _default(cls: type, name: str) -> str:
     value = getattr(cls, name, inspect.Parameter.empty)
-    simple = isinstance(value, str | int | float | tuple | None.__class__)
+    simple = isinstance(value, str | int | float | tuple | None)
     return f" = {value!r}" if simple and len(repr(value)) < 40 else ""
 
 
