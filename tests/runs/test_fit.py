@@ -620,7 +620,7 @@ def test_a_run_is_never_gone_on_with_or_returned_for_other_data(finished, tmp_pa
         ({"rows": 30}, r"train has 30 rows \(was 20\), validation has 30 rows \(was 20\), test has 30"),
         ({"seed": 1}, "column 'x' of train has other values"),
         ({"dtype": np.float64}, r"column 'x' of train is float64\[3\] \(was float32\[3\]\)"),
-        ({"last": 1.0}, "began: column 'x' of train has other values. It"),
+        ({"last": 1.0}, "began: column 'x' of train has other values. A"),
     ):
         save_rows(path, **change)
         with pytest.raises(InputError, match=rf"the data have changed since .*{said}"):
