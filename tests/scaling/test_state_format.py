@@ -306,7 +306,7 @@ def test_any_optimizer_stores_the_fields_that_are_named(inner, formats, there):
         (lambda: state_format(optax.adam(1e-3), mi="mxfp4").init(params()), "mi='mxfp4' no arrays did you mean 'mu'"),
         (lambda: state_format(optax.adam(1e-3), count="mxfp4").init(params()), "count='mxfp4' no arrays it has mu, nu"),
         (lambda: state_format(optax.sgd(0.1), mu="mxfp4").init(params()), "mu='mxfp4' no arrays it has none"),
-        (lambda: parse_state_format("mu=mxfp4,rounded"), "'rounded' FIELD=FORMAT did you mean 'expanded'"),
+        (lambda: parse_state_format("mu=mxfp4,expandde"), "'expandde' FIELD=FORMAT did you mean 'expanded'"),
         (lambda: parse_state_format("mu=mxfp4,mu=mxfp8"), "'mu=mxfp8' a second mu"),
         (lambda: parse_state_format("nearest"), "no field"),
         (lambda: parse_state_format(""), "'' FIELD=FORMAT"),

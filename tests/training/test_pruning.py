@@ -217,8 +217,8 @@ def test_what_is_not_pruned_is_said_with_the_reason_and_what_cannot_be_is_refuse
     classes = {"body": {"Dense"}, "conv": {"Conv"}, "head": {"DenseGeneral"}}
     for pruning, message in (
         (
-            Pruning(0.5, where=("bodie",)),
-            "where: the pattern 'bodie' matches no parameter; .*did you mean 'body/",
+            Pruning(0.5, where=("body/kernal",)),
+            "where: the pattern 'body/kernal' matches no parameter; .*did you mean 'body/kernel'",
         ),
         (Pruning(0.5, keep=("@Norm",)), "pruning.keep: the pattern '@Norm' matches no parameter; there are @Conv"),
         (Pruning(0.5, where=("**/bias",)), r"no parameter is pruned: body/bias \(1 axis\)"),
