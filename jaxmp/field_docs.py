@@ -21,7 +21,7 @@ WIDTH = 120
 def with_fields(cls: type) -> type:
     """Returns `cls`, whose `__doc__` has got a section `Attributes`, made when it is first read.
 
-    `inspect.getdoc` passes by descriptors where a class has a metaclass, as that of `abc.ABC`: then it is made now.
+    Where a class has a metaclass, as those of `abc.ABC` do, `help` does not call the descriptor: then it is made now.
     """
     own = cls.__dict__.get("__doc__")
     if _fields(cls) and not isinstance(own, _Docstring) and "\nAttributes:\n" not in (own or ""):

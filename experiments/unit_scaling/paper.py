@@ -338,7 +338,7 @@ def get_paper(quick: bool = False) -> Paper:
             judge=below(1.0),
             remark="Of the depth that is trained here, 4 products, and before the activation: the factor of ReLU makes "
             "the variance 1, but leaves a mean, which the next product adds up, so that deviations grow from layer to "
-            "layer, and in deeper networks beyond the factor of 2.",
+            "layer: nothing is said of deeper networks.",
         ),
         Claim(
             id="unit-variance-of-weight-gradients",

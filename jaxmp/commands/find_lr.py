@@ -31,7 +31,7 @@ class Options:
 
 
 def find_lr(config: ConfigFile, options: Options, experiment: Experiment, overrides: list[str]) -> int:
-    """Suggests a learning rate by a range test: a tenth of the rate at which the loss was lowest while it rose."""
+    """Suggests a learning rate by a range test: a tenth of the rate at which the loss was lowest."""
     require_path(output=options.output)
     from jaxmp.studies import learning_rate as study
 

@@ -58,6 +58,7 @@ def reproduce(options: Options) -> int:
 
 def _list() -> str:
     """All papers with their claims, and the verdicts of the results that are there."""
+    from jaxmp.reports.paper_report import NOT_RUN
     from jaxmp.studies import reproduce as study
     from jaxmp.text_table import table
 
@@ -66,7 +67,7 @@ def _list() -> str:
         results = study.committed(folder)
         verdicts = {claim["id"]: claim["verdict"] for claim in results["claims"]} if results else {}
         for claim in study.load(folder, quick=False).claims:
-            rows.append((name, claim.id, claim.says, verdicts.get(claim.id, "not run yet")))
+            rows.append((name, claim.id, claim.says, verdicts.get(claim.id, NOT_RUN)))
     if not rows:
         return "no papers: there is no experiments/*/paper.py here"
     return table(rows, header=("paper", "claim", "what it says", "verdict"))

@@ -15,6 +15,8 @@ from jaxmp.html.figure import WIDTH
 from jaxmp.text_table import Table, table
 
 BEGIN, END = "<!-- made by jaxmp reproduce -->\n", "<!-- end -->\n"
+NOT_RUN = "not run yet"
+"""in the place of a verdict"""
 CAPTION_LETTERS, CAPTION_LINE = 96, 14
 """letters and height of a line of a plot's caption"""
 
@@ -90,7 +92,7 @@ def overview(papers: Sequence[Mapping[str, Any]]) -> str:
             *(
                 (_with_note(f"{_figure(claim)}, {claim['measured']}", claim), claim["verdict"])
                 if "verdict" in claim
-                else ("", "not run yet")
+                else ("", NOT_RUN)
             ),
         )
         for of in papers

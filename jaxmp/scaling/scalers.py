@@ -165,12 +165,10 @@ def require_power_of_two(name: str, value: float) -> None:
     """Raises InputError unless `value` is a power of two from 2**-126 to 2**126. The message calls it `name`."""
     value = float(value)  # in NumPy's float16, the bounds below would be infinite
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5):
-        is_positive = math.isfinite(value) and value > 0
-        near = (
-            sorted({2.0 ** math.floor(math.log2(value)), 2.0 ** math.ceil(math.log2(value))}) if is_positive else [1.0]
+        below = 2.0 ** math.floor(math.log2(value)) if SMALLEST <= value < LARGEST else 1.0
+        raise InputError(
+            f"{name}={value!r}: expected a power of two, such as {below:g} or {2 * below:g}; others round the gradients"
         )
-        such = " or ".join(f"{power:g}" for power in near)
-        raise InputError(f"{name}={value!r}: expected a power of two, such as {such}; others round the gradients")
     if not SMALLEST <= value <= LARGEST:
         raise InputError(f"{name}={value!r}: expected 2**-126 to 2**126, where S and 1/S are normal float32 numbers")
 

@@ -14,7 +14,7 @@ from jaxmp.modules.linen import ModulePolicy
 from jaxmp.precision.policy import Policy
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.trainer import Trainer
-from jaxmp.studies.subject import require_alone, require_call
+from jaxmp.studies.subject import OF_FUNCTION, require_call, require_none
 
 
 def audit(
@@ -77,7 +77,7 @@ def audit(
     if not isinstance(subject, Experiment):
         function = require_call("audit", "an Experiment", subject, args, kwargs, (*own, "target"))
         return instrument.audit(function, *args, policy=policy, modules=modules, target=target, **kwargs)
-    require_alone("audit", {"arguments": args, **own, **kwargs})
+    require_none("audit", {"arguments": args or None, **own, **kwargs}, OF_FUNCTION)
     # pmap runs the same step, and wants its arrays stacked.
     parallel = dataclasses.replace(subject.parallel, mode="jit")
     target = Target.parse(target) if isinstance(target, str) else target

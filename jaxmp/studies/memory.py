@@ -14,7 +14,7 @@ from jaxmp.experiment.experiment import Experiment
 from jaxmp.instruments import memory as instrument
 from jaxmp.instruments.memory import Memory
 from jaxmp.runs.trainer import Trainer
-from jaxmp.studies.subject import require_alone, require_call
+from jaxmp.studies.subject import OF_FUNCTION, require_call, require_none
 from jaxmp.training.gradients import scaled_mean_loss
 from jaxmp.training.objective import EVERYTHING, Objective
 
@@ -52,7 +52,9 @@ def memory(
             raise InputError("memory: expected the parameters after the loss, memory(loss, params, *args)")
         trained = EVERYTHING if trains is None else trains
         return instrument.memory(loss, *args, opt_state=opt_state, state=state, trains=trained)
-    require_alone("memory", {"arguments": args, "opt_state": opt_state, "state": state, "trains": trains})
+    require_none(
+        "memory", {"arguments": args or None, "opt_state": opt_state, "state": state, "trains": trains}, OF_FUNCTION
+    )
     trainer = Trainer(subject)
     _, (train_state, *_) = trainer.program()
     devices, parts = trainer.devices, subject.loop.accumulate_steps

@@ -9,6 +9,9 @@ from typing import Any
 
 from jaxmp.errors import InputError, nearest
 
+OF_FUNCTION = "only of a function; an experiment has its own"
+"""why an experiment is given nothing beside it"""
+
 
 def require_call(
     instrument: str, takes: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], own: Sequence[str] = ()
@@ -48,9 +51,8 @@ def require_call(
     return function
 
 
-def require_alone(instrument: str, given: Mapping[str, Any]) -> None:
-    """Raises InputError for arguments, by name, that only a function has: an experiment brings its own."""
-    empty = (tuple, dict)
-    names = [name for name, value in given.items() if not (value is None or (isinstance(value, empty) and not value))]
+def require_none(instrument: str, given: Mapping[str, Any], why: str) -> None:
+    """Raises InputError with `why` for what was given, by name: all that is not None."""
+    names = [name for name, value in given.items() if value is not None]
     if names:
-        raise InputError(f"{instrument}: {', '.join(names)}: only of a function; an experiment has its own")
+        raise InputError(f"{instrument}: {', '.join(names)}: {why}")

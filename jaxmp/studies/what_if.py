@@ -23,7 +23,7 @@ from jaxmp.runs.replay import Past, PastStep, states_at
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.scaling.transform import loss_scale
-from jaxmp.studies.subject import require_alone, require_call
+from jaxmp.studies.subject import OF_FUNCTION, require_call, require_none
 from jaxmp.tasks.task import require_objective
 from jaxmp.training.objective import EVERYTHING
 
@@ -69,15 +69,20 @@ def what_if(
         not take these arguments; or it runs no layer that is measured.
     """
     if isinstance(subject, Experiment | Run):
-        require_alone("what_if", {"arguments": args, "accumulate_steps": accumulate_steps, "trains": trains})
+        of_loss = {"arguments": args or None, "accumulate_steps": accumulate_steps, "trains": trains}
+        require_none("what_if", of_loss, OF_FUNCTION)
         return what_if_of(subject, recipes=recipes, step=step, objective=objective, log=log)
+    require_none("what_if", {"step": step, "objective": objective}, "only of an experiment or a run")
     loss = require_call("what_if", "an Experiment, a Run", subject, (None,) * 4, {})
     if len(args) != 5:
         raise InputError(
             f"what_if: {len(args)} arguments after the loss; expected params, model_state, scale, batch, key"
         )
     measure = instrument.make_what_if(
-        loss, _by_name(recipes), accumulate_steps=accumulate_steps or 1, trains=EVERYTHING if trains is None else trains
+        loss,
+        _by_name(recipes),
+        accumulate_steps=1 if accumulate_steps is None else accumulate_steps,
+        trains=EVERYTHING if trains is None else trains,
     )
     return jax.jit(measure)(*args).read()
 

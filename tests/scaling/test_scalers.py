@@ -169,6 +169,7 @@ def test_a_static_scale_never_changes(scaler):
         ({"init_scale": -2.0}, "init_scale=-2.0"),
         ({"init_scale": math.nan}, "init_scale=nan"),
         ({"init_scale": math.inf}, "init_scale=inf"),
+        ({"init_scale": 1.7e308}, r"init_scale=1\.7e\+308: expected a power of two, such as 1 or 2"),
         ({"growth_factor": 1.5}, "growth_factor=1.5: expected a power of two, such as 1 or 2"),
         ({"backoff_factor": 0.3}, "power of two, such as 0.25"),
         ({"growth_factor": 0.5}, "growth_factor=0.5 must be at least 1"),

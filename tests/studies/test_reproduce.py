@@ -192,7 +192,7 @@ def test_a_signal_stops_a_study_after_the_arm_that_it_came_in(paper, tmp_path, c
         assert len((tmp_path / "calls").read_text().splitlines()) == number, "what was computed is kept"
 
 
-def test_results_of_other_settings_are_refused(monkeypatch):
+def test_results_of_other_settings_are_refused():
     """The settings of an experiment of paper.py stand in no line of results.json: its runs' folders have their hash."""
     name = "loss_scalers"
     folder, paper = EXPERIMENTS / name, reproduce.load(EXPERIMENTS / name, quick=False)
@@ -327,6 +327,8 @@ def test_threads_on_one_cpu_are_no_test_of_them(monkeypatch):
     monkeypatch.setattr(fragile, "cpus", lambda: 1)
     with pytest.raises(InputError, match="4 threads on one CPU test nothing"):
         fragile.run(0, threads=fragile.THREADS, seeds=1)
+    values = [{0: None}, {0: 1.0}]
+    assert claims.differing(0.05)(values).verdict == claims.NOT_AT_THIS_SIZE
 
 
 def test_equal_differences_below_the_least_effect_contradict_it():

@@ -38,6 +38,7 @@ def test_a_name_is_no_subject(name):
         (lambda: jaxmp.find_policy(loss, None, [], bugdet=1), "'bugdet'; did you mean 'budget'"),
         (lambda: jaxmp.find_policy(loss), "missing a required argument: 'explain'"),
         (lambda: jaxmp.what_if(lambda params, state, batch, key: 0, X), "1 arguments after the loss; expected params,"),
+        (lambda: jaxmp.what_if(loss, X, step=3), "step: only of an experiment or a run"),
         (lambda: jaxmp.what_if(loss, X), r"loss\(params\) does not take these arguments: too many"),
     ],
 )
