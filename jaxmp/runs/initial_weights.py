@@ -45,21 +45,25 @@ def choose_weights(
       fresh: the state that they go into.
       only: patterns of those to take; all if empty.
       what: names the weights, the beginning of a message.
-      adapters: whether LoRA's adapters begin fresh where there are none.
+      adapters: whether LoRA's adapters begin fresh where there are none, unless a pattern names adapters alone.
 
     Raises: InputError if a pattern matches no weight, or a leaf differs in path, shape or dtype; all are named.
     """
     mine, patterns = weights_of(fresh), [Pattern(text) for text in only]
     weights = {path: name_within(path) for path in {**saved, **mine} if part_of(path) in ("params", "model_state")}
-    if adapters:
-        of_lora = [Pattern(text) for text in ADAPTERS]
-        new = [path for path in weights if path not in saved and any(each.covers(weights[path]) for each in of_lora)]
-        weights = {path: name for path, name in weights.items() if path not in new or patterns}
     for pattern in patterns:
         if not any(pattern.covers(name) for path, name in weights.items() if path in mine):
             raise InputError(
                 f"--init-only {pattern}: no such weight; {pattern.what_there_is([name_within(path) for path in mine])}"
             )
+    if adapters:
+        new = {path for path, name in weights.items() if path not in saved and _is_adapter(name)}
+        asked = [each for each in patterns if all(_is_adapter(name) for name in weights.values() if each.covers(name))]
+        weights = {
+            path: name
+            for path, name in weights.items()
+            if path not in new or any(each.covers(name) for each in asked)
+        }
     taken = [path for path, name in weights.items() if not patterns or any(each.covers(name) for each in patterns)]
     wrong = [
         f"  {name_within(path)}: {saved.get(path, 'nothing')} there, "
@@ -73,6 +77,11 @@ def choose_weights(
             "begin fresh:\n" + "\n".join(wrong)
         )
     return taken
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a weight is of one of LoRA's adapters."""
+    return any(Pattern(text).covers(name) for text in ADAPTERS)
 
 
 def with_weights(fresh: TrainState, values: Mapping[str, Any]) -> TrainState:

@@ -270,6 +270,12 @@ def test_adapters_are_trained_alone_saved_alone_and_merged(tmp_path):
     state = Run(fit(again, workdir=tmp_path, **how).path, again).state()
     np.testing.assert_array_equal(state.params["body"]["lora_a"]["kernel"], alone["body/lora_a/kernel"])
 
+    # A pattern that names a layer leaves its adapters fresh; one that names adapters alone wants them.
+    how["init_from"] = base.path
+    Run(fit(again, workdir=tmp_path, **{**how, "init_only": ("body",)}).path, again)
+    with pytest.raises(InputError, match=r"body/lora_a/kernel: nothing there, float32\[3, 2\] here"):
+        fit(again, workdir=tmp_path, **how)
+
 
 def test_several_objectives_take_no_adapters():
     from jaxmp.training.objective import ObjectiveSpec
