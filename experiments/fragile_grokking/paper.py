@@ -32,6 +32,7 @@ import optax
 import jaxmp
 from jaxmp import FunctionTask, InputError, NoScaler, TrainState, loss_scaling, make_loss, make_train_step, parse_policy
 from jaxmp.models.transformer import Llama
+from jaxmp.runs.provenance import cores
 from jaxmp.studies import paper_figures
 from jaxmp.studies.claims import Claim, Compute, Figure, Paper, below, differing, within
 from jaxmp.tasks.loss import init_model
@@ -148,11 +149,6 @@ def _in_child(seeds: tuple[int, ...], threads: int, settings: str) -> list[dict[
     return json.loads(done.stdout)
 
 
-def cpus() -> int:
-    """The number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run(seed: int, *, threads: int, seeds: int, **settings: Any) -> dict[str, Any]:
     """Returns what `train_all` finds of a seed, which is trained together with its neighbours of `seeds` in a child.
 
@@ -161,11 +157,11 @@ def run(seed: int, *, threads: int, seeds: int, **settings: Any) -> dict[str, An
     Raises: InputError for several threads on one CPU, where they test nothing.
     """
     assert train_all is not None  # what the child calls is part of this function's identity
-    if threads > 1 and cpus() < 2:
+    if threads > 1 and cores() < 2:
         raise InputError(f"fragile_grokking: {threads} threads on one CPU test nothing; expected 2 CPUs or more")
     first = seed - seed % SEEDS_A_CHILD
     block = tuple(range(first, min(first + SEEDS_A_CHILD, seeds)))
-    return {**_in_child(block, threads, json.dumps(settings))[seed - first], "cpus": cpus()}
+    return {**_in_child(block, threads, json.dumps(settings))[seed - first], "cpus": cores()}
 
 
 def get_paper(quick: bool = False) -> Paper:

@@ -68,7 +68,8 @@ def row(
     found |= {"metric": monitor, "seeds": list(seeds), "test": reached}
     made = provenance(patch=False)
     made["versions"] = {name: made["versions"][name] for name in ("python", "jaxmp", "jax", "flax", "optax")}
-    made["command"] = dict.fromkeys(precisions, made["command"])
+    for name in ("command", "host"):
+        made[name] = dict.fromkeys(precisions, made[name])
     return found | {"skipped_steps": skipped, "wall_seconds": seconds, **made, "git": revisions}
 
 
@@ -85,7 +86,7 @@ def summary_of(result: dict[str, Any], metric: str) -> dict[str, Any]:
     return {"test": {metric: None}, **so_far, **result["summary"]}
 
 
-OF_A_PRECISION = ("test", "skipped_steps", "wall_seconds", "command", "git")
+OF_A_PRECISION = ("test", "skipped_steps", "wall_seconds", "command", "host", "git")
 """the parts of a row that have an entry for each precision"""
 
 
@@ -96,7 +97,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """
     if any(old.get(name) != new[name] for name in new if name not in OF_A_PRECISION):
         return new
-    return new | {name: old[name] | new[name] for name in OF_A_PRECISION}
+    return new | {name: old.get(name, {}) | new[name] for name in OF_A_PRECISION}
 
 
 def beginning(options: str) -> tuple[dict[str, Any], list[str]]:

@@ -7,12 +7,10 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from platform import machine, processor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,7 +33,7 @@ from jaxmp.models.pretrained import write_safetensors
 from jaxmp.modules.linen import explain
 from jaxmp.precision.policy_tree import PolicyTree
 from jaxmp.runs.folder import how_to_blame
-from jaxmp.runs.provenance import provenance
+from jaxmp.runs.provenance import processor, provenance
 from jaxmp.runs.run import Run
 from jaxmp.runs.trainer import Trainer
 from jaxmp.text_table import without_nan
@@ -393,18 +391,9 @@ def _certificate(artefact: Artefact, of: Forward, run: Run, state: TrainState, m
 def _measured_on(artefact: Artefact) -> dict[str, Any]:
     """What ran the exported program: JAX's device; of ONNX, the execution providers of ONNX Runtime and the CPU."""
     if artefact.manifest["format"] == "onnx":
-        return {"providers": list(artefact.providers), "device": _processor()}
+        return {"providers": list(artefact.providers), "device": processor()}
     device = jax.devices()[0]
     return {"platform": device.platform, "device": device.device_kind}
-
-
-def _processor() -> str:
-    """The name of this machine's CPU; its architecture where the system does not say."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # no Linux
-        found = None
-    return found[1].strip() if found else processor() or machine()
 
 
 def _decoded(artefact: Artefact, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from jaxmp.reports import gate_report
 from jaxmp.reports.page import Page, provenance_rows
 from jaxmp.reports.run_report import loss_scales, number, policy_tables, shown
 from jaxmp.runs.curves import Curve, curve_figures, metrics_of, title
+from jaxmp.runs.provenance import hardware
 from jaxmp.text_table import table
 from jaxmp.training.metrics import MetricSpec, spec_of, specs_from_json
 
@@ -100,10 +101,9 @@ def page(comparison: dict[str, Any], reports: Mapping[str, str] | None = None) -
     """
     precisions, seeds = comparison["precisions"], comparison["seeds"]
     specs = specs_from_json(comparison["metrics"])
-    devices = comparison["devices"]
     dot = "\N{MIDDLE DOT}"
     lead = (
-        f"{' / '.join(precisions)} {dot} {_count(len(seeds), 'seed')} {dot} {len(devices)} x {devices[0]}, JAX "
+        f"{' / '.join(precisions)} {dot} {_count(len(seeds), 'seed')} {dot} {hardware(comparison)}, JAX "
         f"{comparison['versions']['jax']}"
     )
     result = Page(f"{comparison['config']}, by precision", lead)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmp.errors import InputError
 from jaxmp.html.elements import DARK, LIGHT, Elements, element_style, escape
+from jaxmp.runs.provenance import hardware
 from jaxmp.text_table import without_password
 
 
@@ -77,11 +78,10 @@ def command() -> str:
 
 def provenance_rows(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The device, versions and git revision that `jaxmp.runs.provenance` recorded, as rows of a table."""
-    git, devices = origin.get("git"), list(origin.get("devices", ()))
+    git = origin.get("git")
     dirty = git and git.get("dirty", bool(git.get("patch")))
-    counted = [f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices)]
     return [
-        ("device", f"{', '.join(counted)} ({origin.get('platform', 'unknown platform')})"),
+        ("device", hardware(origin)),
         ("versions", ", ".join(f"{name} {number}" for name, number in origin.get("versions", {}).items() if number)),
         ("git revision", f"{git['revision']}{' and changes' if dirty else ''}" if git else "none"),
     ]

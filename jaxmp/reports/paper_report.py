@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxmp.html.elements import DARK, LIGHT, element_style, escape
 from jaxmp.html.figure import WIDTH
+from jaxmp.runs.provenance import hardware
 from jaxmp.text_table import Table, table
 
 BEGIN, END = "<!-- made by jaxmp reproduce -->\n", "<!-- end -->\n"
@@ -38,8 +39,6 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
       metrics: those of which there is a table, arm by arm.
       figures: file name without .svg, title and caption of each plot.
     """
-    devices = results["devices"]
-    counted = ", ".join(f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices))
     versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("python", "jax", "jaxmp"))
     seeds = len(results["seeds"])
     claims = [
@@ -53,7 +52,7 @@ def block(results: Mapping[str, Any], metrics: Sequence[str], figures: Sequence[
     ]
     parts = [
         f"    {results['command']}\n",
-        f"{seeds} seeds, {results['seconds']:.0f} s of runs on {counted} ({results['platform']}); {versions}.",
+        f"{seeds} seeds, {results['seconds']:.0f} s of runs on {hardware(results)}; {versions}.",
         _revisions(results),
         _confidence(results, seeds),
         _markdown(("claim", "paper", "ours", "verdict"), claims),

@@ -14,6 +14,7 @@ from jaxmp.html.elements import NO_VALUE, Elements
 from jaxmp.html.figure import DOTS, Axis, Series, bar_figure, line_figure, point_figure
 from jaxmp.reports.page import Page, provenance_rows
 from jaxmp.reports.run_report import shown
+from jaxmp.runs.provenance import hardware
 from jaxmp.text_table import table
 from jaxmp.training.metrics import MetricSpec, spec_of, specs_from_json
 
@@ -82,8 +83,7 @@ def page(study: Mapping[str, Any]) -> Page:
     definition, spec = study["definition"], _spec(study)
     dot = "\N{MIDDLE DOT}"
     made = f"{'most' if definition['direction'] == 'max' else 'least'} {_label(study, spec)} on the validation split"
-    devices = study["devices"]
-    lead = f"{made} {dot} {definition['sampler']} {dot} {_counts(study)} {dot} {len(devices)} x {devices[0]}"
+    lead = f"{made} {dot} {definition['sampler']} {dot} {_counts(study)} {dot} {hardware(study)}"
     result = Page(f"{definition['config']}: a study of {len(definition['space'])} fields", lead)
     best = best_of(study)
     if best is None:

@@ -60,9 +60,7 @@ def choose_weights(
         new = {path for path, name in weights.items() if path not in saved and _is_adapter(name)}
         asked = [each for each in patterns if all(_is_adapter(name) for name in weights.values() if each.covers(name))]
         weights = {
-            path: name
-            for path, name in weights.items()
-            if path not in new or any(each.covers(name) for each in asked)
+            path: name for path, name in weights.items() if path not in new or any(each.covers(name) for each in asked)
         }
     taken = [path for path, name in weights.items() if not patterns or any(each.covers(name) for each in patterns)]
     wrong = [

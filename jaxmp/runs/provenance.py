@@ -1,12 +1,15 @@
-"""`provenance`: how a result was made: command, versions, git revision and devices."""
+"""`provenance`: how a result was made: command, versions, git revision, devices and host."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +23,8 @@ NO_RESULT = ":(top,attr:!jaxmp-result)"
 
 
 def provenance(*, patch: bool = True) -> dict[str, Any]:
-    """Collects how the current process was started, as JSON: `command`, `versions`, `git`, `devices`, `platform`.
+    """Collects how the current process was started, as JSON: `command`, `versions`, `git`, `devices`,
+    `platform`, `host`.
 
     Passwords in the URLs of `command` are left out.
 
@@ -41,7 +45,42 @@ def provenance(*, patch: bool = True) -> dict[str, Any]:
         "git": git,
         "devices": [device.device_kind for device in jax.devices()],
         "platform": jax.default_backend(),
+        "host": {"processor": processor(), "cores": cores()},
     }
+
+
+def processor() -> str:
+    """The name of this machine's CPU; its architecture where the system does not say."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware(origin: Mapping[str, Any]) -> str:
+    """The devices and the host of a provenance, in words; an earlier version recorded no host.
+
+    >>> hardware({"devices": ["cpu"], "platform": "cpu", "host": {"processor": "AMD EPYC", "cores": 2}})
+    '1 x cpu (AMD EPYC, 2 cores)'
+    >>> hardware({"devices": ["NVIDIA H200"] * 8, "platform": "gpu"})
+    '8 x NVIDIA H200 (gpu)'
+    """
+    devices, host = list(origin.get("devices", ())), origin.get("host")
+    of = (
+        []
+        if "platform" in origin and {*devices} == {origin["platform"]}
+        else [origin.get("platform", "unknown platform")]
+    )
+    if host:
+        of.append(f"{host['processor']}, {host['cores']} {'core' if host['cores'] == 1 else 'cores'}")
+    counted = ", ".join(f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices))
+    return f"{counted} ({'; '.join(of)})" if of else counted
 
 
 def without_patch(git: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from jaxmp.runs.provenance import provenance, without_patch
+from jaxmp.runs.provenance import hardware, provenance, without_patch
 
 ATTRIBUTES = Path(__file__).parents[2] / ".gitattributes"
 
@@ -56,3 +57,16 @@ def test_a_run_of_an_earlier_version_is_dirty_with_any_change():
         git = {"revision": "a", "patch": patch, "untracked": untracked}
         assert without_patch(git) == {"revision": "a", "dirty": dirty}
     assert without_patch(None) is None
+
+
+def test_a_result_names_its_hardware():
+    host, found = {"processor": "AMD EPYC", "cores": 1}, provenance(patch=False)
+    assert found["host"]["processor"] and found["host"]["cores"] == len(os.sched_getaffinity(0))
+    assert f"{found['host']['processor']}, {found['host']['cores']} core" in hardware(found)
+    for origin, words in (
+        ({"devices": ["cpu"] * 8, "platform": "cpu", "host": host}, "8 x cpu (AMD EPYC, 1 core)"),
+        ({"devices": ["H200"], "platform": "gpu", "host": host | {"cores": 16}}, "1 x H200 (gpu; AMD EPYC, 16 cores)"),
+        ({"devices": ["cpu"], "platform": "cpu"}, "1 x cpu"),
+        ({"devices": ["H200", "H100"]}, "1 x H200, 1 x H100 (unknown platform)"),
+    ):
+        assert hardware(origin) == words

@@ -324,7 +324,7 @@ def test_a_share_of_seeds_is_judged_by_its_exact_interval():
 
 def test_threads_on_one_cpu_are_no_test_of_them(monkeypatch):
     fragile = module_of("fragile_grokking")
-    monkeypatch.setattr(fragile, "cpus", lambda: 1)
+    monkeypatch.setattr(fragile, "cores", lambda: 1)
     with pytest.raises(InputError, match="4 threads on one CPU test nothing"):
         fragile.run(0, threads=fragile.THREADS, seeds=1)
     values = [{0: None}, {0: 1.0}]
