@@ -1,9 +1,6 @@
-"""experiments/generative/nearest_neighbour.py: what it measures, on features whose answer is known."""
+"""Pictures told from real images by their nearest neighbours, on features whose answer is known."""
 
 from __future__ import annotations
-
-import importlib.util
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,21 +12,12 @@ from jaxmp.experiment.settings import Loop
 from jaxmp.models.cnn import CNN
 from jaxmp.runs.fit import fit
 from jaxmp.runs.run import Run
-
-FILE = Path(__file__).parent.parent / "experiments" / "generative" / "nearest_neighbour.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from jaxmp.studies.two_sample import make_features, nearest_neighbour_accuracy
 
 
 @pytest.mark.slow
-def test_the_accuracy_is_a_half_for_one_distribution_one_for_two_and_none_for_copies(script):
-    accuracy, rng = script.nearest_neighbour_accuracy, np.random.default_rng(0)
+def test_the_accuracy_is_a_half_for_one_distribution_one_for_two_and_none_for_copies():
+    accuracy, rng = nearest_neighbour_accuracy, np.random.default_rng(0)
     one, other = rng.normal(size=(2, 1000, 4))
     assert accuracy(one, other)["accuracy"] == pytest.approx(0.5, abs=0.04)
     assert set(accuracy(one, other + 9).values()) == {1.0}
@@ -40,7 +28,7 @@ def test_the_accuracy_is_a_half_for_one_distribution_one_for_two_and_none_for_co
 
 
 @pytest.mark.slow
-def test_the_features_are_the_last_hidden_layer_of_the_run_on_images_as_its_data_has_them(script, tmp_path):
+def test_the_features_are_the_last_hidden_layer_of_the_run_on_images_as_its_data_has_them(tmp_path):
     def load(split):
         rng = np.random.default_rng(0)
         return {"image": rng.integers(0, 256, (8, 4, 4, 1)).astype(np.uint8), "label": np.arange(8) % 2}
@@ -50,7 +38,7 @@ def test_the_features_are_the_last_hidden_layer_of_the_run_on_images_as_its_data
     experiment = Experiment(model=model, data=data, precision="float32", loop=Loop(steps=1))
     run = Run(fit(experiment, workdir=tmp_path, log=lambda text: None).path, experiment)
     image = load("test")["image"]
-    found = script.make_features(run)(image)
+    found = make_features(run)(image)
     x = ((image / 255 - 0.5) / 0.25).reshape(8, -1)
     params = jax.tree.map(np.float64, run.state().params)
     for name in ("Dense_0", "Dense_1"):
