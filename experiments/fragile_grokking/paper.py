@@ -239,9 +239,8 @@ def get_paper(quick: bool = False) -> Paper:
             metric="checksum",
             measured=f"share of seeds whose last weights differ in a bit, {THREADS} threads against 1; above {LEAST:g}",
             judge=differing(LEAST),
-            remark="The paper's products are those of MKL, which splits a sum over threads. Probably XLA:CPU computes "
-            "products of this size in one thread. `reversed sums` makes the change that MKL makes. With fewer than 2 "
-            "CPUs runs of several threads count as failed, and decide nothing.",
+            remark="The paper's products are those of MKL, which splits a sum over threads. XLA:CPU takes each sum of "
+            "products of this size in one thread. `reversed sums` makes the change that MKL makes.",
         ),
         flips("threads", "The number of CPU threads", threads, "several threads", checked=True),
         flips("order", "The order of sums over a batch", threads, "reversed sums", checked=True),
