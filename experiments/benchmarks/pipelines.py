@@ -49,6 +49,12 @@ CONFIGS = (
     "spoken_digits_lstm",
     "spoken_digits_rnn",
     "spoken_digits_ctc",
+    "shakespeare_gpt",
+    "sst2_lstm",
+    "sst2_bert_tiny",
+    "mnist_dcgan",
+    "mnist_dpsgd",
+    "permuted_mnist",
 )
 
 
