@@ -176,8 +176,16 @@ def test_every_faulty_step_is_tried():
     assert set(FOUND) == set(mutants.MUTANTS) and len(FOUND) >= 30
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["PlainStep", "PlainWindow", "PlainMicrobatches", "PlainStubborn", "PlainNoise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("PlainStep", "PlainNoise")),
+        *(
+            pytest.param(name, marks=pytest.mark.full_size)
+            for name in ("PlainWindow", "PlainMicrobatches", "PlainStubborn")
+        ),
+    ],
+)
 def test_a_plain_step_obeys_every_law(name):
     cls = getattr(mutants, name)
     laws = step_laws(adapter(cls), reference=reference_of(cls))
