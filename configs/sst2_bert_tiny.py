@@ -11,9 +11,8 @@ Command:   jaxmp data prepare glue/sst2 && jaxmp train sst2_bert_tiny_mlm && jax
            runs/sst2_bert_tiny_mlm --init-only tokens positions types embedding_norm 'blocks_*'
 Hardware:  1 CPU core, 5 minutes after the pretraining's 20, or, while other programs ran, 9 after 31
 Expected:  81.9 ± 1.2 % of the published validation split in float32 over 3 seeds, 81.8 ± 1.1 % in mixed_bfloat16 and
-           81.8 ± 1.2 % in mixed_float16; and without pretraining, jaxmp train sst2_bert_tiny, 80.2 ± 0.5 % in float32
-           and in mixed_bfloat16 (configs/results.json): in float32 0.9, 1.9 and 2.2 points more, seed by seed, after
-           one pretraining.
+           81.8 ± 1.2 % in mixed_float16; and without pretraining, jaxmp train sst2_bert_tiny, 80.2 ± 0.5 % in each
+           (configs/results.json): in float32 0.9, 1.9 and 2.2 points more, seed by seed, after one pretraining.
            By LoRA in float32, --lora.rank 8 --trains tokens pooler classifier --optimizer.learning-rate 1e-3:
            81.3 ± 0.6 %. The embeddings are most of the weights, and have to be trained: without tokens, 73.2 % (seed 0)
 """
