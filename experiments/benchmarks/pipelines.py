@@ -6,11 +6,11 @@ A pipeline is all that happens between the rows and the step: taking the rows of
 features on the device; of streamed data reading the files as well. The share is the pipeline's time by the sum of its
 time and the step's, both on the same machine. Times are CPU time of the process, the least of several rounds, so that
 other load on the machine changes them little; examples a second are for one CPU core. What both pay, a call of the
-device, is part of both: of a step of 0.4 ms it is 9 %, and gone where many steps run in one dispatch.
+device, is part of both, and gone where many steps run in one dispatch.
 
-Configs that are made for accelerators are not among them. Data come from $JAXMP_DATA and jaxmp's cache; a config whose
-data are not there is left out. `image files` reads made-up JPEG files of 256x256 pixels, and `npy files` rows of
-floats; they belong to no config, and have no share.
+Configs that are made for accelerators are not among them, nor mnist_distilled, whose teacher is a run. Data come from
+$JAXMP_DATA and jaxmp's cache; a config whose data are not there is left out. `image files` reads made-up JPEG files of
+256x256 pixels, and `npy files` rows of floats; they belong to no config, and have no share.
 """
 
 from __future__ import annotations

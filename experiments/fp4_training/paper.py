@@ -74,11 +74,12 @@ def get_paper(quick: bool = False) -> Paper:
 
     arms = {name: arm(name) for name in RECIPES if not quick or name in QUICK}
     nats = "test loss, nats a character"
+    relative_error = "a relative error of the loss below 1 %, and about 1.5 % at the end, beside FP8 (12B model)"
     claims = (
         Claim(
             id="nvfp4-near",
             says="A language model trained by NVFP4's recipe has a loss within 1.5 % of a wider format's",
-            published="a relative error of the loss below 1 %, and about 1.5 % at the end, beside FP8 (12B model)",
+            published=relative_error,
             source=f"{SOURCE}, the section on training with NVFP4",
             checked=False,
             arms=("NVFP4", "float32"),
@@ -89,7 +90,7 @@ def get_paper(quick: bool = False) -> Paper:
         Claim(
             id="nvfp4-costs",
             says="But it costs something",
-            published="a relative error of the loss below 1 %, and about 1.5 % at the end, beside FP8 (12B model)",
+            published=relative_error,
             source=f"{SOURCE}, the section on training with NVFP4",
             checked=False,
             arms=("NVFP4", "float32"),
@@ -128,7 +129,7 @@ def get_paper(quick: bool = False) -> Paper:
         title="Pretraining Large Language Models with NVFP4",
         authors="NVIDIA 2025",
         url="https://arxiv.org/abs/2509.25149",
-        seeds=(10, 11) if quick else tuple(range(10, 18)),  # 0 to 2 were seen: experiments/recipes
+        seeds=(10,) if quick else tuple(range(10, 18)),  # 0 to 2 were seen: experiments/recipes
         arms=arms,
         claims=tuple(claim for claim in claims if set(claim.arms) <= set(arms)),
         tables=("loss",),
